@@ -1,0 +1,42 @@
+"""Lower the captured attention operator to the kernel that computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.pipeline import PassOutcome
+from vlmbuild.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class SwapAttention:
+    """Replace the semantic operator by a backend's.
+
+    Before: attention(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+    After:  attention_auto(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+
+    Legal because the operators have one signature and one meaning; they differ in the order of summation only.
+
+    Attributes:
+        backend: "triton", "sdpa", or "auto": Triton for CUDA tensors and SDPA for others, decided when it runs.
+    """
+
+    backend: Literal["auto", "triton", "sdpa"] = "auto"
+
+    name: ClassVar[str] = "swap_attention"
+    exact: ClassVar[bool] = True
+
+    def __call__(self, program: Program) -> PassOutcome:
+        outcome = PassOutcome()
+        semantic = torch.ops.vlmbuild.attention.default
+        lowered = getattr(torch.ops.vlmbuild, f"attention_{self.backend}").default
+        for name, region in program.regions.items():
+            sites = [node for node in region.graph.graph.nodes if node.target is semantic]
+            for node in sites:
+                node.target = lowered
+            outcome.add(name, len(sites))
+        return outcome

@@ -1,0 +1,1 @@
+"""Artifacts on disk: the manifest, writing them in one step, and verifying them before anything is read."""

@@ -1,0 +1,105 @@
+"""Where an artifact may be written, and the errors of a place that cannot take it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
+from vlmbuild.errors import OutputError
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputError when an artifact may not be written to `output`, with what to do instead."""
+    output = Path(os.path.abspath(output))
+    parent = output.parent
+    if not output.name:
+        raise OutputError(f"{output} cannot be an output. Give the path of a folder to create.")
+    if not parent.exists():
+        raise OutputError(
+            f"The folder {parent} does not exist, so {output.name} cannot be made in it. Create it first."
+        )
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is not a folder, so {output.name} cannot be made in it. Choose another output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {parent} is not writable. Change its permissions or choose another output.")
+    if output.is_symlink():
+        raise OutputError(f"The output {output} is a link. Give the path that it points to, or remove it.")
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise OutputError(f"The output {output} is a file. Choose another output, or remove it.")
+    if not overwrite:
+        raise OutputError(f"The output {output} exists. Choose another output, or replace it with --overwrite.")
+    _check_replaceable(output)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise OutputError unless a folder is empty or holds an artifact and nothing of the user's."""
+    found: set[str] = set()
+    for folder, folders, names in os.walk(output):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        found.update(Path(folder, name).relative_to(output).as_posix() for name in names + links)
+    if not found and not any(output.iterdir()):
+        return
+    listed = _listed_files(output)
+    if listed is None:
+        raise OutputError(
+            f"The output {output} exists and is not a vlmbuild artifact, so --overwrite does not replace it. "
+            "Choose another output, or remove the folder yourself."
+        )
+    if foreign := sorted(found - listed - {MANIFEST_NAME, SUMS_NAME}):
+        shown = ", ".join(foreign[:20]) + (f" and {len(foreign) - 20} more" if len(foreign) > 20 else "")
+        raise OutputError(
+            f"The output {output} is an artifact that also holds files which are not part of it: {shown}. "
+            "Move them elsewhere, then use --overwrite."
+        )
+
+
+def _listed_files(output: Path) -> set[str] | None:
+    """The files that a manifest of any schema version lists, or None when there is no such manifest."""
+    try:
+        value = json.loads((output / MANIFEST_NAME).read_bytes())
+        if not value["schema"].startswith("vlmbuild.artifact/"):
+            return None
+        return {str(entry["path"]) for entry in value["files"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+@contextmanager
+def output_errors(where: Path) -> Iterator[None]:
+    """Turn an OSError of the file system into an OutputError about `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(where, error) from error
+
+
+def cannot_write(where: Path, error: OSError) -> OutputError:
+    """The error of a place that does not take what is written to it."""
+    if error.errno in FULL_DISK:
+        return OutputError(
+            f"{where} cannot be written: {error.strerror}. Nothing was published. Free space, raise the quota or file "
+            "size limit, or choose an output on another disk."
+        )
+    return OutputError(
+        f"{where} cannot be written: {error.strerror or error}. Nothing was published. Check the disk and permissions, "
+        "or choose another output."
+    )
+
+
+def human_size(count: int) -> str:
+    """A number of bytes for people."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

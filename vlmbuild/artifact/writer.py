@@ -1,0 +1,289 @@
+"""Writing an artifact: a private staging directory, hashed files, one rename at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vlmbuild.artifact.files import CHUNK_BYTES, hash_descriptor, sync_directory, write_all
+from vlmbuild.artifact.manifest import MANIFEST_NAME, SUMS_NAME, FileEntry, Manifest, check_collisions, check_path
+from vlmbuild.artifact.output import FULL_DISK, cannot_write, check_output, human_size, output_errors
+from vlmbuild.artifact.reader import verify
+from vlmbuild.artifact.staging import create_staging, publish_exchange, publish_new, remove_abandoned
+from vlmbuild.errors import IncompatibleError, IntegrityError, OutputError, SourceError
+
+
+class ArtifactWriter:
+    """A context in which an artifact is written; nothing is visible at `output` before `publish`.
+
+    Entering raises OutputError when the output may not be written. Leaving without `publish`, by whatever exception,
+    removes the staging directory and leaves the output as it was. A full disk anywhere inside is an OutputError.
+    """
+
+    def __init__(self, output: Path | str, *, overwrite: bool = False) -> None:
+        # abspath, not resolve: a link at the output has to be seen as a link.
+        self.output = Path(os.path.abspath(output))
+        self._overwrite = overwrite
+        self._staging: Path | None = None
+        self._entries: dict[str, FileEntry | None] = {}
+
+    def __enter__(self) -> Self:
+        check_output(self.output, overwrite=self._overwrite)
+        with output_errors(self.output):
+            remove_abandoned(self.output)
+            self._staging = create_staging(self.output)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise cannot_write(self.output, error) from error
+
+    @property
+    def staging(self) -> Path:
+        """The directory that becomes the artifact. Raises OutputError outside the context."""
+        if self._staging is None:
+            raise OutputError(f"The writer of {self.output} is not open. Use it inside `with ArtifactWriter(...)`.")
+        return self._staging
+
+    def require_space(self, needed: int) -> None:
+        """Raise OutputError when the disk has fewer than `needed` bytes free."""
+        with output_errors(self.output):
+            available = shutil.disk_usage(self.staging).free
+        if needed > available:
+            raise OutputError(
+                f"Not enough space for {self.output}: {needed} bytes ({human_size(needed)}) are needed and {available} "
+                f"({human_size(available)}) are free. Free {human_size(needed - available)}, or choose an output on "
+                "another disk."
+            )
+
+    def open(self, path: str, role: str) -> OutputFile:
+        """A new file of the artifact; it belongs to the artifact once it is closed.
+
+        Raises IntegrityError for a path or role that is not allowed, OutputError when it cannot be created.
+        """
+        check_path(path)
+        check_collisions([*self._entries, path])
+        FileEntry(path, 0, "0" * 64, role)  # refuse a wrong role now, not after gigabytes are written
+        with output_errors(self.output / path):
+            self._make_folders(path)
+            file = OutputFile(self, path, role)
+        self._entries[path] = None
+        return file
+
+    def write(self, path: str, data: bytes, role: str) -> FileEntry:
+        """Write one file. Raises what `open` raises."""
+        with self.open(path, role) as file:
+            file.write(data)
+        return file.entry
+
+    def copy(self, source: Path | str, path: str, role: str) -> FileEntry:
+        """Copy one file, a piece at a time. Raises SourceError when it cannot be read, and what `open` raises."""
+        try:
+            descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"{source} cannot be read: {error.strerror}. Check the path and permissions.") from error
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise SourceError(f"{source} is not a regular file. Give a file.")
+            with self.open(path, role) as file:
+                while piece := _read_source(descriptor, source):
+                    file.write(piece)
+        finally:
+            os.close(descriptor)
+        return file.entry
+
+    def publish(
+        self,
+        *,
+        name: str,
+        target: str,
+        source: Sequence[Mapping[str, Any]] = (),
+        recipe: Mapping[str, Any] | None = None,
+        passes: Sequence[Mapping[str, Any]] = (),
+        toolchain: Mapping[str, Any] | None = None,
+        numerics: Sequence[Mapping[str, Any]] = (),
+    ) -> Manifest:
+        """Write the manifest, verify what lies on the disk, and make it the output in one rename.
+
+        Raises OutputError when the output appeared or changed meanwhile or cannot be written, IntegrityError when the
+        disk holds something else than was written.
+        """
+        open_files = [path for path, entry in self._entries.items() if entry is None]
+        if open_files:
+            raise OutputError(f"Files of {self.output} are still open: {', '.join(open_files)}. Close them first.")
+        manifest = Manifest(
+            name=name,
+            target=target,
+            files=tuple(entry for _, entry in sorted(self._entries.items()) if entry is not None),
+            source=tuple(source),
+            recipe=recipe or {},
+            passes=tuple(passes),
+            toolchain=toolchain or {},
+            numerics=tuple(numerics),
+        )
+        staging = self.staging
+        with output_errors(self.output):
+            _write_plain(staging / SUMS_NAME, manifest.sums())
+            _write_plain(staging / MANIFEST_NAME, manifest.to_bytes())
+            _settle(staging)
+            self._verify_written(staging, manifest)
+            self._rename(staging, manifest)
+        try:
+            sync_directory(self.output.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.output} is complete, but the disk did not confirm its name ({error.strerror}), so it may be "
+                "gone after a power loss. Check the disk, then verify the artifact."
+            ) from error
+        # Only now that the new name is durable: what lies at the staging path, if anything, is the replaced output.
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = None
+        return manifest
+
+    def _verify_written(self, staging: Path, manifest: Manifest) -> None:
+        try:
+            verify(staging, expected_id=manifest.id)
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"The disk returned something else than was written to {self.output}; nothing was published. "
+                f"Check the disk, then build again. {error}"
+            ) from error
+
+    def _rename(self, staging: Path, manifest: Manifest) -> None:
+        if self._overwrite and os.path.lexists(self.output):
+            check_output(self.output, overwrite=True)  # again: hours may have passed
+            publish_exchange(staging, self.output)
+            return
+        try:
+            publish_new(staging, self.output)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            # Two builds of the same thing: whoever comes second has nothing left to do.
+            if not _holds(self.output, manifest.id):
+                raise OutputError(
+                    f"{self.output} appeared while this artifact was built. Look at what is there; to replace an "
+                    "artifact, build again with --overwrite."
+                ) from error
+
+    def _make_folders(self, path: str) -> None:
+        folder = self.staging
+        for component in path.split("/")[:-1]:
+            folder = folder / component
+            folder.mkdir(exist_ok=True)
+
+    def _add(self, entry: FileEntry) -> None:
+        self._entries[entry.path] = entry
+
+
+class OutputFile:
+    """One file being written. Its digest is taken on the way, or by reading back where bytes came out of order."""
+
+    def __init__(self, writer: ArtifactWriter, path: str, role: str) -> None:
+        self.path = path
+        self._writer, self._role = writer, role
+        self._where = writer.output / path
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor: int | None = os.open(writer.staging / path, flags, 0o600)
+        self._end = 0
+        self._in_order = hashlib.sha256()
+        self._scattered = False
+
+    @property
+    def entry(self) -> FileEntry:
+        """The manifest entry of a closed file."""
+        entry = self._writer._entries[self.path]
+        if entry is None:
+            raise OutputError(f"{self._where} is still open. Close it first.")
+        return entry
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append. Raises OutputError."""
+        self.write_at(data, self._end)
+
+    def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write at any place, also beyond the end. Raises OutputError."""
+        if self._descriptor is None:
+            raise OutputError(f"{self._where} is closed. Write before closing it.")
+        view = memoryview(data).cast("B")
+        with output_errors(self._where):
+            write_all(self._descriptor, view, offset)
+        if offset == self._end:
+            self._in_order.update(view)
+        else:
+            self._scattered = True
+        self._end = max(self._end, offset + len(view))
+
+    def close(self) -> None:
+        """Make the file durable and part of the artifact. Raises OutputError."""
+        if self._descriptor is None:
+            return
+        with output_errors(self._where):
+            # Before fsync, so that these are the bytes in memory; `publish` reads them again from the disk.
+            digest = hash_descriptor(self._descriptor)[1] if self._scattered else self._in_order.hexdigest()
+            os.fchmod(self._descriptor, 0o644)  # whatever the umask is
+            os.fsync(self._descriptor)
+            # The next read comes from the disk, not from what was written.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.abandon()
+        self._writer._add(FileEntry(self.path, self._end, digest, self._role))
+
+    def abandon(self) -> None:
+        """Close without making the file part of the artifact."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def _read_source(descriptor: int, source: Path | str) -> bytes:
+    try:
+        return os.read(descriptor, CHUNK_BYTES)
+    except OSError as error:
+        raise SourceError(f"{source} cannot be read: {error.strerror}. Check the disk.") from error
+
+
+def _holds(output: Path, expected_id: str) -> bool:
+    try:
+        verify(output, expected_id=expected_id)
+    except (IntegrityError, IncompatibleError):
+        return False
+    return True
+
+
+def _write_plain(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(descriptor, data, 0)
+        os.fchmod(descriptor, 0o644)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _settle(staging: Path) -> None:
+    """Make every folder durable, with a mode that does not depend on the umask, the deepest first."""
+    for folder, _, _ in os.walk(staging, topdown=False):
+        os.chmod(folder, 0o755)
+        sync_directory(Path(folder))

@@ -1,0 +1,64 @@
+"""The one exception tree: every message says what is wrong, where, and what to do about it.
+
+`exit_code` is what the command line returns for the error (0 is success; 130 and 143 are interruptions).
+"""
+
+from __future__ import annotations
+
+
+class VlmbuildError(Exception):
+    """Base of every error that vlmbuild raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(VlmbuildError, ValueError):
+    """An option, a recipe or an argument is not valid."""
+
+    exit_code = 2
+
+
+class SourceError(VlmbuildError):
+    """A checkpoint cannot be used: unknown architecture, missing, truncated or foreign files, wrong shapes."""
+
+
+class CaptureError(VlmbuildError):
+    """The model could not be traced into a graph that is dynamic in the promised dimensions."""
+
+
+class PassError(VlmbuildError):
+    """A graph pass broke its contract, or a required pass matched nothing."""
+
+
+class BatchError(VlmbuildError, ValueError):
+    """A batch contradicts itself, for example image tokens that differ from image features."""
+
+
+class DeviceError(VlmbuildError):
+    """A device or dtype is asked for that this machine or this build does not have."""
+
+
+class ArtifactError(VlmbuildError):
+    """Something is wrong with an artifact on disk, or with the place it is written to."""
+
+
+class OutputError(ArtifactError):
+    """The output cannot be written: it exists, there is no space, the parent is missing."""
+
+
+class IntegrityError(ArtifactError):
+    """An artifact's files are not what its manifest says: changed, missing, extra, swapped, or not plain files."""
+
+    exit_code = 3
+
+
+class TrustError(ArtifactError):
+    """An artifact holds code, and the caller has not said that it is trusted."""
+
+    exit_code = 4
+
+
+class IncompatibleError(ArtifactError):
+    """An artifact needs another version, operator or device than is here."""
+
+    exit_code = 5

@@ -1,0 +1,29 @@
+"""The project's own operators: importing this package registers them with torch.
+
+Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels.
+"""
+
+from __future__ import annotations
+
+from vlmbuild.ops import attention, attention_lowered, linear_4bit, mrope
+
+__all__ = ["OPERATORS", "attention", "attention_lowered", "linear_4bit", "mrope"]
+
+OPERATORS: tuple[str, ...] = (
+    "vlmbuild::attention",
+    "vlmbuild::attention_auto",
+    "vlmbuild::attention_auto_backward",
+    "vlmbuild::attention_auto_forward",
+    "vlmbuild::attention_backward",
+    "vlmbuild::attention_sdpa",
+    "vlmbuild::attention_sdpa_backward",
+    "vlmbuild::attention_sdpa_forward",
+    "vlmbuild::attention_triton",
+    "vlmbuild::attention_triton_backward",
+    "vlmbuild::attention_triton_forward",
+    "vlmbuild::linear_4bit",
+    "vlmbuild::linear_4bit_backward",
+    "vlmbuild::mrope_cos_sin",
+    "vlmbuild::mrope_rotate",
+)
+"""Every registered operator, by qualified name: what a loaded graph may call besides torch's own."""

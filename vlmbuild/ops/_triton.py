@@ -1,0 +1,25 @@
+"""What every Triton launcher needs: may Triton run on this tensor, and compile-time constants."""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+
+from vlmbuild.errors import DeviceError
+
+# Decided by TRITON_INTERPRET when triton is first imported; the interpreter runs kernels on CPU tensors.
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+
+
+def require_device(operator: str, tensor: Tensor) -> None:
+    """Raise DeviceError unless Triton can run on the tensor's device."""
+    if not tensor.is_cuda and not INTERPRET:
+        raise DeviceError(
+            f"{operator}: the Triton kernel needs a CUDA tensor, got one on {tensor.device}; "
+            "use the 'sdpa' or 'auto' implementation there"
+        )
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least` (a tile's side must be one)."""
+    return max(least, 1 << (n - 1).bit_length())

@@ -1,0 +1,219 @@
+"""Attention as one operator: padding, packed segments, causal order and grouped queries without an S x T mask.
+
+`vlmbuild::attention` says what is meant, and its eager form is the dense reference. `attention_sdpa`,
+`attention_triton` and `attention_auto` have the same signature and meaning, and are what a lowering pass puts in its
+place. Each is a thin composite over a forward that also returns the log-sum-exp of every row, which the backward needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import UsageError
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? bias"
+_OPTIONS = "bool causal, float scale"
+SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor"
+FORWARD_SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor logsumexp)"
+BACKWARD_SCHEMA = (
+    f"(Tensor grad, {_INPUTS}, Tensor out, Tensor logsumexp, {_OPTIONS}) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise UsageError unless the shapes fit `vlmbuild::attention`."""
+    problem = _shape_problem(query, key, value) or _mask_problem(query, key, key_mask, cu_seqlens, bias)
+    if problem:
+        raise UsageError(
+            f"attention: {problem}; query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+
+
+def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        return "query is [B, Hq, S, D], key and value are [B, Hkv, T, D]"
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return "batch and head dimension of query and key differ"
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        return "the query heads are not a multiple of the key heads"
+    return None
+
+
+def _mask_problem(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None
+) -> str | None:
+    batch, heads, length, _ = query.shape
+    if key_mask is not None and (key_mask.shape != (batch, key.shape[2]) or key_mask.is_floating_point()):
+        return f"key_mask is bool or integer [B, T], not {key_mask.dtype} {tuple(key_mask.shape)}"
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or batch != 1 or length != key.shape[2]):
+        return "cu_seqlens is [segments + 1] and needs B == 1 and S == T"
+    if bias is not None:
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        full = (batch, heads, length, key.shape[2])
+        if bias.dim() > 4 or any(have != 1 and have != want for have, want in zip(shape, full, strict=True)):
+            return f"bias of shape {tuple(bias.shape)} does not broadcast to {full}"
+    return None
+
+
+def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First and last-plus-one key of every row, from segment bounds: int32 `[S]`; (0, 0) for rows past the end."""
+    bounds = cu_seqlens.to(torch.int64)
+    rows = torch.arange(length, device=cu_seqlens.device)
+    after = torch.searchsorted(bounds, rows, right=True)
+    inside = (after > 0) & (after < bounds.shape[0])
+    end = torch.where(inside, bounds[after.clamp(max=bounds.shape[0] - 1)], 0)
+    start = torch.where(inside, bounds[(after - 1).clamp(min=0)], 0)
+    return start.to(torch.int32), end.to(torch.int32)
+
+
+def allowed_keys(
+    length: int, keys: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, causal: bool, device: torch.device
+) -> Tensor:
+    """Boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of what the operator's arguments say."""
+    i = torch.arange(length, device=device).unsqueeze(1)
+    j = torch.arange(keys, device=device).unsqueeze(0)
+    allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+    if causal:
+        allowed = allowed & (j <= i + (keys - length))
+    if cu_seqlens is not None:
+        start, end = row_ranges(cu_seqlens, length)
+        allowed = allowed & (j >= start.unsqueeze(1)) & (j < end.unsqueeze(1))
+    if key_mask is not None:
+        allowed = allowed & (key_mask != 0)[:, None, None, :]
+    return allowed
+
+
+def _probabilities(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None,
+    causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """Softmax over allowed keys, `[B, Hq, S, T]` in at least float32; key already has the query's heads."""
+    scores = (query @ key.transpose(-1, -2)) * scale
+    allowed = allowed_keys(query.shape[2], key.shape[2], key_mask, cu_seqlens, causal, query.device)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+        allowed = allowed & (scores != float("-inf"))
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    # A row without keys is NaN after softmax; all of it is masked, so this makes it zero.
+    return scores.softmax(dim=-1).masked_fill(~allowed, 0.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """Softmax attention in float32 with a dense mask: the meaning of the operator.
+
+    Args:
+        query: `[B, Hq, S, D]`.
+        key: `[B, Hkv, T, D]` where Hkv divides Hq.
+        value: like `key`.
+        key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
+        cu_seqlens: integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
+            empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
+        bias: added to the scaled scores; broadcasts to `[B, Hq, S, T]`.
+        causal: key j is seen by query i only where `j <= i + T - S`.
+        scale: factor on the scores.
+
+    Returns:
+        `[B, S, Hq, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
+
+    Raises:
+        UsageError: shapes do not fit.
+    """
+    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    groups = query.shape[1] // key.shape[1]
+    wide_key = _wide(key).repeat_interleave(groups, dim=1)
+    wide_value = _wide(value).repeat_interleave(groups, dim=1)
+    probabilities = _probabilities(_wide(query), wide_key, key_mask, cu_seqlens, bias, causal, scale)
+    return (probabilities @ wide_value).transpose(1, 2).to(query.dtype).contiguous()
+
+
+def attention_reference_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients for query, key, value and bias, from the inputs alone: the probabilities are computed again."""
+    batch, heads, _, dim = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    wide_query, wide_grad = _wide(query), _wide(grad).transpose(1, 2)
+    wide_key = _wide(key).repeat_interleave(groups, dim=1)
+    wide_value = _wide(value).repeat_interleave(groups, dim=1)
+    p = _probabilities(wide_query, wide_key, key_mask, cu_seqlens, bias, causal, scale)
+    grad_p = wide_grad @ wide_value.transpose(-1, -2)
+    grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
+    per_group = (batch, kv_heads, groups, keys, dim)
+    grad_query = (grad_scores @ wide_key) * scale
+    grad_key = (grad_scores.transpose(-1, -2) @ wide_query).view(per_group).sum(2) * scale
+    grad_value = (p.transpose(-1, -2) @ wide_grad).view(per_group).sum(2)
+    grad_bias = None if bias is None else grad_scores.sum_to_size(bias.shape).to(bias.dtype)
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias
+
+
+@torch.library.custom_op("vlmbuild::attention", mutates_args=(), schema=SCHEMA)
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """See `attention_reference`. Differentiable in query, key, value and bias."""
+    return attention_reference(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+
+
+@attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    batch, heads, length, dim = query.shape
+    return query.new_empty((batch, length, heads, dim))
+
+
+@torch.library.custom_op(
+    "vlmbuild::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_INPUTS}, {_OPTIONS}) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+)
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `attention_reference_backward`; without a bias its gradient is empty."""
+    grads = attention_reference_backward(grad, query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+    grad_bias = query.new_empty(0) if grads[3] is None else grads[3]
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), grad_bias.contiguous()
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    backward = torch.ops.vlmbuild.attention_backward.default
+    grad_query, grad_key, grad_value, grad_bias = backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
+    return grad_query, grad_key, grad_value, None, None, grad_bias if ctx.needs_input_grad[5] else None, None, None
+
+
+attention.register_autograd(_backward, setup_context=_context)

@@ -1,0 +1,208 @@
+"""Outline repeated blocks: from one long graph per variant to regions that are called, one graph for all equal blocks.
+
+Blocks are found by `nn_module_stack` (a numbered child of a `ModuleList`), the cut itself is
+`torch.fx.passes.split_module`. Everything between blocks becomes a region of its own with the single instance "".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from vlmbuild.capture import Trace
+from vlmbuild.clean import inline_no_grad
+from vlmbuild.errors import CaptureError
+from vlmbuild.families import Family
+from vlmbuild.graph_text import region_text
+from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join
+
+aten = torch.ops.aten
+
+
+def outline(
+    family: Family,
+    geometry: Geometry,
+    ties: dict[str, str],
+    traces: Mapping[str, Trace],
+) -> Program:
+    """Build the program of all variants.
+
+    Args:
+        family: For the roles of parameters.
+        geometry: Handed on to the program.
+        ties: Alias -> parameter.
+        traces: Variant name -> what `capture` made of it.
+
+    Raises:
+        CaptureError: The graph does not decompose (a block feeds an earlier one).
+    """
+    program = Program(family.name, geometry, {}, {}, ties)
+    for name, trace in traces.items():
+        _Outliner(program, family, trace).add_variant(name)
+    return program
+
+
+class _Outliner:
+    """Adds one variant to a program, sharing regions that are already there."""
+
+    def __init__(self, program: Program, family: Family, trace: Trace) -> None:
+        self.program = program
+        self.family = family
+        self.trace = trace
+        self.module = trace.exported.graph_module
+        self.slot_names: dict[str, tuple[str, str]] = {}
+        for spec in trace.exported.graph_signature.input_specs:
+            if spec.target is not None:
+                kind = "parameter" if spec.kind == InputKind.PARAMETER else "buffer" if spec.persistent else "constant"
+                self.slot_names[spec.arg.name] = (program.ties.get(spec.target, spec.target), kind)
+
+    def add_variant(self, name: str) -> None:
+        inline_no_grad(self.module)  # a region of its own would be cut off from its neighbours otherwise
+        owners = _partition(self.module)
+        split = split_module(self.module, None, lambda node: owners[node][0], keep_original_order=True)  # type: ignore[arg-type]
+        blocks = {f"submod_{index}": block for index, block in owners.values()}
+        values: dict[Node, tuple[str | None, ...]] = {}
+        calls: list[Call] = []
+        for node in split.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = (node.name,)
+            elif node.op == "call_function":  # getitem of a call with several results
+                source, index = node.args
+                values[node] = (values[source][index],)
+            elif node.op == "call_module":
+                body = getattr(split, node.target)
+                tensors = _drop_size_results(body)
+                region, kept = self._region(body, blocks[node.target])
+                arguments = tuple(values[node.args[index]][0] for index in kept)
+                count = sum(tensors)
+                outputs = tuple(f"v{len(calls)}.{index}" if count > 1 else f"v{len(calls)}" for index in range(count))
+                calls.append(Call(region, blocks[node.target], arguments, outputs))
+                remaining = iter(outputs)
+                values[node] = tuple(next(remaining) if tensor else None for tensor in tensors)
+        (returned,) = split.graph.output_node().args[0]
+        self.program.variants[name] = Variant(self.trace.inputs, tuple(calls), values[returned][0])
+
+    def _region(self, body: GraphModule, block: str) -> tuple[str, list[int]]:
+        """The region of a piece (an equal one, or a new one), and which of the piece's arguments are activations."""
+        _localise_sizes(body)
+        body.graph.eliminate_dead_code()
+        placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+        slots = tuple(self._slot(node, block) for node in placeholders if node.name in self.slot_names)
+        kept = [
+            index for index, node in enumerate(placeholders) if node.name not in self.slot_names and node.users
+        ]
+        _order_placeholders(body, [n for n in placeholders if n.name in self.slot_names], [placeholders[i] for i in kept])
+        region = Region(self._name(block, slots), body, slots, (block,), dimensions=self.trace.dimensions)
+        text = region_text(region)
+        for other in self.program.regions.values():
+            same_list = other.instances[0].rpartition(".")[0] == block.rpartition(".")[0]
+            if same_list and region_text(other) == text:
+                if block not in other.instances:
+                    other.instances += (block,)
+                return other.name, kept
+        region.name = _unused(region.name, self.program.regions)
+        self.program.regions[region.name] = region
+        return region.name, kept
+
+    def _slot(self, node: Node, block: str) -> Slot:
+        name, kind = self.slot_names[node.name]
+        value = node.meta["val"]
+        if block and not name.startswith(f"{block}."):
+            raise CaptureError(f"Block {block} uses the parameter {name} of another module; such models are not supported.")
+        relative = name.removeprefix(f"{block}.") if block else name
+        dtype = COMPUTE_DTYPE if kind == "parameter" else value.dtype
+        return Slot(relative, tuple(value.shape), dtype, kind, self.family.role(name))  # type: ignore[arg-type]
+
+    def _name(self, block: str, slots: tuple[Slot, ...]) -> str:
+        """The list's path for blocks; for what lies between, the module of its first parameter."""
+        path = block.rpartition(".")[0] if block else slots[0].name.rpartition(".")[0] if slots else "glue"
+        return path.removeprefix("model.")
+
+
+def _partition(module: GraphModule) -> dict[Node, tuple[int, str]]:
+    """(partition number, block path or "") of every computing node. Numbers never fall along the node order, and node
+    order is topological, so the pieces form a straight line."""
+    owners: dict[Node, tuple[int, str]] = {}
+    number, current = 0, ""
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        block = _block_of(node)
+        if block != current:
+            number, current = number + 1, block
+        owners[node] = (number, block)
+    return owners
+
+
+def _block_of(node: Node) -> str:
+    """Path of the outermost repeated block that made the node. A `ModuleList` is never called, so it is the missing
+    parent in the stack of calls; a numbered child of a called parent belongs to an `nn.Sequential` and is no block."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        if leaf.isdigit() and parent not in paths:
+            return str(path)
+    return ""
+
+
+def _drop_size_results(body: GraphModule) -> list[bool]:
+    """Make the piece return a tuple of its tensors only; returns which of its former results they are. Readers of a size
+    take it from their own tensors (`_localise_sizes`)."""
+    output = body.graph.output_node()
+    results = [output.args[0]] if isinstance(output.args[0], Node) else list(output.args[0])  # type: ignore[arg-type]
+    tensors = [isinstance(node.meta["val"], torch.Tensor) for node in results]
+    output.args = (tuple(node for node, tensor in zip(results, tensors, strict=True) if tensor),)
+    return tensors
+
+
+def _localise_sizes(body: GraphModule) -> None:
+    """Make sizes come from the piece's own activations, first one first: equal blocks then have equal graphs, wherever the
+    traced graph happened to read a size, and no integer crosses a region's border."""
+    tensors = [n for n in body.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    known: dict[str, Node] = {}
+    for node in list(body.graph.nodes):
+        size = node.meta.get("val")
+        if not isinstance(size, torch.SymInt) or not (node.op == "placeholder" or node.target is aten.sym_size.int):
+            continue
+        key = str(size)
+        if key not in known:
+            known[key] = _size_node(body, tensors, key)
+            known[key].meta["val"] = size
+        node.replace_all_uses_with(known[key])
+        if node.op != "placeholder":
+            body.graph.erase_node(node)
+
+
+def _size_node(body: GraphModule, tensors: list[Node], key: str) -> Node:
+    for tensor in tensors:
+        for axis, size in enumerate(tensor.meta["val"].shape):
+            if str(size) == key:
+                with body.graph.inserting_after(next(n for n in reversed(body.graph.nodes) if n.op == "placeholder")):
+                    return body.graph.call_function(aten.sym_size.int, (tensor, axis))
+    raise CaptureError(f"A block needs the size {key}, which none of its inputs has.")
+
+
+def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[Node]) -> None:
+    """Slots first, then the activations that are used; each group keeps its order of first use."""
+    anchor = next(iter(body.graph.nodes))
+    for node in reversed([*slots, *activations]):
+        if node is not anchor:
+            anchor.prepend(node)
+            anchor = node
+    wanted = {*slots, *activations}
+    for node in [n for n in body.graph.nodes if n.op == "placeholder" and n not in wanted]:
+        body.graph.erase_node(node)
+    body.recompile()
+
+
+def _unused(name: str, taken: Mapping[str, Region]) -> str:
+    number = 2
+    candidate = name
+    while candidate in taken:
+        candidate, number = f"{name}_{number}", number + 1
+    return candidate

@@ -1,0 +1,215 @@
+"""Programs as plain JSON values and back: operators from an allow-list, integers, booleans and strings; nothing is evaluated.
+
+Floats are written as `float.hex()` strings, since canonical JSON holds no floats.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+import vlmbuild.ops
+from vlmbuild.errors import IncompatibleError
+from vlmbuild.graph_text import dataflow_order, target_name
+from vlmbuild.program import (
+    COMPUTE_DTYPE,
+    Call,
+    Geometry,
+    Input,
+    Program,
+    Region,
+    Role,
+    Rotary,
+    Slot,
+    SlotKind,
+    Variant,
+    WeightRecipe,
+)
+
+SCHEMA = "vlmbuild.program/1"
+
+_ATEN = (
+    "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default", "expand.default",
+    "ge.Scalar", "gelu.default", "index.Tensor", "layer_norm.default", "linear.default", "mean.dim", "movedim.int",
+    "mul.Tensor", "neg.default", "permute.default", "pow.Tensor_Scalar", "reshape.default", "rsqrt.default",
+    "select.int", "sigmoid.default", "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default",
+    "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int", "unbind.int", "unsqueeze.default",
+    "view.default", "where.self",
+)  # fmt: skip
+OPERATORS: dict[str, Any] = {
+    "getitem": operator.getitem,
+    **{f"aten.{name}": getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in _ATEN},
+    **{
+        f"{name.replace('::', '.')}.default": getattr(torch.ops.vlmbuild, name.removeprefix("vlmbuild::")).default
+        for name in vlmbuild.ops.OPERATORS
+    },
+}
+"""All that a stored graph may call."""
+
+_DTYPES = {
+    "compute": COMPUTE_DTYPE,
+    "float32": torch.float32,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def to_json(program: Program) -> dict[str, Any]:
+    """Plain values of a program.
+
+    Raises:
+        IncompatibleError: A graph uses an operator or a value that has no place in a stored program.
+    """
+    return {
+        "schema": SCHEMA,
+        "family": program.family,
+        "rotary": [
+            {"head_dim": rotary.head_dim, "sections": list(rotary.sections), "shared": rotary.shared}
+            for rotary in program.geometry.rotary
+        ],
+        "ties": program.ties,
+        "variants": {name: _variant_json(variant) for name, variant in program.variants.items()},
+        "regions": [_region_json(region) for region in program.regions.values()],
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Program:
+    """The program of plain values; graphs have code but no shapes.
+
+    Raises:
+        IncompatibleError: The schema, an operator or a value is unknown, or something is malformed.
+    """
+    if values.get("schema") != SCHEMA:
+        raise IncompatibleError(f"The program has schema {values.get('schema')!r}; this vlmbuild reads {SCHEMA!r}.")
+    try:
+        rotary = tuple(Rotary(r["head_dim"], tuple(r["sections"]), r["shared"]) for r in values["rotary"])
+        regions = {entry["name"]: _region(entry) for entry in values["regions"]}
+        variants = {name: _variant(entry) for name, entry in values["variants"].items()}
+        return Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise IncompatibleError(f"The stored program is malformed: {type(error).__name__} {error}.") from error
+
+
+def _variant_json(variant: Variant) -> dict[str, Any]:
+    return {
+        "inputs": [
+            {"name": entry.name, "dtype": _DTYPE_NAMES[entry.dtype], "shape": list(entry.shape)}
+            for entry in variant.inputs
+        ],
+        "calls": [
+            {
+                "region": call.region,
+                "instance": call.instance,
+                "inputs": list(call.inputs),
+                "outputs": list(call.outputs),
+            }
+            for call in variant.calls
+        ],
+        "output": variant.output,
+    }
+
+
+def _variant(values: Mapping[str, Any]) -> Variant:
+    inputs = tuple(Input(e["name"], _DTYPES[e["dtype"]], tuple(e["shape"])) for e in values["inputs"])
+    calls = tuple(Call(c["region"], c["instance"], tuple(c["inputs"]), tuple(c["outputs"])) for c in values["calls"])
+    return Variant(inputs, calls, values["output"])
+
+
+def _region_json(region: Region) -> dict[str, Any]:
+    names = {node: index for index, node in enumerate([*region.placeholders(), *dataflow_order(region)])}
+    return {
+        "name": region.name,
+        "instances": list(region.instances),
+        "slots": [
+            {
+                "name": slot.name,
+                "shape": list(slot.shape),
+                "dtype": _DTYPE_NAMES[slot.dtype],
+                "kind": slot.kind,
+                "role": slot.role,
+            }
+            for slot in region.slots
+        ],
+        "recipes": [
+            {
+                "source": recipe.source,
+                "shape": list(recipe.shape),
+                "format": recipe.format,
+                "blocksize": recipe.blocksize,
+                "double_quant": recipe.double_quant,
+            }
+            for recipe in region.recipes
+        ],
+        "activations": len(region.placeholders()) - len(region.slots),
+        "nodes": [_node_json(node, names) for node in dataflow_order(region)],
+        "results": _encode(region.graph.graph.output_node().args[0], names),
+    }
+
+
+def _node_json(node: Node, names: dict[Node, int]) -> dict[str, Any]:
+    name = target_name(node)
+    if name not in OPERATORS:
+        raise IncompatibleError(
+            f"The operator {name} may not be stored: it is not among those that loading an artifact allows."
+        )
+    arguments = {"op": name, "args": _encode(node.args, names)}
+    return arguments | ({"kwargs": {k: _encode(v, names) for k, v in node.kwargs.items()}} if node.kwargs else {})
+
+
+def _encode(value: Any, names: dict[Node, int]) -> Any:
+    if isinstance(value, Node):
+        return {"node": names[value]}
+    if isinstance(value, list | tuple):
+        return [_encode(item, names) for item in value]
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, torch.dtype) and value in _DTYPE_NAMES:
+        return {"dtype": _DTYPE_NAMES[value]}
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise IncompatibleError(f"The value {value!r} in a graph cannot be stored.")
+
+
+def _region(values: Mapping[str, Any]) -> Region:
+    slots = tuple(_slot(entry) for entry in values["slots"])
+    graph = Graph()
+    nodes = [graph.placeholder(f"slot_{index}") for index in range(len(slots))]
+    nodes += [graph.placeholder(f"in_{index}") for index in range(int(values["activations"]))]
+    for entry in values["nodes"]:
+        if entry["op"] not in OPERATORS:
+            raise IncompatibleError(
+                f"The stored program calls {entry['op']!r}, which this vlmbuild does not allow. Rebuild the artifact."
+            )
+        arguments = tuple(_decode(value, nodes) for value in entry["args"])
+        keywords = {str(key): _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
+        nodes.append(graph.call_function(OPERATORS[entry["op"]], arguments, keywords))
+    graph.output(tuple(_decode(value, nodes) for value in values["results"]))
+    recipes = tuple(
+        WeightRecipe(r["source"], tuple(r["shape"]), r["format"], r["blocksize"], r["double_quant"])
+        for r in values["recipes"]
+    )
+    return Region(values["name"], GraphModule(nn.Module(), graph), slots, tuple(values["instances"]), recipes)
+
+
+def _slot(values: Mapping[str, Any]) -> Slot:
+    if values["kind"] not in get_args(SlotKind) or values["role"] not in get_args(Role):
+        raise IncompatibleError(f"The stored program has a slot of kind {values['kind']!r}, role {values['role']!r}.")
+    return Slot(values["name"], tuple(values["shape"]), _DTYPES[values["dtype"]], values["kind"], values["role"])
+
+
+def _decode(value: Any, nodes: list[Node]) -> Any:
+    if isinstance(value, dict):
+        ((kind, inner),) = value.items()
+        decoders = {"node": nodes.__getitem__, "float": float.fromhex, "dtype": _DTYPES.__getitem__}
+        return decoders[kind](inner)
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    return value

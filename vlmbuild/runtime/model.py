@@ -1,0 +1,219 @@
+"""The trainable model: a module tree with transformers' parameter names whose blocks share one graph each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+import torch.fx.experimental._config as symbolic_shapes
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlmbuild.families import Family
+from vlmbuild.program import Call, Program, Region, Slot, Variant, join
+from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
+
+
+class VisionLanguageModel(nn.Module, GenerationMixin):
+    """A program bound to weights.
+
+    `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
+    transformers' own generation. Under `torch.compile` each distinct region compiles once, for all instances, batch
+    shapes and image sizes.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, program: Program, family: Family, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            program: After its passes.
+            family: The program's family.
+            config: The transformers config.
+            tensors: Every slot of kind "parameter" or "buffer" by module name; constants come from the family.
+            dtype: The compute dtype.
+        """
+        super().__init__()
+        self.program = program
+        self.family = family
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.checkpointing = False
+        self._dtype = dtype
+        self._bound = {
+            name: BoundRegion(region, dtype, carried_activations(region, program.variants))
+            for name, region in program.regions.items()
+        }
+        self._add_instances()
+        constants = family.constants(config)
+        for name, slot in program.slots():
+            self.set_tensor(name, slot, constants[name] if slot.kind == "constant" else tensors[name])
+        self._tie()
+
+    # Tensors ------------------------------------------------------------------------------------------------------
+
+    def set_tensor(self, name: str, slot: Slot, tensor: Tensor) -> None:
+        """Register a slot's tensor under its name; floating weights follow the compute dtype."""
+        path, _, leaf = name.rpartition(".")
+        owner = _module_at(self, path)
+        tensor = tensor.to(self._dtype if is_compute(slot) else slot.dtype)
+        if slot.kind == "parameter":
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
+
+    def rebind(self, region: str) -> None:
+        """Take over a region's graph after a pass has changed it."""
+        self._bound[region].rebind(self._dtype)
+
+    def _add_instances(self) -> None:
+        for name, region in self.program.regions.items():
+            for instance in region.instances:
+                if instance:
+                    path, _, leaf = instance.rpartition(".")
+                    _module_at(self, path).add_module(leaf, RegionInstance(self._bound[name]))
+
+    def _tie(self) -> None:
+        for alias, name in self.program.ties.items():
+            path, _, leaf = alias.rpartition(".")
+            _module_at(self, path).register_parameter(leaf, self.get_parameter(name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to`, `.half`, `.cuda`, ...: tensors with a dtype of their own (frequencies, scales, adapters) keep it."""
+        fixed = {
+            self.get_parameter(name) if slot.kind == "parameter" else self.get_buffer(name)
+            for name, slot in self.program.slots()
+            if not is_compute(slot)
+        }
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor in fixed and converted.dtype != tensor.dtype:
+                return tensor.to(converted.device)
+            return converted
+
+        super()._apply(convert, recurse)
+        dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
+        if dtype != self._dtype:
+            self._dtype = dtype
+            for bound in self._bound.values():
+                bound.rebind(dtype)
+        return self
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable(recursive=False)
+    def forward(
+        self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, sequence) token ids; -100 is ignored. The shift by one place is done here.
+            num_items_in_batch: Divides the summed loss, for gradient accumulation; None averages over the labels.
+            **batch: The processor's output.
+
+        Returns:
+            `.loss` when labels are given, `.logits` (batch, sequence, vocabulary).
+
+        Raises:
+            BatchError: The batch contradicts itself; the message names the sample.
+        """
+        prepared = self.family.prepare(batch, self.config)
+        variant = self.program.variants[prepared.variant]
+        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
+        logits = self._run(variant, tensors)
+        loss = None
+        if labels is not None:
+            loss = ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def _run(self, variant: Variant, values: dict[str, Tensor]) -> Tensor:
+        """Call the regions in order. Every dimension may change from batch to batch, down to size one."""
+        for bound in self._bound.values():
+            bound.trainable = self.training
+        checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
+        with symbolic_shapes.patch(backed_size_oblivious=True):
+            for call in variant.calls:
+                arguments = tuple(values[name] for name in call.inputs)
+                for argument in arguments:
+                    _mark_dynamic(argument)
+                results = self._call(call, arguments, checkpointing)
+                values.update(zip(call.outputs, results, strict=True))
+        return values[variant.output]
+
+    def _call(self, call: Call, arguments: tuple[Tensor, ...], checkpointing: bool) -> tuple[Tensor, ...]:
+        if not call.instance:
+            return self._bound[call.region](self, arguments)
+        instance = self.get_submodule(call.instance)
+        if checkpointing:
+            results: tuple[Tensor, ...] = checkpoint(instance, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return results
+        return tuple(instance(*arguments))
+
+    # transformers' conventions --------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self._dtype
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Keep only the inputs of every block for backward, and compute the rest again. Options are not needed."""
+        self.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self.checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether blocks are computed again in backward."""
+        return self.checkpointing
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """transformers asks."""
+        return True
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **batch: Any) -> dict[str, Any]:
+        """Every step runs the whole sequence: this target has no key-value cache."""
+        kept = ("attention_mask", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        return {"input_ids": input_ids, **{key: batch[key] for key in kept if batch.get(key) is not None}}
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that takes a gradient."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def region_slots(region: Region) -> Iterator[tuple[str, Slot]]:
+    """(absolute name, slot) over the region's instances."""
+    return ((join(instance, slot.name), slot) for instance in region.instances for slot in region.slots)
+
+
+def _mark_dynamic(tensor: Tensor) -> None:
+    """Ask the compiler for symbols in all leading dimensions; sizes that the graph fixes are fixed by its own code."""
+    for axis in range(tensor.dim()):
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path; missing ones on the way are made."""
+    module = root
+    for part in path.split(".") if path else ():
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    return module

@@ -1,0 +1,117 @@
+"""Regions bound to a dtype, and the modules that call them with their own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
+
+
+class BoundRegion:
+    """A region with a compute dtype: one graph module for all instances, so that it is compiled once.
+
+    Args:
+        region: From a program.
+        dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
+        carried: Which activations are results of another instance of the region.
+        dynamic: Which dimensions of every activation change from batch to batch; None before the first call.
+    """
+
+    def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...]) -> None:
+        self.region = region
+        self.carried = carried
+        self.trainable = False
+        self.rebind(dtype)
+
+    def rebind(self, dtype: torch.dtype) -> None:
+        """Build the graph module anew, after a pass or for another dtype."""
+        graph = Graph()
+        values: dict[Node, Node] = {}
+        for node in self.region.graph.graph.nodes:
+            copied = graph.node_copy(node, values.__getitem__)
+            copied.args = _with_dtype(copied.args, dtype)
+            copied.kwargs = _with_dtype(copied.kwargs, dtype)
+            copied.meta = {}
+            values[node] = copied
+        self.graph = GraphModule(nn.Module(), graph, class_name="Region")
+        names = [slot.name for slot in self.region.slots]
+        self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = _getter(names)
+
+    def __call__(self, owner: nn.Module, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the graph with the owner's tensors.
+
+        In training, a carried activation that needs no gradient yet (the first layer's, above frozen embeddings) is made
+        to need one: all instances then look alike to autograd, to checkpointing, and to the compiler.
+        """
+        if self.trainable and torch.is_grad_enabled():
+            activations = tuple(
+                value.detach().requires_grad_() if index in self.carried and not value.requires_grad else value
+                for index, value in enumerate(activations)
+            )
+        results: tuple[Tensor, ...] = self.graph.forward(*self.tensors_of(owner), *activations)
+        return results
+
+
+class RegionInstance(nn.Module):
+    """One repeated block: the parameters of an instance, under transformers' names, and the graph that all share.
+
+    It is the unit of gradient checkpointing and of sharding.
+    """
+
+    def __init__(self, bound: BoundRegion) -> None:
+        super().__init__()
+        self.bound = bound
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *activations: Tensor) -> tuple[Tensor, ...]:
+        return self.bound(self, activations)
+
+    def extra_repr(self) -> str:
+        return f"region={self.bound.region.name}"
+
+
+def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[int, ...]:
+    """Places of a region's activations that come from another call of the same region."""
+    places = set()
+    for variant in variants.values():
+        produced = {value for call in variant.calls if call.region == region.name for value in call.outputs}
+        for call in variant.calls:
+            if call.region == region.name:
+                places |= {place for place, value in enumerate(call.inputs) if value in produced}
+    return tuple(sorted(places))
+
+
+def is_compute(slot: Slot) -> bool:
+    """Whether a slot's tensor follows the compute dtype."""
+    return slot.dtype == COMPUTE_DTYPE
+
+
+def _getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
+    if not names:
+        return lambda _owner: ()
+    get = attrgetter(*names)
+    return (lambda owner: (get(owner),)) if len(names) == 1 else get
+
+
+def _with_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return torch.fx.map_arg(value, lambda node: node) if not _holds(value) else _replace(value, dtype)
+
+
+def _holds(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds(item) for item in value.values())
+    return value is COMPUTE_DTYPE or (isinstance(value, list | tuple) and any(_holds(item) for item in value))
+
+
+def _replace(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {key: _replace(item, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replace(item, dtype) for item in value)
+    return dtype if value is COMPUTE_DTYPE else value

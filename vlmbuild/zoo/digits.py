@@ -1,0 +1,94 @@
+"""Handwritten digits on canvases of varying size and shape: the data of the zoo checkpoints and of the demo.
+
+The glyphs are scikit-learn's copy of the UCI optical digits set (see `digits.LICENSE`). A sample is a white canvas with
+one to four digits in reading order, and the digits. Glyphs are split once and for all into a training part and a held-out
+part, so that no held-out canvas shows a glyph that was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPLIT_SEED = 0
+HELD_OUT_FRACTION = 0.15
+LAYOUTS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (2, 3), (3, 2))
+"""(rows, columns) of cells; digits fill them row by row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One canvas (RGB), the digits on it in reading order, and their centres as fractions (x, y) of width and height."""
+
+    image: Image.Image
+    digits: tuple[int, ...]
+    centres: tuple[tuple[float, float], ...]
+
+
+class Digits:
+    """A reproducible stream of samples.
+
+    Args:
+        split: "train" or "held_out".
+        seed: Two streams with the same split and seed yield the same samples.
+        augment: Rotate, scale and shade the glyphs (training only; held-out glyphs are drawn as they are).
+    """
+
+    def __init__(self, split: str, seed: int, *, augment: bool = False) -> None:
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as data:
+            images, labels = data["images"], data["labels"]
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
+        held_out = int(len(labels) * HELD_OUT_FRACTION)
+        chosen = {"train": order[held_out:], "held_out": order[:held_out]}[split]
+        self.images, self.labels = images[chosen], labels[chosen]
+        self.random = np.random.default_rng(seed)
+        self.augment = augment
+
+    def take(self, count: int) -> list[Sample]:
+        """The next `count` samples."""
+        return [self._sample() for _ in range(count)]
+
+    def _sample(self) -> Sample:
+        random = self.random
+        count = int(random.integers(1, 5))
+        fitting = [shape for shape in LAYOUTS if shape[0] * shape[1] >= count > (shape[0] - 1) * shape[1]]
+        rows, columns = fitting[random.integers(len(fitting))]
+        cell_height, cell_width = (int(side) for side in random.integers(30, 41, 2))
+        height, width = (
+            cells * side + int(random.integers(4, 25))
+            for cells, side in ((rows, cell_height), (columns, cell_width))
+        )
+        canvas = np.full((max(height, 40), max(width, 40)), 255, np.uint8)
+        top = int(random.integers(0, canvas.shape[0] - rows * cell_height + 1))
+        left = int(random.integers(0, canvas.shape[1] - columns * cell_width + 1))
+        chosen = random.integers(len(self.labels), size=count)
+        centres = []
+        for place, glyph in enumerate(chosen):
+            ink = self._ink(self.images[glyph])
+            row, column = divmod(place, columns)
+            y = top + row * cell_height + int(random.integers(0, cell_height - ink.shape[0] + 1))
+            x = left + column * cell_width + int(random.integers(0, cell_width - ink.shape[1] + 1))
+            region = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
+            np.minimum(region, 255 - ink, out=region)
+            centres.append(((x + ink.shape[1] / 2) / canvas.shape[1], (y + ink.shape[0] / 2) / canvas.shape[0]))
+        digits = tuple(int(self.labels[glyph]) for glyph in chosen)
+        return Sample(Image.fromarray(canvas).convert("RGB"), digits, tuple(centres))
+
+    def _ink(self, glyph: np.ndarray) -> np.ndarray:
+        """The 8 x 8 glyph (0..16) as a 24..30 pixel image of ink (0..255)."""
+        side = int(self.random.integers(24, 31))
+        ink = Image.fromarray((glyph * 15.9375).astype(np.uint8))
+        if not self.augment:
+            return np.asarray(ink.resize((side, side), Image.Resampling.BILINEAR))
+        random = self.random
+        angle, shear, stretch = random.uniform(-0.22, 0.22), random.uniform(-0.15, 0.15), random.uniform(0.88, 1.18, 2)
+        cos, sin = np.cos(angle) * stretch[0], np.sin(angle) * stretch[1]
+        scale, middle = 8 / side, side / 2
+        a, b, d, e = cos * scale, (shear - sin) * scale, sin * scale, np.cos(angle) * stretch[1] * scale
+        shift = random.uniform(-0.5, 0.5, 2)
+        c, f = 4 - a * middle - b * middle + shift[0], 4 - d * middle - e * middle + shift[1]
+        drawn = ink.transform((side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
+        return (np.asarray(drawn) * random.uniform(0.75, 1.0)).astype(np.uint8)

@@ -20,7 +20,8 @@ def test_only_abandoned_ones_of_the_same_output_go(tmp_path, monkeypatch):
     head = f".art.staging-{staging._host()}-{staging._boot()}"
     gone = tmp_path / f"{head}-{pid}-{start}-{'0' * 12}"
     reused = tmp_path / f"{head}-{os.getpid()}-1-{'0' * 12}"  # the process id lives again in another process
-    rebooted = tmp_path / f".art.staging-{staging._host()}-{'0' * 8}-{os.getpid()}-1-{'0' * 12}"
+    now = staging._start_time(os.getpid())
+    rebooted = tmp_path / f".art.staging-{staging._host()}-{'0' * 8}-{os.getpid()}-{now}-{'0' * 12}"
     elsewhere = tmp_path / f".art.staging-{'0' * 8}-{'0' * 8}-{pid}-1-{'0' * 12}"
     other = tmp_path / f"{head.replace('art', 'art2')}-{pid}-{start}-{'0' * 12}"
     users = tmp_path / ".art.staging-notes"

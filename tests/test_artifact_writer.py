@@ -141,11 +141,13 @@ def test_two_builders(tmp_path, monkeypatch, atomic):
 
 
 def test_something_of_the_users_appears_before_overwriting(tmp_path):
-    with pytest.raises(OutputError, match="not a vlmbuild artifact"):
-        with ArtifactWriter(tmp_path / "art", overwrite=True) as writer:
-            (tmp_path / "art").mkdir()
-            (tmp_path / "art/thesis.tex").write_text("x")
-            writer.publish(name="m", target="trainable")
+    with (
+        pytest.raises(OutputError, match="not a vlmbuild artifact"),
+        ArtifactWriter(tmp_path / "art", overwrite=True) as writer,
+    ):
+        (tmp_path / "art").mkdir()
+        (tmp_path / "art/thesis.tex").write_text("x")
+        writer.publish(name="m", target="trainable")
     assert (tmp_path / "art/thesis.tex").read_text() == "x"
 
 
@@ -203,9 +205,11 @@ def test_a_source_that_cannot_be_read_to_its_end(tmp_path, monkeypatch):
 
     (tmp_path / "source").write_bytes(b"x")
     monkeypatch.setattr(os, "read", broken)
-    with pytest.raises(SourceError, match="source cannot be read: Input/output error"):
-        with ArtifactWriter(tmp_path / "art") as writer:
-            writer.copy(tmp_path / "source", "x", "processor")
+    with (
+        pytest.raises(SourceError, match="source cannot be read: Input/output error"),
+        ArtifactWriter(tmp_path / "art") as writer,
+    ):
+        writer.copy(tmp_path / "source", "x", "processor")
 
 
 def test_space_is_checked_ahead(tmp_path):

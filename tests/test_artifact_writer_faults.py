@@ -1,4 +1,4 @@
-"""Faults while writing: a failing call, a full disk, a kill or a signal at any step leave the old artifact or the new."""
+"""Faults while writing: a failing call, a full disk, a kill or a signal leave the old artifact or the new one."""
 
 from __future__ import annotations
 

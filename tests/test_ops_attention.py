@@ -103,6 +103,17 @@ def test_bias_over_packed_segments(name: str) -> None:
     check(name, (*tensors(1, 2, 2, 8, 8), None, cu_seqlens, torch.randn(1, 2, 8, 8), False, SCALE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_the_lowest_number_is_even_and_a_row_of_minus_infinity_is_zero(name: str, dtype: torch.dtype) -> None:
+    query, key, value = (x.detach().to(dtype) for x in tensors(1, 2, 2, 3, 5))
+    bias = torch.zeros(1, 1, 3, 5)
+    bias[0, 0, 1], bias[0, 0, 2] = torch.finfo(torch.float32).min, float("-inf")
+    out = getattr(OPS, name)(query, key, value, None, None, bias, False, SCALE)
+    torch.testing.assert_close(out[0, 1].float(), value[0].float().mean(1), atol=1e-2, rtol=0)
+    assert out[0, 2].eq(0).all()
+
+
 def test_bias_gradient_of_the_reference() -> None:
     for shape in ((2, 4, 7, 7), (2, 1, 1, 7), (7, 7)):
         bias = torch.randn(shape, requires_grad=True)

@@ -68,7 +68,7 @@ def test_ragged_shapes(out: int, wide: int, blocksize: int, quant_type: str, nes
 
     The same values as one long row of whole blocks, padded with zeros, are the ground truth.
     """
-    buffers, state = quantize(torch.randn(out, wide), blocksize, quant_type, nested)
+    buffers, _ = quantize(torch.randn(out, wide), blocksize, quant_type, nested)
     values = out * wide
     blocks = -(-values // blocksize)
     padded = torch.zeros(blocks * blocksize // 2, dtype=torch.uint8)

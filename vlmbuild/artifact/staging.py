@@ -34,8 +34,8 @@ def remove_abandoned(output: Path) -> None:
     pattern = re.compile(re.escape(_prefix(output)) + r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}")
     for path in output.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match and not path.is_symlink() and _is_abandoned(match):
-            shutil.rmtree(path, ignore_errors=True)
+        if match and _is_abandoned(match):
+            shutil.rmtree(path, ignore_errors=True)  # which leaves a link alone
 
 
 def _prefix(output: Path) -> str:

@@ -107,7 +107,9 @@ def _mask(
     additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
     additive = additive.masked_fill_(~allowed, float("-inf"))
     if bias is not None:
-        additive = additive + bias.to(query.dtype)
+        # The lowest float32, which masks often hold, must not turn into -inf: softmax of a row of it is even, not zero.
+        finite = bias.clamp(min=torch.finfo(query.dtype).min)
+        additive = additive + torch.where(bias == float("-inf"), bias, finite).to(query.dtype)
     return additive.expand(batch, additive.shape[1], length, keys), False
 
 
@@ -133,14 +135,13 @@ def sdpa_forward(
     """`attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
     check_attention(query, key, value, key_mask, cu_seqlens, bias)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
-    logsumexp = logsumexp_like(query)
     if query.numel() == 0 or key.numel() == 0:
-        return _rows_first(query).transpose(1, 2), logsumexp
+        return _rows_first(query).transpose(1, 2), logsumexp_like(query)
     if cu_seqlens is None:
         (call,) = _calls(query, key, key_mask, None, bias, causal)
         result, rows = _run_forward(query, key, value, call, scale)
-        return result.transpose(1, 2).contiguous(), logsumexp if rows is None else rows
-    out = _rows_first(query)
+        return result.transpose(1, 2).contiguous(), logsumexp_like(query) if rows is None else rows
+    out, logsumexp = _rows_first(query), logsumexp_like(query)
     for call in _calls(query, key, key_mask, cu_seqlens, bias, causal):
         result, rows = _run_forward(call.part(query), call.part(key), call.part(value), call, scale)
         call.part(out).copy_(result)

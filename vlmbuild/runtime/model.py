@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, GenerationMixin
@@ -15,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.families import Family
 from vlmbuild.program import Call, Program, Region, Slot, Variant, join
+from vlmbuild.runtime.compiler import Compiler, suspend
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 
 
@@ -126,37 +126,42 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         Raises:
             BatchError: The batch contradicts itself; the message names the sample.
         """
-        prepared = self.family.prepare(batch, self.config)
-        variant = self.program.variants[prepared.variant]
-        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
-        logits = self._run(variant, tensors)
-        loss = None
-        if labels is not None:
-            loss = ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        compiler = suspend(None)
+        try:
+            prepared = self.family.prepare(batch, self.config)
+            variant = self.program.variants[prepared.variant]
+            tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
+            logits = self._run(variant, tensors, compiler)
+            loss = None
+            if labels is not None:
+                loss = ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+        finally:
+            suspend(compiler)
 
-    def _run(self, variant: Variant, values: dict[str, Tensor]) -> Tensor:
-        """Call the regions in order. Every dimension may change from batch to batch, down to size one."""
+    def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
+        """Call the regions in order."""
         for bound in self._bound.values():
             bound.trainable = self.training
         checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
-        with symbolic_shapes.patch(backed_size_oblivious=True):
-            for call in variant.calls:
-                arguments = tuple(values[name] for name in call.inputs)
-                for argument in arguments:
-                    _mark_dynamic(argument)
-                results = self._call(call, arguments, checkpointing)
-                values.update(zip(call.outputs, results, strict=True))
+        for call in variant.calls:
+            arguments = tuple(values[name] for name in call.inputs)
+            results = self._call(call, compiler, arguments, checkpointing)
+            values.update(zip(call.outputs, results, strict=True))
         return values[variant.output]
 
-    def _call(self, call: Call, arguments: tuple[Tensor, ...], checkpointing: bool) -> tuple[Tensor, ...]:
+    def _call(
+        self, call: Call, compiler: Compiler, arguments: tuple[Tensor, ...], checkpointing: bool
+    ) -> tuple[Tensor, ...]:
         if not call.instance:
-            return self._bound[call.region](self, arguments)
+            return self._bound[call.region](self, compiler, arguments)
         instance = self.get_submodule(call.instance)
+        results: tuple[Tensor, ...]
         if checkpointing:
-            results: tuple[Tensor, ...] = checkpoint(instance, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return results
-        return tuple(instance(*arguments))
+            results = checkpoint(instance, compiler, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            results = instance(compiler, *arguments)
+        return results
 
     # transformers' conventions --------------------------------------------------------------------------------------
 
@@ -201,12 +206,6 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 def region_slots(region: Region) -> Iterator[tuple[str, Slot]]:
     """(absolute name, slot) over the region's instances."""
     return ((join(instance, slot.name), slot) for instance in region.instances for slot in region.slots)
-
-
-def _mark_dynamic(tensor: Tensor) -> None:
-    """Ask the compiler for symbols in all leading dimensions; sizes that the graph fixes are fixed by its own code."""
-    for axis in range(tensor.dim()):
-        torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def _module_at(root: nn.Module, path: str) -> nn.Module:

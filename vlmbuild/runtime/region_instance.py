@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
+from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.compiler import apply as run_compiled
 
 
 class BoundRegion:
@@ -20,7 +22,6 @@ class BoundRegion:
         region: From a program.
         dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
         carried: Which activations are results of another instance of the region.
-        dynamic: Which dimensions of every activation change from batch to batch; None before the first call.
     """
 
     def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...]) -> None:
@@ -43,8 +44,10 @@ class BoundRegion:
         names = [slot.name for slot in self.region.slots]
         self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = _getter(names)
 
-    def __call__(self, owner: nn.Module, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run the graph with the owner's tensors.
+    def __call__(
+        self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Run the graph with the owner's tensors, under the compiler if there is one.
 
         In training, a carried activation that needs no gradient yet (the first layer's, above frozen embeddings) is made
         to need one: all instances then look alike to autograd, to checkpointing, and to the compiler.
@@ -54,8 +57,8 @@ class BoundRegion:
                 value.detach().requires_grad_() if index in self.carried and not value.requires_grad else value
                 for index, value in enumerate(activations)
             )
-        results: tuple[Tensor, ...] = self.graph.forward(*self.tensors_of(owner), *activations)
-        return results
+        tensors = (*self.tensors_of(owner), *activations)
+        return run_compiled(compiler, self.graph.forward, tensors, activations)
 
 
 class RegionInstance(nn.Module):
@@ -68,9 +71,8 @@ class RegionInstance(nn.Module):
         super().__init__()
         self.bound = bound
 
-    @torch.compiler.disable(recursive=False)
-    def forward(self, *activations: Tensor) -> tuple[Tensor, ...]:
-        return self.bound(self, activations)
+    def forward(self, compiler: Compiler, *activations: Tensor) -> tuple[Tensor, ...]:
+        return self.bound(self, compiler, activations)
 
     def extra_repr(self) -> str:
         return f"region={self.bound.region.name}"
@@ -100,18 +102,8 @@ def _getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
 
 
 def _with_dtype(value: Any, dtype: torch.dtype) -> Any:
-    return torch.fx.map_arg(value, lambda node: node) if not _holds(value) else _replace(value, dtype)
-
-
-def _holds(value: Any) -> bool:
     if isinstance(value, dict):
-        return any(_holds(item) for item in value.values())
-    return value is COMPUTE_DTYPE or (isinstance(value, list | tuple) and any(_holds(item) for item in value))
-
-
-def _replace(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return {key: _replace(item, dtype) for key, item in value.items()}
+        return {key: _with_dtype(item, dtype) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_replace(item, dtype) for item in value)
+        return tuple(_with_dtype(item, dtype) for item in value)
     return dtype if value is COMPUTE_DTYPE else value

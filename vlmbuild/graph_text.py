@@ -128,14 +128,16 @@ class _Printer:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return ""
-        sizes = ", ".join(self.size(size) for size in value.shape)
+        sizes = ", ".join(size_text(size, self.dimensions) for size in value.shape)
         return f": {_SHORT_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"
 
-    def size(self, size: int | torch.SymInt) -> str:
-        text = str(size)
-        for symbol, name in self.dimensions.items():
-            text = text.replace(symbol, name)
-        return text
+
+def size_text(size: int | torch.SymInt, dimensions: dict[str, str]) -> str:
+    """A size with its symbols replaced by the names of dimensions: "4*merged"."""
+    text = str(size)
+    for symbol, name in dimensions.items():
+        text = text.replace(symbol, name)
+    return text
 
 
 def target_name(node: Node) -> str:

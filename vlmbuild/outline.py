@@ -17,7 +17,7 @@ from vlmbuild.capture import Trace
 from vlmbuild.clean import inline_no_grad
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family
-from vlmbuild.graph_text import region_text
+from vlmbuild.graph_text import region_text, size_text
 from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join
 
 aten = torch.ops.aten
@@ -96,7 +96,8 @@ class _Outliner:
             index for index, node in enumerate(placeholders) if node.name not in self.slot_names and node.users
         ]
         _order_placeholders(body, [n for n in placeholders if n.name in self.slot_names], [placeholders[i] for i in kept])
-        region = Region(self._name(block, slots), body, slots, (block,), dimensions=self.trace.dimensions)
+        activations = tuple(self._shape(placeholders[index]) for index in kept)
+        region = Region(self._name(block, slots), body, slots, (block,), activations, dimensions=self.trace.dimensions)
         text = region_text(region)
         for other in self.program.regions.values():
             same_list = other.instances[0].rpartition(".")[0] == block.rpartition(".")[0]
@@ -107,6 +108,11 @@ class _Outliner:
         region.name = _unused(region.name, self.program.regions)
         self.program.regions[region.name] = region
         return region.name, kept
+
+    def _shape(self, node: Node) -> tuple[int | str, ...]:
+        return tuple(
+            size if isinstance(size, int) else size_text(size, self.trace.dimensions) for size in node.meta["val"].shape
+        )
 
     def _slot(self, node: Node, block: str) -> Slot:
         name, kind = self.slot_names[node.name]

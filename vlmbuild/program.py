@@ -69,6 +69,7 @@ class Region:
         graph: A `GraphModule` without parameters of its own.
         slots: One per leading placeholder.
         instances: Module paths ("model.language_model.layers.7"); "" for the parts between repeated blocks.
+        activations: Shape of every activation; sizes that change from batch to batch have names.
         recipes: What becomes of source tensors that are not stored as they are.
         dimensions: Symbol in the graph's shapes -> name of the program's dimension.
     """
@@ -77,6 +78,7 @@ class Region:
     graph: GraphModule
     slots: tuple[Slot, ...]
     instances: tuple[str, ...]
+    activations: tuple[tuple[int | str, ...], ...]
     recipes: tuple[WeightRecipe, ...] = ()
     dimensions: dict[str, str] = field(default_factory=dict)
 

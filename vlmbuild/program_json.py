@@ -148,7 +148,7 @@ def _region_json(region: Region) -> dict[str, Any]:
             }
             for recipe in region.recipes
         ],
-        "activations": len(region.placeholders()) - len(region.slots),
+        "activations": [list(shape) for shape in region.activations],
         "nodes": [_node_json(node, names) for node in dataflow_order(region)],
         "results": _encode(region.graph.graph.output_node().args[0], names),
     }
@@ -182,7 +182,7 @@ def _region(values: Mapping[str, Any]) -> Region:
     slots = tuple(_slot(entry) for entry in values["slots"])
     graph = Graph()
     nodes = [graph.placeholder(f"slot_{index}") for index in range(len(slots))]
-    nodes += [graph.placeholder(f"in_{index}") for index in range(int(values["activations"]))]
+    nodes += [graph.placeholder(f"in_{index}") for index in range(len(values["activations"]))]
     for entry in values["nodes"]:
         if entry["op"] not in OPERATORS:
             raise IncompatibleError(
@@ -196,7 +196,9 @@ def _region(values: Mapping[str, Any]) -> Region:
         WeightRecipe(r["source"], tuple(r["shape"]), r["format"], r["blocksize"], r["double_quant"])
         for r in values["recipes"]
     )
-    return Region(values["name"], GraphModule(nn.Module(), graph), slots, tuple(values["instances"]), recipes)
+    activations = tuple(tuple(shape) for shape in values["activations"])
+    module = GraphModule(nn.Module(), graph, class_name="Region")
+    return Region(values["name"], module, slots, tuple(values["instances"]), activations, recipes)
 
 
 def _slot(values: Mapping[str, Any]) -> Slot:

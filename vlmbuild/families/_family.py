@@ -15,10 +15,27 @@ from vlmbuild.program import Geometry, Input, Role
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """A batch after the host prologue: the variant that runs it and that variant's inputs."""
+    """A batch after the host prologue, packed: the tokens of all samples in one row, without padding.
+
+    Attributes:
+        variant: Which variant of the program runs it.
+        tensors: That variant's inputs.
+        places: Where each packed token stood in the flattened (batch, sequence) input ids.
+    """
 
     variant: str
     tensors: dict[str, Tensor]
+    places: Tensor
+
+
+def cumulative_bounds(lengths: Tensor) -> Tensor:
+    """Bounds of packed sequences (`cu_seqlens`, int32): 0, the ends, and the last end again.
+
+    The repetition is an empty sequence. With it there are never fewer than three bounds, and one sequence is no special
+    case that a compiler would specialise.
+    """
+    ends = lengths.cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends, ends[-1:]]).to(torch.int32)
 
 
 class Family(Protocol):

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+from transformers.vision_utils import get_vision_position_ids
 
 from vlmbuild.errors import BatchError
-from vlmbuild.families._family import HostBatch
+from vlmbuild.families._family import HostBatch, cumulative_bounds
 
 Ints = npt.NDArray[np.int64]
 
@@ -47,8 +47,9 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         config: `Qwen2VLConfig`.
 
     Returns:
-        Variant "image" or "text" and its inputs; `position_ids` (3, b, s) follow `Qwen2VLModel.get_rope_index` of
-        transformers 5.20 to 5.23: padding gets 0, and text after an image or video goes on at its start + max(h, w) / 2.
+        Variant "image" or "text" and its inputs, packed. `position_ids` (3, 1, tokens) follow
+        `Qwen2VLModel.get_rope_index` of transformers 5.20 to 5.23: text after an image or video goes on at its
+        start + max(h, w) / 2.
 
     Raises:
         BatchError: Tokens and features differ, or a tensor is missing or of the wrong shape.
@@ -58,6 +59,8 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         raise BatchError("The batch has no input_ids of shape (batch, sequence); call the model with the processor's output.")
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not mask.any():
+        raise BatchError("The batch attends to no token at all: attention_mask is zero everywhere.")
     if mask.shape != ids.shape:
         raise BatchError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
     merge = config.vision_config.spatial_merge_size
@@ -65,28 +68,27 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
     videos, video_pixels, video_grids = _media(batch, "video", "pixel_values_videos", merge, sum(m.features for m in images))
     tokens = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
     positions, index = _place(ids.cpu().numpy(), mask.cpu().numpy(), tokens, config, merge)
+    places = mask.cpu().flatten().nonzero().squeeze(1)
     for leftover in (*tokens[config.image_token_id], *tokens[config.video_token_id]):
         raise BatchError(
             f"{leftover} has {leftover.features} features but no placeholder tokens in any sample. The texts hold fewer "
             f"media than the batch, or truncation cut them off: {_SHRINK}."
         )
-    tensors = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.from_numpy(positions)}
+    tensors = {
+        "input_ids": ids.flatten()[places.to(ids.device)].unsqueeze(0),
+        "position_ids": torch.from_numpy(positions).flatten(1)[:, places].unsqueeze(1),
+        "text_cu_seqlens": cumulative_bounds(mask.cpu().sum(1)),
+    }
     if not images and not videos:
-        return HostBatch("text", tensors)
+        return HostBatch("text", tensors, places)
     grids = torch.cat([image_grids, video_grids])
-    bounds = get_vision_cu_seqlens(grids)
-    # A one-segment batch repeats its end: a length of two would be specialised away by the compiler.
-    bounds = torch.cat([bounds, bounds[-1:]])
-    return HostBatch(
-        "image",
-        {
-            **tensors,
-            "feature_index": torch.from_numpy(index),
-            "pixel_values": torch.cat([p for p in (pixels, video_pixels) if p is not None]).float(),
-            "vision_position_ids": get_vision_position_ids(grids, merge),
-            "cu_seqlens": bounds,
-        },
-    )
+    image = {
+        "feature_index": torch.from_numpy(index).flatten()[places].unsqueeze(0),
+        "pixel_values": torch.cat([p for p in (pixels, video_pixels) if p is not None]).float(),
+        "vision_position_ids": get_vision_position_ids(grids, merge),
+        "vision_cu_seqlens": cumulative_bounds(torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])),
+    }
+    return HostBatch("image", {**tensors, **image}, places)
 
 
 def _media(

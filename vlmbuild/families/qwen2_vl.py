@@ -61,15 +61,15 @@ class Qwen2VL:
         patches = f"{vision.spatial_merge_size**2}*merged"
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         text = (
-            Input("input_ids", torch.int64, ("batch", "sequence")),
-            Input("attention_mask", torch.bool, ("batch", "sequence")),
-            Input("position_ids", torch.int64, (3, "batch", "sequence")),
+            Input("input_ids", torch.int64, (1, "sequence")),
+            Input("position_ids", torch.int64, (3, 1, "sequence")),
+            Input("text_cu_seqlens", torch.int32, ("samples",)),
         )
         image = (
-            Input("feature_index", torch.int64, ("batch", "sequence")),
+            Input("feature_index", torch.int64, (1, "sequence")),
             Input("pixel_values", torch.float32, (patches, pixels)),
             Input("vision_position_ids", torch.int64, (patches, 2)),
-            Input("cu_seqlens", torch.int32, ("bounds",)),
+            Input("vision_cu_seqlens", torch.int32, ("segments",)),
         )
         return {"image": (*text, *image), "text": text}
 
@@ -124,23 +124,26 @@ class Qwen2VL:
 
 
 class _TextCore(nn.Module):
-    """The traced module of a batch without images; its children carry transformers' names."""
+    """The traced module of a batch without images; its children carry transformers' names.
+
+    A batch is packed: the tokens of all samples in one row, no padding, with the samples' bounds for attention.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model.model
         self.lm_head = model.lm_head
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        return self.logits(self.embed(input_ids), attention_mask, position_ids)
+    def forward(self, input_ids: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor) -> Tensor:
+        return self.logits(self.embed(input_ids), position_ids, text_cu_seqlens)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         embeddings: Tensor = self.model.language_model.embed_tokens(input_ids)
         return embeddings
 
-    def logits(self, embeddings: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+    def logits(self, embeddings: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor) -> Tensor:
         hidden = self.model.language_model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=embeddings, position_ids=position_ids, cu_seq_lens_q=text_cu_seqlens, use_cache=False
         ).last_hidden_state
         logits: Tensor = self.lm_head(hidden)
         return logits
@@ -152,21 +155,21 @@ class _ImageCore(_TextCore):
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
         position_ids: Tensor,
+        text_cu_seqlens: Tensor,
         feature_index: Tensor,
         pixel_values: Tensor,
         vision_position_ids: Tensor,
-        cu_seqlens: Tensor,
+        vision_cu_seqlens: Tensor,
     ) -> Tensor:
         features = self.model.visual(
-            pixel_values, grid_thw=None, position_ids=vision_position_ids, cu_seqlens=cu_seqlens, max_seqlen=0
+            pixel_values, grid_thw=None, position_ids=vision_position_ids, cu_seqlens=vision_cu_seqlens, max_seqlen=0
         ).pooler_output
         embeddings = self.embed(input_ids)
         # Equal to transformers' masked_scatter, without a data-dependent size: -1 marks text, whose row 0 is not used.
         placed = features[feature_index.clamp(min=0)].to(embeddings.dtype)
         embeddings = torch.where((feature_index >= 0).unsqueeze(-1), placed, embeddings)
-        return self.logits(embeddings, attention_mask, position_ids)
+        return self.logits(embeddings, position_ids, text_cu_seqlens)
 
 
 def _head_dim(config: Qwen2VLConfig) -> int:

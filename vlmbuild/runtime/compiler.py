@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes
 from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
@@ -24,27 +23,19 @@ suspend: Callable[[Compiler], Compiler] = set_eval_frame
 """Set the callback, return the previous one: `compiler = suspend(None)`, and `suspend(compiler)` to restore it."""
 
 
-def apply(
-    compiler: Compiler, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...], dynamic: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Call a graph under the compiler.
-
-    Args:
-        compiler: From `suspend`; None calls it as it is.
-        function: The graph's forward.
-        tensors: Its arguments.
-        dynamic: Those whose sizes change from call to call. All their dimensions become symbols, down to size one
-            (`backed_size_oblivious`: a batch or image count of one is no special case); a size that the graph itself
-            fixes is fixed by the trace.
-    """
+def apply(compiler: Compiler, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Call a graph's forward under the compiler; None calls it as it is."""
     if compiler is None:
         return function(*tensors)
-    for tensor in dynamic:
-        for axis in range(tensor.dim()):
+    previous = set_eval_frame(compiler)
+    try:
+        return function(*tensors)
+    finally:
+        set_eval_frame(previous)
+
+
+def mark_dynamic(tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Tell the compiler which sizes change from batch to batch, so that the first trace serves all."""
+    for axis, size in enumerate(shape):
+        if isinstance(size, str):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)
-    with symbolic_shapes.patch(backed_size_oblivious=True):
-        previous = set_eval_frame(compiler)
-        try:
-            return function(*tensors)
-        finally:
-            set_eval_frame(previous)

@@ -131,13 +131,19 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
             prepared = self.family.prepare(batch, self.config)
             variant = self.program.variants[prepared.variant]
             tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
-            logits = self._run(variant, tensors, compiler)
-            loss = None
-            if labels is not None:
-                loss = ForCausalLMLoss(logits, labels.to(logits.device), logits.shape[-1], num_items_in_batch)
-            return CausalLMOutputWithPast(loss=loss, logits=logits)
+            logits = self._run(variant, tensors, compiler).squeeze(0)
+            loss = None if labels is None else self._loss(logits, labels, prepared.places, num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, logits=_unpack(logits, prepared.places, batch["input_ids"].shape))
         finally:
             suspend(compiler)
+
+    def _loss(self, logits: Tensor, labels: Tensor, places: Tensor, items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of every token's successor in its own row, as transformers has it. A padding place predicts
+        nothing here (transformers lets the last place of left padding predict the first token)."""
+        following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        chosen = following[places.to(labels.device)].to(logits.device)
+        loss: Tensor = ForCausalLMLoss(logits, None, logits.shape[-1], items, shift_labels=chosen)
+        return loss
 
     def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
         """Call the regions in order."""
@@ -206,6 +212,14 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 def region_slots(region: Region) -> Iterator[tuple[str, Slot]]:
     """(absolute name, slot) over the region's instances."""
     return ((join(instance, slot.name), slot) for instance in region.instances for slot in region.slots)
+
+
+def _unpack(logits: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Packed logits (tokens, vocabulary) as (batch, sequence, vocabulary); zero at padding."""
+    if len(places) == shape.numel():
+        return logits.view(*shape, -1)
+    padded = logits.new_zeros(shape.numel(), logits.shape[-1])
+    return padded.index_copy(0, places.to(logits.device), logits).view(*shape, -1)
 
 
 def _module_at(root: nn.Module, path: str) -> nn.Module:

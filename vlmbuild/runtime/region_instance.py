@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
-from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.compiler import Compiler, mark_dynamic
 from vlmbuild.runtime.compiler import apply as run_compiled
 
 
@@ -57,8 +57,10 @@ class BoundRegion:
                 value.detach().requires_grad_() if index in self.carried and not value.requires_grad else value
                 for index, value in enumerate(activations)
             )
-        tensors = (*self.tensors_of(owner), *activations)
-        return run_compiled(compiler, self.graph.forward, tensors, activations)
+        if compiler is not None:
+            for value, shape in zip(activations, self.region.activations, strict=True):
+                mark_dynamic(value, shape)
+        return run_compiled(compiler, self.graph.forward, (*self.tensors_of(owner), *activations))
 
 
 class RegionInstance(nn.Module):

@@ -1,0 +1,68 @@
+"""vlmbuild: compile vision-language models into trainable, verified artifacts.
+
+    vlmbuild.build("Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-nf4", vlmbuild.Recipe(quantize=vlmbuild.QuantSpec()))
+    model, processor = vlmbuild.load("qwen2-vl-nf4")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmbuild.artifact.manifest import Manifest
+    from vlmbuild.artifact.reader import verify
+    from vlmbuild.builder import Artifact, add_lora, build, from_pretrained, load_adapter
+    from vlmbuild.errors import VlmbuildError
+    from vlmbuild.plan import Plan, plan
+    from vlmbuild.recipe import QuantSpec, Recipe
+    from vlmbuild.runtime.adapter import save_adapter
+    from vlmbuild.runtime.loader import load
+    from vlmbuild.runtime.model import VisionLanguageModel
+
+_HOMES = {
+    "Artifact": "builder",
+    "Manifest": "artifact.manifest",
+    "Plan": "plan",
+    "QuantSpec": "recipe",
+    "Recipe": "recipe",
+    "VisionLanguageModel": "runtime.model",
+    "VlmbuildError": "errors",
+    "add_lora": "builder",
+    "build": "builder",
+    "from_pretrained": "builder",
+    "load": "runtime.loader",
+    "load_adapter": "builder",
+    "plan": "plan",
+    "save_adapter": "runtime.adapter",
+    "verify": "artifact.reader",
+}
+
+__all__ = [
+    "Artifact",
+    "Manifest",
+    "Plan",
+    "QuantSpec",
+    "Recipe",
+    "VisionLanguageModel",
+    "VlmbuildError",
+    "add_lora",
+    "build",
+    "from_pretrained",
+    "load",
+    "load_adapter",
+    "plan",
+    "save_adapter",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are asked for: `vlmbuild --help` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlmbuild' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"vlmbuild.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

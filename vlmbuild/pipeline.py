@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch._guards import detect_fake_mode
@@ -63,18 +63,27 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """A pass's outcome with what the runner measured."""
+    """A pass's outcome with what the runner measured.
+
+    Attributes:
+        name: The pass.
+        exact: Whether it keeps values.
+        sites: Region name -> rewritten sites of its graph.
+        matches: Sites in the whole model: those of a region count once per instance.
+        refusals: "region: reason" for sites that looked alike and were left alone.
+        seconds: Time taken.
+    """
 
     name: str
     exact: bool
-    matches: dict[str, int]
-    refusals: dict[str, list[str]]
+    sites: dict[str, int]
+    matches: int
+    refusals: tuple[str, ...]
     seconds: float
 
-    @property
-    def total(self) -> int:
-        """Sites in all regions."""
-        return sum(self.matches.values())
+    def record(self) -> dict[str, Any]:
+        """The part that is the same in every run, as the manifest has it."""
+        return {"name": self.name, "matches": self.matches, "refusals": list(self.refusals)}
 
 
 def run(
@@ -103,8 +112,8 @@ def run(
     reports: list[PassReport] = []
     for step in passes:
         report = _run_one(step, program, reports)
-        if step.name in require and not report.total:
-            reasons = "; ".join(f"{region}: {text}" for region, texts in report.refusals.items() for text in texts)
+        if step.name in require and not report.matches:
+            reasons = "; ".join(report.refusals)
             raise PassError(
                 f"Required pass {step.name} matched nothing{f' ({reasons})' if reasons else ''}. The model's graph has "
                 "another form than the pass knows; check the transformers version, or drop the requirement."
@@ -133,7 +142,9 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
             f"Pass {step.name} breaks its contract: it changed {sorted(changed) or 'nothing'} "
             f"but counted {sorted(counted) or 'nothing'}."
         )
-    return PassReport(step.name, step.exact, outcome.matches, outcome.refusals, seconds)
+    matches = sum(sites * len(program.regions[name].instances) for name, sites in outcome.matches.items())
+    refusals = tuple(f"{region}: {reason}" for region, reasons in outcome.refusals.items() for reason in reasons)
+    return PassReport(step.name, step.exact, outcome.matches, matches, refusals, seconds)
 
 
 def _state(region: Region) -> tuple[str, int]:

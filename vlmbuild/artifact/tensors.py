@@ -57,6 +57,11 @@ class TensorInfo:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its data."""
+        return self.end - self.start
+
 
 def read_header(file: Path | str) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in the order of their data, without reading the data.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,9 +99,10 @@ class Family(Protocol):
 
 
 def meta_module(model_class: Any, config: Any, attention: str, dtype: torch.dtype) -> Any:
-    """A transformers model on the meta device whose attention goes through our registered implementation."""
+    """A transformers model on the meta device whose attention goes through our registered implementation. It has a config of
+    its own: the caller's may be shared with a model that runs."""
     with torch.device("meta"):
-        model = model_class._from_config(config, dtype=dtype, attn_implementation="eager")
+        model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation="eager")
     # transformers refuses to construct a model with an implementation named "flash" that is not a kernel package
     for part in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
         part._attn_implementation = attention

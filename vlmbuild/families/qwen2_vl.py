@@ -29,6 +29,9 @@ class ImageTextProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
+ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # what `save_pretrained` writes, and every reader knows
+
+
 class Qwen2VL:
     """`Qwen2VLForConditionalGeneration` (arXiv:2409.12191), all sizes, images and videos."""
 

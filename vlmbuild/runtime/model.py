@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -13,9 +15,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.families import Family
-from vlmbuild.program import Call, Program, Region, Slot, Variant, join
+from vlmbuild.program import Call, Program, Role, Slot, Variant, join
 from vlmbuild.runtime.compiler import Compiler, suspend
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """A LoRA adapter's rank and alpha."""
+
+    r: int
+    alpha: float
 
 
 class VisionLanguageModel(nn.Module, GenerationMixin):
@@ -47,6 +57,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
         self.checkpointing = False
+        self.adapter: AdapterSpec | None = None
         self._dtype = dtype
         self._bound = {
             name: BoundRegion(region, dtype, carried_activations(region, program.variants))
@@ -70,9 +81,24 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         else:
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
 
-    def rebind(self, region: str) -> None:
-        """Take over a region's graph after a pass has changed it."""
-        self._bound[region].rebind(self._dtype)
+    def adopt_adapter(self, spec: AdapterSpec, regions: Iterable[str]) -> None:
+        """Take over the graphs of regions to which a pass has added LoRA slots, and start the adapter at zero: A as PEFT
+        does it (He et al., arXiv:1502.01852, uniform), B zero."""
+        for name in regions:
+            region = self.program.regions[name]
+            for instance in region.instances:
+                for slot in region.slots:
+                    if ".lora_" in slot.name:
+                        tensor = torch.zeros(slot.shape, device=self.device)
+                        if ".lora_A." in slot.name:
+                            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+                        self.set_tensor(join(instance, slot.name), slot, tensor)
+            self._bound[name].rebind(self._dtype)
+        self.adapter = spec
+
+    def roles_of(self, modules: Collection[str]) -> tuple[Role, ...]:
+        """The roles of the weights of these modules."""
+        return tuple(sorted({slot.role for name, slot in self.program.slots() if name.removesuffix(".weight") in modules}))
 
     def _add_instances(self) -> None:
         for name, region in self.program.regions.items():
@@ -147,8 +173,6 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 
     def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
         """Call the regions in order."""
-        for bound in self._bound.values():
-            bound.trainable = self.training
         checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
         for call in variant.calls:
             arguments = tuple(values[name] for name in call.inputs)
@@ -199,19 +223,31 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         """transformers asks."""
         return True
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **batch: Any) -> dict[str, Any]:
-        """Every step runs the whole sequence: this target has no key-value cache."""
-        kept = ("attention_mask", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        return {"input_ids": input_ids, **{key: batch[key] for key in kept if batch.get(key) is not None}}
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """Every step runs the whole sequence: this target has no key-value cache. transformers reads the names of the
+        arguments here to refuse misspelled ones; the token types follow from the ids."""
+        media = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+        }
+        kept = {key: value for key, value in media.items() if value is not None}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **kept}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-
-def region_slots(region: Region) -> Iterator[tuple[str, Slot]]:
-    """(absolute name, slot) over the region's instances."""
-    return ((join(instance, slot.name), slot) for instance in region.instances for slot in region.slots)
 
 
 def _unpack(logits: Tensor, places: Tensor, shape: torch.Size) -> Tensor:

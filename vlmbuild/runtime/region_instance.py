@@ -27,7 +27,6 @@ class BoundRegion:
     def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...]) -> None:
         self.region = region
         self.carried = carried
-        self.trainable = False
         self.rebind(dtype)
 
     def rebind(self, dtype: torch.dtype) -> None:
@@ -52,7 +51,8 @@ class BoundRegion:
         In training, a carried activation that needs no gradient yet (the first layer's, above frozen embeddings) is made
         to need one: all instances then look alike to autograd, to checkpointing, and to the compiler.
         """
-        if self.trainable and torch.is_grad_enabled():
+        tensors = self.tensors_of(owner)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             activations = tuple(
                 value.detach().requires_grad_() if index in self.carried and not value.requires_grad else value
                 for index, value in enumerate(activations)
@@ -60,7 +60,7 @@ class BoundRegion:
         if compiler is not None:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
-        return run_compiled(compiler, self.graph.forward, (*self.tensors_of(owner), *activations))
+        return run_compiled(compiler, self.graph.forward, (*tensors, *activations))
 
 
 class RegionInstance(nn.Module):

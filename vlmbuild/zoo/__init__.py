@@ -1,0 +1,6 @@
+"""Tiny trained checkpoints that ship with the package, by name."""
+
+from pathlib import Path
+
+ZOO: dict[str, Path] = {name: Path(__file__).with_name(name) for name in ("qwen2-vl-digits",)}
+"""Name -> checkpoint directory, in the published layout."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 SPLIT_SEED = 0
@@ -77,18 +78,18 @@ class Digits:
         digits = tuple(int(self.labels[glyph]) for glyph in chosen)
         return Sample(Image.fromarray(canvas).convert("RGB"), digits, tuple(centres))
 
-    def _ink(self, glyph: np.ndarray) -> np.ndarray:
+    def _ink(self, glyph: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """The 8 x 8 glyph (0..16) as a 24..30 pixel image of ink (0..255)."""
         side = int(self.random.integers(24, 31))
         ink = Image.fromarray((glyph * 15.9375).astype(np.uint8))
         if not self.augment:
             return np.asarray(ink.resize((side, side), Image.Resampling.BILINEAR))
         random = self.random
-        angle, shear, stretch = random.uniform(-0.22, 0.22), random.uniform(-0.15, 0.15), random.uniform(0.88, 1.18, 2)
-        cos, sin = np.cos(angle) * stretch[0], np.sin(angle) * stretch[1]
-        scale, middle = 8 / side, side / 2
-        a, b, d, e = cos * scale, (shear - sin) * scale, sin * scale, np.cos(angle) * stretch[1] * scale
-        shift = random.uniform(-0.5, 0.5, 2)
-        c, f = 4 - a * middle - b * middle + shift[0], 4 - d * middle - e * middle + shift[1]
-        drawn = ink.transform((side, side), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
+        angle, shear, shift = random.uniform(-0.15, 0.15), random.uniform(-0.1, 0.1), random.uniform(-0.4, 0.4, 2)
+        stretch = random.uniform(0.9, 1.12, 2) * 8 / side  # glyph pixels per drawn pixel
+        rotation = np.array([[np.cos(angle), shear - np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix = rotation * stretch[:, None]
+        offset = 4 + shift - matrix.sum(axis=1) * side / 2  # the glyph's middle stays in the middle
+        affine = (*matrix[0], offset[0], *matrix[1], offset[1])
+        drawn = ink.transform((side, side), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
         return (np.asarray(drawn) * random.uniform(0.75, 1.0)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Train the zoo's tiny Qwen2-VL: `python -m vlmbuild.zoo.train OUTPUT [--steps N] [--seed N]`.
+"""Train the zoo's tiny Qwen2-VL: `python -m vlmbuild.zoo.train OUTPUT [--warm-up N] [--steps N] [--seed N]`.
 
 Everything is made here from a seed: the byte-level tokenizer with the family's special tokens, the processor's files, the
 randomly initialised model of about 1.4 million parameters, and the training itself, with transformers' own model class.
@@ -173,14 +173,14 @@ def warm_up(model: Any, processor: Any, stream: Digits, steps: int, batch_size: 
             print({"warm-up step": step, "accuracy": round(accuracy, 3)}, flush=True)
 
 
-def train(output: Path, steps: int, seed: int, batch_size: int = 64, peak: float = 2e-3) -> None:
+def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: int = 64, peak: float = 2e-3) -> None:
     """Train from scratch and write the checkpoint."""
     torch.manual_seed(seed)
     processor = make_processor()
     config = make_config(processor.tokenizer)
     model = Qwen2VLForConditionalGeneration(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    warm_up(model, processor, Digits("train", seed + 1, augment=True), steps, batch_size, 1.5 * peak)
+    warm_up(model, processor, Digits("train", seed + 1, augment=True), warm_up_steps, batch_size, 1.5 * peak)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
     stream, held_out = Digits("train", seed, augment=True), Digits("held_out", seed).take(500)
@@ -202,7 +202,7 @@ def train(output: Path, steps: int, seed: int, batch_size: int = 64, peak: float
     processor.save_pretrained(output)
     final = exact_match(model.float(), processor, Digits("held_out", seed + 1).take(1000))
     record = {
-        "command": f"python -m vlmbuild.zoo.train OUTPUT --steps {steps} --seed {seed}",
+        "command": f"python -m vlmbuild.zoo.train OUTPUT --warm-up {warm_up_steps} --steps {steps} --seed {seed}",
         "held_out_exact_match": final,
         "held_out_samples": 1000,
         "log": log,
@@ -215,7 +215,8 @@ def train(output: Path, steps: int, seed: int, batch_size: int = 64, peak: float
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--warm-up", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(arguments.output, arguments.steps, arguments.seed)
+    train(arguments.output, arguments.steps, arguments.warm_up, arguments.seed)

@@ -1,0 +1,78 @@
+"""Shared fixtures: one tiny model, its captured program and its built program for the whole session; copies for tests."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.runtime.model import VisionLanguageModel
+
+
+def pytest_configure(config):
+    # torch.export and inductor trip over their own deprecations.
+    config.addinivalue_line("filterwarnings", "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("torch.__trace").propagate = False  # thousands of lines for machines, in every failure
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Three language layers, two vision blocks, tied head."""
+    return tiny.make_config()
+
+
+@pytest.fixture(scope="session")
+def reference(config):
+    """transformers' model; tests may run it and zero its gradients, nothing else."""
+    return tiny.make_reference(config)
+
+
+@pytest.fixture(scope="session")
+def pristine_program(config):
+    return tiny.capture_program(config)
+
+
+@pytest.fixture(scope="session")
+def pristine_built(pristine_program):
+    return tiny.build(pristine_program)
+
+
+@pytest.fixture
+def program(pristine_program):
+    """Captured and outlined, before any pass; a copy."""
+    return copy.deepcopy(pristine_program)
+
+
+@pytest.fixture
+def built(pristine_built):
+    """After the passes of the default recipe; a copy."""
+    return copy.deepcopy(pristine_built)
+
+
+@pytest.fixture
+def bind(config, reference):
+    """Bind a program to the reference model's weights."""
+
+    def bind(program, dtype=torch.float32):
+        return VisionLanguageModel(program, tiny.FAMILY, config, copied(reference), dtype).train()
+
+    return bind
+
+
+@pytest.fixture
+def model(built, bind):
+    """The trainable module in float32 with the reference's weights."""
+    return bind(built)
+
+
+def copied(reference):
+    return {name: tensor.clone() for name, tensor in reference.state_dict().items()}

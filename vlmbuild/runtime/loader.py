@@ -1,0 +1,135 @@
+"""Open a verified artifact: program, weights and processor, without what built it and without running anything from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.artifact.bitsandbytes_format import STATE_PREFIX, parse_quant_state
+from vlmbuild.artifact.checkpoint import CheckpointWeights
+from vlmbuild.artifact.manifest import Manifest, parse_canonical
+from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.errors import DeviceError, IncompatibleError, SourceError
+from vlmbuild.families import Family, family_named
+from vlmbuild.program import Program, Region, Slot, WeightRecipe, join
+from vlmbuild.program_json import from_json
+from vlmbuild.recipe import DTYPES, one_of
+from vlmbuild.runtime.model import VisionLanguageModel
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    verify: bool = True,
+    trust: Collection[str] = (),
+) -> tuple[VisionLanguageModel, Any]:
+    """Open an artifact.
+
+    Args:
+        path: The artifact's directory.
+        device: Where the weights go; None is the CPU.
+        dtype: Compute dtype; None is the one that the artifact was built with.
+        verify: Check every file against the manifest first. Turn it off only for an artifact just verified.
+        trust: ("code",) allows artifacts that hold compiled code; this target holds none, so it changes nothing yet.
+
+    Returns:
+        The model, in evaluation mode, and the processor.
+
+    Raises:
+        IntegrityError: A file is not what the manifest says.
+        IncompatibleError: The artifact is of another target, or newer than this vlmbuild.
+        DeviceError: The device or dtype is not available here.
+    """
+    chosen_device = _device(device)
+    reader = ArtifactReader(path, verify=verify)
+    if reader.manifest.target != "trainable":
+        raise IncompatibleError(f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable'.")
+    program = read_program(reader)
+    family = family_named(program.family)
+    config = family.config(json.loads(reader.read("config.json")))
+    tensors = _read_tensors(program, family, CheckpointWeights(reader.path))
+    reader.check_unchanged()
+    model = VisionLanguageModel(program, family, config, tensors, _dtype(dtype, reader.manifest))
+    return model.eval().to(chosen_device), family.processor(reader.path)
+
+
+def read_program(reader: ArtifactReader) -> Program:
+    """The program of an artifact."""
+    return from_json(parse_canonical(reader.read("graph/program.json"), where="graph/program.json"))
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it.") from error
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype | None, manifest: Manifest) -> torch.dtype:
+    name = str(dtype or manifest.recipe.get("dtype")).removeprefix("torch.")
+    one_of("dtype", name, DTYPES)
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) -> dict[str, Tensor]:
+    """Every stored slot by module name; shapes must be the program's."""
+    tensors: dict[str, Tensor] = {}
+    for region in program.regions.values():
+        for instance in region.instances:
+            for name, tensor in _instance_tensors(region, instance, family, weights):
+                tensors[name] = tensor
+    for name, slot in program.slots():
+        if slot.kind != "constant":
+            _check(name, slot, tensors.get(name))
+    return tensors
+
+
+def _instance_tensors(
+    region: Region, instance: str, family: Family, weights: CheckpointWeights
+) -> list[tuple[str, Tensor]]:
+    found = [
+        (join(instance, slot.name), weights.read(family.stored_name(join(instance, slot.name))))
+        for slot in region.slots
+        if slot.kind == "parameter"
+    ]
+    for recipe in region.recipes:
+        found += _quantized(join(instance, recipe.source), recipe, family, weights)
+    return found
+
+
+def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: CheckpointWeights) -> list[tuple[str, Tensor]]:
+    """A 4-bit weight's slots from what bitsandbytes' layout stores."""
+    stored = family.stored_name(name)
+    found = [(name, weights.read(stored)), (f"{name}_absmax", weights.read(f"{stored}.absmax"))]
+    state = parse_quant_state(weights.read(f"{stored}{STATE_PREFIX}{recipe.format}"), name=stored)
+    if state["blocksize"] != recipe.blocksize or state["shape"] != recipe.shape:
+        raise IncompatibleError(
+            f"{stored} is quantized as {state['shape']} in blocks of {state['blocksize']}, but the program says "
+            f"{recipe.shape} in blocks of {recipe.blocksize}. The weights do not belong to the graph."
+        )
+    if recipe.double_quant:
+        if "nested_offset" not in state:
+            raise IncompatibleError(f"{stored} has no nested scales, but the program says so.")
+        found.append((f"{name}_nested_absmax", weights.read(f"{stored}.nested_absmax")))
+        found.append((f"{name}_nested_offset", torch.tensor(state["nested_offset"], dtype=torch.float32)))
+    return found
+
+
+def _check(name: str, slot: Slot, tensor: Tensor | None) -> None:
+    if tensor is None:
+        raise SourceError(f"The artifact's weights lack {name}, which its program needs. Build it again.")
+    if tuple(tensor.shape) != slot.shape:
+        raise IncompatibleError(
+            f"{name} has shape {tuple(tensor.shape)} in the weights and {slot.shape} in the program. Build it again."
+        )

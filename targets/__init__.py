@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.families import Family
+from vlmbuild.program import Program
+from vlmbuild.recipe import Recipe
 from vlmbuild.targets import trainable
-from vlmbuild.targets.request import Request
+from vlmbuild.targets.request import Job, Request
 
 TARGETS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {"trainable": trainable.write}
+"""Writes and publishes the artifact."""
 
-__all__ = ["TARGETS", "Request"]
+STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[Job]]] = {"trainable": trainable.stored_tensors}
+"""Says what will be stored, before any weight is read."""
+
+__all__ = ["STORED", "TARGETS", "Job", "Request"]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vlmbuild.artifact.checkpoint import CheckpointWeights
+from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.families import Family
 from vlmbuild.pipeline import PassReport
-from vlmbuild.program import Program
+from vlmbuild.program import Program, WeightRecipe
 from vlmbuild.recipe import Recipe
-from vlmbuild.source import Source
+from vlmbuild.source import Progress, Source
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the bytes or steps done, and their total."""
+Job = tuple[str, WeightRecipe | None, tuple[TensorSpec, ...]]
+"""(module name of the source tensor, its recipe or None to copy, what is stored)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from vlmbuild.graph_text import program_text
 from vlmbuild.program import Program, Region, WeightRecipe, join
 from vlmbuild.program_json import to_json
 from vlmbuild.recipe import QuantSpec, Recipe
-from vlmbuild.source import PROCESSOR_FILES, Source
-from vlmbuild.targets.request import Progress, Request
+from vlmbuild.source import PROCESSOR_FILES, Progress, Source
+from vlmbuild.targets.request import Job, Request
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 _TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
@@ -38,7 +38,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
-    jobs = list(_jobs(program, request.family, recipe))
+    jobs = list(stored_tensors(program, request.family, recipe))
     specs = [spec for _, _, stored in jobs for spec in stored]
     writer.require_space(sum(spec.nbytes for spec in specs) + sum(f.stat().st_size for f in _side_files(request.source)))
     config = _artifact_config(request.config, program, recipe)
@@ -58,12 +58,8 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     )
 
 
-Job = tuple[str, WeightRecipe | None, tuple[TensorSpec, ...]]
-"""(module name of the source tensor, its recipe or None to copy, what is stored)."""
-
-
-def _jobs(program: Program, family: Family, recipe: Recipe) -> Iterator[Job]:
-    """What becomes of every source tensor, each once, in the order of the regions."""
+def stored_tensors(program: Program, family: Family, recipe: Recipe) -> Iterator[Job]:
+    """What becomes of every source tensor, each once, in the order of the regions; follows from the program alone."""
     dtype = getattr(torch, recipe.dtype)
     seen = set()
     for region in program.regions.values():

@@ -10,9 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmbuild.adapters import add_lora, load_adapter
     from vlmbuild.artifact.manifest import Manifest
     from vlmbuild.artifact.reader import verify
-    from vlmbuild.builder import Artifact, add_lora, build, from_pretrained, load_adapter
+    from vlmbuild.builder import Artifact, build
+    from vlmbuild.cache import from_pretrained
     from vlmbuild.errors import VlmbuildError
     from vlmbuild.plan import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
@@ -28,11 +30,11 @@ _HOMES = {
     "Recipe": "recipe",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
-    "add_lora": "builder",
+    "add_lora": "adapters",
     "build": "builder",
-    "from_pretrained": "builder",
+    "from_pretrained": "cache",
     "load": "runtime.loader",
-    "load_adapter": "builder",
+    "load_adapter": "adapters",
     "plan": "plan",
     "save_adapter": "runtime.adapter",
     "verify": "artifact.reader",

@@ -6,6 +6,7 @@ Floats are written as `float.hex()` strings, since canonical JSON holds no float
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -51,6 +52,8 @@ OPERATORS: dict[str, Any] = {
 }
 """All that a stored graph may call."""
 
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+
 _DTYPES = {
     "compute": COMPUTE_DTYPE,
     "float32": torch.float32,
@@ -87,15 +90,40 @@ def from_json(values: Mapping[str, Any]) -> Program:
     Raises:
         IncompatibleError: The schema, an operator or a value is unknown, or something is malformed.
     """
-    if values.get("schema") != SCHEMA:
-        raise IncompatibleError(f"The program has schema {values.get('schema')!r}; this vlmbuild reads {SCHEMA!r}.")
+    if not isinstance(values, Mapping) or values.get("schema") != SCHEMA:
+        found = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
+        raise IncompatibleError(f"The program has schema {found!r}; this vlmbuild reads {SCHEMA!r}.")
     try:
         rotary = tuple(Rotary(r["head_dim"], tuple(r["sections"]), r["shared"]) for r in values["rotary"])
         regions = {entry["name"]: _region(entry) for entry in values["regions"]}
         variants = {name: _variant(entry) for name, entry in values["variants"].items()}
-        return Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise IncompatibleError(f"The stored program is malformed: {type(error).__name__} {error}.") from error
+        program = Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))
+        _check_names(program)
+        return program
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
+        raise IncompatibleError(
+            f"The stored program is malformed: {type(error).__name__} {error}. Build the artifact again."
+        ) from error
+
+
+def _check_names(program: Program) -> None:
+    """Names become attributes of modules, and calls look them up: all must be plain, and what is called must exist."""
+    named = [name for name, _ in program.slots()] + list(program.ties)
+    named += [name for region in program.regions.values() for name in region.instances if name]
+    for name in named:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a dotted name")
+    held = {name for name, _ in program.slots()}
+    if lost := sorted(set(program.ties.values()) - held):
+        raise ValueError(f"{lost[0]!r} is shared but does not exist")
+    for variant in program.variants.values():
+        known = {entry.name for entry in variant.inputs}
+        for call in variant.calls:
+            if call.instance not in program.regions[call.region].instances or not known.issuperset(call.inputs):
+                raise ValueError(f"a call of {call.region} does not fit the program")
+            known.update(call.outputs)
+        if variant.output not in known:
+            raise ValueError(f"{variant.output!r} is never computed")
 
 
 def _variant_json(variant: Variant) -> dict[str, Any]:
@@ -189,7 +217,8 @@ def _region(values: Mapping[str, Any]) -> Region:
                 f"The stored program calls {entry['op']!r}, which this vlmbuild does not allow. Rebuild the artifact."
             )
         arguments = tuple(_decode(value, nodes) for value in entry["args"])
-        keywords = {str(key): _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
+        keywords = {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
+        _check_keywords(entry["op"], keywords)
         nodes.append(graph.call_function(OPERATORS[entry["op"]], arguments, keywords))
     graph.output(tuple(_decode(value, nodes) for value in values["results"]))
     recipes = tuple(
@@ -199,6 +228,14 @@ def _region(values: Mapping[str, Any]) -> Region:
     activations = tuple(tuple(shape) for shape in values["activations"])
     module = GraphModule(nn.Module(), graph, class_name="Region")
     return Region(values["name"], module, slots, tuple(values["instances"]), activations, recipes)
+
+
+def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
+    """Keywords are spelled out in the code that fx generates for a graph, so only the operator's own may stand there."""
+    schema = getattr(OPERATORS[name], "_schema", None)
+    allowed = {argument.name for argument in schema.arguments} if schema else set()
+    if unknown := sorted(set(keywords) - allowed):
+        raise IncompatibleError(f"The stored program calls {name} with the unknown argument {unknown[0]!r}.")
 
 
 def _slot(values: Mapping[str, Any]) -> Slot:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.zoo import ZOO
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, the bytes or steps done, and their total."""
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -56,18 +59,30 @@ class Source:
         return [self.directory / name for name in names if (self.directory / name).is_file()]
 
 
-def resolve(source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Source:
+def resolve(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Source:
     """Find a checkpoint, downloading it from the hub when it is a hub id.
 
     Args:
         source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name").
         revision: Branch, tag or commit of a hub id.
+        weights: False downloads the config and the processor only.
         cache_dir: Where huggingface_hub keeps downloads; None for its default.
+        progress: Told when a download begins and ends.
 
     Raises:
+        UsageError: A revision is given for something that has none.
         SourceError: It is none of these, or the hub cannot be reached and the local cache does not hold it.
     """
     path = Path(source)
+    if revision is not None and (path.exists() or str(source) in ZOO):
+        raise UsageError(f"{source} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
     if path.is_dir():
         return Source(path, "directory")
     if path.exists():
@@ -75,7 +90,11 @@ def resolve(source: str | Path, *, revision: str | None = None, cache_dir: str |
     if str(source) in ZOO:
         return Source(ZOO[str(source)], f"zoo:{source}")
     if _HUB_ID.fullmatch(str(source)):
-        return _download(str(source), revision, cache_dir)
+        told = progress or (lambda _stage, _done, _total: None)
+        told("download", 0, 1)
+        found = _download(str(source), revision, cache_dir, weights)
+        told("download", 1, 1)
+        return found
     raise SourceError(
         f"{source} is not a directory, a hub id (owner/name), or a zoo checkpoint ({', '.join(ZOO)}). Check the spelling."
     )
@@ -98,11 +117,12 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _download(name: str, revision: str | None, cache_dir: str | Path | None) -> Source:
+def _download(name: str, revision: str | None, cache_dir: str | Path | None, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *PROCESSOR_FILES]
+    wanted = ["config.json", "generation_config.json", *PROCESSOR_FILES]
+    wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
         directory = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
     except LocalEntryNotFoundError as error:

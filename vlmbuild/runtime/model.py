@@ -223,6 +223,10 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         """transformers asks."""
         return True
 
+    def get_experts_implementation(self) -> dict[str, str]:
+        """transformers asks; there are no mixtures of experts."""
+        return {}
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

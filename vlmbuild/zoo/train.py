@@ -21,14 +21,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from vlmbuild.families.qwen2_vl import ImageTextProcessor
 from vlmbuild.zoo.digits import Digits, Sample
+from vlmbuild.zoo.task import READ, exact_match, training_batch
 
-READ = "Read the digits."
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-CORPUS = (READ, "user", "assistant", "system", "What is the largest digit?", "Read the digits backwards.", "How many digits are there?")
+CORPUS = (READ.question, "user", "assistant", "system", "What is the largest digit?", "Read the digits backwards.", "How many digits are there?")
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
@@ -102,37 +102,6 @@ def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
     )
 
 
-def training_batch(processor: Any, samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """Chat messages with the answer, padded; labels only on the answer and its end token."""
-    texts, prompts = [], []
-    for sample in samples:
-        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": READ}]}
-        prompt = processor.apply_chat_template([question], add_generation_prompt=True)
-        texts.append(prompt + "".join(map(str, sample.digits)) + "<|im_end|>\n")
-    batch = processor(images=[sample.image for sample in samples], text=texts, padding=True, return_tensors="pt")
-    labels = torch.full_like(batch["input_ids"], -100)
-    for row, sample in enumerate(samples):
-        end = int(batch["attention_mask"][row].sum()) - 1  # the newline after <|im_end|>
-        span = slice(end - len(sample.digits) - 1, end)
-        labels[row, span] = batch["input_ids"][row, span]
-    return {**batch, "labels": labels}
-
-
-@torch.no_grad()
-def exact_match(model: Any, processor: Any, samples: list[Sample], batch_size: int = 100) -> float:
-    """Share of samples whose whole answer has the highest logits at every place (teacher forcing equals greedy here:
-    the first wrong token makes the answer wrong either way)."""
-    right = 0
-    model.eval()
-    for start in range(0, len(samples), batch_size):
-        batch = training_batch(processor, samples[start : start + batch_size])
-        labels = batch.pop("labels")[:, 1:]
-        predicted = model(**batch).logits[:, :-1].argmax(-1)
-        right += int(((predicted == labels) | (labels == -100)).all(-1).sum())
-    model.train()
-    return right / len(samples)
-
-
 def cells_of(samples: list[Sample], grids: torch.Tensor) -> torch.Tensor:
     """The digit whose centre lies in each merged patch, 10 for none: `[sum of h * w / 4]`, in raster order.
 
@@ -186,7 +155,7 @@ def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: i
     stream, held_out = Digits("train", seed, augment=True), Digits("held_out", seed).take(500)
     log, started, running = [], time.time(), 0.0
     for step in range(1, steps + 1):
-        loss = model(**training_batch(processor, stream.take(batch_size))).loss
+        loss = model(**training_batch(processor, READ, stream.take(batch_size))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -194,13 +163,13 @@ def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: i
         optimizer.zero_grad()
         running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
         if step % 250 == 0 or step == steps:
-            log.append({"step": step, "loss": round(running, 4), "exact_match": exact_match(model, processor, held_out)})
+            log.append({"step": step, "loss": round(running, 4), "exact_match": exact_match(model, processor, READ, held_out)})
             print(log[-1], f"{time.time() - started:.0f} s", flush=True)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    final = exact_match(model.float(), processor, Digits("held_out", seed + 1).take(1000))
+    final = exact_match(model.float(), processor, READ, Digits("held_out", seed + 1).take(1000))
     record = {
         "command": f"python -m vlmbuild.zoo.train OUTPUT --warm-up {warm_up_steps} --steps {steps} --seed {seed}",
         "held_out_exact_match": final,

@@ -1,0 +1,81 @@
+"""Builds that are made once and loaded from then on, in a cache that several processes may use at the same time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.artifact.reader import verify
+from vlmbuild.builder import build
+from vlmbuild.errors import ArtifactError
+from vlmbuild.recipe import Recipe
+from vlmbuild.runtime.loader import load
+from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.source import Source, resolve
+
+_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    **recipe: Any,
+) -> tuple[VisionLanguageModel, Any]:
+    """Build on first use into a cache, load from then on. Safe when several processes start at once.
+
+    Args:
+        source: As for `build`.
+        revision: Of a hub id.
+        cache_dir: Where builds are kept; $VLMBUILD_CACHE or ~/.cache/vlmbuild by default.
+        device: As for `vlmbuild.load`.
+        **recipe: Fields of `Recipe`, for example quantize="nf4".
+
+    Raises:
+        VlmbuildError: As `build` and `load`.
+    """
+    chosen = Recipe.from_mapping(recipe, where="from_pretrained")
+    found = resolve(source, revision=revision)
+    cache = Path(cache_dir or os.environ.get("VLMBUILD_CACHE") or Path.home() / ".cache" / "vlmbuild")
+    path = cache / _cache_key(found, chosen)
+    with output_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    try:
+        if not _is_sound(path):
+            shutil.rmtree(path, ignore_errors=True)  # ours, whatever became of it; nothing of the user's is here
+            build(source, path, chosen, revision=revision)
+    finally:
+        lock.release()
+    return load(path, device=device, verify=False)
+
+
+def _cache_key(source: Source, recipe: Recipe) -> str:
+    """Changes with the source's files (name, size, time), the recipe, and the versions that decide the artifact."""
+    stats = [(file.name, file.stat()) for file in sorted(source.directory.iterdir()) if file.is_file()]
+    parts = [
+        source.uri if "@" in source.uri else str(source.directory.resolve()),
+        *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats),
+        recipe.fingerprint(),
+        *(importlib.metadata.version(tool) for tool in _TOOLS),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        verify(path)
+    except ArtifactError:
+        return False
+    return True

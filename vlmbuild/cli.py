@@ -1,0 +1,276 @@
+"""The command line: options, one error boundary, and nothing that works; `vlmbuild --help` does not import torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmbuild.cli_output import StageProgress, quiet_libraries
+from vlmbuild.errors import UsageError, VlmbuildError
+from vlmbuild.recipe import ATTENTIONS, DTYPES, FORMATS, TARGETS, QuantSpec, Recipe
+
+INTERRUPTED, TERMINATED = 130, 143
+_TRACEBACK = "VLMBUILD_TRACEBACK"
+
+Command = Callable[..., Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code. Every error ends here, as one paragraph on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    quiet_libraries()
+    with _terminable():
+        try:
+            cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
+            sys.stdout.flush()
+        except VlmbuildError as error:
+            return _fail(arguments, type(error).__name__, str(error), error.exit_code)
+        except click.UsageError as error:
+            usage = error.ctx.get_usage() + "\n" if error.ctx else ""
+            return _fail(arguments, "UsageError", error.format_message(), UsageError.exit_code, usage)
+        except click.ClickException as error:
+            return _fail(arguments, type(error).__name__, error.format_message(), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            return _fail(arguments, "Interrupted", "interrupted; nothing was left half-written.", INTERRUPTED)
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 1
+        except BrokenPipeError:
+            # Whoever read the output has seen enough. The interpreter must not flush into the closed pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            return _fail(arguments, type(error).__name__, _unexpected(error), 1)
+    return 0
+
+
+def _fail(arguments: Sequence[str], kind: str, message: str, code: int, usage: str = "") -> int:
+    if "--json" in arguments:
+        click.echo(_json({"error": {"type": kind, "message": message, "exit_code": code}}))
+    click.echo(f"{usage}error: {message}", err=True)
+    return code
+
+
+def _unexpected(error: Exception) -> str:
+    if os.environ.get(_TRACEBACK):
+        traceback.print_exception(error)
+    return (
+        f"unexpected {type(error).__name__}: {error}. This is a defect of vlmbuild, or of a library under it; run the "
+        f"command again with {_TRACEBACK}=1 to see where, and report it."
+    )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that what is half-written is removed on the way out."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the removal short
+        raise SystemExit(TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2)
+
+
+def _show(document: Mapping[str, Any], as_json: bool, report: str) -> None:
+    """Print a command's document, or the table that `vlmbuild.report` makes of it."""
+    from vlmbuild import report as reports
+
+    click.echo(_json(document) if as_json else "\n".join(getattr(reports, report)(document)))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+
+
+def recipe_options(command: Command) -> Command:
+    """The options that make a recipe; the command is called with `recipe`."""
+
+    @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
+    @click.option("--quantize", type=click.Choice(["none", *FORMATS]), help="4-bit format of the language model.  [default: none]")
+    @click.option("--attention", type=click.Choice(ATTENTIONS), help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]")
+    @click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantized weights and of the computation.  [default: bfloat16]")
+    @click.option("--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable.")
+    @click.option("--skip", multiple=True, metavar="PATTERN", help="Do not quantize modules like '*.o_proj'. Repeatable.")
+    @click.option("--recipe", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Read options from a file; those given here win.")
+    @functools.wraps(command)
+    def with_recipe(
+        target: str | None, quantize: str | None, attention: str | None, dtype: str | None,
+        require: tuple[str, ...], skip: tuple[str, ...], file: Path | None, **options: Any,
+    ) -> Any:  # fmt: skip
+        given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
+        return command(recipe=_recipe(file, quantize, skip, {k: v for k, v in given.items() if v is not None}), **options)
+
+    return with_recipe
+
+
+def _recipe(file: Path | None, quantize: str | None, skip: tuple[str, ...], given: Mapping[str, Any]) -> Recipe:
+    """The file's recipe with what was given on the command line in its place; a format keeps the file's other settings."""
+    recipe = replace(Recipe() if file is None else Recipe.from_toml(file), **given)
+    if quantize == "none":
+        recipe = replace(recipe, quantize=None)
+    elif quantize is not None:
+        recipe = replace(recipe, quantize=replace(recipe.quantize or QuantSpec(), format=quantize))  # type: ignore[arg-type]
+    if skip and recipe.quantize is None:
+        raise UsageError("--skip keeps layers from being quantized, but nothing is. Add --quantize nf4, or drop it.")
+    if skip and recipe.quantize is not None:
+        recipe = replace(recipe, quantize=replace(recipe.quantize, skip=skip))
+    return recipe
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(importlib.metadata.version("vlmbuild"), package_name="vlmbuild", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compile vision-language models into trainable, verified artifacts.
+
+    \b
+    Try it offline, on a CPU, in minutes:
+        vlmbuild demo
+    \b
+    On a model of yours:
+        vlmbuild plan   Qwen/Qwen2-VL-2B-Instruct --quantize nf4
+        vlmbuild build  Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
+        vlmbuild verify qwen2-vl-nf4
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 integrity, 4 trust, 5 incompatible, 130 and 143 interrupted.
+    """
+
+
+@cli.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make.")
+@recipe_options
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@json_option
+def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, as_json: bool) -> None:
+    """Build an artifact from a checkpoint.
+
+    SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits). OUT appears complete or not at all. It is an ordinary Hugging Face checkpoint with the compiled graph beside it.
+
+    \b
+    Examples:
+        vlmbuild build qwen2-vl-digits -o digits-nf4 --quantize nf4
+        vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4 --require fuse_mrope
+        vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
+    """
+    from vlmbuild.builder import build as run_build
+    from vlmbuild.summary import inspect as run_inspect
+
+    with StageProgress(lines=not as_json) as progress:
+        artifact = run_build(source, output, recipe, overwrite=overwrite, revision=revision, progress=progress)
+    _show(run_inspect(artifact.path), as_json, "build_report")
+
+
+@cli.command()
+@click.argument("source")
+@recipe_options
+@click.option("--image", "images", multiple=True, metavar="FILE|HxW", help="Count patches and tokens of an image. Repeatable.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@json_option
+def plan(source: str, recipe: Recipe, images: tuple[str, ...], revision: str | None, as_json: bool) -> None:
+    """Say what a build would do, without weights.
+
+    config.json of SOURCE is enough: no weights are read or downloaded.
+
+    \b
+    Example:
+        vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920 --image photo.jpg
+    """
+    from vlmbuild.plan import plan as run_plan
+
+    with StageProgress(lines=not as_json) as progress:
+        planned = run_plan(source, recipe, images=map(_image, images), revision=revision, progress=progress)
+    _show(planned.to_json(), as_json, "plan_report")
+
+
+def _image(text: str) -> str | tuple[int, int]:
+    size = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    return (int(size[1]), int(size[2])) if size else text
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@json_option
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what is in an artifact.
+
+    Its id, recipe, files, graph, passes and weights.
+
+    \b
+    Example:
+        vlmbuild inspect qwen2-vl-nf4
+    """
+    from vlmbuild.summary import inspect as run_inspect
+
+    _show(run_inspect(artifact), as_json, "inspect_report")
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless it is this very artifact.")
+@json_option
+def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
+    """Check every file of an artifact.
+
+    All files must be as the manifest says, and there must be no other. Names all files that are changed, missing, extra or swapped, and exits with 3.
+
+    \b
+    Example:
+        vlmbuild verify qwen2-vl-nf4
+    """
+    from vlmbuild.artifact.reader import verify as run_verify
+
+    if expected_id is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", expected_id):
+        raise UsageError(f"--id {expected_id!r} is not sha256: and 64 hexadecimal digits. `vlmbuild inspect` shows one.")
+    with StageProgress(lines=False) as progress:
+        manifest = run_verify(artifact, expected_id=expected_id, progress=functools.partial(progress, "verify"))
+    document = {
+        "path": str(artifact), "id": manifest.id, "name": manifest.name, "files": len(manifest.files) + 2,
+        "bytes": manifest.total_bytes,
+    }  # fmt: skip
+    _show(document, as_json, "verify_report")
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for what it makes.  [default: a temporary one]")
+@json_option
+def demo(output: Path | None, as_json: bool) -> None:
+    """Show everything on a tiny model.
+
+    Plans, builds, verifies, loads and fine-tunes a trained checkpoint that ships with vlmbuild; offline, on a CPU.
+
+    \b
+    Example:
+        vlmbuild demo -o digits-demo
+    """
+    from vlmbuild.demo import run as run_demo
+
+    directory = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-")) if output is None else output
+    result = run_demo(directory, echo=functools.partial(click.echo, err=as_json))
+    if as_json:
+        click.echo(_json({"output": str(directory), "result": result}))

@@ -1,0 +1,186 @@
+"""What a build would do, from config.json alone: no weights are read, downloaded or needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmbuild.builder import planned_weights, read_model, rewrite, trace_program
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families import Family
+from vlmbuild.pipeline import PassReport
+from vlmbuild.program import Program
+from vlmbuild.recipe import Recipe
+from vlmbuild.source import PROCESSOR_FILES, Progress, Source, resolve
+from vlmbuild.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
+
+Image = str | Path | tuple[int, int]
+"""A file, or (height, width)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCost:
+    """What an image costs: patches for the vision tower, tokens in the sequence.
+
+    Attributes:
+        name: The file, or HEIGHTxWIDTH.
+        height, width: In pixels, before the processor resizes it.
+        patches: Rows of pixel values.
+        tokens: Placeholders in the text.
+    """
+
+    name: str
+    height: int
+    width: int
+    patches: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A build before it happens.
+
+    Attributes:
+        source: Where it would come from, as the manifest would name it.
+        family: The model family.
+        architecture: As config.json names it.
+        recipe: What was asked for.
+        variants: Kinds of batches that have a graph of their own.
+        regions: Graphs and how often they occur: name, instances, operators, parameters (of one instance).
+        passes: What each pass did.
+        roles: role, parameters, quantized (parameters), bytes as stored, kept (why parameters are not quantized).
+        ties: Name of a tensor that is not stored -> the one that it shares.
+        images: What the given images cost.
+    """
+
+    source: str
+    family: str
+    architecture: str
+    recipe: Recipe
+    variants: tuple[str, ...]
+    regions: tuple[dict[str, Any], ...]
+    passes: tuple[PassReport, ...]
+    roles: tuple[dict[str, Any], ...]
+    ties: dict[str, str]
+    images: tuple[ImageCost, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(role["parameters"] for role in self.roles)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stored tensors; a nested quantization state may turn out a few bytes shorter."""
+        return sum(role["bytes"] for role in self.roles)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "source": self.source,
+            "family": self.family,
+            "architecture": self.architecture,
+            "recipe": self.recipe.to_mapping(),
+            "variants": list(self.variants),
+            "regions": list(self.regions),
+            "passes": [report.record() for report in self.passes],
+            "roles": list(self.roles),
+            "ties": self.ties,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "images": [
+                {name: getattr(image, name) for name in ("name", "height", "width", "patches", "tokens")}
+                for image in self.images
+            ],
+        }
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    images: Iterable[Image] = (),
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Say what a build would do.
+
+    Args:
+        source: As for `vlmbuild.build`; a directory with nothing but config.json is enough.
+        recipe: What to build.
+        images: Files or (height, width) pairs whose patches and tokens to count; needs the processor's files too.
+        revision: Of a hub id.
+        progress: Called with a stage's name, the amount done, and the total.
+
+    Raises:
+        UsageError: An image cannot be read, or a size is not positive.
+        SourceError: The source cannot be used, or images are given and it has no processor.
+        CaptureError, PassError: The graph cannot be built as asked.
+    """
+    told = progress or (lambda _stage, _done, _total: None)
+    sizes = [_size(image) for image in images]
+    found = resolve(source, revision=revision, weights=False, progress=told)
+    values, family, config = read_model(found)
+    costs = tuple(_costs(found, family, sizes))
+    program = trace_program(family, config, told)
+    reports = rewrite(program, recipe, told)
+    refusals = refusals_by_role(program, [report.record() for report in reports])
+    return Plan(
+        source=found.uri,
+        family=family.name,
+        architecture=next(name for name in values["architectures"] if name in family.architectures),
+        recipe=recipe,
+        variants=tuple(program.variants),
+        regions=tuple(describe_regions(program)),
+        passes=reports,
+        roles=tuple(describe_roles(_weights(program, family, recipe), refusals)),
+        ties=program.ties,
+        images=costs,
+    )
+
+
+def _weights(program: Program, family: Family, recipe: Recipe) -> Iterable[StoredWeight]:
+    for name, weight_recipe, specs in planned_weights(program, family, recipe):
+        shape = specs[0].shape if weight_recipe is None else weight_recipe.shape
+        nbytes = sum(spec.nbytes for spec in specs)
+        yield StoredWeight(name, family.role(name), math.prod(shape), nbytes, weight_recipe is not None)
+
+
+def _size(image: Image) -> tuple[str, int, int]:
+    """(name, height, width)."""
+    if isinstance(image, str | Path):
+        from PIL import Image as Images
+
+        try:
+            with Images.open(image) as opened:
+                return str(image), opened.height, opened.width
+        except OSError as error:  # also what PIL raises for a file that is no image
+            raise UsageError(f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH.") from error
+    height, width = image
+    if height < 1 or width < 1:
+        raise UsageError(f"An image cannot have {height} x {width} pixels. Give a positive height and width.")
+    return f"{height}x{width}", height, width
+
+
+def _costs(source: Source, family: Family, sizes: Sequence[tuple[str, int, int]]) -> Iterable[ImageCost]:
+    """Run the processor on blank images: whatever it does to a size, this is what it costs."""
+    if not sizes:
+        return
+    if not source.files(PROCESSOR_FILES):
+        raise SourceError(
+            f"{source.directory} has no processor files, so the tokens of images cannot be counted. Add them to it, or "
+            "plan without images."
+        )
+    from PIL import Image as Images
+
+    processor = family.processor(source.directory)
+    for name, height, width in sizes:
+        try:
+            batch = processor(images=[Images.new("RGB", (width, height))], text=processor.image_token, return_tensors="pt")
+        except ValueError as error:  # the processor's own limits, for example on the aspect ratio
+            raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
+        tokens = int((batch["input_ids"] == processor.image_token_id).sum())
+        yield ImageCost(name, height, width, len(batch["pixel_values"]), tokens)

@@ -1,0 +1,173 @@
+"""Tables that a person can read, made from the documents that `--json` prints."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vlmbuild.artifact.output import human_size
+
+_WIDTH = 100
+
+
+def build_report(document: Mapping[str, Any]) -> list[str]:
+    """What `vlmbuild build` has made."""
+    path = document["path"]
+    return [
+        *passes_table(document["passes"]),
+        "",
+        *roles_table(document),
+        "",
+        f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
+        document["id"],
+        "",
+        f'Load it:    model, processor = vlmbuild.load("{path}")',
+        f"Look at it: vlmbuild inspect {path}",
+    ]
+
+
+def plan_report(document: Mapping[str, Any]) -> list[str]:
+    """What `vlmbuild build` would make."""
+    lines = [
+        *_facts({"source": document["source"], "model": document["architecture"], **_recipe_facts(document["recipe"])}),
+        "",
+        *regions_table(document),
+        "",
+        *passes_table(document["passes"]),
+        "",
+        *roles_table(document),
+    ]
+    if document["images"]:
+        rows = [
+            [image["name"], f"{image['height']} x {image['width']}", f"{image['patches']:,}", f"{image['tokens']:,}"]
+            for image in document["images"]
+        ]
+        lines += ["", *table(["Images", "height x width", "patches", "tokens"], rows, "<>>>")]
+    return lines
+
+
+def inspect_report(document: Mapping[str, Any]) -> list[str]:
+    """What an artifact holds."""
+    sources = {
+        f"source{number or ''}": f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
+        for number, entry in enumerate(document["source"])
+    }
+    tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
+    code = ", ".join(document["trust"]["code"]) or "none: loading it runs nothing from it"
+    facts = {"name": document["name"], "id": document["id"], **sources, **_recipe_facts(document["recipe"])}
+    return [
+        *_facts({**facts, "built with": tools, "code": code}),
+        "",
+        *files_table(document),
+        "",
+        *regions_table(document),
+        "",
+        *passes_table(document["passes"]),
+        "",
+        *roles_table(document),
+        "",
+        f"Contents not checked; for that: vlmbuild verify {document['path']}",
+    ]
+
+
+def verify_report(document: Mapping[str, Any]) -> list[str]:
+    """That an artifact is what it says."""
+    found = f"{document['files']} files, {human_size(document['bytes'])}"
+    return [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+
+
+def regions_table(document: Mapping[str, Any]) -> list[str]:
+    """Graphs and how often they occur."""
+    rows = [
+        [region["name"], str(region["instances"]), str(region["operators"]), f"{region['parameters']:,}"]
+        for region in document["regions"]
+    ]
+    return table(["Regions", "instances", "operators", "parameters each"], rows, "<>>>")
+
+
+def passes_table(passes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What each pass rewrote, and what it left alone and why."""
+    rows, notes = [], []
+    for report in passes:
+        rows.append([report["name"], f"{report['matches']:,}"])
+        notes += _refusal_notes(report)
+    return table(["Passes", "rewritten"], rows, "<>") + notes
+
+
+def roles_table(document: Mapping[str, Any]) -> list[str]:
+    """Parameters and bytes by what they do, and how they are stored."""
+    recipe = document["recipe"]
+    rows = [
+        [role["role"], f"{role['parameters']:,}", human_size(role["bytes"]), _storage(role, recipe)]
+        for role in document["roles"]
+    ]
+    rows += [[alias.partition(".")[0], "", "", f"shared with {name}"] for alias, name in document["ties"].items()]
+    parameters = sum(role["parameters"] for role in document["roles"])
+    rows.append(["total", f"{parameters:,}", human_size(sum(role["bytes"] for role in document["roles"])), ""])
+    return table(["Weights", "parameters", "stored", "as"], rows, "<>><")
+
+
+def files_table(document: Mapping[str, Any]) -> list[str]:
+    """Files in the order of their roles."""
+    files = sorted(document["files"], key=lambda file: (file["role"], file["path"]))
+    rows = [[file["path"], file["role"], human_size(file["bytes"])] for file in files]
+    rows.append(["total", "", human_size(document["bytes"])])
+    return table(["Files", "role", "size"], rows, "<<>")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    """Aligned columns; `alignment` has "<" or ">" for each."""
+    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+    widths[0] = max(widths[0], 24)
+
+    def line(indent: str, cells: Sequence[str]) -> str:
+        padded = [f"{cell:{side}{width}}" for cell, side, width in zip(cells, alignment, widths, strict=True)]
+        return (indent + "  ".join(padded)).rstrip()
+
+    first, *rest = heads
+    return [line("", [f"{first:<{widths[0]}}  ", *rest]), *(line("  ", row) for row in rows)]
+
+
+def _facts(facts: Mapping[str, str]) -> list[str]:
+    width = max(map(len, facts))
+    return [f"{name:<{width}}  {value}" for name, value in facts.items()]
+
+
+def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    spec = recipe.get("quantize")
+    quantized = "none"
+    if spec:
+        scales = ", scales quantized too" if spec["double_quant"] else ""
+        skipped = f", except {', '.join(spec['skip'])}" if spec["skip"] else ""
+        quantized = f"{spec['format']}, blocks of {spec['blocksize']}{scales}{skipped}"
+    required = {"required": ", ".join(recipe["require"])} if recipe.get("require") else {}
+    names = {"target": "target", "dtype": "dtype", "attention": "attention"}
+    return {**{name: str(recipe.get(key)) for name, key in names.items()}, "quantize": quantized, **required}
+
+
+def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    dtype, spec = str(recipe.get("dtype")), recipe.get("quantize")
+    if not spec:
+        return dtype
+    kept = "; ".join(role["kept"]) or "no linear layers"
+    if not role["quantized"]:
+        return f"{dtype} ({kept})"
+    share = 100 * role["quantized"] / role["parameters"]
+    if role["quantized"] == role["parameters"]:
+        return str(spec["format"])
+    return f"{spec['format']} {share:.1f} %, {dtype} the rest ({kept})"
+
+
+def _refusal_notes(report: Mapping[str, Any]) -> list[str]:
+    """Refusals ("region: place: reason") with the same region and reason on one line."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for refusal in report["refusals"]:
+        region, _, rest = refusal.partition(": ")
+        place, separator, reason = rest.rpartition(": ")
+        grouped.setdefault((region, reason), []).extend([place] if separator else [])
+    notes = []
+    for (region, reason), places in grouped.items():
+        text = f"{report['name']} leaves {', '.join(places) or 'a site'} of {region}: {reason}"
+        notes += textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    return notes

@@ -1,0 +1,133 @@
+"""What a model consists of, for people and machines: regions, and parameters and bytes by role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from vlmbuild.artifact.checkpoint import CheckpointWeights
+from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.families import Family, family_named
+from vlmbuild.program import Program, Region, Role, join
+from vlmbuild.runtime.loader import read_program
+
+_QUANTIZE = "quantize_linear"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A source tensor in an artifact: its module name, what it does, and the bytes that it takes as it is stored."""
+
+    name: str
+    role: Role
+    parameters: int
+    nbytes: int
+    quantized: bool
+
+
+def describe_regions(program: Program) -> list[dict[str, Any]]:
+    """Every region with its instances, operators and parameters of one instance."""
+    return [
+        {
+            "name": region.name,
+            "instances": len(region.instances),
+            "operators": sum(node.op == "call_function" for node in region.graph.graph.nodes),
+            "parameters": sum(math.prod(shape) for _, shape, _ in _weights_of(region)),
+        }
+        for region in program.regions.values()
+    ]
+
+
+def describe_roles(weights: Iterable[StoredWeight], refusals: dict[Role, list[str]]) -> list[dict[str, Any]]:
+    """Parameters and bytes of every role, how many of its parameters are quantized, and why the others are not."""
+    weights = list(weights)
+    described = []
+    for role in get_args(Role):
+        mine = [weight for weight in weights if weight.role == role]
+        if mine:
+            parameters = sum(weight.parameters for weight in mine)
+            quantized = sum(weight.parameters for weight in mine if weight.quantized)
+            reasons = list(dict.fromkeys(refusals.get(role, []))) + (["norms and biases"] if quantized else [])
+            described.append(
+                {
+                    "role": role,
+                    "parameters": parameters,
+                    "quantized": quantized,
+                    "bytes": sum(weight.nbytes for weight in mine),
+                    "kept": reasons if quantized < parameters else [],
+                }
+            )
+    return described
+
+
+def refusals_by_role(program: Program, passes: Iterable[dict[str, Any]]) -> dict[Role, list[str]]:
+    """Why linear layers were not quantized, from the records of the passes."""
+    roles = {(region.name, slot.name): slot.role for region in program.regions.values() for slot in region.slots}
+    found: dict[Role, list[str]] = {}
+    for record in passes:
+        for refusal in record["refusals"] if record["name"] == _QUANTIZE else ():
+            region, _, rest = refusal.partition(": ")
+            module, _, reason = rest.partition(": ")
+            role = roles.get((region, f"{module}.weight"))
+            if role is not None:
+                found.setdefault(role, []).append(reason)
+    return found
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What an artifact says of itself; only the files that are read for it are verified.
+
+    Raises:
+        IntegrityError: It is no artifact, or its manifest or program is not what was written.
+        IncompatibleError: This vlmbuild does not know its format.
+    """
+    reader = ArtifactReader(path, verify=False)
+    manifest = reader.manifest
+    program = read_program(reader)
+    family = family_named(program.family)
+    passes = [dict(record) for record in manifest.passes]
+    weights = _stored_weights(program, family, CheckpointWeights(reader.path))
+    return {
+        "path": str(path),
+        "id": manifest.id,
+        "name": manifest.name,
+        "target": manifest.target,
+        "bytes": manifest.total_bytes,
+        "recipe": dict(manifest.recipe),
+        "source": [dict(entry) for entry in manifest.source],
+        "toolchain": dict(manifest.toolchain),
+        "trust": manifest.trust,
+        "files": [{"path": entry.path, "role": entry.role, "bytes": entry.size} for entry in manifest.files],
+        "variants": list(program.variants),
+        "regions": describe_regions(program),
+        "passes": passes,
+        "roles": describe_roles(weights, refusals_by_role(program, passes)),
+        "ties": program.ties,
+    }
+
+
+def _stored_weights(program: Program, family: Family, checkpoint: CheckpointWeights) -> Iterable[StoredWeight]:
+    """A program's weights with the bytes that they take in a checkpoint; a quantized one has several tensors."""
+    sizes: dict[str, int] = {}
+    for name, info in checkpoint.tensors.items():
+        owner, separator, _ = name.partition(".weight.")
+        owner += ".weight" if separator else ""
+        sizes[owner] = sizes.get(owner, 0) + info.nbytes
+    seen = set()
+    for region in program.regions.values():
+        for instance in region.instances:
+            for relative, shape, quantized in _weights_of(region):
+                name = join(instance, relative)
+                if name not in seen:
+                    seen.add(name)
+                    stored = sizes.get(family.stored_name(name), 0)
+                    yield StoredWeight(name, family.role(name), math.prod(shape), stored, quantized)
+
+
+def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], bool]]:
+    """(relative name, source shape, whether it is quantized) of a region's weights."""
+    yield from ((recipe.source, recipe.shape, True) for recipe in region.recipes)
+    yield from ((slot.name, slot.shape, False) for slot in region.slots if slot.kind == "parameter")

@@ -1,0 +1,74 @@
+"""Questions about canvases of digits: chat messages, training batches with labels, and scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.zoo.digits import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question, and its right answer for the digits on a canvas."""
+
+    question: str
+    answer: Callable[[tuple[int, ...]], str]
+
+
+READ = Task("Read the digits.", lambda digits: "".join(map(str, digits)))
+LARGEST = Task("What is the largest digit?", lambda digits: str(max(digits)))
+
+
+def prompt(processor: Any, task: Task) -> str:
+    """The chat prompt of one image and the task's question."""
+    content = [{"type": "image"}, {"type": "text", "text": task.question}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return text
+
+
+def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Prompts with answers, padded on the right, and `labels`: the answer and its end token, -100 elsewhere."""
+    start = prompt(processor, task)
+    answers = [task.answer(sample.digits) + "<|im_end|>" for sample in samples]
+    texts = [f"{start}{answer}\n" for answer in answers]
+    images = [sample.image for sample in samples]
+    batch = dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, answer in enumerate(answers):
+        end = int(batch["attention_mask"][row].sum()) - 1  # the newline is no part of the answer
+        span = slice(end - len(processor.tokenizer(answer).input_ids), end)
+        labels[row, span] = batch["input_ids"][row, span]
+    return {**batch, "labels": labels}
+
+
+@torch.no_grad()
+def exact_match(model: Any, processor: Any, task: Task, samples: Sequence[Sample], batch_size: int = 100) -> float:
+    """Share of samples whose whole answer has the highest logits at every place. Greedy decoding scores the same: up to
+    the first wrong token both have read the same text, and after it the answer is wrong."""
+    training = model.training
+    model.eval()
+    right = 0
+    for start in range(0, len(samples), batch_size):
+        batch = training_batch(processor, task, samples[start : start + batch_size])
+        labels = batch.pop("labels")[:, 1:]
+        predicted = model(**batch).logits[:, :-1].argmax(-1)
+        right += int(((predicted == labels) | (labels == -100)).all(-1).sum())
+    model.train(training)
+    return right / len(samples)
+
+
+@torch.no_grad()
+def answers(model: Any, processor: Any, task: Task, samples: Sequence[Sample]) -> list[str]:
+    """The model's greedy answers."""
+    texts = [prompt(processor, task)] * len(samples)
+    images = [sample.image for sample in samples]
+    batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    new = generated[:, batch["input_ids"].shape[1] :]
+    decoded: list[str] = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in decoded]

@@ -7,6 +7,7 @@ from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
+
 from vlmbuild.pipeline import Pass
 from vlmbuild.recipe import Recipe
 

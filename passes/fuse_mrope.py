@@ -137,7 +137,7 @@ def _fused_tables(rotary: Rotary, axis: int) -> Callable[..., Any]:
 def _drop_table_casts(program: Program) -> None:
     """Hand float32 tables from region to region where every reader is a fused rotation."""
     for name, region in program.regions.items():
-        results = list(region.graph.graph.output_node().args[0])
+        results = region.results()
         casts = [
             (place, node)
             for place, node in enumerate(results)
@@ -146,7 +146,7 @@ def _drop_table_casts(program: Program) -> None:
         for place, node in casts:
             readers = _readers(program, name, place)
             if all(_reads_as_table(placeholder) for placeholder in readers):
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 for placeholder in readers:
                     placeholder.meta["val"] = placeholder.meta["val"].float()
 

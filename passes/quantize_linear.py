@@ -46,7 +46,7 @@ class QuantizeLinear:
         for name, region in program.regions.items():
             slots = region.slot_nodes()
             for node in [node for node in region.graph.graph.nodes if node.target is _LINEAR]:
-                weight = node.args[1]
+                weight: Any = node.args[1]
                 reason = self._refusal(region, slots.get(weight), weight, unmatched)
                 if reason:
                     outcome.add(name, 0, [reason])
@@ -83,7 +83,8 @@ class QuantizeLinear:
 
     def _quantize(self, region: Region, node: Node, slot: Slot) -> None:
         out_features, in_features = slot.shape
-        values, weight = node.args[:2]
+        arguments: Any = node.args
+        values, weight = arguments[:2]
         bias = node.args[2] if len(node.args) > 2 else None
         stored = {suffix: region.add_slot(new) for suffix, new in self._stored_slots(slot).items()}
         geometry: tuple[Any, ...] = (in_features, out_features, self.spec.blocksize, self.spec.format, COMPUTE_DTYPE)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from vlmbuild.targets import trainable
+from vlmbuild.targets.request import Job, Request
+
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.families import Family
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
-from vlmbuild.targets import trainable
-from vlmbuild.targets.request import Job, Request
 
 TARGETS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {"trainable": trainable.write}
 """Writes and publishes the artifact."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vlmbuild.targets.request import Job, Request
 
 from vlmbuild.artifact import bitsandbytes_format as bitsandbytes
-from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.weights import TensorSpec, WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -23,7 +23,6 @@ from vlmbuild.program import Program, Region, WeightRecipe, join
 from vlmbuild.program_json import to_json
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.source import PROCESSOR_FILES, Progress, Source
-from vlmbuild.targets.request import Job, Request
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 _TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
@@ -40,7 +39,9 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     recipe, program = request.recipe, request.program
     jobs = list(stored_tensors(program, request.family, recipe))
     specs = [spec for _, _, stored in jobs for spec in stored]
-    writer.require_space(sum(spec.nbytes for spec in specs) + sum(f.stat().st_size for f in _side_files(request.source)))
+    writer.require_space(
+        sum(spec.nbytes for spec in specs) + sum(f.stat().st_size for f in _side_files(request.source))
+    )
     config = _artifact_config(request.config, program, recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in _side_files(request.source):

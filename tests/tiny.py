@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.export import Dim
 from transformers import Qwen2VLForConditionalGeneration
+from vlmbuild.passes import passes_for
 
 from vlmbuild.capture import capture
 from vlmbuild.families import FAMILIES
 from vlmbuild.outline import outline
-from vlmbuild.passes import passes_for
 from vlmbuild.pipeline import run
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Program, Region, Slot
 from vlmbuild.recipe import Recipe
@@ -100,7 +100,10 @@ def make_batch(layout: Layout, side: str = "right", seed: int = 0) -> tuple[dict
         ids[number, place], mask[number, place] = torch.tensor(row), 1
     types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
-    for token, pixels, key in ((IMAGE, "pixel_values", "image_grid_thw"), (VIDEO, "pixel_values_videos", "video_grid_thw")):
+    for token, pixels, key in (
+        (IMAGE, "pixel_values", "image_grid_thw"),
+        (VIDEO, "pixel_values_videos", "video_grid_thw"),
+    ):
         if grids[token]:
             batch[key] = torch.tensor(grids[token])
             batch[pixels] = torch.randn(int(batch[key].prod(-1).sum()), PIXELS, generator=generator)
@@ -143,7 +146,9 @@ def linear_region(role: str = "language", features: tuple[int, int] = (64, 128),
     return make_region("blocks", forward, slots, [("1", "tokens", in_features)], ("blocks.0", "blocks.1"))
 
 
-def make_region(name: str, function: Any, slots: Sequence[Slot], activations: Any, instances: tuple[str, ...]) -> Region:
+def make_region(
+    name: str, function: Any, slots: Sequence[Slot], activations: Any, instances: tuple[str, ...]
+) -> Region:
     """A region of ordinary torch code over the slots and then the activations (compute dtype; names are dynamic)."""
     tokens = Dim("tokens")
     example = [torch.empty(slot.shape, dtype=slot.dtype, device="meta") for slot in slots]
@@ -152,7 +157,9 @@ def make_region(name: str, function: Any, slots: Sequence[Slot], activations: An
     for shape in activations:
         plain = [int(size) if str(size).isdigit() else size for size in shape]
         sizes.append(tuple(plain))
-        example.append(torch.empty([11 if size == "tokens" else size for size in plain], dtype=COMPUTE_DTYPE, device="meta"))
+        example.append(
+            torch.empty([11 if size == "tokens" else size for size in plain], dtype=COMPUTE_DTYPE, device="meta")
+        )
         shapes.append({axis: tokens for axis, size in enumerate(plain) if size == "tokens"})
     graph = trace(function, tuple(example), tuple(shapes))
     module = torch.fx.GraphModule(torch.nn.Module(), graph, class_name="Region")

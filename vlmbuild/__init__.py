@@ -1,7 +1,7 @@
 """vlmbuild: compile vision-language models into trainable, verified artifacts.
 
-    vlmbuild.build("Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-nf4", vlmbuild.Recipe(quantize=vlmbuild.QuantSpec()))
-    model, processor = vlmbuild.load("qwen2-vl-nf4")
+vlmbuild.build("Qwen/Qwen2-VL-2B-Instruct", "qwen2-vl-nf4", vlmbuild.Recipe(quantize=vlmbuild.QuantSpec()))
+model, processor = vlmbuild.load("qwen2-vl-nf4")
 """
 
 from __future__ import annotations

@@ -14,8 +14,12 @@ from vlmbuild.program import Role
 from vlmbuild.runtime.adapter import read_adapter, unwrap
 from vlmbuild.runtime.model import AdapterSpec
 
+DEFAULT_ROLES: tuple[Role, ...] = ("language",)
 
-def add_lora(model: nn.Module, r: int = 16, alpha: float | None = None, roles: Collection[Role] = ("language",)) -> None:
+
+def add_lora(
+    model: nn.Module, r: int = 16, alpha: float | None = None, roles: Collection[Role] = DEFAULT_ROLES
+) -> None:
     """Freeze the model and add a trainable LoRA adapter to its linear layers, plain or quantized, in place.
 
     Args:
@@ -56,5 +60,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in adapters.items():
             if parameter.shape != tensors[name].shape:
-                raise SourceError(f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}.")
+                raise SourceError(
+                    f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}."
+                )
             parameter.copy_(tensors[name])

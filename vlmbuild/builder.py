@@ -136,7 +136,9 @@ def check_weights(program: Program, family: Family, weights: CheckpointWeights) 
                 f"{weights.directory}: tensor {family.stored_name(name)} has shape {list(stored[name].shape)}, but "
                 f"config.json asks for {list(slot.shape)}. The weights and config.json do not belong together."
             )
-    extra = sorted(name for name in set(stored) - set(needed) - set(program.ties) if not _IGNORED_SOURCE_TENSORS.fullmatch(name))
+    extra = sorted(
+        name for name in set(stored) - set(needed) - set(program.ties) if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
+    )
     if extra:
         raise SourceError(
             f"{weights.directory} holds {_listed(extra, family)}, which a model with this config.json does not have. "

@@ -120,7 +120,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask."""
     if dropout:
-        raise CaptureError(f"Attention dropout {dropout} cannot be captured; set attention_dropout to 0 in config.json.")
+        raise CaptureError(
+            f"Attention dropout {dropout} cannot be captured; set attention_dropout to 0 in config.json."
+        )
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     operator = torch.ops.vlmbuild.attention

@@ -62,22 +62,27 @@ def _identity_of(node: Node) -> Node | None:
         return source
     if node.target is aten.mul.Tensor and rest == (1.0,) and value.is_floating_point():
         return source
-    if node.target is aten.expand.default and isinstance(rest[0], list | tuple):
-        if all(size == -1 or size == have for size, have in zip(rest[0], value.shape, strict=False)):
-            return source
+    if node.target is aten.expand.default and _keeps_shape(rest[0], value.shape):
+        return source
     return None
+
+
+def _keeps_shape(sizes: Any, shape: torch.Size) -> bool:
+    return len(sizes) == len(shape) and all(size in (-1, have) for size, have in zip(sizes, shape, strict=True))
 
 
 def _inline(graph_module: GraphModule, node: Node) -> None:
     _enabled, body_node, *inputs = node.args
-    assert isinstance(body_node, Node) and isinstance(body_node.target, str)
+    assert isinstance(body_node, Node)
+    assert isinstance(body_node.target, str)
     body = getattr(graph_module, body_node.target)
     values: dict[Node, Any] = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     with graph_module.graph.inserting_before(node):
         outputs = graph_module.graph.graph_copy(body.graph, values)
+    results: Any = outputs
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(results[user.args[1]])
         graph_module.graph.erase_node(user)
     graph_module.graph.erase_node(node)
     if not body_node.users:

@@ -110,19 +110,39 @@ def recipe_options(command: Command) -> Command:
     """The options that make a recipe; the command is called with `recipe`."""
 
     @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
-    @click.option("--quantize", type=click.Choice(["none", *FORMATS]), help="4-bit format of the language model.  [default: none]")
-    @click.option("--attention", type=click.Choice(ATTENTIONS), help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]")
-    @click.option("--dtype", type=click.Choice(DTYPES), help="Of unquantized weights and of the computation.  [default: bfloat16]")
-    @click.option("--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable.")
-    @click.option("--skip", multiple=True, metavar="PATTERN", help="Do not quantize modules like '*.o_proj'. Repeatable.")
-    @click.option("--recipe", "file", type=click.Path(path_type=Path), metavar="FILE.toml", help="Read options from a file; those given here win.")
+    @click.option(
+        "--quantize", type=click.Choice(["none", *FORMATS]), help="4-bit format of the language model.  [default: none]"
+    )
+    @click.option(
+        "--attention",
+        type=click.Choice(ATTENTIONS),
+        help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]",
+    )
+    @click.option(
+        "--dtype", type=click.Choice(DTYPES), help="Of unquantized weights and of the computation.  [default: bfloat16]"
+    )
+    @click.option(
+        "--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable."
+    )
+    @click.option(
+        "--skip", multiple=True, metavar="PATTERN", help="Do not quantize modules like '*.o_proj'. Repeatable."
+    )
+    @click.option(
+        "--recipe",
+        "file",
+        type=click.Path(path_type=Path),
+        metavar="FILE.toml",
+        help="Read options from a file; those given here win.",
+    )
     @functools.wraps(command)
     def with_recipe(
         target: str | None, quantize: str | None, attention: str | None, dtype: str | None,
         require: tuple[str, ...], skip: tuple[str, ...], file: Path | None, **options: Any,
     ) -> Any:  # fmt: skip
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
-        return command(recipe=_recipe(file, quantize, skip, {k: v for k, v in given.items() if v is not None}), **options)
+        return command(
+            recipe=_recipe(file, quantize, skip, {k: v for k, v in given.items() if v is not None}), **options
+        )
 
     return with_recipe
 
@@ -170,7 +190,8 @@ def cli() -> None:
 def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Build an artifact from a checkpoint.
 
-    SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits). OUT appears complete or not at all. It is an ordinary Hugging Face checkpoint with the compiled graph beside it.
+    SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits). OUT appears complete or
+    not at all. It is an ordinary Hugging Face checkpoint with the compiled graph beside it.
 
     \b
     Examples:
@@ -189,7 +210,9 @@ def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: 
 @cli.command()
 @click.argument("source")
 @recipe_options
-@click.option("--image", "images", multiple=True, metavar="FILE|HxW", help="Count patches and tokens of an image. Repeatable.")
+@click.option(
+    "--image", "images", multiple=True, metavar="FILE|HxW", help="Count patches and tokens of an image. Repeatable."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @json_option
 def plan(source: str, recipe: Recipe, images: tuple[str, ...], revision: str | None, as_json: bool) -> None:
@@ -237,7 +260,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
 def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
     """Check every file of an artifact.
 
-    All files must be as the manifest says, and there must be no other. Names all files that are changed, missing, extra or swapped, and exits with 3.
+    All files must be as the manifest says, and there must be no other. Names all files that are changed, missing, extra
+    or swapped, and exits with 3.
 
     \b
     Example:
@@ -246,7 +270,9 @@ def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
     from vlmbuild.artifact.reader import verify as run_verify
 
     if expected_id is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", expected_id):
-        raise UsageError(f"--id {expected_id!r} is not sha256: and 64 hexadecimal digits. `vlmbuild inspect` shows one.")
+        raise UsageError(
+            f"--id {expected_id!r} is not sha256: and 64 hexadecimal digits. `vlmbuild inspect` shows one."
+        )
     with StageProgress(lines=False) as progress:
         manifest = run_verify(artifact, expected_id=expected_id, progress=functools.partial(progress, "verify"))
     document = {
@@ -257,7 +283,13 @@ def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for what it makes.  [default: a temporary one]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for what it makes.  [default: a temporary one]",
+)
 @json_option
 def demo(output: Path | None, as_json: bool) -> None:
     """Show everything on a tiny model.

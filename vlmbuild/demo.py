@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vlmbuild.artifact.reader import verify
 from vlmbuild.adapters import add_lora
+from vlmbuild.artifact.reader import verify
 from vlmbuild.builder import build
 from vlmbuild.plan import plan
 from vlmbuild.recipe import QuantSpec, Recipe

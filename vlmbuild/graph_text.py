@@ -61,7 +61,7 @@ def region_text(region: Region) -> str:
     for node in dataflow_order(region):
         printer.names[node] = f"%{len(printer.names) - len(region.placeholders())}"
         lines.append(f"  {printer.names[node]}{printer.type_of(node)} = {printer.call(node)}")
-    lines.append(f"  return {printer.value(region.graph.graph.output_node().args[0])}")
+    lines.append(f"  return {printer.value(region.results())}")
     return "\n".join(lines)
 
 

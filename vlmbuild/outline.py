@@ -7,6 +7,7 @@ Blocks are found by `nn_module_stack` (a numbered child of a `ModuleList`), the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind
@@ -18,7 +19,7 @@ from vlmbuild.clean import inline_no_grad
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family
 from vlmbuild.graph_text import region_text, size_text
-from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join
+from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, returned_nodes
 
 aten = torch.ops.aten
 
@@ -64,27 +65,31 @@ class _Outliner:
         inline_no_grad(self.module)  # a region of its own would be cut off from its neighbours otherwise
         owners = _partition(self.module)
         split = split_module(self.module, None, lambda node: owners[node][0], keep_original_order=True)  # type: ignore[arg-type]
-        blocks = {f"submod_{index}": block for index, block in owners.values()}
-        values: dict[Node, tuple[str | None, ...]] = {}
+        blocks = {f"submod_{number}": block for number, block in owners.values()}
+        values: dict[Any, tuple[str, ...]] = {}
         calls: list[Call] = []
         for node in split.graph.nodes:
             if node.op == "placeholder":
                 values[node] = (node.name,)
             elif node.op == "call_function":  # getitem of a call with several results
-                source, index = node.args
-                values[node] = (values[source][index],)
+                source, place = node.args
+                values[node] = (values[source][place],)
             elif node.op == "call_module":
-                body = getattr(split, node.target)
-                tensors = _drop_size_results(body)
-                region, kept = self._region(body, blocks[node.target])
-                arguments = tuple(values[node.args[index]][0] for index in kept)
-                count = sum(tensors)
-                outputs = tuple(f"v{len(calls)}.{index}" if count > 1 else f"v{len(calls)}" for index in range(count))
-                calls.append(Call(region, blocks[node.target], arguments, outputs))
-                remaining = iter(outputs)
-                values[node] = tuple(next(remaining) if tensor else None for tensor in tensors)
-        (returned,) = split.graph.output_node().args[0]
+                inputs = [values.get(argument, ("",))[0] for argument in node.args]
+                call, values[node] = self._call(getattr(split, node.target), blocks[node.target], inputs, len(calls))
+                calls.append(call)
+        (returned,) = returned_nodes(split)
         self.program.variants[name] = Variant(self.trace.inputs, tuple(calls), values[returned][0])
+
+    def _call(self, body: GraphModule, block: str, inputs: list[str], number: int) -> tuple[Call, tuple[str, ...]]:
+        """The call of a piece, and the names of all its former results ("" for sizes, which cross no border)."""
+        tensors = _drop_size_results(body)
+        region, kept = self._region(body, block)
+        count = sum(tensors)
+        outputs = tuple(f"v{number}.{place}" if count > 1 else f"v{number}" for place in range(count))
+        remaining = iter(outputs)
+        names = tuple(next(remaining) if tensor else "" for tensor in tensors)
+        return Call(region, block, tuple(inputs[place] for place in kept), outputs), names
 
     def _region(self, body: GraphModule, block: str) -> tuple[str, list[int]]:
         """The region of a piece (an equal one, or a new one), and which of the piece's arguments are activations."""
@@ -92,10 +97,10 @@ class _Outliner:
         body.graph.eliminate_dead_code()
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
         slots = tuple(self._slot(node, block) for node in placeholders if node.name in self.slot_names)
-        kept = [
-            index for index, node in enumerate(placeholders) if node.name not in self.slot_names and node.users
-        ]
-        _order_placeholders(body, [n for n in placeholders if n.name in self.slot_names], [placeholders[i] for i in kept])
+        kept = [index for index, node in enumerate(placeholders) if node.name not in self.slot_names and node.users]
+        _order_placeholders(
+            body, [n for n in placeholders if n.name in self.slot_names], [placeholders[i] for i in kept]
+        )
         activations = tuple(self._shape(placeholders[index]) for index in kept)
         region = Region(self._name(block, slots), body, slots, (block,), activations, dimensions=self.trace.dimensions)
         text = region_text(region)
@@ -118,7 +123,9 @@ class _Outliner:
         name, kind = self.slot_names[node.name]
         value = node.meta["val"]
         if block and not name.startswith(f"{block}."):
-            raise CaptureError(f"Block {block} uses the parameter {name} of another module; such models are not supported.")
+            raise CaptureError(
+                f"Block {block} uses the parameter {name} of another module; such models are not supported."
+            )
         relative = name.removeprefix(f"{block}.") if block else name
         dtype = COMPUTE_DTYPE if kind == "parameter" else value.dtype
         return Slot(relative, tuple(value.shape), dtype, kind, self.family.role(name))  # type: ignore[arg-type]
@@ -160,7 +167,7 @@ def _drop_size_results(body: GraphModule) -> list[bool]:
     """Make the piece return a tuple of its tensors only; returns which of its former results they are. Readers of a size
     take it from their own tensors (`_localise_sizes`)."""
     output = body.graph.output_node()
-    results = [output.args[0]] if isinstance(output.args[0], Node) else list(output.args[0])  # type: ignore[arg-type]
+    results = returned_nodes(body)
     tensors = [isinstance(node.meta["val"], torch.Tensor) for node in results]
     output.args = (tuple(node for node, tensor in zip(results, tensors, strict=True) if tensor),)
     return tensors

@@ -158,7 +158,9 @@ def _size(image: Image) -> tuple[str, int, int]:
             with Images.open(image) as opened:
                 return str(image), opened.height, opened.width
         except OSError as error:  # also what PIL raises for a file that is no image
-            raise UsageError(f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH.") from error
+            raise UsageError(
+                f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH."
+            ) from error
     height, width = image
     if height < 1 or width < 1:
         raise UsageError(f"An image cannot have {height} x {width} pixels. Give a positive height and width.")
@@ -179,7 +181,9 @@ def _costs(source: Source, family: Family, sizes: Sequence[tuple[str, int, int]]
     processor = family.processor(source.directory)
     for name, height, width in sizes:
         try:
-            batch = processor(images=[Images.new("RGB", (width, height))], text=processor.image_token, return_tensors="pt")
+            batch = processor(
+                images=[Images.new("RGB", (width, height))], text=processor.image_token, return_tensors="pt"
+            )
         except ValueError as error:  # the processor's own limits, for example on the aspect ratio
             raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
         tokens = int((batch["input_ids"] == processor.image_token_id).sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch._guards import detect_fake_mode
@@ -85,6 +85,10 @@ class Region:
     def placeholders(self) -> list[Node]:
         """The graph's placeholder nodes: the slots in order, then the activations."""
         return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+
+    def results(self) -> list[Node]:
+        """The nodes that the graph returns."""
+        return returned_nodes(self.graph)
 
     def slot_nodes(self) -> dict[Node, Slot]:
         """The placeholder of each slot."""
@@ -187,6 +191,12 @@ class Program:
                     if name not in seen:
                         seen.add(name)
                         yield name, slot
+
+
+def returned_nodes(graph_module: GraphModule) -> list[Node]:
+    """The nodes that a graph returns, one or several."""
+    returned: Any = graph_module.graph.output_node().args[0]
+    return [returned] if isinstance(returned, Node) else list(returned)
 
 
 def join(instance: str, name: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -178,7 +178,7 @@ def _region_json(region: Region) -> dict[str, Any]:
         ],
         "activations": [list(shape) for shape in region.activations],
         "nodes": [_node_json(node, names) for node in dataflow_order(region)],
-        "results": _encode(region.graph.graph.output_node().args[0], names),
+        "results": _encode(region.results(), names),
     }
 
 
@@ -247,7 +247,11 @@ def _slot(values: Mapping[str, Any]) -> Slot:
 def _decode(value: Any, nodes: list[Node]) -> Any:
     if isinstance(value, dict):
         ((kind, inner),) = value.items()
-        decoders = {"node": nodes.__getitem__, "float": float.fromhex, "dtype": _DTYPES.__getitem__}
+        decoders: dict[str, Callable[[Any], Any]] = {
+            "node": nodes.__getitem__,
+            "float": float.fromhex,
+            "dtype": _DTYPES.__getitem__,
+        }
         return decoders[kind](inner)
     if isinstance(value, list):
         return [_decode(item, nodes) for item in value]

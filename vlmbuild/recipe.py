@@ -89,7 +89,9 @@ class Recipe:
         elif isinstance(quantize, Mapping):
             values["quantize"] = _quantization(quantize, where)
         elif not isinstance(quantize, QuantSpec | None):
-            raise UsageError(f"{where}: quantize must be a table or one of none, {', '.join(FORMATS)}; got {quantize!r}.")
+            raise UsageError(
+                f"{where}: quantize must be a table or one of none, {', '.join(FORMATS)}; got {quantize!r}."
+            )
         if "require" in values:
             values["require"] = _strings(values["require"], f"{where}: require")
         return cls(**values)

@@ -66,7 +66,9 @@ def apply(graph_module: GraphModule, rewrite: Rewrite) -> tuple[int, list[str]]:
     return len(replaced), refusals
 
 
-def trace(function: Callable[..., Any], example: tuple[torch.Tensor, ...], dynamic: tuple[dict[int, Any], ...]) -> Graph:
+def trace(
+    function: Callable[..., Any], example: tuple[torch.Tensor, ...], dynamic: tuple[dict[int, Any], ...]
+) -> Graph:
     """Export ordinary torch code to the operators that captured models are made of."""
 
     class Traced(nn.Module):
@@ -75,6 +77,6 @@ def trace(function: Callable[..., Any], example: tuple[torch.Tensor, ...], dynam
 
     distinct = tuple(torch.empty_like(tensor) for tensor in example)  # export takes one object twice for one input
     exported = torch.export.export(Traced(), distinct, dynamic_shapes=(dynamic,), strict=False)
-    module = exported.graph_module
+    module: GraphModule = exported.graph_module
     clean(module)
     return module.graph

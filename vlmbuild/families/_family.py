@@ -42,9 +42,13 @@ def cumulative_bounds(lengths: Tensor) -> Tensor:
 class Family(Protocol):
     """A family of models with one config class, one prologue and one set of names."""
 
-    name: str
-    architectures: tuple[str, ...]
-    """Values of `architectures` in config.json that this family reads."""
+    @property
+    def name(self) -> str:
+        """Key in `FAMILIES`, and the family's name in stored programs."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Values of `architectures` in config.json that this family reads."""
 
     def config(self, values: Mapping[str, Any]) -> Any:
         """The transformers config object for the values of a config.json; runs no code that the values name.

@@ -1,4 +1,4 @@
-"""Qwen2-VL's host prologue: positions, feature places and attention segments of a batch, and the checks that name a bad sample."""
+"""Qwen2-VL's host prologue: positions, feature places and attention bounds of a batch; checks that name a bad sample."""
 
 from __future__ import annotations
 
@@ -56,16 +56,22 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
     """
     ids = batch.get("input_ids")
     if ids is None or ids.ndim != 2:
-        raise BatchError("The batch has no input_ids of shape (batch, sequence); call the model with the processor's output.")
+        raise BatchError(
+            "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output."
+        )
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if not mask.any():
         raise BatchError("The batch attends to no token at all: attention_mask is zero everywhere.")
     if mask.shape != ids.shape:
-        raise BatchError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
+        raise BatchError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
+        )
     merge = config.vision_config.spatial_merge_size
     images, pixels, image_grids = _media(batch, "image", "pixel_values", merge, 0)
-    videos, video_pixels, video_grids = _media(batch, "video", "pixel_values_videos", merge, sum(m.features for m in images))
+    videos, video_pixels, video_grids = _media(
+        batch, "video", "pixel_values_videos", merge, sum(m.features for m in images)
+    )
     tokens = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
     positions, index = _place(ids.cpu().numpy(), mask.cpu().numpy(), tokens, config, merge)
     places = mask.cpu().flatten().nonzero().squeeze(1)
@@ -105,7 +111,9 @@ def _media(
     media = []
     for number, (t, h, w) in enumerate(grids.tolist()):
         if h % merge or w % merge or min(t, h, w) < 1:
-            raise BatchError(f"{kind} {number}: grid {t} x {h} x {w} is not made of {merge} x {merge} blocks of patches.")
+            raise BatchError(
+                f"{kind} {number}: grid {t} x {h} x {w} is not made of {merge} x {merge} blocks of patches."
+            )
         media.append(_Medium(kind, number, (t, h, w), t * h * w // merge**2, first))
         first += media[-1].features
     patches = sum(medium.features for medium in media) * merge**2

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families._family import HostBatch, meta_module
@@ -26,7 +26,7 @@ class ImageTextProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor for images and text only: its video processor needs torchvision, which may be missing."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
 
 ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # what `save_pretrained` writes, and every reader knows
@@ -41,7 +41,7 @@ class Qwen2VL:
     def config(self, values: Mapping[str, Any]) -> Qwen2VLConfig:
         plain = {key: value for key, value in values.items() if key not in _IGNORED_CONFIG_KEYS}
         try:
-            config = Qwen2VLConfig.from_dict(plain)
+            config: Qwen2VLConfig = Qwen2VLConfig.from_dict(plain)
             _check(config)
         except SourceError:
             raise
@@ -49,7 +49,7 @@ class Qwen2VL:
             raise SourceError(f"config.json is not a valid Qwen2-VL config: {error}") from error
         return config
 
-    def geometry(self, config: Qwen2VLConfig) -> Geometry:
+    def geometry(self, config: Any) -> Geometry:
         text, vision = config.text_config, config.vision_config
         vision_head_dim = vision.embed_dim // vision.num_heads
         return Geometry(
@@ -59,7 +59,7 @@ class Qwen2VL:
             )
         )
 
-    def variants(self, config: Qwen2VLConfig) -> dict[str, tuple[Input, ...]]:
+    def variants(self, config: Any) -> dict[str, tuple[Input, ...]]:
         vision = config.vision_config
         patches = f"{vision.spatial_merge_size**2}*merged"
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -76,15 +76,15 @@ class Qwen2VL:
         )
         return {"image": (*text, *image), "text": text}
 
-    def module(self, config: Qwen2VLConfig, variant: str, attention: str) -> nn.Module:
+    def module(self, config: Any, variant: str, attention: str) -> nn.Module:
         model = meta_module(Qwen2VLForConditionalGeneration, config, attention, COMPUTE_DTYPE)
         return {"image": _ImageCore, "text": _TextCore}[variant](model)
 
-    def ties(self, config: Qwen2VLConfig) -> dict[str, str]:
+    def ties(self, config: Any) -> dict[str, str]:
         tied = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
         return tied if config.tie_word_embeddings else {}
 
-    def constants(self, config: Qwen2VLConfig) -> dict[str, Tensor]:
+    def constants(self, config: Any) -> dict[str, Tensor]:
         return {
             "model.visual.rotary_pos_emb.inv_freq": Qwen2VLVisionRotaryEmbedding(config.vision_config).inv_freq,
             "model.language_model.rotary_emb.inv_freq": Qwen2VLRotaryEmbedding(config.text_config).inv_freq,
@@ -112,7 +112,7 @@ class Qwen2VL:
             return f"model.language_model.{stored.removeprefix('model.')}"
         return stored
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Qwen2VLConfig) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         return prepare(batch, config)
 
     def processor(self, directory: Path) -> Any:
@@ -175,13 +175,13 @@ class _ImageCore(_TextCore):
         return self.logits(embeddings, position_ids, text_cu_seqlens)
 
 
-def _head_dim(config: Qwen2VLConfig) -> int:
+def _head_dim(config: Any) -> int:
     return int(config.text_config.hidden_size // config.text_config.num_attention_heads)
 
 
-def _check(config: Qwen2VLConfig) -> None:
+def _check(config: Any) -> None:
     """Refuse what would be captured wrongly."""
-    text = config.text_config
+    text: Any = config.text_config
     sections = text.rope_parameters.get("mrope_section")
     if not sections or sum(sections) * 2 != _head_dim(config):
         raise SourceError(

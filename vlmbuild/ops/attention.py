@@ -56,7 +56,7 @@ def _mask_problem(
     if bias is not None:
         shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
         full = (batch, heads, length, key.shape[2])
-        if bias.dim() > 4 or any(have != 1 and have != want for have, want in zip(shape, full, strict=True)):
+        if bias.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
             return f"bias of shape {tuple(bias.shape)} does not broadcast to {full}"
     return None
 

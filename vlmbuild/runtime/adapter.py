@@ -1,4 +1,4 @@
-"""Adapters on disk in PEFT's format, so that `PeftModel.from_pretrained(transformers_model, DIR)` reads ours and we read PEFT's."""
+"""Adapters on disk in PEFT's format: PEFT reads what is written here, and what PEFT writes is read here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
         (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"The adapter cannot be written to {path}: {error}. Choose a directory with space.") from error
+        raise OutputError(
+            f"The adapter cannot be written to {path}: {error}. Choose a directory with space."
+        ) from error
 
 
 def read_adapter(directory: str | Path) -> tuple[int, float, dict[str, torch.Tensor]]:
@@ -78,9 +80,9 @@ def read_adapter(directory: str | Path) -> tuple[int, float, dict[str, torch.Ten
     if kind != "LORA" or unsupported:
         raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {kind} with {', '.join(unsupported)}.")
     named = {
-        name.removeprefix(_PREFIX).replace(".lora_A.weight", ".lora_A.default.weight").replace(
-            ".lora_B.weight", ".lora_B.default.weight"
-        ): tensor
+        name.removeprefix(_PREFIX)
+        .replace(".lora_A.weight", ".lora_A.default.weight")
+        .replace(".lora_B.weight", ".lora_B.default.weight"): tensor
         for name, tensor in tensors.items()
     }
     return rank, alpha, named

@@ -23,7 +23,9 @@ suspend: Callable[[Compiler], Compiler] = set_eval_frame
 """Set the callback, return the previous one: `compiler = suspend(None)`, and `suspend(compiler)` to restore it."""
 
 
-def apply(compiler: Compiler, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def apply(
+    compiler: Compiler, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Call a graph's forward under the compiler; None calls it as it is."""
     if compiler is None:
         return function(*tensors)

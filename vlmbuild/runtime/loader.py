@@ -71,7 +71,9 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise DeviceError(f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it.") from error
+        raise DeviceError(
+            f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it."
+        ) from error
     return chosen
 
 
@@ -87,8 +89,7 @@ def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) 
     tensors: dict[str, Tensor] = {}
     for region in program.regions.values():
         for instance in region.instances:
-            for name, tensor in _instance_tensors(region, instance, family, weights):
-                tensors[name] = tensor
+            tensors.update(_instance_tensors(region, instance, family, weights))
     for name, slot in program.slots():
         if slot.kind != "constant":
             _check(name, slot, tensors.get(name))

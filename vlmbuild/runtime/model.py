@@ -98,7 +98,9 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 
     def roles_of(self, modules: Collection[str]) -> tuple[Role, ...]:
         """The roles of the weights of these modules."""
-        return tuple(sorted({slot.role for name, slot in self.program.slots() if name.removesuffix(".weight") in modules}))
+        return tuple(
+            sorted({slot.role for name, slot in self.program.slots() if name.removesuffix(".weight") in modules})
+        )
 
     def _add_instances(self) -> None:
         for name, region in self.program.regions.items():
@@ -126,7 +128,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
                 return tensor.to(converted.device)
             return converted
 
-        super()._apply(convert, recurse)
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
         dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
         if dtype != self._dtype:
             self._dtype = dtype
@@ -136,7 +138,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 
     # Running ------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def forward(
         self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
     ) -> CausalLMOutputWithPast:
@@ -168,7 +170,8 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         nothing here (transformers lets the last place of left padding predict the first token)."""
         following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
         chosen = following[places.to(labels.device)].to(logits.device)
-        loss: Tensor = ForCausalLMLoss(logits, None, logits.shape[-1], items, shift_labels=chosen)
+        count = torch.as_tensor(items) if isinstance(items, int) else items
+        loss: Tensor = ForCausalLMLoss(logits, None, logits.shape[-1], count, shift_labels=chosen)
         return loss
 
     def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
@@ -227,7 +230,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         """transformers asks; there are no mixtures of experts."""
         return {}
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -43,9 +43,7 @@ class BoundRegion:
         names = [slot.name for slot in self.region.slots]
         self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = _getter(names)
 
-    def __call__(
-        self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph with the owner's tensors, under the compiler if there is one.
 
         In training, a carried activation that needs no gradient yet (the first layer's, above frozen embeddings) is made
@@ -99,7 +97,7 @@ def is_compute(slot: Slot) -> bool:
 def _getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
     if not names:
         return lambda _owner: ()
-    get = attrgetter(*names)
+    get: Callable[[nn.Module], Any] = attrgetter(*names)
     return (lambda owner: (get(owner),)) if len(names) == 1 else get
 
 

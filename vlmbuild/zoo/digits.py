@@ -59,8 +59,7 @@ class Digits:
         rows, columns = fitting[random.integers(len(fitting))]
         cell_height, cell_width = (int(side) for side in random.integers(30, 41, 2))
         height, width = (
-            cells * side + int(random.integers(4, 25))
-            for cells, side in ((rows, cell_height), (columns, cell_width))
+            cells * side + int(random.integers(4, 25)) for cells, side in ((rows, cell_height), (columns, cell_width))
         )
         canvas = np.full((max(height, 40), max(width, 40)), 255, np.uint8)
         top = int(random.integers(0, canvas.shape[0] - rows * cell_height + 1))

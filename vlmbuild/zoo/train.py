@@ -28,7 +28,15 @@ SPECIAL_TOKENS = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-CORPUS = (READ.question, "user", "assistant", "system", "What is the largest digit?", "Read the digits backwards.", "How many digits are there?")
+CORPUS = (
+    READ.question,
+    "user",
+    "assistant",
+    "system",
+    "What is the largest digit?",
+    "Read the digits backwards.",
+    "How many digits are there?",
+)
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
@@ -54,7 +62,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     model = json.loads(raw.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=[tuple(pair) for pair in model["merges"]],  # type: ignore[misc]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
@@ -75,7 +83,7 @@ def make_processor() -> Any:
 
 def make_config(tokenizer: Qwen2Tokenizer) -> Qwen2VLConfig:
     """All layer kinds of Qwen2-VL: grouped queries, head_dim 128 with the published M-RoPE sections, tied head."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     vocabulary = (max(ids.values()) + 64) // 64 * 64
     return Qwen2VLConfig(
         text_config={
@@ -147,13 +155,14 @@ def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: i
     torch.manual_seed(seed)
     processor = make_processor()
     config = make_config(processor.tokenizer)
-    model = Qwen2VLForConditionalGeneration(config)
+    model: Any = Qwen2VLForConditionalGeneration(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     warm_up(model, processor, Digits("train", seed + 1, augment=True), warm_up_steps, batch_size, 1.5 * peak)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
     stream, held_out = Digits("train", seed, augment=True), Digits("held_out", seed).take(500)
-    log, started, running = [], time.time(), 0.0
+    log: list[dict[str, Any]] = []
+    started, running = time.time(), 0.0
     for step in range(1, steps + 1):
         loss = model(**training_batch(processor, READ, stream.take(batch_size))).loss
         loss.backward()
@@ -163,7 +172,9 @@ def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: i
         optimizer.zero_grad()
         running = 0.98 * running + 0.02 * loss.item() if step > 1 else loss.item()
         if step % 250 == 0 or step == steps:
-            log.append({"step": step, "loss": round(running, 4), "exact_match": exact_match(model, processor, READ, held_out)})
+            log.append(
+                {"step": step, "loss": round(running, 4), "exact_match": exact_match(model, processor, READ, held_out)}
+            )
             print(log[-1], f"{time.time() - started:.0f} s", flush=True)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16

@@ -16,6 +16,9 @@ from PIL import Image
 
 SPLIT_SEED = 0
 HELD_OUT_FRACTION = 0.15
+CELL = 28
+"""Pixels between neighbouring digits."""
+
 LAYOUTS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (2, 3), (3, 2))
 """(rows, columns) of cells; digits fill them row by row."""
 
@@ -57,29 +60,32 @@ class Digits:
         count = int(random.integers(1, 5))
         fitting = [shape for shape in LAYOUTS if shape[0] * shape[1] >= count > (shape[0] - 1) * shape[1]]
         rows, columns = fitting[random.integers(len(fitting))]
-        cell_height, cell_width = (int(side) for side in random.integers(30, 41, 2))
-        height, width = (
-            cells * side + int(random.integers(4, 25)) for cells, side in ((rows, cell_height), (columns, cell_width))
-        )
-        canvas = np.full((max(height, 40), max(width, 40)), 255, np.uint8)
-        top = int(random.integers(0, canvas.shape[0] - rows * cell_height + 1))
-        left = int(random.integers(0, canvas.shape[1] - columns * cell_width + 1))
+        height, top = self._side(rows)
+        width, left = self._side(columns)
+        canvas = np.full((height, width), 255, np.uint8)
         chosen = random.integers(len(self.labels), size=count)
         centres = []
         for place, glyph in enumerate(chosen):
             ink = self._ink(self.images[glyph])
             row, column = divmod(place, columns)
-            y = top + row * cell_height + int(random.integers(0, cell_height - ink.shape[0] + 1))
-            x = left + column * cell_width + int(random.integers(0, cell_width - ink.shape[1] + 1))
+            y = top + row * CELL + int(random.integers(CELL - ink.shape[0] + 1))
+            x = left + column * CELL + int(random.integers(CELL - ink.shape[1] + 1))
             region = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
             np.minimum(region, 255 - ink, out=region)
             centres.append(((x + ink.shape[1] / 2) / canvas.shape[1], (y + ink.shape[0] / 2) / canvas.shape[0]))
         digits = tuple(int(self.labels[glyph]) for glyph in chosen)
         return Sample(Image.fromarray(canvas).convert("RGB"), digits, tuple(centres))
 
+    def _side(self, cells: int) -> tuple[int, int]:
+        """Pixels of a canvas's side with room for so many cells, and where the first one starts."""
+        room = max(cells + int(self.random.integers(2)), 2)
+        slack = int(self.random.integers(9))
+        start = CELL * int(self.random.integers(room - cells + 1)) + int(self.random.integers(slack + 1))
+        return CELL * room + slack, start
+
     def _ink(self, glyph: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The 8 x 8 glyph (0..16) as a 24..30 pixel image of ink (0..255)."""
-        side = int(self.random.integers(24, 31))
+        """The 8 x 8 glyph (0..16) as a 22..27 pixel image of ink (0..255)."""
+        side = int(self.random.integers(22, 28))
         ink = Image.fromarray((glyph * 15.9375).astype(np.uint8))
         if not self.augment:
             return np.asarray(ink.resize((side, side), Image.Resampling.BILINEAR))

@@ -94,7 +94,20 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         "vision_position_ids": get_vision_position_ids(grids, merge),
         "vision_cu_seqlens": cumulative_bounds(torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])),
     }
+    if len(image["pixel_values"]) == merge**2:
+        image = _with_second_block(image, merge**2)
     return HostBatch("image", {**tensors, **image}, places)
+
+
+def _with_second_block(image: dict[str, Tensor], block: int) -> dict[str, Tensor]:
+    """A batch with a single feature gets a second one, which no token reads: a size of one would be a special case to the
+    compiler, and cost a compilation."""
+    pixels, positions, bounds = image["pixel_values"], image["vision_position_ids"], image["vision_cu_seqlens"]
+    return image | {
+        "pixel_values": torch.cat([pixels, torch.zeros_like(pixels[:block])]),
+        "vision_position_ids": torch.cat([positions, positions]),
+        "vision_cu_seqlens": torch.cat([bounds[:-1], bounds[-1:] + block]),
+    }
 
 
 def _media(

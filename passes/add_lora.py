@@ -46,7 +46,7 @@ class AddLora:
             names = {slot.name for slot in region.slots}
             for node in [node for node in region.graph.graph.nodes if node.target in _LINEAR]:
                 slot = slots.get(node.args[1])
-                if slot is None or slot.role not in self.roles:
+                if slot is None or slot.role not in self.roles or ".lora_" in slot.name:
                     continue
                 module = slot.name.removesuffix(".weight")
                 if f"{module}.lora_A.default.weight" in names:

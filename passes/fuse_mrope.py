@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -50,20 +51,27 @@ class FuseMrope:
         return outcome
 
 
-def _rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """Axial embeddings rotate packed `[patches, heads, head_dim]` in float32, M-RoPE `[batch, heads, sequence, head_dim]`."""
+@cache
+def _rewrites(rotary: Rotary) -> tuple[Rewrite, ...]:
+    return tuple(_axial_rewrites(rotary) if rotary.shared else _mixed_rewrites(rotary))
+
+
+def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
+    """Axial embeddings rotate packed `[patches, heads, head_dim]`, in float32."""
     half = rotary.head_dim // 2
     rows: dict[int, Any] = {0: Dim("rows")}
-    if rotary.shared:
-        table = torch.empty(6, rotary.head_dim, device="meta")
-        states = torch.empty(6, 2, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
-        dynamic: tuple[dict[int, Any], ...] = (rows, rows, rows, rows)
-        yield Rewrite(_axial_rotation, _fused_rotation(half), (states, states, table, table), dynamic)
-        positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
-        frequencies = torch.empty(rotary.sections[0], device="meta")
-        yield Rewrite(_axial_tables, _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
-        return
-    rows = {0: Dim("batch"), 1: Dim("rows")}
+    table = torch.empty(6, rotary.head_dim, device="meta")
+    states = torch.empty(6, 2, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
+    yield Rewrite(_axial_rotation, _fused_rotation(half), (states, states, table, table), (rows, rows, rows, rows))
+    positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
+    frequencies = torch.empty(rotary.sections[0], device="meta")
+    yield Rewrite(_axial_tables, _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
+
+
+def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
+    """M-RoPE rotates `[batch, heads, sequence, head_dim]`, in the compute dtype."""
+    half = rotary.head_dim // 2
+    rows: dict[int, Any] = {0: Dim("batch"), 1: Dim("rows")}
     states_rows = {0: rows[0], 2: rows[1]}
     table = torch.empty(3, 6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
     states = torch.empty(3, 2, 6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")

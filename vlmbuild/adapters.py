@@ -47,20 +47,35 @@ def add_lora(
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Give a model without an adapter the one that a directory holds in PEFT's format.
 
+    Equal layers share one graph, so every linear layer of a role gets an adapter; those that the directory does not name
+    start at zero, which changes nothing.
+
     Raises:
-        SourceError: It is not a plain LoRA adapter, or it does not fit the model; the tensor is named.
+        SourceError: It is not a plain LoRA adapter, or it does not fit the model; the tensor is named. The model is then
+            as it was.
     """
     rank, alpha, tensors = read_adapter(directory)
     model = unwrap(model)
     modules = {name.partition(".lora_")[0] for name in tensors}
+    for module in sorted(modules):
+        _check_pair(model, module, rank, tensors, directory)
     add_lora(model, rank, alpha, roles=model.roles_of(modules))
-    adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-    for name in sorted(set(tensors) ^ set(adapters)):
-        raise SourceError(f"{directory}: {name} is {'not in the model' if name in tensors else 'missing'}.")
     with torch.no_grad():
-        for name, parameter in adapters.items():
-            if parameter.shape != tensors[name].shape:
-                raise SourceError(
-                    f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}."
-                )
-            parameter.copy_(tensors[name])
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _check_pair(
+    model: VisionLanguageModel, module: str, rank: int, tensors: dict[str, torch.Tensor], directory: str | Path
+) -> None:
+    """Both matrices of a linear layer must be there and fit it, and nothing else."""
+    features = linear_features(model.program).get(module)
+    if features is None:
+        raise SourceError(f"{directory}: {module} is not a linear layer of the model. The adapter is for another model.")
+    out_features, in_features = features
+    needed = {f"{module}.lora_A.default.weight": (rank, in_features), f"{module}.lora_B.default.weight": (out_features, rank)}
+    for name in sorted(needed.keys() | {name for name in tensors if name.partition(".lora_")[0] == module}):
+        if name not in needed or name not in tensors:
+            raise SourceError(f"{directory}: {name} is {'missing' if name in needed else 'not part of a plain adapter'}.")
+        if tuple(tensors[name].shape) != needed[name]:
+            raise SourceError(f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(needed[name])}.")

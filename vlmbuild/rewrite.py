@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 from vlmbuild.clean import clean
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Rewrite:
     """What to look for and what to put in its place.
 
@@ -46,8 +47,7 @@ def apply(graph_module: GraphModule, rewrite: Rewrite) -> tuple[int, list[str]]:
         How many sites were rewritten, and the reasons why others were refused.
     """
     refusals: list[str] = []
-    pattern = trace(rewrite.pattern, rewrite.example, rewrite.dynamic)
-    replacement = trace(rewrite.replacement, rewrite.example, rewrite.dynamic)
+    pattern, replacement = _traced(rewrite)
     arguments = [node for node in pattern.nodes if node.op == "placeholder"]
 
     def accept(match: InternalMatch, _original: Graph, _pattern: Graph) -> bool:
@@ -64,6 +64,12 @@ def apply(graph_module: GraphModule, rewrite: Rewrite) -> tuple[int, list[str]]:
         ignore_literals=False,
     )
     return len(replaced), refusals
+
+
+@cache
+def _traced(rewrite: Rewrite) -> tuple[Graph, Graph]:
+    """The graphs of pattern and replacement, traced once for all regions."""
+    return tuple(trace(code, rewrite.example, rewrite.dynamic) for code in (rewrite.pattern, rewrite.replacement))  # type: ignore[return-value]
 
 
 def trace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import IncompatibleError, SourceError
 from vlmbuild.families._family import Family, HostBatch
 from vlmbuild.families.qwen2_vl import Qwen2VL
 
@@ -31,11 +31,13 @@ def family_named(name: str) -> Family:
     """The family that a program names.
 
     Raises:
-        SourceError: This version of vlmbuild does not know it.
+        IncompatibleError: This version of vlmbuild does not know it.
     """
-    if name not in FAMILIES:
-        raise SourceError(f"Unknown model family {name!r}; this vlmbuild knows {', '.join(FAMILIES)}.")
-    return FAMILIES[name]
+    family = FAMILIES.get(str(name))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise IncompatibleError(f"Unknown model family {name!r}; this vlmbuild knows {known}. Install one that knows it.")
+    return family
 
 
 __all__ = ["FAMILIES", "Family", "HostBatch", "family_named", "family_of"]

@@ -17,6 +17,8 @@ from vlmbuild.runtime.model import VisionLanguageModel
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 _SLOT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.default\.weight")
 
 
@@ -76,9 +78,12 @@ def read_adapter(directory: str | Path) -> tuple[int, float, dict[str, torch.Ten
             f"{path} is not a readable adapter ({type(error).__name__}: {error}). It must hold {CONFIG_FILE} and "
             f"{WEIGHTS_FILE} as PEFT writes them."
         ) from error
-    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if config.get(key)]
-    if kind != "LORA" or unsupported:
-        raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {kind} with {', '.join(unsupported)}.")
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")  # it changes the base weights
+    if kind != "LORA" or unsupported or rank < 1:
+        found = f"{kind} with {', '.join(unsupported)}" if unsupported else f"{kind} of rank {rank}"
+        raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {found}. Merge it with PEFT first.")
     named = {
         name.removeprefix(_PREFIX)
         .replace(".lora_A.weight", ".lora_A.default.weight")

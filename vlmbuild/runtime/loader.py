@@ -53,16 +53,28 @@ def load(
         raise IncompatibleError(f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable'.")
     program = read_program(reader)
     family = family_named(program.family)
-    config = family.config(json.loads(reader.read("config.json")))
-    tensors = _read_tensors(program, family, CheckpointWeights(reader.path))
-    reader.check_unchanged()
-    model = VisionLanguageModel(program, family, config, tensors, _dtype(dtype, reader.manifest))
+    model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
     return model.eval().to(chosen_device), family.processor(reader.path)
 
 
 def read_program(reader: ArtifactReader) -> Program:
     """The program of an artifact."""
     return from_json(parse_canonical(reader.read("graph/program.json"), where="graph/program.json"))
+
+
+def _bind(reader: ArtifactReader, program: Program, family: Family, dtype: torch.dtype) -> VisionLanguageModel:
+    """The program with its weights. Files that are intact and still do not fit each other are an incompatible artifact."""
+    try:
+        config = family.config(json.loads(reader.read("config.json")))
+        tensors = _read_tensors(program, family, CheckpointWeights(reader.path))
+        reader.check_unchanged()
+        return VisionLanguageModel(program, family, config, tensors, dtype)
+    except SourceError as error:
+        raise IncompatibleError(f"The files of {reader.path} do not belong together: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"The program of {reader.path} does not fit its weights: {error}. Build the artifact again."
+        ) from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -129,7 +141,7 @@ def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: Checkpo
 
 def _check(name: str, slot: Slot, tensor: Tensor | None) -> None:
     if tensor is None:
-        raise SourceError(f"The artifact's weights lack {name}, which its program needs. Build it again.")
+        raise IncompatibleError(f"The artifact's weights lack {name}, which its program needs. Build it again.")
     if tuple(tensor.shape) != slot.shape:
         raise IncompatibleError(
             f"{name} has shape {tuple(tensor.shape)} in the weights and {slot.shape} in the program. Build it again."

@@ -1,0 +1,107 @@
+"""LoRA: graphs, names and start values, on plain and on quantized layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import MODEL_FP32, assert_close
+from tiny import linear_region, make_batch, region_program
+from vlmbuild.passes import AddLora, QuantizeLinear
+
+from vlmbuild.adapters import add_lora
+from vlmbuild.errors import UsageError
+from vlmbuild.graph_text import digest
+from vlmbuild.pipeline import run
+from vlmbuild.program import Slot
+from vlmbuild.recipe import QuantSpec
+from vlmbuild.runtime.region_instance import BoundRegion
+
+
+def adapted(region, r=4, alpha=8.0, roles=("language",)):
+    return run([AddLora(r, alpha, roles)], region_program(region))[0]
+
+
+def test_slots_have_pefts_names_and_shapes():
+    region = linear_region()
+    report = adapted(region)
+    assert report.sites == {"blocks": 1}
+    assert region.slots[-2:] == (
+        Slot("proj.lora_A.default.weight", (4, 128), torch.float32, "parameter", "language"),
+        Slot("proj.lora_B.default.weight", (64, 4), torch.float32, "parameter", "language"),
+    )
+
+
+def test_value_and_gradients_are_the_formulas():
+    torch.manual_seed(0)
+    region = linear_region()
+    adapted(region)
+    weight, bias, down, up = torch.randn(64, 128), torch.randn(64), torch.randn(4, 128), torch.randn(64, 4)
+    leaves = [down.requires_grad_(), up.requires_grad_(), torch.randn(1, 7, 128, requires_grad=True)]
+    (ours,) = BoundRegion(region, torch.float32, ()).graph(weight, bias, *leaves)
+    values = leaves[2]
+    expected = values @ weight.T + bias + 8.0 / 4 * (values @ down.T @ up.T)
+    assert_close(ours, expected, 1e-6)
+    for found, right in zip(
+        torch.autograd.grad(ours.square().sum(), leaves),
+        torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):
+        assert_close(found, right, 1e-5)
+
+
+def test_quantized_layers_are_adapted_too():
+    region = linear_region()
+    run([QuantizeLinear(QuantSpec())], region_program(region))
+    assert adapted(region).sites == {"blocks": 1}
+    assert {slot.shape for slot in region.slots if "lora" in slot.name} == {(4, 128), (64, 4)}
+
+
+def test_other_roles_are_left_alone():
+    region = linear_region("vision")
+    before = digest(region)
+    assert adapted(region).sites == {}
+    assert digest(region) == before
+    assert adapted(region, roles=("vision",)).sites == {"blocks": 1}
+
+
+def test_second_run_refuses():
+    region = linear_region()
+    adapted(region)
+    before = digest(region)
+    report = adapted(region)
+    assert report.sites == {}
+    assert report.refusals == ("blocks: proj: has an adapter already",)
+    assert digest(region) == before
+
+
+def test_model_is_unchanged_until_trained_and_only_adapters_train(model):
+    batch, labels = make_batch([[5, (1, 4, 6), 7, (1, 8, 2), 3], [9, (1, 2, 2), 4]])
+    before = model(**batch).logits
+    add_lora(model, r=4)
+    assert_close(model(**batch).logits, before, MODEL_FP32)
+    trainable = {name for name, _ in model.trainable_parameters()}
+    assert len(trainable) == 3 * 7 * 2
+    assert all(".lora_" in name for name in trainable)
+    model(**batch, labels=labels).loss.backward()
+    assert all((p.grad is not None) == (name in trainable) for name, p in model.named_parameters())
+    grads = {name: p.grad.abs().sum() for name, p in model.trainable_parameters()}
+    assert all(grad > 0 for name, grad in grads.items() if "lora_B" in name)
+
+
+def test_roles_choose_layers(model):
+    add_lora(model, r=2, roles=("vision", "projector"))
+    names = {name.partition(".lora_")[0] for name, _ in model.trainable_parameters()}
+    assert len(names) == 2 * 4 + 2
+    assert all("visual" in name for name in names)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "No linear layer")])
+def test_bad_options(model, options, message):
+    with pytest.raises(UsageError, match=message):
+        add_lora(model, **options)
+
+
+def test_second_adapter_is_refused(model):
+    add_lora(model, r=2)
+    with pytest.raises(UsageError, match="adapter already"):
+        add_lora(model, r=2)

@@ -1,0 +1,115 @@
+"""4-bit linear layers: what is quantized and what is not, slots and recipes, values, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import SAME_WEIGHTS_FP32, assert_close
+from tiny import linear_region, operators, region_program
+from vlmbuild.passes import QuantizeLinear
+
+from vlmbuild.artifact.bitsandbytes_format import parse_quant_state, quantize
+from vlmbuild.errors import PassError
+from vlmbuild.graph_text import digest
+from vlmbuild.ops.linear_4bit import dequantize_4bit
+from vlmbuild.pipeline import run
+from vlmbuild.program import WeightRecipe
+from vlmbuild.recipe import QuantSpec
+from vlmbuild.runtime.region_instance import BoundRegion
+
+
+def quantized(region, **options):
+    return run([QuantizeLinear(QuantSpec(**options))], region_program(region))[0]
+
+
+def test_slots_and_recipe_of_a_quantized_layer():
+    region = linear_region()
+    report = quantized(region)
+    assert report.sites == {"blocks": 1}
+    assert report.matches == 2
+    slots = {slot.name: (slot.shape, slot.dtype, slot.kind) for slot in region.slots}
+    assert slots == {
+        "proj.bias": ((64,), torch.bfloat16, "parameter"),
+        "proj.weight": ((4096, 1), torch.uint8, "buffer"),
+        "proj.weight_absmax": ((128,), torch.uint8, "buffer"),
+        "proj.weight_nested_absmax": ((1,), torch.float32, "buffer"),
+        "proj.weight_nested_offset": ((), torch.float32, "buffer"),
+    }
+    assert region.recipes == (WeightRecipe("proj.weight", (64, 128), "nf4", 64, True),)
+    assert operators(region) == ["vlmbuild.linear_4bit.default"]
+
+
+def test_without_double_quantization_scales_are_float32():
+    region = linear_region(bias=False)
+    quantized(region, double_quant=False, blocksize=128, format="fp4")
+    assert {slot.name: slot.dtype for slot in region.slots} == {
+        "proj.weight": torch.uint8,
+        "proj.weight_absmax": torch.float32,
+    }
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_format", ["nf4", "fp4"])
+def test_values_are_those_of_the_dequantized_weight(double_quant, quant_format):
+    torch.manual_seed(0)
+    weight, bias, values = torch.randn(64, 128), torch.randn(64), torch.randn(1, 7, 128, requires_grad=True)
+    region = linear_region()
+    quantized(region, double_quant=double_quant, format=quant_format)
+    parts = quantize(weight, quant_type=quant_format, blocksize=64, double_quant=double_quant)
+    state = parse_quant_state(parts[f".quant_state.bitsandbytes__{quant_format}"])
+    tensors = {"proj.weight": parts[""], "proj.weight_absmax": parts[".absmax"], "proj.bias": bias}
+    nested = (None, None)
+    if double_quant:
+        nested = (parts[".nested_absmax"], torch.tensor(state["nested_offset"]))
+        tensors |= {"proj.weight_nested_absmax": nested[0], "proj.weight_nested_offset": nested[1]}
+    graph = BoundRegion(region, torch.float32, ()).graph
+    (ours,) = graph(*(tensors[slot.name] for slot in region.slots), values)
+    (gradient,) = torch.autograd.grad(ours.sum(), values)
+    exact = dequantize_4bit(parts[""], parts[".absmax"], *nested, 128, 64, 64, quant_format, torch.float32)
+    expected = torch.nn.functional.linear(values, exact, bias)
+    assert_close(ours, expected, SAME_WEIGHTS_FP32)
+    assert_close(gradient, torch.autograd.grad(expected.sum(), values)[0], SAME_WEIGHTS_FP32)
+    assert (exact - weight).norm() > 0.01 * weight.norm()  # it is quantized
+
+
+@pytest.mark.parametrize("role", ["vision", "projector", "embedding", "head"])
+def test_other_roles_keep_their_dtype_and_say_so(role):
+    region = linear_region(role)
+    before = digest(region)
+    report = quantized(region)
+    assert report.sites == {}
+    assert digest(region) == before
+    assert report.refusals == (f"blocks: proj: role {role} keeps its dtype",)
+
+
+def test_second_run_finds_nothing():
+    region = linear_region()
+    quantized(region)
+    before = digest(region)
+    assert quantized(region).sites == {}
+    assert digest(region) == before
+
+
+def test_skip_list_by_pattern():
+    region = linear_region()
+    report = quantized(region, skip=("*.proj",))
+    assert report.sites == {}
+    assert report.refusals == ("blocks: proj: in the skip list",)
+
+
+def test_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(PassError, match="'no.such' matches no linear layer"):
+        quantized(linear_region(), skip=("no.such",))
+
+
+def test_pattern_that_splits_a_region_is_an_error():
+    with pytest.raises(PassError, match="in some layers of blocks and not in others"):
+        quantized(linear_region(), skip=("blocks.0.proj",))
+
+
+def test_all_language_layers_of_the_model(built):
+    (report,) = run([QuantizeLinear(QuantSpec())], built)
+    assert report.sites == {"language_model.layers": 7}
+    assert report.matches == 21
+    assert any("visual.blocks: mlp.fc1: role vision" in reason for reason in report.refusals)
+    assert any("embed_tokens: role embedding" in reason for reason in report.refusals)  # the tied head

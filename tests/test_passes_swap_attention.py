@@ -51,7 +51,7 @@ def test_reference_operator_is_what_was_captured(program):
     semantic = [n for n in nodes if n.target is torch.ops.vlmbuild.attention.default]
     assert len(semantic) == 2
     for node in semantic:
-        query, key, value, key_mask, cu_seqlens, bias, _causal, _scale = node.args
+        _query, _key, _value, key_mask, cu_seqlens, bias, _causal, _scale = node.args
         assert key_mask is None
         assert bias is None
         assert cu_seqlens.op == "placeholder"

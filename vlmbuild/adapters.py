@@ -71,11 +71,18 @@ def _check_pair(
     """Both matrices of a linear layer must be there and fit it, and nothing else."""
     features = linear_features(model.program).get(module)
     if features is None:
-        raise SourceError(f"{directory}: {module} is not a linear layer of the model. The adapter is for another model.")
+        raise SourceError(
+            f"{directory}: {module} is not a linear layer of the model. The adapter is for another model."
+        )
     out_features, in_features = features
-    needed = {f"{module}.lora_A.default.weight": (rank, in_features), f"{module}.lora_B.default.weight": (out_features, rank)}
+    needed = {
+        f"{module}.lora_A.default.weight": (rank, in_features),
+        f"{module}.lora_B.default.weight": (out_features, rank),
+    }
     for name in sorted(needed.keys() | {name for name in tensors if name.partition(".lora_")[0] == module}):
         if name not in needed or name not in tensors:
-            raise SourceError(f"{directory}: {name} is {'missing' if name in needed else 'not part of a plain adapter'}.")
+            raise SourceError(
+                f"{directory}: {name} is {'missing' if name in needed else 'not part of a plain adapter'}."
+            )
         if tuple(tensors[name].shape) != needed[name]:
             raise SourceError(f"{directory}: {name} has shape {list(tensors[name].shape)}, not {list(needed[name])}.")

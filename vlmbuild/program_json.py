@@ -52,7 +52,9 @@ OPERATORS: dict[str, Any] = {
 }
 """All that a stored graph may call."""
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_]*)*")
+_TAKEN = frozenset(dir(nn.Module))
+"""Attributes that every module has; a parameter must not hide one."""
 
 _DTYPES = {
     "compute": COMPUTE_DTYPE,
@@ -111,8 +113,8 @@ def _check_names(program: Program) -> None:
     named = [name for name, _ in program.slots()] + list(program.ties)
     named += [name for region in program.regions.values() for name in region.instances if name]
     for name in named:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not a dotted name")
+        if not _NAME.fullmatch(name) or not _TAKEN.isdisjoint(name.split(".")):
+            raise ValueError(f"{name!r} cannot be the name of a parameter or module")
     held = {name for name, _ in program.slots()}
     if lost := sorted(set(program.ties.values()) - held):
         raise ValueError(f"{lost[0]!r} is shared but does not exist")

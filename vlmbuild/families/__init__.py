@@ -36,7 +36,9 @@ def family_named(name: str) -> Family:
     family = FAMILIES.get(str(name))
     if family is None:
         known = ", ".join(FAMILIES)
-        raise IncompatibleError(f"Unknown model family {name!r}; this vlmbuild knows {known}. Install one that knows it.")
+        raise IncompatibleError(
+            f"Unknown model family {name!r}; this vlmbuild knows {known}. Install one that knows it."
+        )
     return family
 
 

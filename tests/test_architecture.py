@@ -1,0 +1,120 @@
+"""The shape of the code: which way imports point, where family names may stand, what the wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"vlmbuild": "vlmbuild", "passes": "vlmbuild.passes", "targets": "vlmbuild.targets"}
+
+# Each layer may import itself and the layers before it.
+LAYERS = (
+    ("errors", "recipe"),
+    ("artifact",),
+    ("zoo",),
+    ("program",),
+    ("graph_text", "clean"),
+    ("ops",),
+    ("program_json",),
+    ("rewrite",),
+    ("pipeline",),
+    ("families",),
+    ("source",),
+    ("capture",),
+    ("outline",),
+    ("runtime",),
+    ("passes", "targets"),
+    ("builder",),
+    ("summary", "adapters", "plan", "cache"),
+    ("report", "cli_output", "demo"),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+FAMILY_NAME = re.compile(r"qwen|mllama|pixtral|llava", re.IGNORECASE)
+
+
+def modules():
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = ".".join([package, *path.relative_to(ROOT / folder).with_suffix("").parts])
+            yield pytest.param(name.removesuffix(".__init__"), path, id=name)
+
+
+def layer(name):
+    """The part of a dotted name that decides its layer; the script that trains the zoo uses all below it."""
+    if name == "vlmbuild.zoo.train":
+        return "demo"
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield node.module or ""
+
+
+MODULES = list(modules())
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_imports_point_one_way(name, path):
+    for other in imports(path):
+        assert other.split(".")[0] not in ("passes", "targets"), other
+        if other.startswith("vlmbuild.") and name != "vlmbuild":
+            assert RANK[layer(other)] <= RANK[layer(name)], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_loading_does_not_need_what_built(name, path):
+    if layer(name) == "runtime":
+        assert not {layer(other) for other in imports(path) if other.startswith("vlmbuild")} & {
+            "passes", "targets", "builder", "capture", "outline", "pipeline", "rewrite", "source",
+        }  # fmt: skip
+    if layer(name) == "artifact":
+        assert {layer(other) for other in imports(path) if other.startswith("vlmbuild")} <= {"errors", "artifact"}
+
+
+def test_only_the_builder_imports_passes_and_targets():
+    for parameter in MODULES:
+        name, path = parameter.values
+        if layer(name) not in ("passes", "targets", "builder"):
+            assert not any(other.startswith(("vlmbuild.passes", "vlmbuild.targets")) for other in imports(path)), name
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_family_names_stay_in_families(name, path):
+    if layer(name) in ("families", "zoo", "demo", "cli", "__init__", "adapters"):
+        return  # families, the packaged checkpoint, and examples in help texts
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if FAMILY_NAME.search(line) and "arXiv" not in line:
+            pytest.fail(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+
+
+@pytest.mark.parametrize(("name", "path"), MODULES)
+def test_modules_have_a_docstring_and_a_readable_size(name, path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "no docstring"
+    assert len(text.splitlines()) <= 320
+
+
+def test_packages_listed_by_hand_are_the_tree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {".".join([package, *init.parent.relative_to(ROOT / folder).parts]) for folder, package in FOLDERS.items()
+             for init in (ROOT / folder).rglob("__init__.py")}  # fmt: skip
+    assert set(project["tool"]["setuptools"]["packages"]) == found
+
+
+def test_top_level_is_fixed():
+    allowed = {"vlmbuild", "passes", "targets", "tests", "artifacts"}
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")} - {"build", "dist"}
+    assert {name for name in folders if not name.endswith(".egg-info")} == allowed

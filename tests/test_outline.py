@@ -1,0 +1,93 @@
+"""Outlining: the regions of the full model, sharing, sizes, names."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.graph_text import region_text
+from vlmbuild.program import COMPUTE_DTYPE, join
+
+
+@pytest.fixture(scope="module")
+def full():
+    """28 decoder layers and 32 vision blocks."""
+    return tiny.capture_program(tiny.make_config(layers=28, depth=32))
+
+
+def test_full_depth_has_five_regions(full):
+    names = list(dict.fromkeys(call.region for call in full.variants["image"].calls))
+    assert [(name, len(full.regions[name].instances)) for name in names] == [
+        ("visual.patch_embed.proj", 1),
+        ("visual.blocks", 32),
+        ("visual.merger.ln_q", 1),
+        ("language_model.layers", 28),
+        ("language_model.norm", 1),
+    ]
+    assert full.regions["visual.blocks"].instances[31] == "model.visual.blocks.31"
+    assert len(full.variants["image"].calls) == 32 + 28 + 3
+
+
+def test_graphs_do_not_grow_with_depth(full, program):
+    for name, region in program.regions.items():
+        assert region_text(full.regions[name]) == region_text(region)
+
+
+def test_variants_share_the_decoder(program):
+    image, text = program.variants["image"], program.variants["text"]
+    shared = {call.region for call in image.calls} & {call.region for call in text.calls}
+    assert shared == {"language_model.layers", "language_model.norm"}
+    assert len(program.regions) == 6
+
+
+def test_only_tensors_cross_borders(program):
+    for region in program.regions.values():
+        values = [node.meta["val"] for node in [*region.placeholders(), *region.results()]]
+        assert all(isinstance(value, torch.Tensor) for value in values)
+        assert len(region.placeholders()) == len(region.slots) + len(region.activations)
+        assert all(node.users for node in region.placeholders())
+
+
+def test_calls_are_in_static_single_assignment(program):
+    for variant in program.variants.values():
+        known = {entry.name for entry in variant.inputs}
+        for call in variant.calls:
+            assert set(call.inputs) <= known
+            assert not set(call.outputs) & known
+            known |= set(call.outputs)
+        assert variant.output in known
+
+
+def test_slots_are_the_models_parameters(program, reference, config):
+    names = {name: slot for name, slot in program.slots() if slot.kind == "parameter"}
+    parameters = dict(reference.named_parameters())
+    assert {name: slot.shape for name, slot in names.items()} == {n: tuple(p.shape) for n, p in parameters.items()}
+    assert {slot.dtype for slot in names.values()} == {COMPUTE_DTYPE}
+    constants = {name for name, slot in program.slots() if slot.kind == "constant"}
+    assert constants == set(tiny.FAMILY.constants(config))
+
+
+def test_tied_head_uses_the_embeddings_slot(program):
+    assert program.ties == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    assert "model.language_model.embed_tokens.weight" in {
+        slot.name for slot in program.regions["language_model.norm"].slots
+    }
+
+
+def test_untied_head_has_a_slot_of_its_own():
+    program = tiny.capture_program(tiny.make_config(layers=1, depth=1, tied=False))
+    assert program.ties == {}
+    assert "lm_head.weight" in dict(program.slots())
+    assert dict(program.slots())["lm_head.weight"].role == "head"
+    assert program.regions["language_model.layers"].instances == ("model.language_model.layers.0",)
+
+
+def test_roles_follow_the_module(program):
+    roles = {
+        join(region.instances[0], slot.name): slot.role for region in program.regions.values() for slot in region.slots
+    }
+    assert roles["model.visual.blocks.0.mlp.fc1.weight"] == "vision"
+    assert roles["model.visual.merger.mlp.0.weight"] == "projector"
+    assert roles["model.language_model.layers.0.self_attn.q_proj.weight"] == "language"
+    assert roles["model.language_model.embed_tokens.weight"] == "embedding"

@@ -1,0 +1,72 @@
+"""Recipes: validation, TOML, and a fingerprint over every field."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+
+from vlmbuild.errors import UsageError
+from vlmbuild.recipe import QuantSpec, Recipe
+
+
+def test_fingerprint_changes_with_every_field():
+    base = Recipe(quantize=QuantSpec())
+    other = {
+        "target": None,
+        "quantize": QuantSpec(blocksize=128),
+        "attention": "sdpa",
+        "dtype": "float32",
+        "require": ("a",),
+    }
+    assert other.keys() == {field.name for field in fields(Recipe)}
+    changed = {replace(base, **{name: value}).fingerprint() for name, value in other.items() if value is not None}
+    specs = [QuantSpec("fp4"), QuantSpec(double_quant=False), QuantSpec(skip=("x",))]
+    changed |= {Recipe(quantize=spec).fingerprint() for spec in specs} | {Recipe().fingerprint()}
+    assert len(changed) == 8
+    assert base.fingerprint() not in changed
+    assert base.fingerprint() == Recipe(quantize=QuantSpec()).fingerprint()
+
+
+def test_toml_with_overrides(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('dtype = "float32"\nrequire = ["fuse_mrope"]\n[quantize]\nformat = "fp4"\nskip = ["*.o_proj"]\n')
+    recipe = Recipe.from_toml(file, attention="sdpa")
+    assert recipe == Recipe(
+        quantize=QuantSpec("fp4", skip=("*.o_proj",)), attention="sdpa", dtype="float32", require=("fuse_mrope",)
+    )
+    assert Recipe.from_mapping(recipe.to_mapping()) == recipe
+
+
+@pytest.mark.parametrize(("value", "expected"), [("none", None), ("nf4", QuantSpec()), (None, None)])
+def test_quantize_by_name(value, expected):
+    assert Recipe.from_mapping({"quantize": value}).quantize == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dtype = 'int8'", "dtype cannot be 'int8'. Choose one of: float32"),
+        ("speed = 'fast'", "unknown option 'speed'. Known options: attention"),
+        ("[quantize]\nbits = 4", "unknown option 'bits' in"),
+        ("[quantize]\nformat = 'nf3'", "quantize.format cannot be 'nf3'"),
+        ("[quantize]\nblocksize = 100", "quantize.blocksize cannot be 100"),
+        ("[quantize]\ndouble_quant = 1", "must be true or false"),
+        ("[quantize]\nskip = 'x'", "must be a list of strings"),
+        ("quantize = 4", "quantize must be a table or one of none, nf4"),
+        ("require = 'x'", "require must be a list of strings"),
+        ("attention = 'flash'", "attention cannot be 'flash'"),
+        ("target = 'gguf'", "target cannot be 'gguf'"),
+        ("dtype = ", "is not valid TOML"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(tmp_path, text, message):
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message.replace("[", r"\[")):
+        Recipe.from_toml(file)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        Recipe.from_toml(tmp_path / "no.toml")

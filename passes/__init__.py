@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmbuild.passes.add_lora import AddLora
+from vlmbuild.passes.add_lora import AddLora, linear_features
 from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
@@ -11,7 +11,7 @@ from vlmbuild.passes.swap_attention import SwapAttention
 from vlmbuild.pipeline import Pass
 from vlmbuild.recipe import Recipe
 
-__all__ = ["AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "passes_for"]
+__all__ = ["AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "linear_features", "passes_for"]
 
 
 def passes_for(recipe: Recipe) -> tuple[Pass, ...]:

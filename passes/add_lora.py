@@ -10,7 +10,7 @@ from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Role, Slot
+from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Role, Slot, join
 
 aten = torch.ops.aten
 _LINEAR = (aten.linear.default, torch.ops.vlmbuild.linear_4bit.default)
@@ -72,6 +72,19 @@ class AddLora:
             scaled = graph.call_function(aten.mul.Tensor, (high, self.alpha / self.r))
             total = graph.call_function(aten.add.Tensor, (node, scaled))
         result.args = (total, COMPUTE_DTYPE)
+
+
+def linear_features(program: Program) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every linear layer that can have an adapter."""
+    found = {}
+    for region in program.regions.values():
+        slots = region.slot_nodes()
+        for node in region.graph.graph.nodes:
+            slot = slots.get(node.args[1]) if node.target in _LINEAR else None
+            if slot is not None and ".lora_" not in slot.name:
+                module = slot.name.removesuffix(".weight")
+                found.update({join(instance, module): _features(region, node) for instance in region.instances})
+    return found
 
 
 def _features(region: Region, node: Node) -> tuple[int, int]:

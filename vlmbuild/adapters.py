@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlmbuild.builder import adapt
+from vlmbuild.builder import adapt, adaptable
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.program import Role
 from vlmbuild.runtime.adapter import read_adapter, unwrap
-from vlmbuild.runtime.model import AdapterSpec
+from vlmbuild.runtime.model import AdapterSpec, VisionLanguageModel
 
 DEFAULT_ROLES: tuple[Role, ...] = ("language",)
 
@@ -69,7 +69,7 @@ def _check_pair(
     model: VisionLanguageModel, module: str, rank: int, tensors: dict[str, torch.Tensor], directory: str | Path
 ) -> None:
     """Both matrices of a linear layer must be there and fit it, and nothing else."""
-    features = linear_features(model.program).get(module)
+    features = adaptable(model.program).get(module)
     if features is None:
         raise SourceError(
             f"{directory}: {module} is not a linear layer of the model. The adapter is for another model."

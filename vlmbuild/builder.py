@@ -16,7 +16,7 @@ from vlmbuild.capture import capture
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family, family_of
 from vlmbuild.outline import outline
-from vlmbuild.passes import AddLora, passes_for
+from vlmbuild.passes import AddLora, linear_features, passes_for
 from vlmbuild.pipeline import PassReport, run
 from vlmbuild.program import Program, Role
 from vlmbuild.recipe import Recipe
@@ -149,6 +149,11 @@ def check_weights(program: Program, family: Family, weights: CheckpointWeights) 
 def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterator[Job]:
     """What a finished program's artifact will store, before any weight is read."""
     return STORED[recipe.target](program, family, recipe)
+
+
+def adaptable(program: Program) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of the linear layers that `adapt` may choose from."""
+    return linear_features(program)
 
 
 def adapt(program: Program, r: int, alpha: float, roles: tuple[Role, ...]) -> PassReport:

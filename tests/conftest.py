@@ -6,9 +6,12 @@ import copy
 import logging
 
 import pytest
+import checkpoints
 import tiny
 import torch
 
+from vlmbuild.builder import build
+from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.model import VisionLanguageModel
 
 
@@ -76,3 +79,25 @@ def model(built, bind):
 
 def copied(reference):
     return {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+
+
+# Checkpoints and artifacts on disk ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def checkpoint(reference, tmp_path_factory):
+    """The reference model as a checkpoint; tests may read it, nothing else."""
+    return checkpoints.write_checkpoint(reference, tmp_path_factory.mktemp("source") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def nf4(checkpoint, tmp_path_factory):
+    """Its NF4 artifact in float32, with the build's result."""
+    path = tmp_path_factory.mktemp("artifact") / "nf4"
+    return build(checkpoint, path, Recipe(quantize=QuantSpec(), dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint, tmp_path_factory):
+    """Its unquantized artifact in float32."""
+    return build(checkpoint, tmp_path_factory.mktemp("artifact") / "plain", Recipe(dtype="float32"))

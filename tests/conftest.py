@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 
-import pytest
 import checkpoints
+import pytest
 import tiny
 import torch
 

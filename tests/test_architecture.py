@@ -30,7 +30,7 @@ LAYERS = (
     ("runtime",),
     ("passes", "targets"),
     ("builder",),
-    ("summary", "adapters", "plan", "cache"),
+    ("summary", "adapters", "planner", "cache"),
     ("report", "cli_output", "demo"),
     ("cli",),
     ("__main__", "__init__"),

@@ -92,7 +92,9 @@ def shards(directory):
 
 
 def current_names(directory):
-    as_shards(directory, lambda name: f"model.language_model.{name[6:]}" if name.startswith("model.") else f"model.{name}")
+    as_shards(
+        directory, lambda name: f"model.language_model.{name[6:]}" if name.startswith("model.") else f"model.{name}"
+    )
 
 
 def flat_config(directory):
@@ -101,7 +103,9 @@ def flat_config(directory):
 
 
 def old_buffers(directory):
-    edit_weights(directory, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_weights(
+        directory, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    )
 
 
 @pytest.mark.parametrize("layout", [shards, current_names, flat_config, old_buffers])

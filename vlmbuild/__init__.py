@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
     from vlmbuild.errors import VlmbuildError
-    from vlmbuild.plan import Plan, plan
+    from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
     from vlmbuild.runtime.adapter import save_adapter
     from vlmbuild.runtime.loader import load
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Artifact": "builder",
     "Manifest": "artifact.manifest",
-    "Plan": "plan",
+    "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
     "VisionLanguageModel": "runtime.model",
@@ -35,7 +35,7 @@ _HOMES = {
     "from_pretrained": "cache",
     "load": "runtime.loader",
     "load_adapter": "adapters",
-    "plan": "plan",
+    "plan": "planner",
     "save_adapter": "runtime.adapter",
     "verify": "artifact.reader",
 }

@@ -224,7 +224,7 @@ def plan(source: str, recipe: Recipe, images: tuple[str, ...], revision: str | N
     Example:
         vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920 --image photo.jpg
     """
-    from vlmbuild.plan import plan as run_plan
+    from vlmbuild.planner import plan as run_plan
 
     with StageProgress(lines=not as_json) as progress:
         planned = run_plan(source, recipe, images=map(_image, images), revision=revision, progress=progress)
@@ -305,4 +305,5 @@ def demo(output: Path | None, as_json: bool) -> None:
     directory = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-")) if output is None else output
     result = run_demo(directory, echo=functools.partial(click.echo, err=as_json))
     if as_json:
-        click.echo(_json({"output": str(directory), "result": result}))
+        document = {name: getattr(result, name) for name in result.__dataclass_fields__}
+        click.echo(_json({name: str(value) if isinstance(value, Path) else value for name, value in document.items()}))

@@ -13,7 +13,8 @@ import torch
 from vlmbuild.adapters import add_lora
 from vlmbuild.artifact.reader import verify
 from vlmbuild.builder import build
-from vlmbuild.plan import plan
+from vlmbuild.errors import OutputError
+from vlmbuild.planner import plan
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.adapter import save_adapter
 from vlmbuild.runtime.loader import load
@@ -75,12 +76,19 @@ def run(output: Path, *, steps: int = 250, echo: Callable[[str], None] = print) 
     """Run the whole pipeline on the packaged checkpoint; needs no network and no GPU.
 
     Args:
-        output: An existing directory for the artifact and the adapter.
+        output: Directory for the artifact and the adapter; made if it is missing.
         steps: Training steps.
         echo: Takes each line of the report.
+
+    Raises:
+        OutputError: The directory cannot be made or written.
     """
     started = time.perf_counter()
     torch.manual_seed(SEED)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output} cannot be made: {error.strerror}. Choose another directory with -o.") from error
     artifact, adapter = output / "qwen2-vl-digits-nf4", output / "largest-digit-adapter"
 
     echo(f"[1/6] Plan: {CHECKPOINT}, from its config.json alone")
@@ -145,5 +153,5 @@ def _table(samples: Sequence[Sample], first: Sequence[str], second: Sequence[str
     rows = [f"{'digits on the image':20} {'largest':8} {'before':10} after"]
     for sample, old, new in zip(samples, first, second, strict=True):
         digits = " ".join(map(str, sample.digits))
-        rows.append(f"{digits:20} {LARGEST.answer(sample.digits):8} {old:10} {new}")
+        rows.append(f"{digits:20} {LARGEST.answer(sample.digits):8} {old or '(nothing)':10} {new or '(nothing)'}")
     return rows

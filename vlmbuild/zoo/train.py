@@ -195,8 +195,8 @@ def train(output: Path, steps: int, warm_up_steps: int, seed: int, batch_size: i
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--warm-up", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--warm-up", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train(arguments.output, arguments.steps, arguments.warm_up, arguments.seed)

@@ -1,0 +1,110 @@
+"""Adapters: PEFT reads ours, we read PEFT's, and others are refused before the model changes."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from checkpoints import dequantized
+from parity import SAME_WEIGHTS_FP32, assert_close
+from safetensors.torch import load_file, save_file
+from test_builder import ATTENDED, BATCH
+from transformers import AutoModelForImageTextToText
+
+import vlmbuild
+from vlmbuild.errors import OutputError, SourceError
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCH).logits[ATTENDED]
+
+
+def shaken(model):
+    """Adapters that do something: B starts at zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def adapted(nf4):
+    model, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(model, r=4, alpha=12)
+    return shaken(model)
+
+
+def test_peft_reads_ours(adapted, nf4, tmp_path):
+    before = logits(vlmbuild.load(nf4.path)[0])
+    vlmbuild.save_adapter(adapted, tmp_path / "adapter")
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert (logits(adapted) - before).norm() > 0.05 * before.norm()
+    assert_close(logits(adapted), logits(theirs), SAME_WEIGHTS_FP32)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "up_proj", "down_proj", "fc1"]])
+def test_we_read_pefts(targets, nf4, tmp_path):
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    theirs = shaken(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)))
+    theirs.save_pretrained(tmp_path)
+    ours, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(ours, tmp_path)
+    assert_close(logits(ours), logits(theirs), SAME_WEIGHTS_FP32)
+
+
+def test_round_trip_through_a_compiled_model(adapted, nf4, tmp_path):
+    vlmbuild.save_adapter(torch.compile(adapted, backend="eager"), tmp_path)
+    again, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(torch.compile(again, backend="eager"), tmp_path)
+    assert torch.equal(logits(again), logits(adapted))
+
+
+def edit_config(directory, **changes):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(directory, change):
+    tensors = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "not a readable adapter"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "not a readable adapter"),
+        (lambda d: edit_config(d, peft_type="LOHA"), "only plain LoRA adapters can be loaded, not LOHA"),
+        (lambda d: edit_config(d, use_dora=True), "use_dora"),
+        (lambda d: edit_config(d, use_rslora=True), "use_rslora"),
+        (lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")), "q_proj.lora_B.default.weight is missing"),
+        (lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})), r"shape \[4, 7\]"),
+        (lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+         "other is not a linear layer"),
+    ],
+)  # fmt: skip
+def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
+    vlmbuild.save_adapter(adapted, tmp_path)
+    spoil(tmp_path)
+    model, _ = vlmbuild.load(nf4.path)
+    before = set(model.state_dict())
+    with pytest.raises(SourceError, match=message):
+        vlmbuild.load_adapter(model, tmp_path)
+    assert set(model.state_dict()) == before
+
+
+def test_saving_without_an_adapter(nf4, tmp_path):
+    with pytest.raises(OutputError, match="no adapter to save"):
+        vlmbuild.save_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
+    with pytest.raises(OutputError, match=r"Expected a model from vlmbuild.load, got Linear"):
+        vlmbuild.save_adapter(torch.nn.Linear(1, 1), tmp_path)

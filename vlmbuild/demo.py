@@ -85,6 +85,7 @@ def run(output: Path, *, steps: int = 250, echo: Callable[[str], None] = print) 
     """
     started = time.perf_counter()
     torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are busy
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -30,11 +30,13 @@ class AddLora:
         r: Rank.
         alpha: `scaling` is alpha / r.
         roles: Which linear layers.
+        modules: Names of modules; when given, a layer is adapted if it has one of them in some instance.
     """
 
     r: int
     alpha: float
     roles: tuple[Role, ...] = ("language",)
+    modules: frozenset[str] | None = None
 
     name: ClassVar[str] = "add_lora"
     exact: ClassVar[bool] = True
@@ -49,12 +51,17 @@ class AddLora:
                 if slot is None or slot.role not in self.roles or ".lora_" in slot.name:
                     continue
                 module = slot.name.removesuffix(".weight")
+                if not self._is_named(region, module):
+                    continue
                 if f"{module}.lora_A.default.weight" in names:
                     outcome.add(name, 0, [f"{module}: has an adapter already"])
                     continue
                 self._add(region, node, module, slot.role)
                 outcome.add(name, 1)
         return outcome
+
+    def _is_named(self, region: Region, module: str) -> bool:
+        return self.modules is None or any(join(instance, module) in self.modules for instance in region.instances)
 
     def _add(self, region: Region, node: Node, module: str, role: Role) -> None:
         out_features, in_features = _features(region, node)
@@ -72,19 +79,6 @@ class AddLora:
             scaled = graph.call_function(aten.mul.Tensor, (high, self.alpha / self.r))
             total = graph.call_function(aten.add.Tensor, (node, scaled))
         result.args = (total, COMPUTE_DTYPE)
-
-
-def linear_features(program: Program) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every linear layer that can have an adapter."""
-    found = {}
-    for region in program.regions.values():
-        slots = region.slot_nodes()
-        for node in region.graph.graph.nodes:
-            slot = slots.get(node.args[1]) if node.target in _LINEAR else None
-            if slot is not None and ".lora_" not in slot.name:
-                module = slot.name.removesuffix(".weight")
-                found.update({join(instance, module): _features(region, node) for instance in region.instances})
-    return found
 
 
 def _features(region: Region, node: Node) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class FuseMrope:
             for rewrite in _rewrites(rotary):
                 for name, region in program.regions.items():
                     outcome.add(name, *apply(region.graph, rewrite))
-        if outcome.total:
+        if outcome.sites:
             _drop_table_casts(program)
         return outcome
 

@@ -13,10 +13,10 @@ from vlmbuild.families import Family
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
 
-TARGETS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {"trainable": trainable.write}
+WRITERS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {"trainable": trainable.write}
 """Writes and publishes the artifact."""
 
 STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[Job]]] = {"trainable": trainable.stored_tensors}
 """Says what will be stored, before any weight is read."""
 
-__all__ = ["STORED", "TARGETS", "Job", "Request"]
+__all__ = ["STORED", "WRITERS", "Job", "Request"]

@@ -21,11 +21,10 @@ from vlmbuild.families import Family
 from vlmbuild.graph_text import program_text
 from vlmbuild.program import Program, Region, WeightRecipe, join
 from vlmbuild.program_json import to_json
-from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.recipe import TOOLS, QuantSpec, Recipe
 from vlmbuild.source import PROCESSOR_FILES, Progress, Source
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
-_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -55,7 +54,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         source=[_source_record(request)],
         recipe=recipe.to_mapping(),
         passes=[report.record() for report in request.reports],
-        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in _TOOLS},
+        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS},
     )
 
 

@@ -14,7 +14,7 @@ from test_builder import ATTENDED, BATCH
 from transformers import AutoModelForImageTextToText
 
 import vlmbuild
-from vlmbuild.errors import OutputError, SourceError
+from vlmbuild.errors import SourceError, UsageError
 
 
 def logits(model):
@@ -104,7 +104,7 @@ def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
 
 
 def test_saving_without_an_adapter(nf4, tmp_path):
-    with pytest.raises(OutputError, match="no adapter to save"):
+    with pytest.raises(UsageError, match="no adapter to save"):
         vlmbuild.save_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
-    with pytest.raises(OutputError, match=r"Expected a model from vlmbuild.load, got Linear"):
+    with pytest.raises(UsageError, match=r"Expected a model from vlmbuild.load, got Linear"):
         vlmbuild.save_adapter(torch.nn.Linear(1, 1), tmp_path)

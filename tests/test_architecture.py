@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,6 +117,40 @@ def test_packages_listed_by_hand_are_the_tree():
     found = {".".join([package, *init.parent.relative_to(ROOT / folder).parts]) for folder, package in FOLDERS.items()
              for init in (ROOT / folder).rglob("__init__.py")}  # fmt: skip
     assert set(project["tool"]["setuptools"]["packages"]) == found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="building a wheel needs setuptools")
+def test_wheel_holds_the_tree(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("vlmbuild-*.whl"))) as wheel:
+        found = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {
+        "/".join([*package.split("."), *path.relative_to(source / folder).parts])
+        for folder, package in FOLDERS.items()
+        for path in (source / folder).rglob("*")
+        if path.is_file()
+    }
+    assert found == expected
 
 
 def test_top_level_is_fixed():

@@ -65,17 +65,3 @@ def test_model_that_cannot_be_traced_is_an_error():
     with pytest.raises(CaptureError, match="Cannot trace a test") as caught:
         export(Impossible(), (Input("values", torch.int64, ("rows",)),), "a test")
     assert caught.value.__cause__ is not None
-
-
-def test_attention_dropout_is_refused():
-    values = tiny.config_values(layers=1, depth=1)
-    values["text_config"]["attention_dropout"] = 0.1
-    config = tiny.FAMILY.config(values)
-    family = tiny.FAMILY
-
-    class Training(type(family)):
-        def module(self, config, variant, attention):
-            return super().module(config, variant, attention).train()
-
-    with pytest.raises(CaptureError, match="attention_dropout"):
-        capture(Training(), config, "text")

@@ -98,6 +98,18 @@ def test_bad_batch_is_named(change, message, config):
         FAMILY.prepare(broken(change), config)
 
 
+def test_leftover_video_is_named(config):
+    batch = broken(lambda b: b["input_ids"][0, 4:10].fill_(5), [[3, ("video", 1, 4, 6), 2], [2, (1, 2, 2)]])
+    with pytest.raises(BatchError, match=r"video 0 \(grid 1 x 4 x 6\) has 6 features but no placeholder tokens"):
+        FAMILY.prepare(batch, config)
+
+
+@pytest.mark.parametrize("key", ["position_ids", "inputs_embeds", "past_key_values"])
+def test_what_would_be_ignored_silently_is_refused(key, config):
+    with pytest.raises(BatchError, match=f"{key} is not supported"):
+        FAMILY.prepare(broken(lambda b: b.update({key: torch.zeros(1, 3)})), config)
+
+
 def test_truncation_says_what_to_do(config):
     with pytest.raises(BatchError, match="truncation.*longest_edge.*max_length|max_length"):
         FAMILY.prepare(broken(cut), config)
@@ -147,6 +159,7 @@ def changed(part, **changes):
         ),
         (changed("text_config", rope_parameters={"rope_type": "default", "mrope_section": [1, 2, 3]}), "64 angles"),
         (changed("text_config", use_sliding_window=True, max_window_layers=0), "sliding-window"),
+        (changed("text_config", attention_dropout=0.1), "attention_dropout 0.1 is not supported"),
         (changed("text_config", hidden_size="wide"), "not a valid"),
         (changed("vision_config", depth=None), "not a valid"),
     ],

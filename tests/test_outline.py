@@ -6,8 +6,11 @@ import pytest
 import tiny
 import torch
 
+from vlmbuild.capture import export
+from vlmbuild.errors import CaptureError
 from vlmbuild.graph_text import region_text
-from vlmbuild.program import COMPUTE_DTYPE, join
+from vlmbuild.outline import outline
+from vlmbuild.program import COMPUTE_DTYPE, Input, join
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,31 @@ def test_untied_head_has_a_slot_of_its_own():
     assert "lm_head.weight" in dict(program.slots())
     assert dict(program.slots())["lm_head.weight"].role == "head"
     assert program.regions["language_model.layers"].instances == ("model.language_model.layers.0",)
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks, each of which reads a parameter of its parent."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.empty(4, dtype=torch.bfloat16, device="meta"))
+        self.layers = torch.nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, values):
+        for layer in self.layers:
+            values = layer(values, self.scale)
+        return values + self.scale
+
+
+class Block(torch.nn.Module):
+    def forward(self, values, scale):
+        return values * scale
+
+
+def test_block_with_a_parameter_of_another_module_is_refused(program):
+    trace = export(Blocks(), (Input("values", COMPUTE_DTYPE, ("rows", 4)),), "a test")
+    with pytest.raises(CaptureError, match=r"Block layers.0 uses the parameter scale of another module"):
+        outline(tiny.FAMILY, program.geometry, {}, {"text": trace})
 
 
 def test_roles_follow_the_module(program):

@@ -20,6 +20,9 @@ def test_leftovers_of_tracing_go(program):
     for region in program.regions.values():
         assert not any("_assert" in name or "to.device" in name for name in operators(region))
         for node in region.graph.graph.nodes:
+            values = [*node.args, *node.kwargs.values()]
+            assert not any(isinstance(value, torch.device) for value in values), node
+        for node in region.graph.graph.nodes:
             if node.target is torch.ops.aten.to.dtype:
                 assert node.args[0].meta["val"].dtype != node.args[1]  # every cast that is left casts
 

@@ -93,6 +93,25 @@ def test_adapters_before_and_after_compilation(model, counter, when):
     assert counter.frame_count - before <= 5
 
 
+def test_training_and_evaluation_in_turn(model, counter):
+    """Evaluation has graphs of its own, without gradients; coming back compiles nothing."""
+    compiled = torch.compile(model, backend=counter)
+    for turn, layout in enumerate(LAYOUTS[:4]):
+        step(model.train() and compiled, *make_batch(layout))
+        assert counter.frame_count == (10 if turn else 5)
+        model.eval()
+        with torch.no_grad():
+            compiled(**make_batch(layout)[0])
+        assert counter.frame_count == 10
+
+
+def test_fullgraph_means_every_region(model, counter):
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for layout in LAYOUTS[:2]:
+        assert_same_step(compiled, model, layout)
+    assert counter.frame_count == 5
+
+
 def test_module_compile_in_place(model, counter):
     model.compile(backend=counter)
     for layout in LAYOUTS[:3]:

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from parity import BF16_RATIO, MODEL_FP32, assert_close
-from tiny import BATCHES, FAMILY, make_batch
+from tiny import BATCHES, END, FAMILY, IMAGE, START, VIDEO, make_batch
 
-from vlmbuild.errors import BatchError
+from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.runtime.model import VisionLanguageModel
 from vlmbuild.runtime.region_instance import BoundRegion
 
@@ -23,11 +23,6 @@ def train_step(model, batch, labels, **options):
     output = model(**batch, labels=labels, **options)
     output.loss.backward()
     return output
-
-
-@pytest.fixture
-def large_norms(reference):
-    return {name for name, _ in reference.named_parameters()}
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -240,6 +235,36 @@ def test_greedy_generation_equals_transformers(layout, seed, model, reference):
     assert ours.shape[1] == batch["input_ids"].shape[1] + 6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3, "num_return_sequences": 2, "do_sample": False}, {"num_return_sequences": 3, "do_sample": True}],
+)
+@pytest.mark.parametrize("layout", [[[4, (1, 2, 6), 2, (1, 4, 2), 2]], [[4], [9]]])
+def test_beams_and_several_answers_equal_transformers(layout, options, model, reference):
+    batch, _ = make_batch(layout, "left")
+    answers = []
+    for module in (model.eval(), reference.eval()):
+        torch.manual_seed(0)
+        answers.append(
+            module.generate(
+                **batch, max_new_tokens=4, pad_token_id=0, suppress_tokens=[START, END, IMAGE, VIDEO], **options
+            )
+        )
+    reference.train()
+    assert torch.equal(*answers)
+
+
+def test_beams_for_several_samples_with_images_are_refused(model):
+    batch, _ = make_batch([[5, (1, 4, 6), 3], [4, (1, 2, 2)]], "left")
+    with pytest.raises(UsageError, match="2 beams or answers for each of 2 samples with images"):
+        model.eval().generate(**batch, max_new_tokens=2, num_beams=2, pad_token_id=0)
+
+
+def test_misspelled_generation_options_are_refused(model):
+    with pytest.raises(ValueError, match="max_new_tokns"):
+        model.eval().generate(**make_batch([[5]])[0], max_new_tokns=2)
+
+
 def test_loss_and_logits_come_before_backward_frees_the_graph(model):
     output = model(**make_batch([[5]])[0])
     assert output.logits.grad_fn is not None
@@ -251,6 +276,24 @@ def test_bad_batch_is_refused_before_any_region_runs(model, calls):
     with pytest.raises(BatchError, match="pixel_values"):
         model(**batch)
     assert calls == []
+
+
+def test_labels_of_another_shape_are_refused(model, calls):
+    batch, labels = make_batch([[5], [7]])
+    with pytest.raises(BatchError, match=r"labels have shape \(2, 6\), input_ids \(2, 7\)"):
+        model(**batch, labels=labels[:, :6])
+    assert calls == []
+
+
+def test_row_of_padding_alone_changes_nothing(model):
+    batch, labels = make_batch([[5, (1, 4, 6), 7], [8, (1, 2, 4)]])
+    fuller = dict(batch)
+    for key in ("input_ids", "attention_mask"):
+        fuller[key] = torch.nn.functional.pad(batch[key], (0, 0, 1, 0))
+    more_labels = torch.nn.functional.pad(labels, (0, 0, 1, 0), value=-100)
+    expected, found = model(**batch, labels=labels), model(**fuller, labels=more_labels)
+    assert torch.equal(found.logits[1:], expected.logits)
+    assert torch.equal(found.loss, expected.loss)
 
 
 def test_missing_tensor_is_an_error(built, config, reference):

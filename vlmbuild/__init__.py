@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmbuild.errors import VlmbuildError
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
-    from vlmbuild.runtime.adapter import save_adapter
+    from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
 
@@ -36,7 +36,7 @@ _HOMES = {
     "load": "runtime.loader",
     "load_adapter": "adapters",
     "plan": "planner",
-    "save_adapter": "runtime.adapter",
+    "save_adapter": "runtime.adapter_files",
     "verify": "artifact.reader",
 }
 

@@ -13,15 +13,15 @@ from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.output import check_output
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.capture import capture
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import PassError, SourceError
 from vlmbuild.families import Family, family_of
 from vlmbuild.outline import outline
-from vlmbuild.passes import AddLora, linear_features, passes_for
+from vlmbuild.passes import AddLora, passes_for
 from vlmbuild.pipeline import PassReport, run
 from vlmbuild.program import Program, Role
 from vlmbuild.recipe import Recipe
 from vlmbuild.source import Progress, Source, resolve
-from vlmbuild.targets import STORED, TARGETS, Job, Request
+from vlmbuild.targets import STORED, WRITERS, Job, Request
 
 _IGNORED_SOURCE_TENSORS = re.compile(r".*rotary_emb\.inv_freq|.*rotary_pos_emb\.inv_freq")
 """Buffers that old checkpoints store; they follow from the config."""
@@ -62,11 +62,13 @@ def build(
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
+        UsageError: The recipe skips layers that the model does not have.
         OutputError: The output exists or cannot be written; found before any work.
         SourceError: The source cannot be used.
         CaptureError, PassError: The graph cannot be built as asked.
     """
     told = progress or (lambda _stage, _done, _total: None)
+    check_recipe(recipe)
     check_output(Path(output), overwrite=overwrite)
     found = resolve(source, revision=revision, progress=told)
     values, family, config = read_model(found)
@@ -76,8 +78,19 @@ def build(
     reports = rewrite(program, recipe, told)
     request = Request(program, reports, family, values, recipe, found, weights, told)
     with ArtifactWriter(output, overwrite=overwrite) as writer:
-        manifest = TARGETS[recipe.target](writer, request)
+        manifest = WRITERS[recipe.target](writer, request)
     return Artifact(Path(output), manifest, reports)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe that requires passes which it does not have, before any work.
+
+    Raises:
+        PassError: The passes are listed.
+    """
+    known = [step.name for step in passes_for(recipe)]
+    if unknown := sorted(set(recipe.require) - set(known)):
+        raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Its passes: {', '.join(known)}.")
 
 
 def read_model(source: Source) -> tuple[dict[str, Any], Family, Any]:
@@ -151,14 +164,11 @@ def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterato
     return STORED[recipe.target](program, family, recipe)
 
 
-def adaptable(program: Program) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of the linear layers that `adapt` may choose from."""
-    return linear_features(program)
-
-
-def adapt(program: Program, r: int, alpha: float, roles: tuple[Role, ...]) -> PassReport:
-    """Add LoRA slots to a program's linear layers of these roles, in place."""
-    return run([AddLora(r, alpha, roles)], program)[0]
+def adapt(
+    program: Program, r: int, alpha: float, roles: tuple[Role, ...], modules: frozenset[str] | None = None
+) -> PassReport:
+    """Add LoRA slots to a program's linear layers of these roles (and of these names, if given), in place."""
+    return run([AddLora(r, alpha, roles, modules)], program)[0]
 
 
 def _listed(names: list[str], family: Family) -> str:

@@ -16,12 +16,10 @@ from vlmbuild.artifact.output import output_errors
 from vlmbuild.artifact.reader import verify
 from vlmbuild.builder import build
 from vlmbuild.errors import ArtifactError
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import TOOLS, Recipe
 from vlmbuild.runtime.loader import load
 from vlmbuild.runtime.model import VisionLanguageModel
 from vlmbuild.source import Source, resolve
-
-_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 
 
 def from_pretrained(
@@ -68,7 +66,7 @@ def _cache_key(source: Source, recipe: Recipe) -> str:
         source.uri if "@" in source.uri else str(source.directory.resolve()),
         *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats),
         recipe.fingerprint(),
-        *(importlib.metadata.version(tool) for tool in _TOOLS),
+        *(importlib.metadata.version(tool) for tool in TOOLS),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

@@ -55,6 +55,7 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
     """`torch.export` (non-strict) of a module on meta tensors with the inputs' dimensions dynamic."""
     symbols = sorted({_symbol(size)[1] for entry in inputs for size in entry.shape if isinstance(size, str)})
+    assert len(symbols) <= len(_EXAMPLE_SIZES)
     dims = {name: Dim(name) for name in symbols}
     sizes = dict(zip(symbols, _EXAMPLE_SIZES, strict=False))
     example = {entry.name: _example(entry, sizes) for entry in inputs}
@@ -113,16 +114,11 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask."""
-    if dropout:
-        raise CaptureError(
-            f"Attention dropout {dropout} cannot be captured; set attention_dropout to 0 in config.json."
-        )
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     operator = torch.ops.vlmbuild.attention

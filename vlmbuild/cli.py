@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except VlmbuildError as error:
             return _fail(arguments, type(error).__name__, str(error), error.exit_code)
         except click.UsageError as error:
-            usage = error.ctx.get_usage() + "\n" if error.ctx else ""
-            return _fail(arguments, "UsageError", error.format_message(), UsageError.exit_code, usage)
+            if not arguments:  # the message is the help
+                click.echo(error.format_message(), err=True)
+                return UsageError.exit_code
+            hint = f" Try `{error.ctx.command_path} --help`." if error.ctx else ""
+            return _fail(arguments, "UsageError", error.format_message() + hint, UsageError.exit_code)
         except click.ClickException as error:
             return _fail(arguments, type(error).__name__, error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
@@ -58,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _fail(arguments: Sequence[str], kind: str, message: str, code: int, usage: str = "") -> int:
+def _fail(arguments: Sequence[str], kind: str, message: str, code: int) -> int:
     if "--json" in arguments:
         click.echo(_json({"error": {"type": kind, "message": message, "exit_code": code}}))
-    click.echo(f"{usage}error: {message}", err=True)
+    click.echo(f"error: {message}", err=True)
     return code
 
 
@@ -93,7 +96,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=2)
+    return json.dumps(document, indent=2, default=str)
 
 
 def _show(document: Mapping[str, Any], as_json: bool, report: str) -> None:
@@ -169,6 +172,7 @@ def cli() -> None:
     \b
     Try it offline, on a CPU, in minutes:
         vlmbuild demo
+
     \b
     On a model of yours:
         vlmbuild plan   Qwen/Qwen2-VL-2B-Instruct --quantize nf4
@@ -300,10 +304,13 @@ def demo(output: Path | None, as_json: bool) -> None:
     Example:
         vlmbuild demo -o digits-demo
     """
+    from vlmbuild.artifact.output import output_errors
     from vlmbuild.demo import run as run_demo
 
-    directory = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-")) if output is None else output
-    result = run_demo(directory, echo=functools.partial(click.echo, err=as_json))
+    if output is None:
+        output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
+    with output_errors(output):
+        output.mkdir(exist_ok=True)
+    result = run_demo(output, echo=functools.partial(click.echo, err=as_json))
     if as_json:
-        document = {name: getattr(result, name) for name in result.__dataclass_fields__}
-        click.echo(_json({name: str(value) if isinstance(value, Path) else value for name, value in document.items()}))
+        click.echo(_json(asdict(result)))

@@ -52,7 +52,7 @@ class StageProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._end(failed=kind is not None)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
@@ -72,11 +72,11 @@ class StageProgress:
             )
             self._bar.render_progress()
 
-    def _end(self) -> None:
+    def _end(self, *, failed: bool = False) -> None:
         if self._stage is None:
             return
         if self._bar is not None:
             self._bar.render_finish()
-        elif self._lines:
+        elif self._lines and not failed:
             click.echo(f"{self._stage:<{_LABEL_WIDTH}} {time.monotonic() - self._started:6.1f} s", err=True)
         self._stage, self._bar = None, None

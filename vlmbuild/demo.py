@@ -16,7 +16,7 @@ from vlmbuild.builder import build
 from vlmbuild.errors import OutputError
 from vlmbuild.planner import plan
 from vlmbuild.recipe import QuantSpec, Recipe
-from vlmbuild.runtime.adapter import save_adapter
+from vlmbuild.runtime.adapter_files import save_adapter
 from vlmbuild.runtime.loader import load
 from vlmbuild.zoo.digits import Digits, Sample
 from vlmbuild.zoo.task import LARGEST, READ, answers, exact_match, training_batch

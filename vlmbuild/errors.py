@@ -35,7 +35,7 @@ class BatchError(VlmbuildError, ValueError):
 
 
 class DeviceError(VlmbuildError):
-    """A device or dtype is asked for that this machine or this build does not have."""
+    """A device is asked for that this machine does not have, or a kernel that it cannot run."""
 
 
 class ArtifactError(VlmbuildError):

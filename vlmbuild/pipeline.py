@@ -11,7 +11,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from vlmbuild.errors import PassError
+from vlmbuild.errors import PassError, UsageError
 from vlmbuild.graph_text import digest
 from vlmbuild.program import Program, Region
 
@@ -21,24 +21,19 @@ class PassOutcome:
     """What a pass did.
 
     Attributes:
-        matches: Region name -> rewritten sites of its graph (not multiplied by instances).
+        sites: Region name -> rewritten sites of its graph (not multiplied by instances).
         refusals: Region name -> why sites that looked alike were left alone.
     """
 
-    matches: dict[str, int] = field(default_factory=dict)
+    sites: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, region: str, matches: int, refusals: Iterable[str] = ()) -> None:
+    def add(self, region: str, sites: int, refusals: Iterable[str] = ()) -> None:
         """Count sites and reasons of a region."""
-        if matches:
-            self.matches[region] = self.matches.get(region, 0) + matches
+        if sites:
+            self.sites[region] = self.sites.get(region, 0) + sites
         for reason in refusals:
             self.refusals.setdefault(region, []).append(reason)
-
-    @property
-    def total(self) -> int:
-        """Sites in all regions."""
-        return sum(self.matches.values())
 
 
 class Pass(Protocol):
@@ -131,20 +126,22 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
         outcome = step(program)
         for region in program.regions.values():
             refresh(region)
+    except UsageError:
+        raise  # the user's options, not the pass
     except Exception as error:
         done = ", ".join(report.name for report in before) or "none"
         raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error
     seconds = time.perf_counter() - started
     changed = {name for name, region in program.regions.items() if _state(region) != states.get(name)}
-    counted = {name for name, sites in outcome.matches.items() if sites}
+    counted = {name for name, sites in outcome.sites.items() if sites}
     if changed != counted:
         raise PassError(
             f"Pass {step.name} breaks its contract: it changed {sorted(changed) or 'nothing'} "
             f"but counted {sorted(counted) or 'nothing'}."
         )
-    matches = sum(sites * len(program.regions[name].instances) for name, sites in outcome.matches.items())
+    matches = sum(sites * len(program.regions[name].instances) for name, sites in outcome.sites.items())
     refusals = tuple(f"{region}: {reason}" for region, reasons in outcome.refusals.items() for reason in reasons)
-    return PassReport(step.name, step.exact, outcome.matches, matches, refusals, seconds)
+    return PassReport(step.name, step.exact, outcome.sites, matches, refusals, seconds)
 
 
 def _state(region: Region) -> tuple[str, int]:

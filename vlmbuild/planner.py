@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.builder import planned_weights, read_model, rewrite, trace_program
+from vlmbuild.builder import check_recipe, planned_weights, read_model, rewrite, trace_program
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.pipeline import PassReport
@@ -121,6 +121,7 @@ def plan(
         CaptureError, PassError: The graph cannot be built as asked.
     """
     told = progress or (lambda _stage, _done, _total: None)
+    check_recipe(recipe)
     sizes = [_size(image) for image in images]
     found = resolve(source, revision=revision, weights=False, progress=told)
     values, family, config = read_model(found)

@@ -12,6 +12,9 @@ from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
 
+TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
+"""Distributions whose versions decide what a recipe's build writes."""
+
 TARGETS = ("trainable",)
 FORMATS = ("nf4", "fp4")
 ATTENTIONS = ("auto", "triton", "sdpa")
@@ -21,7 +24,7 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 def one_of(what: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `UsageError` naming the choices when `value` is not among them."""
-    if value not in choices:
+    if value not in choices or type(value) is not type(choices[0]):  # True and 64.0 are equal to integers
         listed = ", ".join(str(choice) for choice in choices)
         raise UsageError(f"{what} cannot be {value!r}. Choose one of: {listed}.")
 

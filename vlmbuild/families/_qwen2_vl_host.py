@@ -54,10 +54,16 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
     Raises:
         BatchError: Tokens and features differ, or a tensor is missing or of the wrong shape.
     """
+    for key in ("position_ids", "inputs_embeds", "past_key_values"):
+        if batch.get(key) is not None:
+            raise BatchError(
+                f"{key} is not supported: positions and embeddings are computed from input_ids and the grids."
+            )
     ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise BatchError(
-            "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output."
+            "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output, made "
+            'with return_tensors="pt".'
         )
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -120,6 +126,10 @@ def _media(
         raise BatchError(f"The batch has {kind}s but no {missing}; pass everything that the processor returned.")
     if pixels is None or grids is None:
         return [], None, torch.empty(0, 3, dtype=torch.int64)
+    if not isinstance(grids, Tensor) or not isinstance(pixels, Tensor) or grids.ndim != 2 or grids.shape[1] != 3:
+        raise BatchError(
+            f'{kind}_grid_thw must be a tensor of shape ({kind}s, 3); use the processor with return_tensors="pt".'
+        )
     grids = grids.cpu().long()
     media = []
     for number, (t, h, w) in enumerate(grids.tolist()):

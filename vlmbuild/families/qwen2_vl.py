@@ -193,5 +193,9 @@ def _check(config: Any) -> None:
             f"config.json: rope_type {text.rope_parameters['rope_type']!r} depends on the data and cannot be compiled. "
             f"Supported: {', '.join(_STATIC_ROPE_TYPES)}."
         )
+    if text.attention_dropout:
+        raise SourceError(
+            f"config.json: attention_dropout {text.attention_dropout} is not supported; set it to 0, as published configs do."
+        )
     if any(kind != "full_attention" for kind in text.layer_types):
         raise SourceError("config.json: sliding-window attention is not supported; set use_sliding_window to false.")

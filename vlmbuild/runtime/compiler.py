@@ -1,6 +1,6 @@
 """Regional compilation under a plain `torch.compile(model)`: only the regions' graphs are compiled, each once.
 
-`torch.compile` works by a per-thread callback that sees every Python frame. `suspend` takes the caller's callback away, so
+`torch.compile` works by a per-thread callback that sees every Python frame. `swap_compiler` takes the caller's away, so
 that the host prologue and the loop over regions run as they are, and `apply` puts it back around a region's graph. The
 same callback serves when gradient checkpointing calls the region again from backward, where no callback is set. This is
 the only module that touches it; it is private to torch (checked for 2.11 to 2.13), and there is no public way to know the
@@ -19,8 +19,8 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 Compiler = Any
 """The callback of the surrounding `torch.compile`; None when there is none."""
 
-suspend: Callable[[Compiler], Compiler] = set_eval_frame
-"""Set the callback, return the previous one: `compiler = suspend(None)`, and `suspend(compiler)` to restore it."""
+swap_compiler: Callable[[Compiler], Compiler] = set_eval_frame
+"""Set the callback, return the previous one: `compiler = swap_compiler(None)`, later `swap_compiler(compiler)`."""
 
 
 def apply(

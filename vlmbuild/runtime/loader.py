@@ -37,7 +37,7 @@ def load(
         device: Where the weights go; None is the CPU.
         dtype: Compute dtype; None is the one that the artifact was built with.
         verify: Check every file against the manifest first. Turn it off only for an artifact just verified.
-        trust: ("code",) allows artifacts that hold compiled code; this target holds none, so it changes nothing yet.
+        trust: ("code",) allows targets that hold compiled code. A trainable artifact holds none, and loads without it.
 
     Returns:
         The model, in evaluation mode, and the processor.
@@ -45,9 +45,12 @@ def load(
     Raises:
         IntegrityError: A file is not what the manifest says.
         IncompatibleError: The artifact is of another target, or newer than this vlmbuild.
-        DeviceError: The device or dtype is not available here.
+        DeviceError: The device is not available here.
+        UsageError: The dtype is none that a model computes in.
     """
     chosen_device = _device(device)
+    if dtype is not None:
+        one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
     reader = ArtifactReader(path, verify=verify)
     if reader.manifest.target != "trainable":
         raise IncompatibleError(f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable'.")

@@ -14,9 +14,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.program import Call, Program, Role, Slot, Variant, join
-from vlmbuild.runtime.compiler import Compiler, suspend
+from vlmbuild.runtime.compiler import Compiler, swap_compiler
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 
 
@@ -26,6 +27,9 @@ class AdapterSpec:
 
     r: int
     alpha: float
+
+
+_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 class VisionLanguageModel(nn.Module, GenerationMixin):
@@ -140,7 +144,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def forward(
-        self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
+        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
     ) -> CausalLMOutputWithPast:
         """
         Args:
@@ -154,16 +158,21 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         Raises:
             BatchError: The batch contradicts itself; the message names the sample.
         """
-        compiler = suspend(None)
+        compiler = swap_compiler(None)
         try:
             prepared = self.family.prepare(batch, self.config)
+            if labels is not None and labels.shape != batch["input_ids"].shape:
+                raise BatchError(
+                    f"labels have shape {tuple(labels.shape)}, input_ids {tuple(batch['input_ids'].shape)}; they must be "
+                    "equal."
+                )
             variant = self.program.variants[prepared.variant]
             tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
             logits = self._run(variant, tensors, compiler).squeeze(0)
             loss = None if labels is None else self._loss(logits, labels, prepared.places, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss, logits=_unpack(logits, prepared.places, batch["input_ids"].shape))
         finally:
-            suspend(compiler)
+            swap_compiler(compiler)
 
     def _loss(self, logits: Tensor, labels: Tensor, places: Tensor, items: Tensor | int | None) -> Tensor:
         """Cross-entropy of every token's successor in its own row, as transformers has it. A padding place predicts
@@ -252,9 +261,36 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         kept = {key: value for key, value in media.items() if value is not None}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **kept}
 
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat the samples, for beams and for several answers. transformers would repeat every row of every tensor, but
+        the rows of patches and grids are no samples: those of the only sample are repeated as a whole."""
+        media = {key: kwargs.pop(key) for key in _MEDIA if kwargs.get(key) is not None} if expand_size > 1 else {}
+        if media and input_ids is not None and len(input_ids) > 1:
+            raise UsageError(
+                f"generate: {expand_size} beams or answers for each of {len(input_ids)} samples with images are not "
+                "supported. Pass one sample at a time."
+            )
+        expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
+        ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return ids, expanded | {key: torch.cat([value] * expand_size) for key, value in media.items()}
+
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def unwrap(model: nn.Module) -> VisionLanguageModel:
+    """The model itself, also of a compiled one.
+
+    Raises:
+        UsageError: It is not a vlmbuild model.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, VisionLanguageModel):
+        raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
+    return inner
 
 
 def _unpack(logits: Tensor, places: Tensor, shape: torch.Size) -> Tensor:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vlmbuild.errors import OutputError, SourceError
-from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.errors import OutputError, SourceError, UsageError
+from vlmbuild.runtime.model import unwrap
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -30,7 +30,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         directory: Made if it is missing; an adapter in it is replaced.
 
     Raises:
-        OutputError: The model has no adapter, or the directory cannot be written.
+        UsageError: The model has no adapter, or is not one from `vlmbuild.load`.
+        OutputError: The directory cannot be written.
     """
     model = unwrap(model)
     tensors = {
@@ -39,7 +40,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         if (match := _SLOT.fullmatch(name))
     }
     if model.adapter is None or not tensors:
-        raise OutputError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
+        raise UsageError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -91,15 +92,3 @@ def read_adapter(directory: str | Path) -> tuple[int, float, dict[str, torch.Ten
         for name, tensor in tensors.items()
     }
     return rank, alpha, named
-
-
-def unwrap(model: nn.Module) -> VisionLanguageModel:
-    """The model itself, also of a compiled one.
-
-    Raises:
-        OutputError: It is not a vlmbuild model.
-    """
-    inner = getattr(model, "_orig_mod", model)
-    if not isinstance(inner, VisionLanguageModel):
-        raise OutputError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
-    return inner

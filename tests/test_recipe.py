@@ -67,6 +67,20 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, text, message):
         Recipe.from_toml(file)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(quantize="nf4"), "must be a QuantSpec or None"),
+        (lambda: Recipe(require="fuse_mrope"), "require must be a list of strings"),
+        (lambda: QuantSpec(skip="*.o_proj"), "skip must be a list of strings"),
+        (lambda: QuantSpec(blocksize=64.0), "blocksize must be an integer"),
+    ],
+)
+def test_values_made_in_python_are_checked_too(make, message):
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         Recipe.from_toml(tmp_path / "no.toml")

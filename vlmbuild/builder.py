@@ -62,7 +62,6 @@ def build(
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
-        UsageError: The recipe skips layers that the model does not have.
         OutputError: The output exists or cannot be written; found before any work.
         SourceError: The source cannot be used.
         CaptureError, PassError: The graph cannot be built as asked.

@@ -11,7 +11,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from vlmbuild.errors import PassError, UsageError
+from vlmbuild.errors import PassError
 from vlmbuild.graph_text import digest
 from vlmbuild.program import Program, Region
 
@@ -126,8 +126,6 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
         outcome = step(program)
         for region in program.regions.values():
             refresh(region)
-    except UsageError:
-        raise  # the user's options, not the pass
     except Exception as error:
         done = ", ".join(report.name for report in before) or "none"
         raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error

@@ -47,7 +47,12 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         one_of("quantize.format", self.format, FORMATS)
+        if type(self.blocksize) is not int:
+            raise UsageError(f"quantize.blocksize must be an integer; got {self.blocksize!r}.")
         one_of("quantize.blocksize", self.blocksize, BLOCK_SIZES)
+        if not isinstance(self.double_quant, bool):
+            raise UsageError(f"quantize.double_quant must be true or false; got {self.double_quant!r}.")
+        object.__setattr__(self, "skip", _strings(self.skip, "quantize.skip"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,9 @@ class Recipe:
     require: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.quantize, QuantSpec | None):
+            raise UsageError(f"quantize must be a QuantSpec or None; got {self.quantize!r}.")
+        object.__setattr__(self, "require", _strings(self.require, "require"))
         one_of("target", self.target, TARGETS)
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
@@ -95,8 +103,6 @@ class Recipe:
             raise UsageError(
                 f"{where}: quantize must be a table or one of none, {', '.join(FORMATS)}; got {quantize!r}."
             )
-        if "require" in values:
-            values["require"] = _strings(values["require"], f"{where}: require")
         return cls(**values)
 
     @classmethod
@@ -131,12 +137,7 @@ def _quantization(options: Mapping[str, Any], where: str) -> QuantSpec:
         raise UsageError(
             f"{where}: unknown option {unknown[0]!r} in [quantize]. Known options: {', '.join(sorted(known))}."
         )
-    values = dict(options)
-    if "skip" in values:
-        values["skip"] = _strings(values["skip"], f"{where}: quantize.skip")
-    if not isinstance(values.get("double_quant", True), bool):
-        raise UsageError(f"{where}: quantize.double_quant must be true or false; got {values['double_quant']!r}.")
-    return QuantSpec(**values)
+    return QuantSpec(**options)
 
 
 def _strings(value: object, where: str) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def test_roles_choose_layers(model):
     assert all("visual" in name for name in names)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "No linear layer")])
+@pytest.mark.parametrize(("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "shares its weight")])
 def test_bad_options(model, options, message):
     with pytest.raises(UsageError, match=message):
         add_lora(model, **options)

@@ -57,6 +57,17 @@ def test_device_casts_become_dtype_casts():
     assert not any(isinstance(value, torch.device) for node in module.graph.nodes for value in node.args)
 
 
+def test_expansions_that_repeat_stay():
+    def function(x):
+        return x.expand(-1, 1).expand(3, 4), x.expand(2, 3, 1)
+
+    module = exported(function, torch.randn(3, 1))
+    drop_no_ops(module)
+    module.recompile()
+    assert targets(module) == [aten.expand.default] * 2
+    assert [tuple(result.shape) for result in module(torch.randn(3, 1))] == [(3, 4), (2, 3, 1)]
+
+
 def test_values_stay_and_second_time_does_nothing():
     def function(x):
         with torch.no_grad():

@@ -150,6 +150,9 @@ def changed(part, **changes):
     return values
 
 
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [16, 24, 24]}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -158,6 +161,7 @@ def changed(part, **changes):
             "mrope_section None must",
         ),
         (changed("text_config", rope_parameters={"rope_type": "default", "mrope_section": [1, 2, 3]}), "64 angles"),
+        (changed("text_config", rope_parameters=DYNAMIC_ROPE), "rope_type 'dynamic' depends on the data"),
         (changed("text_config", use_sliding_window=True, max_window_layers=0), "sliding-window"),
         (changed("text_config", attention_dropout=0.1), "attention_dropout 0.1 is not supported"),
         (changed("text_config", hidden_size="wide"), "not a valid"),

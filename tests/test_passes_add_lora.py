@@ -49,6 +49,16 @@ def test_value_and_gradients_are_the_formulas():
         assert_close(found, right, 1e-5)
 
 
+def test_adapters_compute_in_float32_under_a_bfloat16_model():
+    torch.manual_seed(0)
+    region = linear_region(bias=False)
+    adapted(region)
+    weight, values = torch.zeros(64, 128, dtype=torch.bfloat16), torch.randn(1, 7, 128).bfloat16()
+    down, up = torch.randn(4, 128), torch.randn(64, 4)
+    (ours,) = BoundRegion(region, torch.bfloat16, ()).graph(weight, down, up, values)
+    assert torch.equal(ours, (8.0 / 4 * (values.float() @ down.T @ up.T)).bfloat16())
+
+
 def test_quantized_layers_are_adapted_too():
     region = linear_region()
     run([QuantizeLinear(QuantSpec())], region_program(region))
@@ -95,7 +105,9 @@ def test_roles_choose_layers(model):
     assert all("visual" in name for name in names)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "shares its weight")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "shares its weight")]
+)
 def test_bad_options(model, options, message):
     with pytest.raises(UsageError, match=message):
         add_lora(model, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parity import SAME_WEIGHTS_FP32, assert_close
-from tiny import linear_region, operators, region_program
+from tiny import linear_region, make_region, operators, region_program
 from vlmbuild.passes import QuantizeLinear
 
 from vlmbuild.artifact.bitsandbytes_format import parse_quant_state, quantize
@@ -13,7 +13,7 @@ from vlmbuild.errors import PassError
 from vlmbuild.graph_text import digest
 from vlmbuild.ops.linear_4bit import dequantize_4bit
 from vlmbuild.pipeline import run
-from vlmbuild.program import WeightRecipe
+from vlmbuild.program import COMPUTE_DTYPE, Slot, WeightRecipe
 from vlmbuild.recipe import QuantSpec
 from vlmbuild.runtime.region_instance import BoundRegion
 
@@ -80,6 +80,27 @@ def test_other_roles_keep_their_dtype_and_say_so(role):
     assert report.sites == {}
     assert digest(region) == before
     assert report.refusals == (f"blocks: proj: role {role} keeps its dtype",)
+
+
+def test_weight_that_is_used_elsewhere_is_left_alone():
+    def forward(weight, values):
+        return (torch.nn.functional.linear(values, weight) * weight.sum(),)
+
+    slot = Slot("proj.weight", (64, 128), COMPUTE_DTYPE, "parameter", "language")
+    region = make_region("blocks", forward, [slot], [("1", "tokens", 128)], ("blocks.0",))
+    before = digest(region)
+    report = quantized(region)
+    assert (report.sites, report.refusals) == ({}, ("blocks: proj: its weight is used elsewhere too",))
+    assert digest(region) == before
+
+
+def test_computed_weight_is_left_alone():
+    def forward(weight, values):
+        return (torch.nn.functional.linear(values, weight.exp()),)
+
+    slot = Slot("proj.weight", (64, 128), COMPUTE_DTYPE, "parameter", "language")
+    region = make_region("blocks", forward, [slot], [("1", "tokens", 128)], ("blocks.0",))
+    assert quantized(region).refusals == ("blocks: a product with a computed weight",)
 
 
 def test_second_run_finds_nothing():

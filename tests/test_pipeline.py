@@ -78,6 +78,29 @@ def test_failure_names_the_pass_and_those_before(program):
     assert isinstance(caught.value.__cause__, UsageError)
 
 
+@dataclass(frozen=True)
+class Misplacing:
+    """Uses a value before it is computed."""
+
+    name: ClassVar[str] = "misplacing"
+    exact: ClassVar[bool] = True
+
+    def __call__(self, program):
+        graph = program.regions["blocks"].graph.graph
+        (result,) = program.regions["blocks"].results()
+        with graph.inserting_before(result):
+            early = graph.call_function(torch.ops.aten.neg.default, (result,))
+        graph.output_node().args = ((early,),)
+        outcome = PassOutcome()
+        outcome.add("blocks", 1)
+        return outcome
+
+
+def test_invalid_graph_is_an_error(program):
+    with pytest.raises(PassError, match="Pass misplacing failed .*before it has been defined"):
+        run([Misplacing()], program)
+
+
 def test_required_pass_without_matches_gives_the_reasons(program):
     with pytest.raises(PassError, match=r"Required pass scripted matched nothing \(blocks: three inputs\)"):
         run([Scripted(refusals=("three inputs",))], program, require=("scripted",))

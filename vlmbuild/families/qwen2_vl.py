@@ -118,12 +118,20 @@ class Qwen2VL:
     def processor(self, directory: Path) -> Any:
         processor_class = Qwen2VLProcessor if is_torchvision_available() else ImageTextProcessor
         try:
+            _check_tokenizer(directory)
             return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
             raise SourceError(
                 f"The processor in {directory} cannot be loaded: {error} A Qwen2-VL checkpoint has a tokenizer "
                 "(tokenizer.json, or vocab.json and merges.txt) and preprocessor_config.json or processor_config.json."
             ) from error
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Without these files transformers makes a tokenizer of nothing but special tokens, and every text becomes empty."""
+    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
+        raise FileNotFoundError("it has no tokenizer.")
 
 
 class _TextCore(nn.Module):

@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _terminable():
         try:
             cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
-            sys.stdout.flush()
         except VlmbuildError as error:
             return _fail(arguments, type(error).__name__, str(error), error.exit_code)
         except click.UsageError as error:
@@ -52,10 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(arguments, "Interrupted", "interrupted; nothing was left half-written.", INTERRUPTED)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
-        except BrokenPipeError:
-            # Whoever read the output has seen enough. The interpreter must not flush into the closed pipe at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
         except Exception as error:
             return _fail(arguments, type(error).__name__, _unexpected(error), 1)
     return 0
@@ -63,9 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(arguments: Sequence[str], kind: str, message: str, code: int) -> int:
     if "--json" in arguments:
-        click.echo(_json({"error": {"type": kind, "message": message, "exit_code": code}}))
-    click.echo(f"error: {message}", err=True)
+        _say(_json({"error": {"type": kind, "message": message, "exit_code": code}}))
+    _say(f"error: {message}", err=True)
     return code
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print, also when nobody reads any more: the exit code must still be the error's. (click sees to all other output.)"""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # where the interpreter flushes at exit
 
 
 def _unexpected(error: Exception) -> str:

@@ -16,8 +16,8 @@ from vlmbuild.program import Program
 class SwapAttention:
     """Replace the semantic operator by a backend's.
 
-    Before: attention(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
-    After:  attention_auto(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+    Before: attention(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
+    After:  attention_auto(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
 
     Legal because the operators have one signature and one meaning; they differ in the order of summation only.
 

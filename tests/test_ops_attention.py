@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 import vlmbuild.ops  # noqa: F401
 from vlmbuild.errors import DeviceError, UsageError
+from vlmbuild.ops.attention import Masks, allowed_keys, group_ranges
 from vlmbuild.ops.attention_sdpa import runs
 
 OPS = torch.ops.vlmbuild
@@ -28,7 +29,7 @@ def tensors(batch: int, heads: int, kv_heads: int, length: int, keys: int, dim: 
     return tuple(torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes)
 
 
-def exact(query, key, value, key_mask, cu_seqlens, bias, causal, scale):  # type: ignore[no-untyped-def]
+def exact(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale):  # type: ignore[no-untyped-def]
     """One row at a time, from the definition: the keys a query may see, and a softmax over just these."""
     groups, shift = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     bounds = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -42,12 +43,10 @@ def exact(query, key, value, key_mask, cu_seqlens, bias, causal, scale):  # type
                 if (cu_seqlens is None or low <= i < high)
                 and (not causal or j <= i + shift)
                 and (key_mask is None or key_mask[b, j])
+                and (key_groups is None or visible_groups[i, key_groups[j]])
             ]
             k, v = (x[b].repeat_interleave(groups, 0)[:, seen].double() for x in (key, value))
             scores = torch.einsum("hd,htd->ht", query[b, :, i].double(), k) * scale
-            if bias is not None:
-                full = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-                scores = scores + full[b, :, i, seen].double()
             rows.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v))
     return torch.stack(rows).unflatten(0, (query.shape[0], query.shape[2]))
 
@@ -78,7 +77,7 @@ def padding(batch: int, keys: int, dtype: torch.dtype = torch.long) -> torch.Ten
 @pytest.mark.parametrize("masked", [False, True])
 def test_dense(name: str, length: int, keys: int, causal: bool, masked: bool) -> None:
     mask = padding(2, keys) if masked else None
-    check(name, (*tensors(2, 4, 2, length, keys), mask, None, None, causal, SCALE))
+    check(name, (*tensors(2, 4, 2, length, keys), mask, None, None, None, causal, SCALE))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,36 +87,76 @@ def test_dense(name: str, length: int, keys: int, causal: bool, masked: bool) ->
 def test_packed(name: str, causal: bool, masked: bool, bounds: list[int]) -> None:
     mask = padding(1, 12, torch.bool) if masked else None
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    check(name, (*tensors(1, 4, 2, 12, 12), mask, cu_seqlens, None, causal, SCALE))
+    check(name, (*tensors(1, 4, 2, 12, 12), mask, cu_seqlens, None, None, causal, SCALE))
+
+
+GROUPS = {
+    "padding sees what is real": ([0, 0, 0, 1, 1, 2, 2, 3], [[1, 1, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2 + [[0, 0, 1, 0]]),
+    "text before, between and after images": ([0, 0, 1, 1, 2, 2, 3, 3], [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]),
+    "nothing, all, one of the groups": ([2, 0, 1, 0, 2, 2], [[0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1]]),
+    "a group without keys": ([0, 0, 2], [[0, 1, 0], [1, 1, 0], [1, 0, 1], [0, 0, 1]]),
+    "one row": ([0, 1, 1, 0], [[0, 1]]),
+}  # fmt: skip
+"""Name -> the group of every key, and the groups that every query sees."""
+
+
+def groups_of(case: str, dtype: torch.dtype = torch.bool) -> tuple[torch.Tensor, torch.Tensor]:
+    key_groups, visible = GROUPS[case]
+    return torch.tensor(key_groups, dtype=torch.int32), torch.tensor(visible).to(dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(2, 4, 7, 7), (2, 1, 7, 7), (1, 4, 1, 7), (1, 1, 7, 1)])
-def test_bias(name: str, shape: tuple[int, ...]) -> None:
-    check(name, (*tensors(2, 4, 4, 7, 7), padding(2, 7), None, torch.randn(shape), True, SCALE))
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_groups_of_keys(name: str, case: str, dtype: torch.dtype) -> None:
+    key_groups, visible = groups_of(case, dtype)
+    inputs = tensors(1, 4, 2, len(visible), len(key_groups))
+    check(name, (*inputs, None, None, key_groups, visible, False, SCALE))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bias_over_packed_segments(name: str) -> None:
-    cu_seqlens = torch.tensor([0, 3, 6, 8], dtype=torch.int32)
-    check(name, (*tensors(1, 2, 2, 8, 8), None, cu_seqlens, torch.randn(1, 2, 8, 8), False, SCALE))
+def test_a_query_depends_on_every_group_that_it_sees_and_on_no_other() -> None:
+    key_groups, visible = groups_of("text before, between and after images")
+    query, key, value = (x.detach() for x in tensors(1, 2, 2, len(visible), len(key_groups)))
+    before = OPS.attention_auto(query, key, value, None, None, key_groups, visible, False, SCALE)
+    for group in range(4):
+        changed = value + (key_groups == group)[:, None]
+        after = OPS.attention_auto(query, key, changed, None, None, key_groups, visible, False, SCALE)
+        moved = (after != before).any(-1).any(-1)[0]
+        assert torch.equal(moved, visible[:, group])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_row_of_the_lowest_number_is_even_and_a_row_of_minus_infinity_is_zero(name: str, dtype: torch.dtype) -> None:
-    query, key, value = (x.detach().to(dtype) for x in tensors(1, 2, 2, 3, 5))
-    bias = torch.zeros(1, 1, 3, 5)
-    bias[0, 0, 1], bias[0, 0, 2] = torch.finfo(torch.float32).min, float("-inf")
-    out = getattr(OPS, name)(query, key, value, None, None, bias, False, SCALE)
-    torch.testing.assert_close(out[0, 1].float(), value[0].float().mean(1), atol=1e-2, rtol=0)
-    assert out[0, 2].eq(0).all()
+def test_ranges_bound_what_groups_say() -> None:
+    for case in GROUPS:
+        key_groups, visible = groups_of(case)
+        rows, keys = group_ranges(key_groups, visible)
+        dense = allowed_keys(
+            len(visible), len(key_groups), Masks(None, None, key_groups, visible), False, torch.device("cpu")
+        )
+        dense = dense[0, 0]
+        for (start, end), seen in ((rows, dense), (keys, dense.T)):
+            for first, last, row in zip(start.tolist(), end.tolist(), seen, strict=True):
+                where = row.nonzero().flatten().tolist()
+                assert (first, last) == (where[0], where[-1] + 1) if where else first >= last
 
 
-def test_bias_gradient_of_the_reference() -> None:
-    for shape in ((2, 4, 7, 7), (2, 1, 1, 7), (7, 7)):
-        bias = torch.randn(shape, requires_grad=True)
-        check("attention", (*tensors(2, 4, 2, 7, 7), padding(2, 7), None, bias, False, SCALE))
+@given(
+    key_groups=st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    rows=st.lists(st.integers(0, 15), min_size=1, max_size=9),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_groups(key_groups: list[int], rows: list[int]) -> None:
+    visible = torch.tensor([[row >> group & 1 for group in range(4)] for row in rows])
+    arguments = (
+        *tensors(1, 2, 1, len(rows), len(key_groups)),
+        None,
+        None,
+        torch.tensor(key_groups),
+        visible,
+        False,
+        SCALE,
+    )
+    for name in ("attention", "attention_auto"):
+        check(name, arguments)
 
 
 @given(
@@ -131,7 +170,7 @@ def test_any_segments_and_mask(lengths: list[int], spare: int, causal: bool, bit
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     rows = max(1, sum(lengths) + spare)
     mask = torch.tensor([[bits >> n & 1 for n in range(rows)]])
-    arguments = (*tensors(1, 2, 1, rows, rows), mask, cu_seqlens, None, causal, SCALE)
+    arguments = (*tensors(1, 2, 1, rows, rows), mask, cu_seqlens, None, None, causal, SCALE)
     for name in ("attention", "attention_auto"):
         check(name, arguments)
 
@@ -142,7 +181,7 @@ def test_rows_without_keys_are_zero(name: str, packed: bool) -> None:
     query, key, value = tensors(1, 2, 2, 6, 6)
     cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32) if packed else None
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]]) if packed else torch.zeros(1, 6, dtype=torch.long)
-    out = getattr(OPS, name)(query, key, value, mask, cu_seqlens, None, False, SCALE)
+    out = getattr(OPS, name)(query, key, value, mask, cu_seqlens, None, None, False, SCALE)
     assert out[:, : 2 if packed else 6].eq(0).all()
     for grad in torch.autograd.grad(out.sum(), (query, key, value)):
         assert grad.isfinite().all()
@@ -153,7 +192,7 @@ def test_rows_without_keys_are_zero(name: str, packed: bool) -> None:
 def test_no_rows_or_no_keys(name: str) -> None:
     for length, keys in ((0, 3), (3, 0)):
         inputs = tensors(1, 2, 2, length, keys)
-        out = getattr(OPS, name)(*inputs, None, None, None, False, SCALE)
+        out = getattr(OPS, name)(*inputs, None, None, None, None, False, SCALE)
         assert out.shape == (1, length, 2, 8)
         assert out.eq(0).all()
         assert all(grad.eq(0).all() for grad in torch.autograd.grad(out.sum(), inputs))
@@ -163,9 +202,9 @@ def test_no_rows_or_no_keys(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     inputs = [x.detach().to(dtype).requires_grad_() for x in tensors(2, 4, 2, 9, 9)]
-    out = getattr(OPS, name)(*inputs, padding(2, 9), None, None, True, SCALE)
+    out = getattr(OPS, name)(*inputs, padding(2, 9), None, None, None, True, SCALE)
     assert out.dtype == dtype
-    expected = exact(*inputs, padding(2, 9), None, None, True, SCALE)
+    expected = exact(*inputs, padding(2, 9), None, None, None, True, SCALE)
     torch.testing.assert_close(out.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 3e-3, rtol=0)
     assert all(grad.dtype == dtype for grad in torch.autograd.grad(out.float().sum(), inputs))
 
@@ -180,7 +219,7 @@ def test_nothing_quadratic_is_saved(name: str) -> None:
 
     inputs = tensors(1, 2, 2, 64, 64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        getattr(OPS, name)(*inputs, padding(1, 64), None, None, True, SCALE)
+        getattr(OPS, name)(*inputs, padding(1, 64), None, None, None, True, SCALE)
     assert max(sizes) == inputs[0].numel() < 64 * 64
 
 
@@ -201,8 +240,8 @@ def test_packed_segments_never_make_a_dense_mask() -> None:
     from vlmbuild.ops.attention_sdpa import sdpa_backward, sdpa_forward
 
     with Largest() as largest:
-        out, logsumexp = sdpa_forward(query, key, value, None, cu_seqlens, None, False, SCALE)
-        sdpa_backward(out, query, key, value, None, cu_seqlens, None, out, logsumexp, False, SCALE)
+        out, logsumexp = sdpa_forward(query, key, value, None, cu_seqlens, None, None, False, SCALE)
+        sdpa_backward(out, query, key, value, None, cu_seqlens, None, None, out, logsumexp, False, SCALE)
     assert largest.numel == query.numel()
 
 
@@ -217,26 +256,27 @@ def test_runs_join_equal_neighbours() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     operator, cu_seqlens = getattr(OPS, name).default, torch.tensor([0, 3, 3, 7], dtype=torch.int32)
-    opcheck(operator, (*tensors(2, 4, 2, 7, 7), padding(2, 7), None, None, True, SCALE))
-    opcheck(operator, (*tensors(1, 4, 4, 7, 7), None, cu_seqlens, None, False, SCALE))
-    opcheck(operator, (*tensors(2, 4, 2, 3, 7), None, None, torch.randn(2, 1, 3, 7), True, SCALE))
+    opcheck(operator, (*tensors(2, 4, 2, 7, 7), padding(2, 7), None, None, None, True, SCALE))
+    opcheck(operator, (*tensors(1, 4, 4, 7, 7), None, cu_seqlens, None, None, False, SCALE))
+    opcheck(operator, (*tensors(2, 4, 2, 3, 7), None, None, None, None, True, SCALE))
+    key_groups, visible = groups_of("nothing, all, one of the groups")
+    opcheck(operator, (*tensors(1, 4, 2, 5, 6), None, None, key_groups, visible, False, SCALE))
 
 
 def test_opcheck_of_the_reference_backward() -> None:
-    for bias in (None, torch.randn(2, 1, 1, 7)):
-        inputs = (x.detach() for x in tensors(2, 4, 2, 7, 7))
-        arguments = (torch.randn(2, 7, 4, 8), *inputs, padding(2, 7), None, bias, True, SCALE)
-        opcheck(OPS.attention_backward.default, arguments)
+    inputs = (x.detach() for x in tensors(2, 4, 2, 7, 7))
+    arguments = (torch.randn(2, 7, 4, 8), *inputs, padding(2, 7), None, None, None, True, SCALE)
+    opcheck(OPS.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["attention_sdpa", "attention_auto"])
 def test_opcheck_of_forward_and_backward(name: str) -> None:
-    arguments = (*tensors(2, 4, 2, 7, 7), padding(2, 7), None, None, True, SCALE)
+    arguments = (*tensors(2, 4, 2, 7, 7), padding(2, 7), None, None, None, True, SCALE)
     opcheck(getattr(OPS, f"{name}_forward").default, arguments)
     query, key, value = (x.detach() for x in arguments[:3])
     results = getattr(OPS, f"{name}_forward")(query, key, value, *arguments[3:])
     grad = torch.randn(2, 7, 4, 8)
-    opcheck(getattr(OPS, f"{name}_backward").default, (grad, query, key, value, *arguments[3:6], *results, True, SCALE))
+    opcheck(getattr(OPS, f"{name}_backward").default, (grad, query, key, value, *arguments[3:7], *results, True, SCALE))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,7 +286,7 @@ def test_compiles_once_for_all_shapes_with_gradients(name: str, packed: bool) ->
 
     def model(query, key, value, mask, cu_seqlens):  # type: ignore[no-untyped-def]
         # A literal scale: graphs hold it as a constant, while a global float would be made dynamic.
-        return operator(query, key, value, mask, cu_seqlens, None, not packed, 0.3).sin().sum()
+        return operator(query, key, value, mask, cu_seqlens, None, None, not packed, 0.3).sin().sum()
 
     compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
     for batch, length, bounds in ((5, 9, [0, 4, 9]), (6, 11, [0, 2, 3, 11]), (3, 7, [0, 1, 2, 3, 7])):
@@ -263,7 +303,7 @@ def test_compiles_once_for_all_shapes_with_gradients(name: str, packed: bool) ->
 def test_exports_on_meta_with_symbolic_sizes(name: str) -> None:
     class Model(torch.nn.Module):
         def forward(self, query, key, value, mask):  # type: ignore[no-untyped-def]
-            return getattr(OPS, name)(query, key, value, mask, None, None, True, SCALE)
+            return getattr(OPS, name)(query, key, value, mask, None, None, None, True, SCALE)
 
     batch, length, past = (torch.export.Dim(n, min=2, max=4096) for n in ("batch", "length", "past"))
     example = (
@@ -280,28 +320,27 @@ def test_exports_on_meta_with_symbolic_sizes(name: str) -> None:
 def test_errors_say_what_does_not_fit() -> None:
     query, key, value = tensors(2, 4, 3, 5, 5)
     with pytest.raises(UsageError, match="not a multiple of the key heads"):
-        OPS.attention(query, key, value, None, None, None, False, SCALE)
+        OPS.attention(query, key, value, None, None, None, None, False, SCALE)
     query, key, value = tensors(2, 4, 2, 5, 6)
+    one = tensors(1, 4, 2, 5, 6)
     for arguments, message in (
-        ((query, key, value[:, :, 1:], None, None, None), "key and value are"),
-        ((query[:1], key, value, None, None, None), "batch and head dimension"),
-        ((query, key, value, torch.ones(2, 5), None, None), "key_mask is bool or integer"),
-        ((query, key, value, torch.ones(2, 6), None, None), "key_mask is bool or integer"),
-        ((query, key, value, None, torch.tensor([0, 5]), None), "needs B == 1 and S == T"),
-        ((query, key, value, None, None, torch.ones(3, 6)), "does not broadcast"),
+        ((query, key, value[:, :, 1:], None, None, None, None), "key and value are"),
+        ((query[:1], key, value, None, None, None, None), "batch and head dimension"),
+        ((query, key, value, torch.ones(2, 5), None, None, None), "key_mask is bool or integer"),
+        ((query, key, value, torch.ones(2, 6), None, None, None), "key_mask is bool or integer"),
+        ((query, key, value, None, torch.tensor([0, 5]), None, None), "needs B == 1 and S == T"),
+        ((query, key, value, None, None, torch.zeros(6).long(), torch.ones(5, 1)), "needs B == 1"),
+        ((*one, None, None, torch.zeros(6).long(), None), "belong together"),
+        ((*one, None, None, torch.zeros(5).long(), torch.ones(5, 1)), r"key_groups is integer \[T\]"),
+        ((*one, torch.ones(1, 6).long(), None, torch.zeros(6).long(), torch.ones(5, 1)), "groups of keys say all"),
     ):
         for name in NAMES:
             with pytest.raises(UsageError, match=message):
                 getattr(OPS, name)(*arguments, False, SCALE)
 
 
-def test_lowered_operators_refuse_a_bias_gradient() -> None:
-    with pytest.raises(UsageError, match="detach the bias"):
-        OPS.attention_sdpa(*tensors(1, 2, 2, 5, 5), None, None, torch.zeros(5, 5, requires_grad=True), False, SCALE)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is for machines without a GPU")
 def test_triton_operator_names_the_device() -> None:
     pytest.importorskip("triton", reason="triton is Linux only")
     with pytest.raises(DeviceError, match="needs a CUDA tensor, got one on cpu"):
-        OPS.attention_triton(*tensors(1, 2, 2, 5, 5), None, None, None, False, SCALE)
+        OPS.attention_triton(*tensors(1, 2, 2, 5, 5), None, None, None, None, False, SCALE)

@@ -51,7 +51,6 @@ def test_reference_operator_is_what_was_captured(program):
     semantic = [n for n in nodes if n.target is torch.ops.vlmbuild.attention.default]
     assert len(semantic) == 2
     for node in semantic:
-        _query, _key, _value, key_mask, cu_seqlens, bias, _causal, _scale = node.args
-        assert key_mask is None
-        assert bias is None
+        _query, _key, _value, key_mask, cu_seqlens, key_groups, visible_groups, _causal, _scale = node.args
+        assert key_mask is key_groups is visible_groups is None
         assert cu_seqlens.op == "placeholder"

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.errors import CaptureError
-from vlmbuild.families import Family
+from vlmbuild.families import Family, KeyGroups
 from vlmbuild.program import Input
 
 ATTENTION = "vlmbuild_flash"
@@ -112,17 +112,20 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | KeyGroups | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask."""
+    """transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask, or
+    `KeyGroups` from a family whose masks are neither padding nor causal."""
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     operator = torch.ops.vlmbuild.attention
-    return operator(query, key, value, attention_mask, cu_seq_lens_q, None, causal, scale), None
+    if isinstance(attention_mask, KeyGroups):
+        return operator(query, key, value, None, None, *attention_mask, False, scale), None
+    return operator(query, key, value, attention_mask, cu_seq_lens_q, None, None, causal, scale), None
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -17,7 +17,6 @@ if not GPU and not INTERPRETED:
 pytest.importorskip("triton", reason="triton is Linux only")
 
 # Only past the skips above: the kernels' modules import triton.
-from vlmbuild.errors import UsageError  # noqa: E402
 from vlmbuild.ops.attention import attention_reference, attention_reference_backward  # noqa: E402
 from vlmbuild.ops.attention_triton import attention_backward_triton, attention_forward_triton  # noqa: E402
 from vlmbuild.ops.linear_4bit import dequantize_4bit, linear_4bit  # noqa: E402
@@ -77,8 +76,8 @@ def padding(batch: int, keys: int) -> torch.Tensor:
     return mask
 
 
-def check_attention(query, key, value, key_mask, cu_seqlens, causal, factor=1.0) -> None:  # type: ignore[no-untyped-def]
-    masks = (key_mask, cu_seqlens, None)
+def check_attention(query, key, value, key_mask, cu_seqlens, causal, factor=1.0, groups=(None, None)) -> None:  # type: ignore[no-untyped-def]
+    masks = (key_mask, cu_seqlens, *groups)
     grad = randn(query.shape[0], query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype)
     expected = attention_reference(query, key, value, *masks, causal, 0.2)
     actual, logsumexp = attention_forward_triton(query, key, value, *masks, causal, 0.2)
@@ -86,7 +85,7 @@ def check_attention(query, key, value, key_mask, cu_seqlens, causal, factor=1.0)
     assert actual.is_contiguous()
     wanted = attention_reference_backward(grad, query, key, value, *masks, causal, 0.2)
     grads = attention_backward_triton(grad, query, key, value, *masks, actual, logsumexp, causal, 0.2)
-    for have, want in zip(grads, wanted[:3], strict=True):
+    for have, want in zip(grads, wanted, strict=True):
         close(have, want.contiguous(), 4 * factor)
 
 
@@ -96,7 +95,7 @@ def test_packed_segments(dtype: torch.dtype, dim: int) -> None:
     cu_seqlens = torch.tensor([0, 3, 20, 20, 21, 35, 35, 35], dtype=torch.int32, device=DEVICE)
     query, key, value = randn(38, 6, dim, dtype=dtype).view(1, 38, 3, 2, dim).permute(2, 0, 3, 1, 4).unbind(0)
     check_attention(query, key, value, None, cu_seqlens, False)
-    assert attention_forward_triton(query, key, value, None, cu_seqlens, None, False, 0.2)[0][0, 35:].eq(0).all()
+    assert attention_forward_triton(query, key, value, None, cu_seqlens, None, None, False, 0.2)[0][0, 35:].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[: None if GPU else 1])
@@ -116,23 +115,28 @@ def test_packed_causal_with_boolean_padding() -> None:
 
 def test_attention_of_nothing() -> None:
     query, key = randn(1, 2, 4, 32), randn(1, 2, 0, 32)
-    out, logsumexp = attention_forward_triton(query, key, key, None, None, None, False, 0.2)
+    out, logsumexp = attention_forward_triton(query, key, key, None, None, None, None, False, 0.2)
     assert out.eq(0).all()
-    grads = attention_backward_triton(out + 1, query, key, key, None, None, None, out, logsumexp, False, 0.2)
+    grads = attention_backward_triton(out + 1, query, key, key, None, None, None, None, out, logsumexp, False, 0.2)
     assert grads[0].eq(0).all()
 
 
-def test_attention_refuses_bias() -> None:
-    query = randn(1, 2, 4, 32)
-    with pytest.raises(UsageError, match="bias is not supported"):
-        attention_forward_triton(query, query, query, None, None, randn(1, 1, 4, 4), False, 0.2)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [64, 80, 128] if GPU else [40])
+def test_groups_of_keys(dtype: torch.dtype, dim: int) -> None:
+    """Two images of two tiles with padding, and text that sees one, all, or none of their tiles."""
+    key_groups = torch.tensor(([0] * 9 + [1] * 3) * 2 + ([2] * 9 + [3] * 3) * 2, dtype=torch.int32, device=DEVICE)
+    visible = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], device=DEVICE)
+    visible = visible.repeat_interleave(7, 0)[:33].bool()
+    query, key = randn(1, 4, 33, dim, dtype=dtype), randn(1, 2, 48, dim, dtype=dtype)
+    check_attention(query, key, key + 1, None, None, False, groups=(key_groups, visible))
 
 
 @pytest.mark.parametrize("operator", ["attention_triton", "attention_auto"])
 def test_operator_gradients(operator: str) -> None:
     query, key, value = (randn(2, 2, 9, 32, dtype=torch.float32).requires_grad_() for _ in range(3))
     call = getattr(torch.ops.vlmbuild, operator)
-    arguments = (query, key, value, padding(2, 9), None, None, True, 0.2)
+    arguments = (query, key, value, padding(2, 9), None, None, None, True, 0.2)
     expected = attention_reference(*arguments)
     for have, want in zip(
         torch.autograd.grad(call(*arguments).square().sum(), (query, key, value)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError
-from vlmbuild.families._family import Family, HostBatch
+from vlmbuild.families._family import Family, HostBatch, KeyGroups
 from vlmbuild.families.qwen2_vl import Qwen2VL
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2VL(),)}
@@ -42,4 +42,4 @@ def family_named(name: str) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Family", "HostBatch", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "HostBatch", "KeyGroups", "family_named", "family_of"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,19 @@ class HostBatch:
     variant: str
     tensors: dict[str, Tensor]
     places: Tensor
+
+
+class KeyGroups(NamedTuple):
+    """What a query of an attention layer sees, by groups of keys; a core module hands it to transformers as the attention
+    mask, and capture to the operator.
+
+    Attributes:
+        key_groups: int32 (keys,), the group of every key.
+        visible_groups: bool (queries, groups).
+    """
+
+    key_groups: Tensor
+    visible_groups: Tensor
 
 
 def cumulative_bounds(lengths: Tensor) -> Tensor:

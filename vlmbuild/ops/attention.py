@@ -1,4 +1,4 @@
-"""Attention as one operator: padding, packed segments, causal order and grouped queries without an S x T mask.
+"""Attention as one operator: padding, packed segments, groups of keys, causal order, grouped queries, and no S x T mask.
 
 `vlmbuild::attention` says what is meant, and its eager form is the dense reference. `attention_sdpa`,
 `attention_triton` and `attention_auto` have the same signature and meaning, and are what a lowering pass puts in its
@@ -7,14 +7,17 @@ place. Each is a thin composite over a forward that also returns the log-sum-exp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
 
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? bias"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? key_groups, "
+    "Tensor? visible_groups"
+)
 _OPTIONS = "bool causal, float scale"
 SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor"
 FORWARD_SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor logsumexp)"
@@ -24,11 +27,20 @@ BACKWARD_SCHEMA = (
 )
 
 
-def check_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None
-) -> None:
+class Masks(NamedTuple):
+    """Which keys a query may see, besides causal order; see `attention_reference` for each."""
+
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    key_groups: Tensor | None = None
+    visible_groups: Tensor | None = None
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool) -> None:
     """Raise UsageError unless the shapes fit `vlmbuild::attention`."""
-    problem = _shape_problem(query, key, value) or _mask_problem(query, key, key_mask, cu_seqlens, bias)
+    problem = (
+        _shape_problem(query, key, value) or _mask_problem(query, key, masks) or _group_problem(key, masks, causal)
+    )
     if problem:
         raise UsageError(
             f"attention: {problem}; query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -45,19 +57,29 @@ def _shape_problem(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _mask_problem(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None
-) -> str | None:
-    batch, heads, length, _ = query.shape
+def _mask_problem(query: Tensor, key: Tensor, masks: Masks) -> str | None:
+    key_mask, cu_seqlens = masks.key_mask, masks.cu_seqlens
+    batch, _, length, _ = query.shape
     if key_mask is not None and (key_mask.shape != (batch, key.shape[2]) or key_mask.is_floating_point()):
         return f"key_mask is bool or integer [B, T], not {key_mask.dtype} {tuple(key_mask.shape)}"
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or batch != 1 or length != key.shape[2]):
         return "cu_seqlens is [segments + 1] and needs B == 1 and S == T"
-    if bias is not None:
-        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        full = (batch, heads, length, key.shape[2])
-        if bias.dim() > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
-            return f"bias of shape {tuple(bias.shape)} does not broadcast to {full}"
+    visible = masks.visible_groups
+    if visible is not None and (batch != 1 or visible.dim() != 2 or visible.shape[0] != length):
+        return f"visible_groups is [S, groups] and needs B == 1, not {tuple(visible.shape)}"
+    return None
+
+
+def _group_problem(key: Tensor, masks: Masks, causal: bool) -> str | None:
+    groups, visible = masks.key_groups, masks.visible_groups
+    if (groups is None) != (visible is None):
+        return "key_groups and visible_groups belong together"
+    if groups is None:
+        return None
+    if groups.shape != (key.shape[2],) or groups.is_floating_point():
+        return f"key_groups is integer [T], not {groups.dtype} {tuple(groups.shape)}"
+    if causal or masks.key_mask is not None or masks.cu_seqlens is not None:
+        return "groups of keys say all that a query sees: pass neither key_mask, cu_seqlens nor causal with them"
     return None
 
 
@@ -72,33 +94,42 @@ def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return start.to(torch.int32), end.to(torch.int32)
 
 
-def allowed_keys(
-    length: int, keys: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, causal: bool, device: torch.device
-) -> Tensor:
+def group_ranges(key_groups: Tensor, visible_groups: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """First and last-plus-one key that a row sees, `[S]`, and first and last-plus-one row that sees a key, `[T]`; int32.
+    (first, last + 1) with last < first where there is none."""
+    visible, groups = visible_groups != 0, key_groups.to(torch.int64)
+    keys, rows = (torch.arange(n, device=groups.device) for n in (groups.shape[0], visible.shape[0]))
+    unseen = groups.new_full((visible.shape[1],), groups.shape[0])
+    first_key = unseen.scatter_reduce(0, groups, keys, "amin")
+    last_key = torch.zeros_like(unseen).scatter_reduce(0, groups, keys + 1, "amax")
+    starts = torch.where(visible, first_key, groups.shape[0]).amin(1)
+    ends = torch.where(visible, last_key, 0).amax(1)
+    first_row = torch.where(visible, rows[:, None], visible.shape[0]).amin(0)[groups]
+    last_row = torch.where(visible, rows[:, None] + 1, 0).amax(0)[groups]
+    return (starts.int(), ends.int()), (first_row.int(), last_row.int())
+
+
+def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: torch.device) -> Tensor:
     """Boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of what the operator's arguments say."""
     i = torch.arange(length, device=device).unsqueeze(1)
     j = torch.arange(keys, device=device).unsqueeze(0)
     allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
     if causal:
         allowed = allowed & (j <= i + (keys - length))
-    if cu_seqlens is not None:
-        start, end = row_ranges(cu_seqlens, length)
+    if masks.cu_seqlens is not None:
+        start, end = row_ranges(masks.cu_seqlens, length)
         allowed = allowed & (j >= start.unsqueeze(1)) & (j < end.unsqueeze(1))
-    if key_mask is not None:
-        allowed = allowed & (key_mask != 0)[:, None, None, :]
+    if masks.key_mask is not None:
+        allowed = allowed & (masks.key_mask != 0)[:, None, None, :]
+    if masks.key_groups is not None and masks.visible_groups is not None:
+        allowed = allowed & (masks.visible_groups != 0)[:, masks.key_groups.to(torch.int64)]
     return allowed
 
 
-def _probabilities(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None,
-    causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
+def _probabilities(query: Tensor, key: Tensor, masks: Masks, causal: bool, scale: float) -> Tensor:
     """Softmax over allowed keys, `[B, Hq, S, T]` in at least float32; key already has the query's heads."""
     scores = (query @ key.transpose(-1, -2)) * scale
-    allowed = allowed_keys(query.shape[2], key.shape[2], key_mask, cu_seqlens, causal, query.device)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
-        allowed = allowed & (scores != float("-inf"))
+    allowed = allowed_keys(query.shape[2], key.shape[2], masks, causal, query.device)
     scores = scores.masked_fill(~allowed, float("-inf"))
     # A row without keys is NaN after softmax; all of it is masked, so this makes it zero.
     return scores.softmax(dim=-1).masked_fill(~allowed, 0.0)
@@ -110,7 +141,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     """Softmax attention in float32 with a dense mask: the meaning of the operator.
 
@@ -121,7 +152,8 @@ def attention_reference(
         key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
         cu_seqlens: integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
             empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
-        bias: added to the scaled scores; broadcasts to `[B, Hq, S, T]`.
+        key_groups: integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
+        visible_groups: bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
         causal: key j is seen by query i only where `j <= i + T - S`.
         scale: factor on the scores.
 
@@ -131,51 +163,52 @@ def attention_reference(
     Raises:
         UsageError: shapes do not fit.
     """
-    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    check_attention(query, key, value, masks, causal)
     groups = query.shape[1] // key.shape[1]
     wide_key = _wide(key).repeat_interleave(groups, dim=1)
     wide_value = _wide(value).repeat_interleave(groups, dim=1)
-    probabilities = _probabilities(_wide(query), wide_key, key_mask, cu_seqlens, bias, causal, scale)
+    probabilities = _probabilities(_wide(query), wide_key, masks, causal, scale)
     return (probabilities @ wide_value).transpose(1, 2).to(query.dtype).contiguous()
 
 
 def attention_reference_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients for query, key, value and bias, from the inputs alone: the probabilities are computed again."""
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for query, key and value, from the inputs alone: the probabilities are computed again."""
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
     wide_query, wide_grad = _wide(query), _wide(grad).transpose(1, 2)
     wide_key = _wide(key).repeat_interleave(groups, dim=1)
     wide_value = _wide(value).repeat_interleave(groups, dim=1)
-    p = _probabilities(wide_query, wide_key, key_mask, cu_seqlens, bias, causal, scale)
+    p = _probabilities(wide_query, wide_key, masks, causal, scale)
     grad_p = wide_grad @ wide_value.transpose(-1, -2)
     grad_scores = p * (grad_p - (grad_p * p).sum(-1, keepdim=True))
     per_group = (batch, kv_heads, groups, keys, dim)
     grad_query = (grad_scores @ wide_key) * scale
     grad_key = (grad_scores.transpose(-1, -2) @ wide_query).view(per_group).sum(2) * scale
     grad_value = (p.transpose(-1, -2) @ wide_grad).view(per_group).sum(2)
-    grad_bias = None if bias is None else grad_scores.sum_to_size(bias.shape).to(bias.dtype)
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias
+    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 @torch.library.custom_op("vlmbuild::attention", mutates_args=(), schema=SCHEMA)
 def attention(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """See `attention_reference`. Differentiable in query, key, value and bias."""
-    return attention_reference(query, key, value, key_mask, cu_seqlens, bias, causal, scale)
+    """See `attention_reference`. Differentiable in query, key and value."""
+    return attention_reference(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
 
 
 @attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    check_attention(query, key, value, Masks(key_mask, cu_seqlens, key_groups, visible_groups), causal)
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim))
 
@@ -183,26 +216,21 @@ def _(
 @torch.library.custom_op(
     "vlmbuild::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_INPUTS}, {_OPTIONS}) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    schema=f"(Tensor grad, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
 )
 def attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `attention_reference_backward`; without a bias its gradient is empty."""
-    grads = attention_reference_backward(grad, query, key, value, key_mask, cu_seqlens, bias, causal, scale)
-    grad_bias = query.new_empty(0) if grads[3] is None else grads[3]
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), grad_bias.contiguous()
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `attention_reference_backward`."""
+    masks = (key_mask, cu_seqlens, key_groups, visible_groups)
+    grads = attention_reference_backward(grad, query, key, value, *masks, causal, scale)
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
 
 
 @attention_backward.register_fake
-def _(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_bias = query.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -212,8 +240,7 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.vlmbuild.attention_backward.default
-    grad_query, grad_key, grad_value, grad_bias = backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
-    return grad_query, grad_key, grad_value, None, None, grad_bias if ctx.needs_input_grad[5] else None, None, None
+    return (*backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None, None, None)
 
 
 attention.register_autograd(_backward, setup_context=_context)

@@ -1,9 +1,9 @@
 """Triton kernels of attention: blocks of keys pass by with a running softmax (arXiv:2205.14135, arXiv:2307.08691).
 
-One family serves packed segments, causal grouped queries with padding, and dense attention: every row has a range of
-keys [start, end), blocks outside the rows' ranges are never visited, and what is left is masked in registers. Scores,
-sums and the log-sum-exp are float32 and to base two (`scale` includes log2(e)); a row that sees no key has +inf there,
-which makes its probabilities zero in the backward.
+One family serves packed segments, groups of keys, causal grouped queries with padding, and dense attention: every row
+has a range of keys [start, end), blocks outside the rows' ranges are never visited, and what is left is masked in
+registers. Scores, sums and the log-sum-exp are float32 and to base two (`scale` includes log2(e)); a row that sees no key
+has +inf there, which makes its probabilities zero in the backward.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import triton.language as tl  # type: ignore[import-untyped]
 @triton.jit  # type: ignore[untyped-decorator]
 def _key_span(  # type: ignore[no-untyped-def]
     starts, ends, rows, row_ok, first_row, length, keys,
-    ROWS: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Ranges of keys of a block of rows, one by one and together."""
-    if PACKED:
+    if RANGED:
         start = tl.load(starts + rows, mask=row_ok, other=2147483647)
         end = tl.load(ends + rows, mask=row_ok, other=0)
         low = tl.min(start, 0)
@@ -36,19 +36,19 @@ def _key_span(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, starts, ends, out, logsumexp,
+    query, key, value, key_mask, key_groups, visible_groups, starts, ends, out, logsumexp,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
     value_batch, value_head, value_row, value_lane,
-    mask_batch, mask_key,
+    mask_batch, mask_key, groups,
     heads, length, keys, scale,
-    GROUPS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PACKED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    GQA: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    RANGED: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * ROWS
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    kv_head = head // GROUPS
+    kv_head = head // GQA
     rows = first_row + tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)
     row_ok = rows < length
@@ -59,7 +59,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     )
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
-    start, end, low, high = _key_span(starts, ends, rows, row_ok, first_row, length, keys, ROWS, PACKED, CAUSAL)
+    start, end, low, high = _key_span(starts, ends, rows, row_ok, first_row, length, keys, ROWS, RANGED, CAUSAL)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, LANES], tl.float32)
@@ -73,6 +73,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         if MASKED:
             col_seen = tl.load(key_mask + batch * mask_batch + cols * mask_key, mask=col_ok, other=0)
             seen = seen & (col_seen != 0)[None, :]
+        if GROUPED:
+            col_group = tl.load(key_groups + cols, mask=col_ok, other=0)
+            at = rows.to(tl.int64)[:, None] * groups + col_group[None, :]
+            visible = tl.load(visible_groups + at, mask=row_ok[:, None] & col_ok[None, :], other=0)
+            seen = seen & (visible != 0)
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet has -inf on both sides of the difference.
@@ -95,19 +100,19 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def grad_query_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, starts, ends, out, logsumexp, grad, delta, grad_query,
+    query, key, value, key_mask, key_groups, visible_groups, starts, ends, out, logsumexp, grad, delta, grad_query,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
     value_batch, value_head, value_row, value_lane,
-    mask_batch, mask_key,
+    mask_batch, mask_key, groups,
     heads, length, keys, scale, factor,
-    GROUPS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PACKED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    GQA: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    RANGED: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0) * ROWS
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
-    kv_head = head // GROUPS
+    kv_head = head // GQA
     rows = first_row + tl.arange(0, ROWS)
     lanes = tl.arange(0, LANES)
     row_ok = rows < length
@@ -125,7 +130,7 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
     tl.store(delta + row_at, row_delta, mask=row_ok)
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
-    start, end, low, high = _key_span(starts, ends, rows, row_ok, first_row, length, keys, ROWS, PACKED, CAUSAL)
+    start, end, low, high = _key_span(starts, ends, rows, row_ok, first_row, length, keys, ROWS, RANGED, CAUSAL)
     dq = tl.zeros([ROWS, LANES], tl.float32)
     for first_key in range(low // KEYS * KEYS, high, KEYS):
         cols = first_key + tl.arange(0, KEYS)
@@ -138,6 +143,11 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
         if MASKED:
             col_seen = tl.load(key_mask + batch * mask_batch + cols * mask_key, mask=col_ok, other=0)
             seen = seen & (col_seen != 0)[None, :]
+        if GROUPED:
+            col_group = tl.load(key_groups + cols, mask=col_ok, other=0)
+            at = rows.to(tl.int64)[:, None] * groups + col_group[None, :]
+            visible = tl.load(visible_groups + at, mask=row_ok[:, None] & col_ok[None, :], other=0)
+            seen = seen & (visible != 0)
         scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
         p = tl.exp2(scores - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -149,16 +159,16 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def grad_key_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, starts, ends, logsumexp, grad, delta, grad_key, grad_value,
+    query, key, value, key_mask, key_groups, visible_groups, starts, ends, logsumexp, grad, delta, grad_key, grad_value,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
     value_batch, value_head, value_row, value_lane,
-    mask_batch, mask_key,
+    mask_batch, mask_key, groups,
     heads, length, keys, scale, factor,
-    GROUPS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    PACKED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    GQA: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    RANGED: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_heads = heads // GROUPS
+    kv_heads = heads // GQA
     first_key = tl.program_id(0) * KEYS
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -174,14 +184,15 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     col_seen = col_ok
     if MASKED:
         col_seen = tl.load(key_mask + batch * mask_batch + cols * mask_key, mask=col_ok, other=0) != 0
-    # Segments are the same for rows and keys, so a key's rows are the range its own row has.
-    start, end, low, high = _key_span(starts, ends, cols, col_ok, first_key, length, length, KEYS, PACKED, False)
+    if GROUPED:
+        col_group = tl.load(key_groups + cols, mask=col_ok, other=0)
+    start, end, low, high = _key_span(starts, ends, cols, col_ok, first_key, length, length, KEYS, RANGED, False)
     if CAUSAL:
         low = tl.maximum(low, first_key - (keys - length))
     dk = tl.zeros([KEYS, LANES], tl.float32)
     dv = tl.zeros([KEYS, LANES], tl.float32)
-    for group in range(GROUPS):
-        head = kv_head * GROUPS + group
+    for group in range(GQA):
+        head = kv_head * GQA + group
         for first_row in range(low // ROWS * ROWS, high, ROWS):
             rows = first_row + tl.arange(0, ROWS)
             row_ok = rows < length
@@ -194,6 +205,10 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
             lse = tl.load(logsumexp + row_at, mask=row_ok, other=float("inf"))
             row_delta = tl.load(delta + row_at, mask=row_ok, other=0.0)
             seen = col_seen[:, None] & (rows[None, :] >= start[:, None]) & (rows[None, :] < end[:, None])
+            if GROUPED:
+                seen_at = rows.to(tl.int64)[None, :] * groups + col_group[:, None]
+                visible = tl.load(visible_groups + seen_at, mask=col_ok[:, None] & row_ok[None, :], other=0)
+                seen = seen & (visible != 0)
             if CAUSAL:
                 seen = seen & (cols[:, None] <= rows[None, :] + (keys - length))
             scores = tl.where(seen, tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale, float("-inf"))

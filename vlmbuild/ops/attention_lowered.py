@@ -2,7 +2,7 @@
 
 Each is a composite over a forward and a backward operator; `attention_auto` leaves the choice of kernel to the
 dispatcher, by the device of the tensors, so that a graph holds no branch. On CUDA it falls back from Triton to torch's
-kernels for what Triton's cannot do (a bias, float64, a platform without triton).
+kernels for what Triton's cannot do (float64, a platform without triton).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import DeviceError, UsageError
-from vlmbuild.ops.attention import BACKWARD_SCHEMA, FORWARD_SCHEMA, SCHEMA, check_attention
+from vlmbuild.errors import DeviceError
+from vlmbuild.ops.attention import BACKWARD_SCHEMA, FORWARD_SCHEMA, SCHEMA, Masks, check_attention
 from vlmbuild.ops.attention_sdpa import Grads, logsumexp_like, sdpa_backward, sdpa_forward
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
@@ -45,25 +45,25 @@ def _require_triton() -> None:
         raise DeviceError("attention_triton: triton is not installed (it is Linux only); use 'sdpa' or 'auto'")
 
 
-def _auto_takes_triton(query: Tensor, bias: Tensor | None) -> bool:
-    return bias is None and query.dtype != torch.float64 and _has_triton()
+def _auto_takes_triton(query: Tensor) -> bool:
+    return query.dtype != torch.float64 and _has_triton()
 
 
 def _auto_cuda_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    forward = _triton_forward if _auto_takes_triton(query, rest[2]) else sdpa_forward
+    forward = _triton_forward if _auto_takes_triton(query) else sdpa_forward
     return forward(query, key, value, *rest)
 
 
 def _auto_cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Grads:
-    backward = _triton_backward if _auto_takes_triton(query, rest[2]) else sdpa_backward
+    backward = _triton_backward if _auto_takes_triton(query) else sdpa_backward
     return backward(grad, query, key, value, *rest)
 
 
 def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    check_attention(query, key, value, Masks(key_mask, cu_seqlens, key_groups, visible_groups), causal)
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim)), logsumexp_like(query)
 
@@ -74,8 +74,6 @@ def _backward_fake(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *res
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.scale = inputs
-    if ctx.needs_input_grad[5]:
-        raise UsageError("attention: only the reference operator has a gradient for bias; detach the bias")
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -95,7 +93,7 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
 
     def gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = backward_overload(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
     forward_op.register_autograd(gradient, setup_context=_context)
 

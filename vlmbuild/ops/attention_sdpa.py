@@ -1,4 +1,5 @@
-"""Attention through torch's own kernels: packed segments one run at a time, a dense mask only where torch needs one.
+"""Attention through torch's own kernels: packed segments one run at a time, rows that see the same groups of keys at once,
+a dense mask only where torch needs one.
 
 On a CPU the flash kernels are called directly, because they take grouped queries and hand out the log-sum-exp;
 elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs its forward again.
@@ -6,7 +7,7 @@ elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.attention import allowed_keys, check_attention
+from vlmbuild.ops.attention import Masks, allowed_keys, check_attention
 
 Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -53,63 +54,86 @@ def _segments(x: Tensor, run: _Run) -> Tensor:
 
 
 class _Call(NamedTuple):
-    """One call of a dense kernel: the part of the rows it covers, its mask, and whether it is plainly causal."""
+    """One call of a dense kernel: the part of the rows and keys it covers, its mask, and whether it is plainly causal.
 
-    run: _Run | None
-    mask: Tensor | None
-    causal: bool
+    The part is all, a run of segments (a view), or chosen rows and keys (copies).
+    """
 
-    def part(self, x: Tensor) -> Tensor:
-        return x if self.run is None else _segments(x, self.run)
+    run: _Run | None = None
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        return self._part(x, self.rows)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return self._part(x, self.keys)
+
+    def _part(self, x: Tensor, chosen: Tensor | None) -> Tensor:
+        if self.run is not None:
+            return _segments(x, self.run)
+        return x if chosen is None else x.index_select(2, chosen)
+
+    def put_rows(self, target: Tensor, part: Tensor) -> None:
+        """Rows belong to one call only."""
+        if self.rows is not None:
+            target.index_copy_(2, self.rows, part)
+        else:
+            self.of_rows(target).copy_(part)
+
+    def add_keys(self, target: Tensor, part: Tensor) -> None:
+        """Keys may be seen by the rows of several calls."""
+        if self.rows is None:
+            self.of_keys(target).copy_(part)
+        elif self.keys is None:
+            target.add_(part)
+        else:
+            target.index_add_(2, self.keys, part)
 
 
-def _calls(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, bias: Tensor | None, causal: bool
-) -> Iterator[_Call]:
+def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_Call]:
+    if masks.key_groups is not None and masks.visible_groups is not None:
+        yield from _group_calls(masks.key_groups, masks.visible_groups)
+        return
+    key_mask = masks.key_mask
     # Asking a GPU whether the mask is all ones would make the host wait for it; on a CPU it costs next to nothing.
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None
-    if cu_seqlens is None:
-        mask, plain = _mask(query, key.shape[2], key_mask, bias, causal)
-        yield _Call(None, mask, plain)
+    if masks.cu_seqlens is None:
+        mask, plain = _mask(query, key.shape[2], key_mask, causal)
+        yield _Call(mask=mask, causal=plain)
         return
-    for run in runs(cu_seqlens, query.shape[2]):
-        # A bias may differ between segments of a run: take these one by one.
-        alone = (_Run(run.start + n * run.length, run.length, 1) for n in range(run.many))
-        pieces: Iterable[_Run] = (run,) if bias is None else alone
-        for piece in pieces:
-            part = _segments(query, piece)
-            last = piece.start + piece.length * piece.many
-            keys = None if key_mask is None else key_mask[0, piece.start : last].view(piece.many, piece.length)
-            mask, plain = _mask(part, piece.length, keys, _cut(bias, piece), causal)
-            yield _Call(piece, mask, plain)
+    for run in runs(masks.cu_seqlens, query.shape[2]):
+        part = _segments(query, run)
+        last = run.start + run.length * run.many
+        keys = None if key_mask is None else key_mask[0, run.start : last].view(run.many, run.length)
+        mask, plain = _mask(part, run.length, keys, causal)
+        yield _Call(run, mask=mask, causal=plain)
 
 
-def _cut(bias: Tensor | None, run: _Run) -> Tensor | None:
-    """The block of a bias that belongs to a segment; dimensions of size one still broadcast."""
-    if bias is None:
-        return None
-    for dim in (-2, -1):
-        if bias.dim() >= -dim and bias.shape[dim] > 1:
-            bias = bias.narrow(dim, run.start, run.length)
-    return bias
+def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
+    """One call for all rows that see the same groups: they need no mask, only their keys."""
+    patterns, run_of_row = (visible_groups != 0).unique_consecutive(dim=0, return_inverse=True)
+    patterns, pattern_of_run = patterns.unique(dim=0, return_inverse=True)
+    pattern_of_row = pattern_of_run[run_of_row]
+    for number, pattern in enumerate(patterns):
+        seen = pattern[key_groups.to(torch.int64)]
+        keys = None if bool(seen.all()) else seen.nonzero().squeeze(1)
+        if keys is None or len(keys):
+            yield _Call(rows=(pattern_of_row == number).nonzero().squeeze(1), keys=keys)
 
 
-def _mask(
-    query: Tensor, keys: int, key_mask: Tensor | None, bias: Tensor | None, causal: bool
-) -> tuple[Tensor | None, bool]:
+def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
     """An additive mask if one is needed, and whether the kernel's causal flag (aligned to the start) says it all."""
     batch, _, length, _ = query.shape
     causal = causal and length > 1  # the only query is the last one: it sees every key
-    if key_mask is None and bias is None and (not causal or length == keys):
+    if key_mask is None and (not causal or length == keys):
         return None, causal
-    allowed = allowed_keys(length, keys, key_mask, None, causal, query.device)
+    allowed = allowed_keys(length, keys, Masks(key_mask), causal, query.device)
     additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
     additive = additive.masked_fill_(~allowed, float("-inf"))
-    if bias is not None:
-        # The lowest float32, which masks often hold, must not turn into -inf: softmax of a row of it is even, not zero.
-        finite = bias.clamp(min=torch.finfo(query.dtype).min)
-        additive = additive + torch.where(bias == float("-inf"), bias, finite).to(query.dtype)
     return additive.expand(batch, additive.shape[1], length, keys), False
 
 
@@ -130,23 +154,24 @@ def _lane_dense(x: Tensor) -> Tensor:
 
 def sdpa_forward(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
-    check_attention(query, key, value, key_mask, cu_seqlens, bias)
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    check_attention(query, key, value, masks, causal)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     if query.numel() == 0 or key.numel() == 0:
         return _rows_first(query).transpose(1, 2), logsumexp_like(query)
-    if cu_seqlens is None:
-        (call,) = _calls(query, key, key_mask, None, bias, causal)
+    if cu_seqlens is None and key_groups is None:
+        (call,) = _calls(query, key, masks, causal)
         result, rows = _run_forward(query, key, value, call, scale)
         return result.transpose(1, 2).contiguous(), logsumexp_like(query) if rows is None else rows
     out, logsumexp = _rows_first(query), logsumexp_like(query)
-    for call in _calls(query, key, key_mask, cu_seqlens, bias, causal):
-        result, rows = _run_forward(call.part(query), call.part(key), call.part(value), call, scale)
-        call.part(out).copy_(result)
+    for call in _calls(query, key, masks, causal):
+        result, rows = _run_forward(call.of_rows(query), call.of_keys(key), call.of_keys(value), call, scale)
+        call.put_rows(out, result)
         if rows is not None:
-            call.part(logsumexp.unsqueeze(-1)).copy_(rows.unsqueeze(-1))
+            call.put_rows(logsumexp.unsqueeze(-1), rows.unsqueeze(-1))
     return out.transpose(1, 2), logsumexp
 
 
@@ -169,24 +194,29 @@ def _any_device(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: f
 
 def sdpa_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
+    scale: float,
 ) -> Grads:  # fmt: skip
     """Gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     grad, out = _lane_dense(grad).transpose(1, 2), out.transpose(1, 2)
     shapes = (query.shape, key.shape, value.shape)
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2])
-    if cu_seqlens is None:
-        (call,) = _calls(query, key, key_mask, None, bias, causal)
+    if cu_seqlens is None and key_groups is None:
+        (call,) = _calls(query, key, masks, causal)
         grads = _run_backward(grad, query, key, value, out, logsumexp, call, scale)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
     whole = (query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2]))
-    for call in _calls(query, key, key_mask, cu_seqlens, bias, causal):
-        rows = call.part(logsumexp.unsqueeze(-1)).squeeze(-1)
-        g, q, k, v, o = (call.part(x) for x in (grad, query, key, value, out))
-        for target, piece in zip(whole, _run_backward(g, q, k, v, o, rows, call, scale), strict=True):
-            call.part(target).copy_(piece)
+    for call in _calls(query, key, masks, causal):
+        rows = call.of_rows(logsumexp.unsqueeze(-1)).squeeze(-1)
+        g, q, o = (call.of_rows(x) for x in (grad, query, out))
+        k, v = call.of_keys(key), call.of_keys(value)
+        grad_query, grad_key, grad_value = _run_backward(g, q, k, v, o, rows, call, scale)
+        call.put_rows(whole[0], grad_query)
+        call.add_keys(whole[1], grad_key)
+        call.add_keys(whole[2], grad_value)
     return whole
 
 

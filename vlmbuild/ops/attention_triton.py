@@ -11,53 +11,69 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops._triton import INTERPRET, power_of_two, require_device
-from vlmbuild.ops.attention import check_attention, row_ranges
+from vlmbuild.ops.attention import Masks, check_attention, group_ranges, row_ranges
 from vlmbuild.ops.attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel
 
 _LOG2E = math.log2(math.e)
 
 
 class _Launch(NamedTuple):
-    """What the three kernels share."""
+    """What the three kernels share; `row_ranges` are keys that a row may see, `key_ranges` rows that may see a key."""
 
-    ranges: tuple[Tensor, Tensor]
-    key_mask: Tensor
+    row_ranges: tuple[Tensor, Tensor]
+    key_ranges: tuple[Tensor, Tensor]
+    masks: tuple[Tensor, Tensor, Tensor]
     strides: tuple[int, ...]
     constants: dict[str, Any]
 
 
-def _launch(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, causal: bool,
-    backward: bool,
-) -> _Launch:  # fmt: skip
+def _launch(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, backward: bool) -> _Launch:
     dim = query.shape[3]
     full = query.dtype == torch.float32
     tile = 16 if INTERPRET else 32 if full or (backward and dim > 64) else 64
     constants = {
-        "GROUPS": query.shape[1] // key.shape[1],
+        "GQA": query.shape[1] // key.shape[1],
         "DIM": dim,
         "LANES": power_of_two(dim, 16),
         "ROWS": tile if backward or INTERPRET else 2 * tile,
         "KEYS": tile,
-        "PACKED": cu_seqlens is not None,
-        "MASKED": key_mask is not None,
+        "RANGED": masks.cu_seqlens is not None or masks.key_groups is not None,
+        "MASKED": masks.key_mask is not None,
+        "GROUPED": masks.key_groups is not None,
         "CAUSAL": causal,
         # Tensor cores round float32 to ten bits of mantissa unless told not to.
         "PRECISION": "ieee" if full else "tf32",
         "num_warps": 4 if dim <= 64 or backward else 8,
         "num_stages": 2,
     }
-    mask = query if key_mask is None else key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
-    mask_strides = (0, 0) if key_mask is None else mask.stride()
     # Tensors that a kernel is compiled not to read still need a pointer.
-    ranges = (query, query) if cu_seqlens is None else row_ranges(cu_seqlens, query.shape[2])
-    return _Launch(ranges, mask, (*query.stride(), *key.stride(), *value.stride(), *mask_strides), constants)
+    row_spans, key_spans = _ranges(masks, query)
+    key_mask, mask_strides = query, (0, 0)
+    if masks.key_mask is not None:
+        key_mask, mask_strides = _bytes(masks.key_mask), masks.key_mask.stride()
+    groups, visible, many = query, query, 0
+    if masks.key_groups is not None and masks.visible_groups is not None:
+        groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
+        many = visible.shape[1]
+    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, many)
+    return _Launch(row_spans, key_spans, (key_mask, groups, visible), strides, constants)
 
 
-def _check(query: Tensor, bias: Tensor | None) -> None:
+def _ranges(masks: Masks, unread: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    if masks.cu_seqlens is not None:
+        spans = row_ranges(masks.cu_seqlens, unread.shape[2])
+        return spans, spans  # a segment has the same rows and keys
+    if masks.key_groups is not None and masks.visible_groups is not None:
+        return group_ranges(masks.key_groups, masks.visible_groups)
+    return (unread, unread), (unread, unread)
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def _check(query: Tensor) -> None:
     require_device("attention_triton", query)
-    if bias is not None:
-        raise UsageError("attention_triton: bias is not supported; use 'sdpa' for this attention")
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UsageError(f"attention_triton: {query.dtype} is not supported; use a 16- or 32-bit float")
     if INTERPRET and query.dtype == torch.bfloat16:
@@ -66,25 +82,26 @@ def _check(query: Tensor, bias: Tensor | None) -> None:
 
 def attention_forward_triton(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`vlmbuild.ops.attention.attention_reference`, and the log-sum-exp of every row to base two, `[B, Hq, S]`.
 
     Raises:
-        UsageError: shapes do not fit, a bias is given, or the dtype is not a 16- or 32-bit float.
+        UsageError: shapes do not fit, or the dtype is not a 16- or 32-bit float.
         DeviceError: the tensors are not where Triton runs.
     """
-    check_attention(query, key, value, key_mask, cu_seqlens, bias)
-    _check(query, bias)
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    check_attention(query, key, value, masks, causal)
+    _check(query)
     batch, heads, length, dim = query.shape
     out = query.new_empty((batch, length, heads, dim))
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() == 0:
         return out, logsumexp
-    launch = _launch(query, key, value, key_mask, cu_seqlens, causal, backward=False)
+    launch = _launch(query, key, value, masks, causal, backward=False)
     grid = (triton.cdiv(length, launch.constants["ROWS"]), batch * heads)
     forward_kernel[grid](
-        query, key, value, launch.key_mask, *launch.ranges, out, logsumexp, *launch.strides,
+        query, key, value, *launch.masks, *launch.row_ranges, out, logsumexp, *launch.strides,
         heads, length, key.shape[2], scale * _LOG2E, **launch.constants,
     )  # fmt: skip
     return out, logsumexp
@@ -92,14 +109,15 @@ def attention_forward_triton(
 
 def attention_backward_triton(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    bias: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool, scale: float,
+    key_groups: Tensor | None, visible_groups: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients for query, key and value, contiguous, from what `attention_forward_triton` returned.
 
     Raises:
         UsageError, DeviceError: as there.
     """
-    _check(query, bias)
+    _check(query)
     batch, heads, length, _ = query.shape
     keys = key.shape[2]
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
@@ -107,13 +125,14 @@ def attention_backward_triton(
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad = grad.contiguous()
     delta = torch.empty_like(logsumexp)
-    launch = _launch(query, key, value, key_mask, cu_seqlens, causal, backward=True)
-    shared = (query, key, value, launch.key_mask, *launch.ranges)
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    launch = _launch(query, key, value, masks, causal, backward=True)
+    shared = (query, key, value, *launch.masks)
     sizes = (*launch.strides, heads, length, keys, scale * _LOG2E, scale)
     grad_query_kernel[(triton.cdiv(length, launch.constants["ROWS"]), batch * heads)](
-        *shared, out, logsumexp, grad, delta, grads[0], *sizes, **launch.constants
+        *shared, *launch.row_ranges, out, logsumexp, grad, delta, grads[0], *sizes, **launch.constants
     )
     grad_key_kernel[(triton.cdiv(keys, launch.constants["KEYS"]), batch * key.shape[1])](
-        *shared, logsumexp, grad, delta, grads[1], grads[2], *sizes, **launch.constants
+        *shared, *launch.key_ranges, logsumexp, grad, delta, grads[1], grads[2], *sizes, **launch.constants
     )
     return grads

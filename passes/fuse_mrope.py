@@ -23,7 +23,8 @@ mrope = torch.ops.vlmbuild
 
 @dataclass(frozen=True, slots=True)
 class FuseMrope:
-    """Fuse M-RoPE and axial vision RoPE (Qwen2-VL, arXiv:2409.12191, section 2.1; RoPE, arXiv:2104.09864).
+    """Fuse rotary embeddings with one or several position axes: plain RoPE (arXiv:2104.09864), M-RoPE (arXiv:2409.12191,
+    section 2.1) and axial vision RoPE with frequencies that the axes share or split (arXiv:2410.07073, section 2.2).
 
     Before, in every layer:                         After:
         rotated_q = q * cos + cat(-q2, q1) * sin        rotated_q, rotated_k = mrope_rotate(q, k, cos1, sin1)
@@ -53,11 +54,13 @@ class FuseMrope:
 
 @cache
 def _rewrites(rotary: Rotary) -> tuple[Rewrite, ...]:
-    return tuple(_axial_rewrites(rotary) if rotary.shared else _mixed_rewrites(rotary))
+    if rotary.shared:
+        return tuple(_axial_rewrites(rotary))
+    return tuple(_split_rewrites(rotary) if len(rotary.sections) == 2 else _mixed_rewrites(rotary))
 
 
 def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """Axial embeddings rotate packed `[patches, heads, head_dim]`, in float32."""
+    """Axes with the same frequencies rotate packed `[patches, heads, head_dim]`, in float32."""
     half = rotary.head_dim // 2
     rows: dict[int, Any] = {0: Dim("rows")}
     table = torch.empty(6, rotary.head_dim, device="meta")
@@ -65,23 +68,38 @@ def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
     yield Rewrite(_axial_rotation, _fused_rotation(half), (states, states, table, table), (rows, rows, rows, rows))
     positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
     frequencies = torch.empty(rotary.sections[0], device="meta")
-    yield Rewrite(_axial_tables, _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
+    yield Rewrite(_axial_tables(rotary), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
+
+
+def _split_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
+    """Two axes that split the frequencies rotate packed `[1, heads, patches, head_dim]`, in the compute dtype."""
+    half = rotary.head_dim // 2
+    rows: dict[int, Any] = {0: Dim("rows")}
+    table = torch.empty(6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
+    states = torch.empty(1, 2, 6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
+    shapes = ({2: rows[0]}, {2: rows[0]}, rows, rows)
+    yield Rewrite(_rotation(0), _fused_rotation(half, packed=True), (states, states, table, table), shapes)
+    positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
+    frequencies = torch.empty(half, device="meta")
+    yield Rewrite(_split_tables(rotary), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
 
 
 def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """M-RoPE rotates `[batch, heads, sequence, head_dim]`, in the compute dtype."""
+    """M-RoPE, and RoPE with its single axis, rotate `[batch, heads, sequence, head_dim]`, in the compute dtype."""
     half = rotary.head_dim // 2
+    single = len(rotary.sections) == 1
     rows: dict[int, Any] = {0: Dim("batch"), 1: Dim("rows")}
     states_rows = {0: rows[0], 2: rows[1]}
     table = torch.empty(3, 6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
     states = torch.empty(3, 2, 6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
-    yield Rewrite(
-        _rotation, _fused_rotation(half), (states, states, table, table), (states_rows, states_rows, rows, rows)
-    )
-    positions = torch.empty(len(rotary.sections), 3, 6, dtype=torch.int64, device="meta")
+    shapes = (states_rows, states_rows, rows, rows)
+    yield Rewrite(_rotation(1), _fused_rotation(half), (states, states, table, table), shapes)
+    axes = () if single else (len(rotary.sections),)
+    positions = torch.empty(*axes, 3, 6, dtype=torch.int64, device="meta")
     frequencies = torch.empty(half, device="meta")
-    tables = _mixed_tables(rotary)
-    yield Rewrite(tables, _fused_tables(rotary, 0), (positions, frequencies), ({1: rows[0], 2: rows[1]}, {}))
+    tables = _plain_tables(rotary) if single else _mixed_tables(rotary)
+    position_rows = rows if single else {1: rows[0], 2: rows[1]}
+    yield Rewrite(tables, _fused_tables(rotary, None if single else 0), (positions, frequencies), (position_rows, {}))
 
 
 def _rotate_half(states: Tensor) -> Tensor:
@@ -89,9 +107,14 @@ def _rotate_half(states: Tensor) -> Tensor:
     return torch.cat((-states[..., half:], states[..., :half]), dim=-1)
 
 
-def _rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+def _rotation(heads: int) -> Callable[..., Any]:
+    """Tables get a dimension for the heads at this place."""
+
+    def pattern(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
+        return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+
+    return pattern
 
 
 def _axial_rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,21 +125,40 @@ def _axial_rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tup
     return rotated_query.to(query.dtype), rotated_key.to(key.dtype)
 
 
-def _fused_rotation(half: int) -> Callable[..., Any]:
+def _fused_rotation(half: int, packed: bool = False) -> Callable[..., Any]:
     def replacement(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Any:
-        return mrope.mrope_rotate(query, key, cos[..., :half], sin[..., :half])
+        cos, sin = cos[..., :half], sin[..., :half]
+        if packed:
+            cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+        return mrope.mrope_rotate(query, key, cos, sin)
 
     return replacement
 
 
-def _axial_tables(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    angles = position_ids[..., None].float() * inv_freq
+def _axial_tables(rotary: Rotary) -> Callable[..., Any]:
+    def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * inv_freq
 
-    def mix(table: Tensor) -> Tensor:
-        half = torch.cat([table[:, axis] for axis in range(position_ids.shape[1])], dim=-1)
-        return torch.cat([half, half], dim=-1)
+        def mix(table: Tensor) -> Tensor:
+            half = torch.cat([table[:, axis] for axis in range(position_ids.shape[1])], dim=-1)
+            return torch.cat([half, half], dim=-1)
 
-    return mix(angles.cos()), mix(angles.sin())
+        return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
+
+    return pattern
+
+
+def _split_tables(rotary: Rotary) -> Callable[..., Any]:
+    def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * inv_freq
+
+        def mix(table: Tensor) -> Tensor:
+            half = torch.cat([part[:, axis] for axis, part in enumerate(table.chunk(2, dim=-1))], dim=-1)
+            return torch.cat([half, half], dim=-1)
+
+        return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
+
+    return pattern
 
 
 def _mixed_tables(rotary: Rotary) -> Callable[..., Any]:
@@ -128,15 +170,29 @@ def _mixed_tables(rotary: Rotary) -> Callable[..., Any]:
             half = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
             return torch.cat((half, half), dim=-1)
 
-        return mix(angles.cos()), mix(angles.sin())
+        return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
 
     return pattern
 
 
-def _fused_tables(rotary: Rotary, axis: int) -> Callable[..., Any]:
+def _plain_tables(rotary: Rotary) -> Callable[..., Any]:
+    def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].float() * inv_freq
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos() * rotary.scaling, both.sin() * rotary.scaling
+
+    return pattern
+
+
+def _fused_tables(rotary: Rotary, axis: int | None) -> Callable[..., Any]:
+    """`axis` is where the position ids have their axes; None if there is one axis only, without a dimension."""
+
     def replacement(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        moved = position_ids.movedim(axis, 0) if axis else position_ids
-        cos, sin = mrope.mrope_cos_sin(moved, inv_freq, rotary.sections, rotary.shared, 1.0)
+        if axis is None:
+            position_ids = position_ids.unsqueeze(0)
+        elif axis:
+            position_ids = position_ids.movedim(axis, 0)
+        cos, sin = mrope.mrope_cos_sin(position_ids, inv_freq, rotary.sections, rotary.shared, rotary.scaling)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     return replacement
@@ -168,11 +224,16 @@ def _is_table(node: Any) -> bool:
 
 
 def _reads_as_table(placeholder: Node) -> bool:
-    rotate = mrope.mrope_rotate.default
-    return all(
-        user.target is aten.slice.Tensor and all(reader.target is rotate for reader in user.users)
-        for user in placeholder.users
-    )
+    """Whether fused rotations read the first half of it, and nothing else does."""
+    halves = [user.target is aten.slice.Tensor for user in placeholder.users]
+    readers = [reader for user in placeholder.users for reader in _past_unsqueeze(user)]
+    return all(halves) and all(reader.target is mrope.mrope_rotate.default for reader in readers)
+
+
+def _past_unsqueeze(node: Node) -> list[Node]:
+    return [
+        reader for user in node.users for reader in (user.users if user.target is aten.unsqueeze.default else (user,))
+    ]
 
 
 def _readers(program: Program, name: str, place: int) -> list[Node]:

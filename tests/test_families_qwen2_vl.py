@@ -163,7 +163,7 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope
         (changed("text_config", rope_parameters={"rope_type": "default", "mrope_section": [1, 2, 3]}), "64 angles"),
         (changed("text_config", rope_parameters=DYNAMIC_ROPE), "rope_type 'dynamic' depends on the data"),
         (changed("text_config", use_sliding_window=True, max_window_layers=0), "sliding-window"),
-        (changed("text_config", attention_dropout=0.1), "attention_dropout 0.1 is not supported"),
+        (changed("text_config", attention_dropout=0.1), "attention dropout 0.1 is not supported"),
         (changed("text_config", hidden_size="wide"), "not a valid"),
         (changed("vision_config", depth=None), "not a valid"),
     ],
@@ -184,7 +184,7 @@ def test_code_named_by_a_config_is_ignored():
 
 
 def test_unknown_architecture_lists_the_supported():
-    with pytest.raises(SourceError, match="unknown architecture LlamaForCausalLM. vlmbuild builds: Qwen2VL"):
+    with pytest.raises(SourceError, match="unknown architecture LlamaForCausalLM. vlmbuild builds: .*Qwen2VL"):
         family_of({"architectures": ["LlamaForCausalLM"]}, "config.json")
     with pytest.raises(SourceError, match="without architectures"):
         family_of({"model_type": "llama"}, "config.json")

@@ -261,7 +261,7 @@ def test_beams_for_several_samples_with_images_are_refused(model):
 
 
 def test_misspelled_generation_options_are_refused(model):
-    with pytest.raises(ValueError, match="max_new_tokns"):
+    with pytest.raises(UsageError, match="max_new_tokns"):
         model.eval().generate(**make_batch([[5]])[0], max_new_tokns=2)
 
 

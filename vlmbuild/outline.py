@@ -7,6 +7,7 @@ Blocks are found by `nn_module_stack` (a numbered child of a `ModuleList`), the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class _Outliner:
                 if block not in other.instances:
                     other.instances += (block,)
                 return other.name, kept
-        region.name = _unused(region.name, self.program.regions)
+        region.name = _unused(region, self.program.regions)
         self.program.regions[region.name] = region
         return region.name, kept
 
@@ -213,9 +214,13 @@ def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[
     body.recompile()
 
 
-def _unused(name: str, taken: Mapping[str, Region]) -> str:
-    number = 2
-    candidate = name
-    while candidate in taken:
-        candidate, number = f"{name}_{number}", number + 1
-    return candidate
+def _unused(region: Region, taken: Mapping[str, Region]) -> str:
+    """A name that no region has yet: with the first child that the namesake lacks ("layers.cross_attn"), or a number."""
+    if region.name not in taken:
+        return region.name
+    known = {slot.name.partition(".")[0] for slot in taken[region.name].slots}
+    own = (slot.name.partition(".")[0] for slot in region.slots if "." in slot.name)
+    child = next((name for name in own if name not in known), None) if region.instances[0] else None
+    if child and f"{region.name}.{child}" not in taken:
+        return f"{region.name}.{child}"
+    return next(name for number in count(2) if (name := f"{region.name}_{number}") not in taken)

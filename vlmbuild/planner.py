@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmbuild.builder import check_recipe, planned_weights, read_model, rewrite, trace_program
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.families import Family
+from vlmbuild.families import Family, ImageCost
 from vlmbuild.pipeline import PassReport
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
@@ -22,21 +22,13 @@ Image = str | Path | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageCost:
-    """What an image costs: patches for the vision tower, tokens in the sequence.
-
-    Attributes:
-        name: The file, or HEIGHTxWIDTH.
-        height, width: In pixels, before the processor resizes it.
-        patches: Rows of pixel values.
-        tokens: Placeholders in the text.
-    """
+class PlannedImage:
+    """An image, before the processor resizes it (height and width in pixels), and what it costs."""
 
     name: str
     height: int
     width: int
-    patches: int
-    tokens: int
+    cost: ImageCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +57,7 @@ class Plan:
     passes: tuple[PassReport, ...]
     roles: tuple[dict[str, Any], ...]
     ties: dict[str, str]
-    images: tuple[ImageCost, ...]
+    images: tuple[PlannedImage, ...]
 
     @property
     def parameters(self) -> int:
@@ -92,7 +84,7 @@ class Plan:
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
             "images": [
-                {name: getattr(image, name) for name in ("name", "height", "width", "patches", "tokens")}
+                {"name": image.name, "height": image.height, "width": image.width, **image.cost._asdict()}
                 for image in self.images
             ],
         }
@@ -125,7 +117,7 @@ def plan(
     sizes = [_size(image) for image in images]
     found = resolve(source, revision=revision, weights=False, progress=told)
     values, family, config = read_model(found)
-    costs = tuple(_costs(found, family, sizes))
+    costs = tuple(_costs(found, family, config, sizes))
     program = trace_program(family, config, told)
     reports = rewrite(program, recipe, told)
     refusals = refusals_by_role(program, [report.record() for report in reports])
@@ -168,8 +160,10 @@ def _size(image: Image) -> tuple[str, int, int]:
     return f"{height}x{width}", height, width
 
 
-def _costs(source: Source, family: Family, sizes: Sequence[tuple[str, int, int]]) -> Iterable[ImageCost]:
-    """Run the processor on blank images: whatever it does to a size, this is what it costs."""
+def _costs(
+    source: Source, family: Family, config: Any, sizes: Sequence[tuple[str, int, int]]
+) -> Iterable[PlannedImage]:
+    """What images cost, by the processor's own rules."""
     if not sizes:
         return
     if not source.files(PROCESSOR_FILES):
@@ -177,15 +171,10 @@ def _costs(source: Source, family: Family, sizes: Sequence[tuple[str, int, int]]
             f"{source.directory} has no processor files, so the tokens of images cannot be counted. Add them to it, or "
             "plan without images."
         )
-    from PIL import Image as Images
-
     processor = family.processor(source.directory)
     for name, height, width in sizes:
         try:
-            batch = processor(
-                images=[Images.new("RGB", (width, height))], text=processor.image_token, return_tensors="pt"
-            )
+            cost = family.image_cost(processor, config, height, width)
         except ValueError as error:  # the processor's own limits, for example on the aspect ratio
             raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
-        tokens = int((batch["input_ids"] == processor.image_token_id).sum())
-        yield ImageCost(name, height, width, len(batch["pixel_values"]), tokens)
+        yield PlannedImage(name, height, width, cost)

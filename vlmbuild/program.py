@@ -149,11 +149,13 @@ class Rotary:
         head_dim: Channels of a head; half of them are angles.
         sections: Angles per position axis.
         shared: Each axis starts again at the first frequency (axial); else the axes split one range of frequencies.
+        scaling: Factor on cosines and sines (YaRN, arXiv:2309.00071, section 3.4).
     """
 
     head_dim: int
     sections: tuple[int, ...]
     shared: bool
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

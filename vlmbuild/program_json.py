@@ -35,10 +35,11 @@ from vlmbuild.program import (
 SCHEMA = "vlmbuild.program/1"
 
 _ATEN = (
-    "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default", "expand.default",
-    "ge.Scalar", "gelu.default", "index.Tensor", "layer_norm.default", "linear.default", "mean.dim", "movedim.int",
-    "mul.Tensor", "neg.default", "permute.default", "pow.Tensor_Scalar", "reshape.default", "rsqrt.default",
-    "select.int", "sigmoid.default", "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default",
+    "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default",
+    "expand.default", "flatten.using_ints", "ge.Scalar", "gelu.default", "index.Tensor", "layer_norm.default",
+    "linear.default", "mean.dim", "movedim.int", "mul.Tensor", "neg.default", "new_zeros.default", "permute.default",
+    "pow.Tensor_Scalar", "reshape.default", "rsqrt.default", "rsub.Scalar", "select.int", "sigmoid.default",
+    "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default", "squeeze.dim", "stack.default",
     "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int", "unbind.int", "unsqueeze.default",
     "view.default", "where.self",
 )  # fmt: skip
@@ -77,7 +78,12 @@ def to_json(program: Program) -> dict[str, Any]:
         "schema": SCHEMA,
         "family": program.family,
         "rotary": [
-            {"head_dim": rotary.head_dim, "sections": list(rotary.sections), "shared": rotary.shared}
+            {
+                "head_dim": rotary.head_dim,
+                "sections": list(rotary.sections),
+                "shared": rotary.shared,
+                "scaling": rotary.scaling.hex(),
+            }
             for rotary in program.geometry.rotary
         ],
         "ties": program.ties,
@@ -96,7 +102,10 @@ def from_json(values: Mapping[str, Any]) -> Program:
         found = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
         raise IncompatibleError(f"The program has schema {found!r}; this vlmbuild reads {SCHEMA!r}.")
     try:
-        rotary = tuple(Rotary(r["head_dim"], tuple(r["sections"]), r["shared"]) for r in values["rotary"])
+        rotary = tuple(
+            Rotary(r["head_dim"], tuple(r["sections"]), r["shared"], float.fromhex(r["scaling"]))
+            for r in values["rotary"]
+        )
         regions = {entry["name"]: _region(entry) for entry in values["regions"]}
         variants = {name: _variant(entry) for name, entry in values["variants"].items()}
         program = Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))

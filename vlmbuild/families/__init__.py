@@ -1,4 +1,18 @@
-"""The supported model families, by name. A new family is one module here with an instance of `Family`, and one line below."""
+"""The supported model families, by name.
+
+A new family takes one module here that satisfies `Family` (`_family.py` says what each member is for), one line in
+`FAMILIES`, and one test module with a tiny config (`tests/test_families_<name>.py`, and an entry in `tests/families.py`,
+which runs the tests that hold for every family). What to write, in order:
+
+1. `config` and `_check`: read config.json, refuse what would be captured wrongly.
+2. The core modules (`_core.py`): transformers' own layers, called with tensors only; nothing in them may depend on data.
+3. `prepare`: everything that depends on data, on the host, packed (`_packing.py`); name the sample in every refusal.
+4. `variants`: the inputs of the core modules, with names for the sizes that change.
+5. `Names`: published tensor names and module names; `role`: what each parameter does.
+6. `processor`, `image_cost`.
+
+Nothing outside this folder knows a family's name. If a pass does not match, it is the pass that learns a new pattern.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +20,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError
-from vlmbuild.families._family import Family, HostBatch, KeyGroups
+from vlmbuild.families._family import BatchRow, Family, HostBatch, ImageCost, KeyGroups
+from vlmbuild.families.mllama import Mllama
+from vlmbuild.families.pixtral import Pixtral
 from vlmbuild.families.qwen2_vl import Qwen2VL
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Qwen2VL(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL())}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -42,4 +58,4 @@ def family_named(name: str) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Family", "HostBatch", "KeyGroups", "family_named", "family_of"]
+__all__ = ["FAMILIES", "BatchRow", "Family", "HostBatch", "ImageCost", "KeyGroups", "family_named", "family_of"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
+from vlmbuild.errors import SourceError
 from vlmbuild.program import Geometry, Input, Role
+
+BatchRow = Literal["sample", "token", "medium"]
+"""What the rows of a batch's tensor are: samples; samples with an entry for every token, which generation repeats for the
+tokens that it adds; or the images and videos of all samples in one list."""
+
+IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
+STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,14 @@ class HostBatch:
     places: Tensor
 
 
+class ImageCost(NamedTuple):
+    """What an image costs: rows of pixel values for the vision tower, tokens in the sequence, keys for cross-attention."""
+
+    patches: int
+    tokens: int
+    cross_keys: int = 0
+
+
 class KeyGroups(NamedTuple):
     """What a query of an attention layer sees, by groups of keys; a core module hands it to transformers as the attention
     mask, and capture to the operator.
@@ -42,16 +56,6 @@ class KeyGroups(NamedTuple):
     visible_groups: Tensor
 
 
-def cumulative_bounds(lengths: Tensor) -> Tensor:
-    """Bounds of packed sequences (`cu_seqlens`, int32): 0, the ends, and the last end again.
-
-    The repetition is an empty sequence. With it there are never fewer than three bounds, and one sequence is no special
-    case that a compiler would specialise.
-    """
-    ends = lengths.cumsum(0)
-    return torch.cat([ends.new_zeros(1), ends, ends[-1:]]).to(torch.int32)
-
-
 class Family(Protocol):
     """A family of models with one config class, one prologue and one set of names."""
 
@@ -62,6 +66,10 @@ class Family(Protocol):
     @property
     def architectures(self) -> tuple[str, ...]:
         """Values of `architectures` in config.json that this family reads."""
+
+    @property
+    def batch_rows(self) -> Mapping[str, BatchRow]:
+        """What else the processor's output has besides input_ids and attention_mask."""
 
     def config(self, values: Mapping[str, Any]) -> Any:
         """The transformers config object for the values of a config.json; runs no code that the values name.
@@ -100,11 +108,16 @@ class Family(Protocol):
     def module_name(self, stored: str) -> str:
         """Name in a checkpoint file, published or as newer versions write it -> module name."""
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
         """The host prologue: everything that depends on data, as tensors, and the checks that name a bad sample.
 
+        Args:
+            batch: The processor's output, and `labels` if there are any.
+            config: From `config`.
+            processor: The artifact's; its pixel limits must be those that the batch was made with.
+
         Raises:
-            BatchError: The batch contradicts itself.
+            BatchError: The batch contradicts itself, or training on it would be silently wrong.
         """
 
     def processor(self, directory: Path) -> Any:
@@ -114,13 +127,91 @@ class Family(Protocol):
             SourceError: A processor file is missing or unreadable.
         """
 
+    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        """What an image of this size, before it is resized, costs.
 
-def meta_module(model_class: Any, config: Any, attention: str, dtype: torch.dtype) -> Any:
-    """A transformers model on the meta device whose attention goes through our registered implementation. It has a config of
-    its own: the caller's may be shared with a model that runs."""
-    with torch.device("meta"):
-        model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation="eager")
-    # transformers refuses to construct a model with an implementation named "flash" that is not a kernel package
-    for part in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
-        part._attn_implementation = attention
-    return model.eval()
+        Raises:
+            ValueError: The processor refuses it.
+        """
+
+
+def read_config(values: Mapping[str, Any], config_class: Any, check: Callable[[Any], None], what: str) -> Any:
+    """A transformers config from plain values, checked; keys that name code are left out.
+
+    Raises:
+        SourceError: A value has the wrong type, contradicts another, or `check` refuses it.
+    """
+    plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
+    try:
+        config = config_class.from_dict(plain)
+        check(config)
+    except SourceError:
+        raise
+    except Exception as error:  # transformers validates with many exception types
+        raise SourceError(f"config.json is not a valid {what} config: {error}") from error
+    return config
+
+
+def check_text(text: Any) -> None:
+    """Refuse text models that would be captured wrongly.
+
+    Raises:
+        SourceError: Rotary positions depend on the data, or attention has dropout or a sliding window.
+    """
+    rope_type = text.rope_parameters["rope_type"]
+    if rope_type not in STATIC_ROPE_TYPES:
+        raise SourceError(
+            f"config.json: rope_type {rope_type!r} depends on the data and cannot be compiled. "
+            f"Supported: {', '.join(STATIC_ROPE_TYPES)}."
+        )
+    dropout = getattr(text, "attention_dropout", 0) or getattr(text, "dropout", 0)
+    if dropout:
+        raise SourceError(
+            f"config.json: attention dropout {dropout} is not supported; set it to 0, as published configs do."
+        )
+
+
+class Names:
+    """The two names of every tensor: as the modules of transformers have it, and as published checkpoints do.
+
+    Args:
+        prefixes: (module, published) leading parts; the first that fits is replaced.
+    """
+
+    def __init__(self, *prefixes: tuple[str, str]) -> None:
+        self.prefixes = prefixes
+
+    def stored(self, name: str) -> str:
+        """Module name -> published name."""
+        for module, published in self.prefixes:
+            if name.startswith(module):
+                return published + name.removeprefix(module)
+        return name
+
+    def module(self, stored: str) -> str:
+        """Published name, or module name as newer versions write it -> module name."""
+        if any(stored.startswith(module) for module, _ in self.prefixes):
+            return stored
+        for module, published in self.prefixes:
+            if stored.startswith(published):
+                return module + stored.removeprefix(published)
+        return stored
+
+
+def load_processor(load: Callable[[], Any], directory: Path, what: str, image_files: str) -> Any:
+    """Load a processor, after a look whether there is a tokenizer at all: without its files transformers makes one of
+    nothing but special tokens, and every text becomes empty.
+
+    Raises:
+        SourceError: A file is missing or unreadable.
+    """
+    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+    try:
+        if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
+            raise FileNotFoundError("it has no tokenizer.")
+        return load()
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
+        raise SourceError(
+            f"The processor in {directory} cannot be loaded: {error} A {what} checkpoint has a tokenizer "
+            f"(tokenizer.json, or vocab.json and merges.txt) and {image_files}."
+        ) from error

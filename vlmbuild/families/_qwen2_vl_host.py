@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
 from vlmbuild.errors import BatchError
-from vlmbuild.families._family import HostBatch, cumulative_bounds
+from vlmbuild.families._family import HostBatch
+from vlmbuild.families._packing import cumulative_bounds, read_tokens, with_spare_feature
 
 Ints = npt.NDArray[np.int64]
 
@@ -38,13 +39,14 @@ class _Medium:
         return f"{self.kind} {self.number} (grid {t} x {h} x {w})"
 
 
-def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
+def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
     """Everything about a batch that depends on its data, computed on the CPU.
 
     Args:
         batch: The processor's output: `input_ids` (b, s), optionally `attention_mask` (b, s), `pixel_values`
             (patches, pixels) with `image_grid_thw` (images, 3), and the same for videos. Other keys are ignored.
         config: `Qwen2VLConfig`.
+        processor: Its pixel limits must be those that the batch was made with.
 
     Returns:
         Variant "image" or "text" and its inputs, packed. `position_ids` (3, 1, tokens) follow
@@ -52,68 +54,46 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         start + max(h, w) / 2.
 
     Raises:
-        BatchError: Tokens and features differ, or a tensor is missing or of the wrong shape.
+        BatchError: Tokens and features differ, a tensor is missing or of the wrong shape, or a label is a placeholder.
     """
-    for key in ("position_ids", "inputs_embeds", "past_key_values"):
-        if batch.get(key) is not None:
-            raise BatchError(
-                f"{key} is not supported: positions and embeddings are computed from input_ids and the grids."
-            )
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise BatchError(
-            "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output, made "
-            'with return_tensors="pt".'
-        )
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not mask.any():
-        raise BatchError("The batch attends to no token at all: attention_mask is zero everywhere.")
-    if mask.shape != ids.shape:
-        raise BatchError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
-        )
+    text = read_tokens(batch, {config.image_token_id: "image", config.video_token_id: "video"})
     merge = config.vision_config.spatial_merge_size
     images, pixels, image_grids = _media(batch, "image", "pixel_values", merge, 0)
     videos, video_pixels, video_grids = _media(
         batch, "video", "pixel_values_videos", merge, sum(m.features for m in images)
     )
+    _check_pixels(images, config.vision_config.patch_size, merge, processor)
     tokens = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
-    positions, index = _place(ids.cpu().numpy(), mask.cpu().numpy(), tokens, config, merge)
-    places = mask.cpu().flatten().nonzero().squeeze(1)
+    positions, index = _place(text.ids.cpu().numpy(), text.mask.numpy(), tokens, config, merge)
     for leftover in (*tokens[config.image_token_id], *tokens[config.video_token_id]):
         raise BatchError(
             f"{leftover} has {leftover.features} features but no placeholder tokens in any sample. The texts hold fewer "
             f"media than the batch, or truncation cut them off: {_SHRINK}."
         )
-    tensors = {
-        "input_ids": ids.flatten()[places.to(ids.device)].unsqueeze(0),
-        "position_ids": torch.from_numpy(positions).flatten(1)[:, places].unsqueeze(1),
-        "text_cu_seqlens": cumulative_bounds(mask.cpu().sum(1)),
-    }
+    tensors = text.inputs(torch.from_numpy(positions).flatten(1)[:, text.places].unsqueeze(1))
     if not images and not videos:
-        return HostBatch("text", tensors, places)
+        return HostBatch("text", tensors, text.places)
     grids = torch.cat([image_grids, video_grids])
     image = {
-        "feature_index": torch.from_numpy(index).flatten()[places].unsqueeze(0),
+        "feature_index": text.pack(torch.from_numpy(index)).unsqueeze(0),
         "pixel_values": torch.cat([p for p in (pixels, video_pixels) if p is not None]).float(),
         "vision_position_ids": get_vision_position_ids(grids, merge),
         "vision_cu_seqlens": cumulative_bounds(torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])),
     }
-    if len(image["pixel_values"]) == merge**2:
-        image = _with_second_block(image, merge**2)
-    return HostBatch("image", {**tensors, **image}, places)
+    return HostBatch("image", {**tensors, **with_spare_feature(image, merge**2)}, text.places)
 
 
-def _with_second_block(image: dict[str, Tensor], block: int) -> dict[str, Tensor]:
-    """A batch with a single feature gets a second one, which no token reads: a size of one would be a special case to the
-    compiler, and cost a compilation."""
-    pixels, positions, bounds = image["pixel_values"], image["vision_position_ids"], image["vision_cu_seqlens"]
-    return image | {
-        "pixel_values": torch.cat([pixels, torch.zeros_like(pixels[:block])]),
-        "vision_position_ids": torch.cat([positions, positions]),
-        "vision_cu_seqlens": torch.cat([bounds[:-1], bounds[-1:] + block]),
-    }
+def _check_pixels(images: Iterable[_Medium], patch: int, merge: int, processor: Any) -> None:
+    """Images larger than the artifact's processor makes them were made by another one. (Smaller ones may be wanted. A side
+    of one feature may break the limit: the processor makes none shorter.)"""
+    limit = getattr(getattr(processor, "image_processor", None), "size", {}).get("longest_edge")
+    for image in images:
+        _, h, w = image.grid
+        if limit and h * w * patch**2 > limit and min(h, w) > merge:
+            raise BatchError(
+                f"{image} has {h * w * patch**2:,} pixels, but the model's processor allows {limit:,}: the batch was made "
+                "with other pixel limits. Use the processor that belongs to the model, or change its image_processor.size."
+            )
 
 
 def _media(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
@@ -14,12 +16,12 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families._family import HostBatch, meta_module
+from vlmbuild.families._core import TextCore, meta_module, place_features
+from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
 from vlmbuild.families._qwen2_vl_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
 
-_STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-_IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
+_NAMES = Names(("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
@@ -37,16 +39,16 @@ class Qwen2VL:
 
     name = "qwen2_vl"
     architectures = ("Qwen2VLForConditionalGeneration",)
+    batch_rows: Mapping[str, BatchRow] = {
+        "pixel_values": "medium",
+        "image_grid_thw": "medium",
+        "pixel_values_videos": "medium",
+        "video_grid_thw": "medium",
+        "mm_token_type_ids": "token",
+    }
 
     def config(self, values: Mapping[str, Any]) -> Qwen2VLConfig:
-        plain = {key: value for key, value in values.items() if key not in _IGNORED_CONFIG_KEYS}
-        try:
-            config: Qwen2VLConfig = Qwen2VLConfig.from_dict(plain)
-            _check(config)
-        except SourceError:
-            raise
-        except Exception as error:  # transformers validates with many exception types
-            raise SourceError(f"config.json is not a valid Qwen2-VL config: {error}") from error
+        config: Qwen2VLConfig = read_config(values, Qwen2VLConfig, _check, "Qwen2-VL")
         return config
 
     def geometry(self, config: Any) -> Geometry:
@@ -78,7 +80,7 @@ class Qwen2VL:
 
     def module(self, config: Any, variant: str, attention: str) -> nn.Module:
         model = meta_module(Qwen2VLForConditionalGeneration, config, attention, COMPUTE_DTYPE)
-        return {"image": _ImageCore, "text": _TextCore}[variant](model)
+        return {"image": _ImageCore, "text": TextCore}[variant](model)
 
     def ties(self, config: Any) -> dict[str, str]:
         tied = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -100,67 +102,38 @@ class Qwen2VL:
         return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
 
     def stored_name(self, name: str) -> str:
-        for module, stored in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-            if name.startswith(module):
-                return stored + name.removeprefix(module)
-        return name
+        return _NAMES.stored(name)
 
     def module_name(self, stored: str) -> str:
-        if stored.startswith("visual."):
-            return f"model.{stored}"
-        if stored.startswith("model.") and not stored.startswith(("model.visual.", "model.language_model.")):
-            return f"model.language_model.{stored.removeprefix('model.')}"
-        return stored
+        return _NAMES.module(stored)
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any) -> HostBatch:
-        return prepare(batch, config)
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+        return prepare(batch, config, processor)
 
     def processor(self, directory: Path) -> Any:
-        processor_class = Qwen2VLProcessor if is_torchvision_available() else ImageTextProcessor
-        try:
-            _check_tokenizer(directory)
+        with_videos = is_torchvision_available() and _has_video_processor(directory)
+        processor_class = Qwen2VLProcessor if with_videos else ImageTextProcessor
+
+        def load() -> Any:
             return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
-            raise SourceError(
-                f"The processor in {directory} cannot be loaded: {error} A Qwen2-VL checkpoint has a tokenizer "
-                "(tokenizer.json, or vocab.json and merges.txt) and preprocessor_config.json or processor_config.json."
-            ) from error
+
+        return load_processor(load, directory, "Qwen2-VL", "preprocessor_config.json or processor_config.json")
+
+    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        image = Image.new("RGB", (width, height))
+        batch = processor(images=[image], text=processor.image_token, return_tensors="pt")
+        return ImageCost(len(batch["pixel_values"]), int((batch["input_ids"] == config.image_token_id).sum()))
 
 
-def _check_tokenizer(directory: Path) -> None:
-    """Without these files transformers makes a tokenizer of nothing but special tokens, and every text becomes empty."""
-    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
-        raise FileNotFoundError("it has no tokenizer.")
+def _has_video_processor(directory: Path) -> bool:
+    """A processor that was saved where torchvision was missing has none, and the stock class would not load."""
+    if any((directory / name).is_file() for name in ("preprocessor_config.json", "video_preprocessor_config.json")):
+        return True
+    combined = directory / "processor_config.json"
+    return combined.is_file() and "video_processor" in json.loads(combined.read_text())
 
 
-class _TextCore(nn.Module):
-    """The traced module of a batch without images; its children carry transformers' names.
-
-    A batch is packed: the tokens of all samples in one row, no padding, with the samples' bounds for attention.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model.model
-        self.lm_head = model.lm_head
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor) -> Tensor:
-        return self.logits(self.embed(input_ids), position_ids, text_cu_seqlens)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.language_model.embed_tokens(input_ids)
-        return embeddings
-
-    def logits(self, embeddings: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor) -> Tensor:
-        hidden = self.model.language_model(
-            inputs_embeds=embeddings, position_ids=position_ids, cu_seq_lens_q=text_cu_seqlens, use_cache=False
-        ).last_hidden_state
-        logits: Tensor = self.lm_head(hidden)
-        return logits
-
-
-class _ImageCore(_TextCore):
+class _ImageCore(TextCore):
     """The traced module of a batch with images or videos."""
 
     def forward(  # type: ignore[override]
@@ -176,10 +149,7 @@ class _ImageCore(_TextCore):
         features = self.model.visual(
             pixel_values, grid_thw=None, position_ids=vision_position_ids, cu_seqlens=vision_cu_seqlens, max_seqlen=0
         ).pooler_output
-        embeddings = self.embed(input_ids)
-        # Equal to transformers' masked_scatter, without a data-dependent size: -1 marks text, whose row 0 is not used.
-        placed = features[feature_index.clamp(min=0)].to(embeddings.dtype)
-        embeddings = torch.where((feature_index >= 0).unsqueeze(-1), placed, embeddings)
+        embeddings = place_features(self.embed(input_ids), features, feature_index)
         return self.logits(embeddings, position_ids, text_cu_seqlens)
 
 
@@ -196,14 +166,6 @@ def _check(config: Any) -> None:
             f"config.json: mrope_section {sections} must have {_head_dim(config) // 2} angles in all, half of the head "
             "size. Without it positions would silently be one-dimensional; restore the published rope_scaling entry."
         )
-    if text.rope_parameters["rope_type"] not in _STATIC_ROPE_TYPES:
-        raise SourceError(
-            f"config.json: rope_type {text.rope_parameters['rope_type']!r} depends on the data and cannot be compiled. "
-            f"Supported: {', '.join(_STATIC_ROPE_TYPES)}."
-        )
-    if text.attention_dropout:
-        raise SourceError(
-            f"config.json: attention_dropout {text.attention_dropout} is not supported; set it to 0, as published configs do."
-        )
+    check_text(text)
     if any(kind != "full_attention" for kind in text.layer_types):
         raise SourceError("config.json: sliding-window attention is not supported; set use_sliding_window to false.")

@@ -57,7 +57,8 @@ def load(
     program = read_program(reader)
     family = family_named(program.family)
     model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
-    return model.eval().to(chosen_device), family.processor(reader.path)
+    model.processor = family.processor(reader.path)
+    return model.eval().to(chosen_device), model.processor
 
 
 def read_program(reader: ArtifactReader) -> Program:

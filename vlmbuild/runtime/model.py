@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
 from vlmbuild.program import Call, Program, Role, Slot, Variant, join
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
@@ -27,9 +27,6 @@ class AdapterSpec:
 
     r: int
     alpha: float
-
-
-_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 class VisionLanguageModel(nn.Module, GenerationMixin):
@@ -60,6 +57,8 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         self.family = family
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.processor: Any = None
+        """Belongs to the model; batches are held against its pixel limits."""
         self.checkpointing = False
         self.adapter: AdapterSpec | None = None
         self._dtype = dtype
@@ -160,12 +159,8 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         """
         compiler = swap_compiler(None)
         try:
-            prepared = self.family.prepare(batch, self.config)
-            if labels is not None and labels.shape != batch["input_ids"].shape:
-                raise BatchError(
-                    f"labels have shape {tuple(labels.shape)}, input_ids {tuple(batch['input_ids'].shape)}; they must be "
-                    "equal."
-                )
+            checked = batch if labels is None else {**batch, "labels": labels}
+            prepared = self.family.prepare(checked, self.config, self.processor)
             variant = self.program.variants[prepared.variant]
             tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
             logits = self._run(variant, tensors, compiler).squeeze(0)
@@ -240,33 +235,33 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         return {}
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **batch: Any
     ) -> dict[str, Any]:
-        """Every step runs the whole sequence: this target has no key-value cache. transformers reads the names of the
-        arguments here to refuse misspelled ones; the token types follow from the ids."""
-        media = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": image_grid_thw,
-            "pixel_values_videos": pixel_values_videos,
-            "video_grid_thw": video_grid_thw,
-        }
-        kept = {key: value for key, value in media.items() if value is not None}
+        """Every step runs the whole sequence: this target has no key-value cache."""
+        kept = {key: value for key, value in batch.items() if key in self.family.batch_rows and value is not None}
         return {"input_ids": input_ids, "attention_mask": attention_mask, **kept}
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """transformers calls this with what was passed to `generate`: refuse misspelled names."""
+        known = {"input_ids", "attention_mask", "use_cache", *self.family.batch_rows}
+        if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
+            raise UsageError(f"generate: unknown argument {unknown[0]!r}. A batch may have {', '.join(sorted(known))}.")
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """A generated token looks where the last one looked."""
+        batch: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        for name, row in self.family.batch_rows.items():
+            if row == "token" and batch.get(name) is not None:
+                batch[name] = torch.cat([batch[name], batch[name][:, -1:]], dim=1)
+        return batch
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat the samples, for beams and for several answers. transformers would repeat every row of every tensor, but
-        the rows of patches and grids are no samples: those of the only sample are repeated as a whole."""
-        media = {key: kwargs.pop(key) for key in _MEDIA if kwargs.get(key) is not None} if expand_size > 1 else {}
+        rows of patches and grids are no samples: those of the only sample are repeated as a whole."""
+        lists = [name for name, row in self.family.batch_rows.items() if row == "medium"] if expand_size > 1 else []
+        media = {key: kwargs.pop(key) for key in lists if kwargs.get(key) is not None}
         if media and input_ids is not None and len(input_ids) > 1:
             raise UsageError(
                 f"generate: {expand_size} beams or answers for each of {len(input_ids)} samples with images are not "

@@ -1,0 +1,64 @@
+"""What the traced modules of all families share: transformers' models on meta tensors, a packed batch without images, and
+features put in the places of their tokens."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def meta_module(model_class: Any, config: Any, attention: str, dtype: torch.dtype) -> Any:
+    """A transformers model on the meta device whose attention goes through our registered implementation. It has a config of
+    its own: the caller's may be shared with a model that runs."""
+    with torch.device("meta"):
+        model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation="eager")
+    # transformers refuses to construct a model with an implementation named "flash" that is not a kernel package
+    for part in (model.config, *(getattr(model.config, key) for key in model.config.sub_configs)):
+        part._attn_implementation = attention
+    return model.eval()
+
+
+class TextCore(nn.Module):
+    """The traced module of a batch without images; its children carry transformers' names.
+
+    A batch is packed: the tokens of all samples in one row, no padding, with the samples' bounds for attention.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.model
+        self.lm_head = model.lm_head
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor) -> Tensor:
+        return self.logits(self.embed(input_ids), position_ids, text_cu_seqlens)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.model.language_model.embed_tokens(input_ids)
+        return embeddings
+
+    def logits(self, embeddings: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor, **cross: Any) -> Tensor:
+        """Run the language model; `cross` are further arguments of its layers."""
+        hidden = self.model.language_model(
+            inputs_embeds=embeddings, position_ids=position_ids, cu_seq_lens_q=text_cu_seqlens, use_cache=False, **cross
+        ).last_hidden_state
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+
+def embed_patches(convolution: nn.Conv2d, pixel_values: Tensor) -> Tensor:
+    """Patches (n, channels * patch * patch) -> (n, width). Kernel and stride of the convolution are one patch, so it is a
+    product with every patch."""
+    weight = convolution.weight
+    return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+
+
+def place_features(embeddings: Tensor, features: Tensor, feature_index: Tensor) -> Tensor:
+    """Embeddings (1, tokens, hidden) with features (n, hidden) where `feature_index` (1, tokens) is not -1.
+
+    Equal to transformers' masked_scatter, without a data-dependent size.
+    """
+    placed = features[feature_index.clamp(min=0)].to(embeddings.dtype)  # row 0 where it is not used
+    return torch.where((feature_index >= 0).unsqueeze(-1), placed, embeddings)

@@ -1,0 +1,133 @@
+"""Packing of a batch for the graph: the tokens of all samples in one row, and what every family checks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import BatchError
+
+_NOT_TAKEN = ("position_ids", "inputs_embeds", "past_key_values")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The text of a batch.
+
+    Attributes:
+        ids: (batch, sequence).
+        mask: bool (batch, sequence), on the CPU: which tokens are attended to.
+        places: int64 (tokens,), on the CPU: where each packed token stands in the flattened ids.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    places: Tensor
+
+    def pack(self, values: Tensor) -> Tensor:
+        """The rows (batch, sequence, ...) of attended tokens: (tokens, ...)."""
+        return values.flatten(0, 1)[self.places.to(values.device)]
+
+    def positions(self) -> Tensor:
+        """Place of every token in its own sample, without padding: int64 (1, tokens)."""
+        return self.pack(self.mask.long().cumsum(1) - 1).unsqueeze(0)
+
+    def samples(self) -> Tensor:
+        """The sample of every token: int64 (tokens,)."""
+        return self.places // self.ids.shape[1]
+
+    def inputs(self, position_ids: Tensor) -> dict[str, Tensor]:
+        """The inputs of a variant that are about text."""
+        return {
+            "input_ids": self.pack(self.ids).unsqueeze(0),
+            "position_ids": position_ids,
+            "text_cu_seqlens": cumulative_bounds(self.mask.sum(1)),
+        }
+
+
+def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str]) -> Tokens:
+    """The text of a processor's output, after the checks that hold for every family.
+
+    Args:
+        batch: `input_ids` (b, s), optionally `attention_mask` (b, s) and `labels` (b, s).
+        special: Ids of tokens that stand for media, and what to call them; they are never labels.
+
+    Raises:
+        BatchError: A tensor is missing or of the wrong shape, nothing is attended to, or a label is a special token.
+    """
+    for key in _NOT_TAKEN:
+        if batch.get(key) is not None:
+            raise BatchError(
+                f"{key} is not supported: positions and embeddings are computed from input_ids and the images."
+            )
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise BatchError(
+            "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output, made "
+            'with return_tensors="pt".'
+        )
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if mask.shape != ids.shape:
+        raise BatchError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
+        )
+    if not mask.any():
+        raise BatchError("The batch attends to no token at all: attention_mask is zero everywhere.")
+    _check_labels(batch.get("labels"), ids, special)
+    mask = mask.cpu()
+    return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
+
+
+def _check_labels(labels: Tensor | None, ids: Tensor, special: Mapping[int, str]) -> None:
+    if labels is None:
+        return
+    if labels.shape != ids.shape:
+        raise BatchError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
+    for token, name in special.items():
+        wrong = (labels == token).sum(1).cpu()
+        if wrong.any():
+            sample = int(wrong.argmax())
+            raise BatchError(
+                f"Sample {sample}: {int(wrong[sample])} labels are the {name} token ({token}), which a model reads and "
+                f"never writes. Set the labels of such tokens to -100: labels[labels == {token}] = -100."
+            )
+
+
+def cumulative_bounds(lengths: Tensor) -> Tensor:
+    """Bounds of packed sequences (`cu_seqlens`, int32): 0, the ends, and the last end again.
+
+    The repetition is an empty sequence. With it there are never fewer than three bounds, and one sequence is no special
+    case that a compiler would specialise.
+    """
+    ends = lengths.cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends, ends[-1:]]).to(torch.int32)
+
+
+def cut_patches(pixels: Tensor, patch: int) -> Tensor:
+    """The square patches of images (..., channels, height, width), row by row: (patches, channels * patch * patch)."""
+    tiles = (
+        pixels.float().unfold(-2, patch, patch).unfold(-2, patch, patch)
+    )  # (..., channels, rows, columns, patch, patch)
+    return tiles.movedim(-5, -3).reshape(-1, pixels.shape[-3] * patch * patch)
+
+
+def with_spare_feature(image: dict[str, Tensor], patches: int) -> dict[str, Tensor]:
+    """A batch whose images have a single feature gets a second one, which no token reads: a size of one would be a special
+    case to the compiler, and cost a compilation.
+
+    Args:
+        image: `pixel_values` (n, pixels), `vision_position_ids` (n, axes), `vision_cu_seqlens`, and others.
+        patches: A feature's patches.
+    """
+    pixels, positions, bounds = image["pixel_values"], image["vision_position_ids"], image["vision_cu_seqlens"]
+    if len(pixels) > patches:
+        return image
+    return image | {
+        "pixel_values": torch.cat([pixels, torch.zeros_like(pixels)]),
+        "vision_position_ids": torch.cat([positions, positions]),
+        "vision_cu_seqlens": torch.cat([bounds[:-1], bounds[-1:] + patches]),
+    }

@@ -188,5 +188,5 @@ def test_unknown_architecture_lists_the_supported():
         family_of({"architectures": ["LlamaForCausalLM"]}, "config.json")
     with pytest.raises(SourceError, match="without architectures"):
         family_of({"model_type": "llama"}, "config.json")
-    with pytest.raises(IncompatibleError, match="this vlmbuild knows qwen2_vl"):
+    with pytest.raises(IncompatibleError, match="this vlmbuild knows mllama, pixtral, qwen2_vl"):
         family_named("other")

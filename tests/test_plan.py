@@ -36,8 +36,8 @@ def test_config_is_enough_and_the_build_does_what_was_planned(config_only, nf4, 
 def test_images_cost_what_the_processor_makes_of_them(checkpoint, tmp_path):
     Image.new("RGB", (112, 56)).save(tmp_path / "wide.png")
     first, second = plan(checkpoint, RECIPE, images=[tmp_path / "wide.png", (56, 56)]).images
-    assert (first.patches, first.tokens) == (32, 8)
-    assert (second.patches, second.tokens) == (16, 4)
+    assert (first.cost.patches, first.cost.tokens) == (32, 8)
+    assert (second.cost.patches, second.cost.tokens) == (16, 4)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import processors
 import torch
 from parity import CANCELLED, relative
 from PIL import Image
+from processors import photographs
 from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.image_utils import SizeDict
 from vlmbuild.passes import passes_for
@@ -27,7 +28,18 @@ from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.model import VisionLanguageModel
 
-__all__ = ["SETUPS", "Setup", "batch", "bind", "conversations", "errors", "program", "reference", "replace"]
+__all__ = [
+    "SETUPS",
+    "Setup",
+    "batch",
+    "bind",
+    "conversations",
+    "errors",
+    "photographs",
+    "program",
+    "reference",
+    "replace",
+]
 
 Batch = dict[str, torch.Tensor]
 
@@ -147,7 +159,7 @@ Conversation = list[str | Image.Image]
 
 def conversations(setup: Setup) -> dict[str, tuple[list[Conversation], str]]:
     """Name -> what each user says (texts and images in order), and the padding side."""
-    photo = processors.photographs()
+    photo = photographs()
     counts: list[Conversation] = [
         ["Compare", photo["astronaut"], "with", photo["coffee"], "and say which is older."],
         ["What is this?", photo["rocket"]],
@@ -165,7 +177,7 @@ def conversations(setup: Setup) -> dict[str, tuple[list[Conversation], str]]:
         "text only": ([["Name three planets."], ["Write a haiku about a café in 北京."]], "left"),
         "very wide": ([["Look:", photo["wide"]], ["Hello!"]], "right"),
         "very tall": ([[photo["tall"], "Look!"]], "right"),
-        "smallest": ([[smallest, "What colour?"]], "right"),
+        "smallest": ([[smallest, "What colour?", photo["rocket"].resize((60, 90))]], "right"),
         "largest": ([[largest, "What organ?"]], "right"),
     }
 
@@ -240,7 +252,8 @@ def errors(ours: Any, theirs: Any, inputs: Batch, labels: torch.Tensor) -> dict[
     assert found.keys() == expected.keys()
     floor = CANCELLED * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     apart = {
-        name: ((found[name] - gradient).norm() / max(gradient.norm(), floor)).item() for name, gradient in expected.items()
+        name: ((found[name] - gradient).norm() / max(gradient.norm(), floor)).item()
+        for name, gradient in expected.items()
     }
     worst = max(apart, key=apart.__getitem__)
     return {

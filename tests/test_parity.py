@@ -61,6 +61,16 @@ def test_matrix_is_what_it_says(setup, batches):
         assert variant == ("text" if case == "text only" else "image"), case
 
 
+def test_smallest_image_alone(setup, ours, theirs):
+    """A single patch, whose attention has nothing to choose: its queries and keys have no gradient but rounding."""
+    photo = matrix.photographs()["rocket"].resize(setup.smallest)
+    inputs, labels = matrix.batch(setup, [[photo]], "right")
+    with torch.no_grad():
+        ours_out, theirs_out = ours(**inputs, labels=labels), theirs(**inputs, labels=labels)
+    assert_close(ours_out.logits, theirs_out.logits, MODEL_FP32)
+    assert_close(ours_out.loss, theirs_out.loss, MODEL_FP32)
+
+
 def test_nf4_equals_transformers_with_the_same_packed_weights(artifact, batches):
     model, _ = load(artifact)
     theirs = dequantized(AutoModelForImageTextToText.from_pretrained(artifact, dtype=torch.float32))

@@ -188,9 +188,7 @@ def batch(setup: Setup, users: list[Conversation], side: str) -> tuple[Batch, to
     for parts in users:
         content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
         messages = [{"role": "user", "content": content}]
-        texts.append(
-            setup.processor.apply_chat_template(messages, add_generation_prompt=True, date_string="1 Jan 2026")
-        )
+        texts.append(setup.processor.apply_chat_template(messages, add_generation_prompt=True))
         images.append([part for part in parts if not isinstance(part, str)])
     pictures = {"images": images} if any(images) else {}
     made = setup.processor(

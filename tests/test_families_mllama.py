@@ -1,0 +1,212 @@
+"""Llama 3.2 Vision: regions, the host prologue's groups, what text depends on, refused batches and configs."""
+
+from __future__ import annotations
+
+import copy
+
+import matrix
+import pytest
+import torch
+from parity import relative
+from processors import photographs
+from safetensors import safe_open
+
+from vlmbuild.errors import BatchError, SourceError
+from vlmbuild.families import FAMILIES
+
+FAMILY = FAMILIES["mllama"]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return matrix.shrink(matrix.mllama(False))
+
+
+@pytest.fixture(scope="module")
+def config(setup):
+    return setup.config()
+
+
+@pytest.fixture(scope="module")
+def program(setup):
+    return matrix.program(setup)
+
+
+@pytest.fixture(scope="module")
+def model(setup, program):
+    return matrix.bind(setup, program, matrix.reference(setup)).eval()
+
+
+@pytest.fixture
+def batch(setup):
+    """Samples with two images, one, and none, padded on the left; a copy that a test may spoil."""
+    return matrix.batch(setup, *matrix.conversations(setup)["counts differ, left"])[0]
+
+
+def test_self_cross_local_and_global_layers_are_regions(program):
+    instances = {name: len(region.instances) for name, region in program.regions.items() if region.instances[0]}
+    assert instances == {
+        "vision_model.transformer.layers": 4,
+        "vision_model.global_transformer.layers": 2,
+        "language_model.layers": 3,
+        "language_model.layers.cross_attn": 2,
+    }
+    assert program.regions["language_model.layers.cross_attn"].instances[1] == "model.language_model.layers.3"
+
+
+def test_text_variant_skips_the_cross_layers(program):
+    called = {name: [call.region for call in variant.calls] for name, variant in program.variants.items()}
+    assert called["image"].count("language_model.layers.cross_attn") == 2
+    assert "language_model.layers.cross_attn" not in called["text"]
+    assert called["text"].count("language_model.layers") == 3
+
+
+def test_every_attention_is_the_operator_and_no_mask_is_dense(program):
+    for region in program.regions.values():
+        for node in region.graph.graph.nodes:
+            assert "softmax" not in str(node.target) and "scaled_dot" not in str(node.target)
+            shape = getattr(node.meta.get("val"), "shape", ())
+            assert sum("images" in str(size) or str(size).count("s") > 1 for size in shape) <= 2
+    groups = program.regions["vision_model.transformer.layers"].activations[2]
+    assert groups == (f"{4 * 72}*images", "2*images")
+
+
+def test_stored_names_are_what_transformers_writes(setup, program, tmp_path):
+    reference = matrix.reference(setup)
+    reference.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        written = set(file.keys())
+    names = {name for name, slot in program.slots() if slot.kind == "parameter"}
+    assert names == {name for name, _ in reference.named_parameters()}
+    assert {FAMILY.stored_name(name) for name in names} == written
+    assert {FAMILY.module_name(name) for name in written} == names
+    assert {FAMILY.module_name(name) for name in names} == names
+
+
+def test_prologue_groups_say_what_transformers_masks_say(setup, batch, config):
+    """The dense masks of transformers' own helpers, for every row and key."""
+    from transformers.models.mllama.modeling_mllama import (
+        _prepare_aspect_ratio_attention_mask,
+        _prepare_cross_attention_mask,
+    )
+
+    tensors = FAMILY.prepare(batch, config).tensors
+    rows = tensors["patch_groups"].numel() // 6  # three samples of two images each
+    ratio_mask = batch["aspect_ratio_mask"].flatten(0, 1)
+    theirs = _prepare_aspect_ratio_attention_mask(ratio_mask, 65, rows // 4, torch.float32)[:, 0] == 0
+    ours = tensors["visible_patches"][:, tensors["patch_groups"].long()]
+    expected = torch.block_diag(*theirs)
+    assert torch.equal(ours, expected.bool())
+    assert not theirs.all()
+
+    bias, seen = _prepare_cross_attention_mask(batch["cross_attention_mask"], 65, torch.float32)
+    dense = tensors["visible_tiles"][:, tensors["feature_groups"].long()].unflatten(1, (3, -1))
+    attended = batch["attention_mask"].bool()
+    samples = torch.arange(3)[:, None].expand_as(attended)[attended]
+    for row, sample, expected_row in zip(dense, samples, bias[:, 0][attended], strict=True):
+        assert torch.equal(row[sample], expected_row == 0)
+        assert not row[[other for other in range(3) if other != sample]].any()
+    assert torch.equal(tensors["sees_image"], seen[:, 0, :, 0][attended].bool())
+    assert 0 < tensors["sees_image"].sum() < len(samples)
+
+
+def last_logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_text_depends_on_every_image_and_on_the_cross_mask(model, batch):
+    before = last_logits(model, batch)
+    for sample, image in ((0, 0), (0, 1), (1, 0)):
+        changed = {**batch, "pixel_values": batch["pixel_values"].clone()}
+        changed["pixel_values"][sample, image, 0] += 1
+        after = last_logits(model, changed)
+        assert relative(after[sample], before[sample]) > 1e-4
+        others = [other for other in range(3) if other != sample]
+        assert torch.equal(after[others], before[others])
+    masked = {**batch, "cross_attention_mask": batch["cross_attention_mask"].clone()}
+    masked["cross_attention_mask"][0, -3:] = masked["cross_attention_mask"][0, -3:].flip(1)  # the other image
+    after = last_logits(model, masked)
+    assert relative(after[0, -3:], before[0, -3:]) > 1e-4
+    assert torch.equal(after[0, :-3], before[0, :-3])
+
+
+def test_text_in_a_mixed_batch_sees_padding_images_as_in_transformers(setup, model, batch):
+    """A sample without images gets other logits beside images than alone, where cross layers are skipped."""
+    said, side = matrix.conversations(setup)["counts differ, left"]
+    alone, _ = matrix.batch(setup, said[2:], side)
+    length = alone["input_ids"].shape[1]
+    assert relative(last_logits(model, batch)[2:, -length:], last_logits(model, alone)) > 1e-3
+
+
+def test_without_a_cross_mask_all_text_sees_all_images(setup, model, batch):
+    reference = matrix.reference(setup).eval()
+    reference.set_attn_implementation("eager")  # its SDPA takes a missing mask for a causal one
+    bare = {key: value for key, value in batch.items() if key != "cross_attention_mask"}
+    attended = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = reference(**bare).logits[attended]
+    assert relative(last_logits(model, bare)[attended], expected) < 1e-5
+    assert relative(expected, last_logits(model, batch)[attended]) > 1e-3
+
+
+def test_generation_equals_transformers(setup, model, batch):
+    reference = matrix.reference(setup).eval()
+    for inputs in (batch, {key: batch[key][2:] for key in ("input_ids", "attention_mask")}):
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(model.generate(**inputs, **options), reference.generate(**inputs, **options))
+    answers = model.generate(**batch, num_beams=2, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(
+        answers, reference.generate(**batch, num_beams=2, max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    )
+
+
+def spoil(batch, **changes):
+    return {**batch, **changes}
+
+
+def test_refusals_name_the_sample(batch, config):
+    ids, image = batch["input_ids"], config.image_token_id
+    cut = ids.clone()
+    cut[0, (ids[0] == image).nonzero()[0]] = 5
+    labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
+    tiles = batch["aspect_ratio_ids"].clone()
+    tiles[1, 0] = 9
+    hidden = batch["aspect_ratio_mask"].clone()
+    hidden[1, 0] = 0
+    for wrong, message in (
+        (spoil(batch, input_ids=cut), "Sample 0 has 1 image tokens and 2 images"),
+        ({key: batch[key] for key in ("input_ids", "attention_mask")}, "Sample 0 has 2 image tokens and 0 images"),
+        (spoil(batch, labels=labels), f"Sample 0: 2 labels are the image token \\({image}\\)"),
+        (spoil(batch, aspect_ratio_ids=tiles), "Sample 1: image 0 has aspect ratio id 9 and .* 8 aspect ratios"),
+        (spoil(batch, aspect_ratio_mask=hidden), "Sample 1: image 0 has aspect ratio id . and 0 tiles"),
+        (spoil(batch, pixel_values=batch["pixel_values"].repeat(1, 1, 2, 1, 1, 1)), "8 tiles an image.*at most 4"),
+        (spoil(batch, pixel_values=batch["pixel_values"][..., :56, :56]), "another model's processor"),
+        (spoil(batch, cross_attention_mask=batch["cross_attention_mask"][:, :-1]), "cut or padded together"),
+        ({key: value for key, value in batch.items() if key != "aspect_ratio_ids"}, "no aspect_ratio_ids of shape"),
+    ):
+        with pytest.raises(BatchError, match=message):
+            FAMILY.prepare(wrong, config)
+
+
+def test_configs_that_would_be_captured_wrongly_are_refused(setup):
+    for part, changes, message in (
+        ("text_config", {"cross_attention_layers": [1, 9]}, "cross_attention_layers .* must name some"),
+        ("text_config", {"dropout": 0.1}, "attention dropout 0.1"),
+        ("vision_config", {"vision_output_dim": 100}, "vision_output_dim is 100"),
+        ("vision_config", {"hidden_size": "wide"}, "not a valid Llama 3.2 Vision config"),
+    ):
+        values = copy.deepcopy(setup.values)
+        values[part] |= changes
+        with pytest.raises(SourceError, match=message):
+            FAMILY.config(values)
+    with pytest.raises(SourceError, match="within the vocabulary"):
+        FAMILY.config({**setup.values, "image_token_index": 3})
+
+
+def test_an_image_costs_its_padded_tiles(setup, config):
+    cost = FAMILY.image_cost(setup.processor, config, 300, 300)
+    assert cost == (4 * 72, 1, 4 * 65)
+    inputs, _ = matrix.batch(setup, [["Look", photographs()["rocket"]]], "right")
+    tensors = FAMILY.prepare(inputs, config).tensors
+    assert (len(tensors["patch_groups"]), len(tensors["feature_groups"])) == (cost.patches, cost.cross_keys)

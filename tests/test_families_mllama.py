@@ -123,12 +123,12 @@ def test_text_depends_on_every_image_and_on_the_cross_mask(model, batch):
         after = last_logits(model, changed)
         assert relative(after[sample], before[sample]) > 1e-4
         others = [other for other in range(3) if other != sample]
-        assert torch.equal(after[others], before[others])
+        assert relative(after[others], before[others]) < 1e-5  # the same, but for the order of sums
     masked = {**batch, "cross_attention_mask": batch["cross_attention_mask"].clone()}
     masked["cross_attention_mask"][0, -3:] = masked["cross_attention_mask"][0, -3:].flip(1)  # the other image
     after = last_logits(model, masked)
     assert relative(after[0, -3:], before[0, -3:]) > 1e-4
-    assert torch.equal(after[0, :-3], before[0, :-3])
+    assert relative(after[0, :-3], before[0, :-3]) < 1e-5
 
 
 def test_text_in_a_mixed_batch_sees_padding_images_as_in_transformers(setup, model, batch):

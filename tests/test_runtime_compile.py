@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matrix
 import pytest
 import torch
 from parity import MODEL_FP32, assert_close
@@ -41,7 +42,10 @@ def step(model, batch, labels):
 
 
 def assert_same_step(compiled, model, layout):
-    batch, labels = make_batch(layout)
+    assert_same_results(compiled, model, *make_batch(layout))
+
+
+def assert_same_results(compiled, model, batch, labels):
     model.zero_grad()
     ours = step(compiled, batch, labels)
     found = gradients(model)
@@ -65,6 +69,31 @@ def test_one_compilation_for_eight_shapes(model, counter, checkpointing):
         assert counter.frame_count == len(regions) == 5
     assert_same_step(compiled, model, [[4], [9]])
     assert counter.frame_count == 6  # text-only batches have one region of their own
+
+
+SIZES = (
+    [[(60, 90)]], [[(90, 60), (40, 160)], [(100, 100)]], [[(30, 180)], [], [(64, 64)]], [[(1, 1)]],
+    [[(150, 20), (20, 150), (70, 70)]], [[(112, 112)]], [[(300, 30)], [(200, 120)]], [[(90, 90), (90, 90)], [(60, 60), (150, 150)]],
+)  # fmt: skip
+"""Eight batches: the sizes of each sample's photographs, down to one of a single pixel."""
+
+
+@pytest.mark.parametrize("name", ["mllama", "pixtral"])
+def test_one_compilation_for_eight_image_sizes_of_every_family(name, counter):
+    setup = matrix.shrink(matrix.SETUPS[name](False))
+    model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))
+    compiled = torch.compile(model, backend=counter)
+    regions = {call.region for call in model.program.variants["image"].calls}
+    photo = matrix.photographs()["rocket"]
+    for sizes in SIZES:
+        said = [["Look", *(photo.resize(size) for size in sample), "Name three planets."] for sample in sizes]
+        batch, labels = matrix.batch(setup, said, "right")
+        assert_same_results(compiled, model, batch, labels)
+        assert counter.frame_count == len(regions)
+    batch, labels = matrix.batch(setup, [["Look"], ["Name three planets."]], "left")
+    assert_same_results(compiled, model, batch, labels)
+    text_only = {call.region for call in model.program.variants["text"].calls} - regions
+    assert counter.frame_count == len(regions) + len(text_only)
 
 
 def test_depth_compiles_nothing_more(model, counter):

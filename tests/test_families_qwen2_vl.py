@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import matrix
 import pytest
 import tiny
 import torch
@@ -190,3 +191,31 @@ def test_unknown_architecture_lists_the_supported():
         family_of({"model_type": "llama"}, "config.json")
     with pytest.raises(IncompatibleError, match="this vlmbuild knows mllama, pixtral, qwen2_vl"):
         family_named("other")
+
+
+def test_labels_on_placeholders_are_refused(config):
+    batch, _ = make_batch([[5], [3, (1, 4, 6), 2], [("video", 2, 4, 4), 6]])
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with pytest.raises(BatchError, match=r"Sample 1: 6 labels are the image token \(318\).*labels == 318\] = -100"):
+        FAMILY.prepare({**batch, "labels": labels}, config)
+    labels[labels == IMAGE] = -100
+    with pytest.raises(BatchError, match=r"Sample 2: 8 labels are the video token"):
+        FAMILY.prepare({**batch, "labels": labels}, config)
+
+
+def test_batch_of_a_processor_with_higher_pixel_limits_is_refused(config):
+    setup = matrix.qwen2_vl(False)
+    higher = matrix.replace(setup, processor=matrix.qwen2_vl(True).processor)
+    photo = matrix.photographs()["retina"]
+    config = setup.config()
+    made, _ = matrix.batch(higher, [["Look", photo]], "right")
+    with pytest.raises(BatchError, match="image 0 .* pixels, but the model's processor allows 62,720"):
+        FAMILY.prepare(made, config, setup.processor)
+    for processor, inputs in (
+        (higher.processor, made),
+        (setup.processor, matrix.batch(setup, [["Look", photo]], "right")[0]),
+    ):
+        FAMILY.prepare(inputs, config, processor)
+    for size in ((2000, 30), (30, 2000)):  # sides of one feature break the limit by themselves
+        made, _ = matrix.batch(setup, [["Look", photo.resize(size)]], "right")
+        FAMILY.prepare(made, config, setup.processor)

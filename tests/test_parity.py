@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import matrix
 import pytest
 import torch
 from checkpoints import dequantized
-from parity import MODEL_FP32, SAME_WEIGHTS_FP32, assert_close, relative
+from parity import BF16_RATIO, MODEL_FP32, SAME_WEIGHTS_FP32, assert_close, relative
 from transformers import AutoModelForImageTextToText
 
-from vlmbuild import load
+from vlmbuild import add_lora, load, load_adapter, save_adapter
 from vlmbuild.builder import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
@@ -107,3 +109,59 @@ def test_processor_and_artifact_load_together(setup, artifact, batches):
     again, _ = matrix.batch(matrix.replace(setup, processor=processor), said, side)
     for key, value in inputs.items():
         assert torch.equal(again[key], value), key
+
+
+def step(model, inputs, labels):
+    model.zero_grad(set_to_none=True)
+    model(**inputs, labels=labels).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_checkpointing_gives_the_same_gradients(ours, batches):
+    batch = batches["counts differ, right"]
+    expected = step(ours, *batch)
+    ours.gradient_checkpointing_enable()
+    found = step(ours, *batch)
+    ours.gradient_checkpointing_disable()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, MODEL_FP32, name)
+
+
+def test_bfloat16_error_is_no_larger_than_transformers(ours, theirs, batches):
+    ours_narrow, theirs_narrow = (copy.deepcopy(model).to(torch.bfloat16) for model in (ours, theirs))
+    squares = [0.0, 0.0]
+    for inputs, _ in batches.values():
+        attended = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            exact = theirs(**inputs).logits[attended]
+            for which, model in enumerate((ours_narrow, theirs_narrow)):
+                squares[which] += (model(**inputs).logits[attended] - exact).norm().item() ** 2
+    assert squares[0] ** 0.5 <= BF16_RATIO * squares[1] ** 0.5
+
+
+def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(setup, theirs, artifact, batches, tmp_path):
+    from peft import PeftModel
+
+    model, _ = load(artifact)
+    add_lora(model, r=4, roles=("language", "projector"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    inputs, labels = batches["counts differ, left"]
+    gradients = step(model.train(), inputs, labels)
+    adapted = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert gradients.keys() == adapted and all(gradient.norm() > 0 for gradient in gradients.values())
+    save_adapter(model, tmp_path / "adapter")
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(artifact, dtype=torch.float32))
+    peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    attended = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected, found = peft(**inputs).logits[attended], model.eval()(**inputs).logits[attended]
+        assert_close(found, expected, SAME_WEIGHTS_FP32)
+        assert relative(found, theirs(**inputs).logits[attended]) > 1e-3
+    again, _ = load(artifact)
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits[attended], found)

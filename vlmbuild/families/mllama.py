@@ -105,7 +105,7 @@ class Mllama:
         return prepare(batch, config)
 
     def processor(self, directory: Path) -> Any:
-        backend = {} if is_torchvision_available() else {"backend": "pil"}
+        backend: dict[str, Any] = {} if is_torchvision_available() else {"backend": "pil"}
 
         def load() -> Any:
             return MllamaProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **backend)

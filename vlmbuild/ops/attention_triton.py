@@ -48,7 +48,8 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
     }
     # Tensors that a kernel is compiled not to read still need a pointer.
     row_spans, key_spans = _ranges(masks, query)
-    key_mask, mask_strides = query, (0, 0)
+    key_mask = query
+    mask_strides: tuple[int, ...] = (0, 0)
     if masks.key_mask is not None:
         key_mask, mask_strides = _bytes(masks.key_mask), masks.key_mask.stride()
     groups, visible, many = query, query, 0

@@ -247,7 +247,7 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
             raise UsageError(f"generate: unknown argument {unknown[0]!r}. A batch may have {', '.join(sorted(known))}.")
 
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A generated token looks where the last one looked."""
         batch: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
         for name, row in self.family.batch_rows.items():

@@ -73,13 +73,21 @@ def shrink(setup: Setup) -> Setup:
     """The same with a vocabulary of the tokens that the conversations have: real ones cost most of a tiny model's time."""
     whole = [batch(setup, *said)[0]["input_ids"].unique() for said in conversations(setup).values()]
     special = torch.tensor([value for key, value in setup.values.items() if "token_" in key and value is not None])
-    small = replace(setup, vocabulary=torch.cat([*whole, special]).unique())
-    ids = {key: int(small.shrunk(torch.tensor(value))) for key, value in setup.values.items()
-           if "token_" in key and value is not None}  # fmt: skip
+    return with_vocabulary(replace(setup, vocabulary=torch.cat([*whole, special]).unique()))
+
+
+def with_vocabulary(setup: Setup) -> Setup:
+    """The config's ids as the vocabulary numbers them."""
+    assert setup.vocabulary is not None
+    ids = {
+        key: int(setup.shrunk(torch.tensor(value)))
+        for key, value in setup.values.items()
+        if "token_" in key and value is not None
+    }
     # The image token that comes after the vocabulary stays after it.
-    size = len(small.vocabulary) - (setup.family.name == "mllama")
-    text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0}
-    return replace(small, values={**setup.values, **ids, "text_config": text})
+    size = len(setup.vocabulary) - (setup.family.name == "mllama")
+    text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return replace(setup, values={**setup.values, **ids, "text_config": text})
 
 
 def qwen2_vl(full: bool) -> Setup:

@@ -19,7 +19,7 @@ from transformers.integrations.mistral.tokenizer import MistralConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
 from vlmbuild.families._pixtral_processor import ImageTextPixtralProcessor
-from vlmbuild.families.qwen2_vl import ImageTextProcessor
+from vlmbuild.families._qwen2_vl_processor import ImageTextProcessor
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -52,6 +52,8 @@ QWEN_TEMPLATE = """\
 {%- set pictures.count = pictures.count + 1 -%}
 {%- if add_vision_id -%}{{ "Picture " ~ pictures.count ~ ": " }}{%- endif -%}
 {{ "<|vision_start|><|image_pad|><|vision_end|>" }}
+{%- elif part.type == "video" -%}
+{{ "<|vision_start|><|video_pad|><|vision_end|>" }}
 {%- elif "text" in part -%}
 {{ part.text }}
 {%- endif -%}

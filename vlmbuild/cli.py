@@ -198,8 +198,9 @@ def cli() -> None:
 def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, as_json: bool) -> None:
     """Build an artifact from a checkpoint.
 
-    SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits). OUT appears complete or
-    not at all. It is an ordinary Hugging Face checkpoint with the compiled graph beside it.
+    SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits, mllama-digits,
+    pixtral-digits). OUT appears complete or not at all. It is an ordinary Hugging Face checkpoint with the compiled
+    graph beside it.
 
     \b
     Examples:
@@ -298,15 +299,23 @@ def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
     metavar="DIR",
     help="Folder for what it makes.  [default: a temporary one]",
 )
+@click.option(
+    "--family",
+    type=click.Choice(["qwen2_vl", "mllama", "pixtral"]),
+    default="qwen2_vl",
+    show_default=True,
+    help="Whose tiny checkpoint.",
+)
 @json_option
-def demo(output: Path | None, as_json: bool) -> None:
+def demo(output: Path | None, family: str, as_json: bool) -> None:
     """Show everything on a tiny model.
 
     Plans, builds, verifies, loads and fine-tunes a trained checkpoint that ships with vlmbuild; offline, on a CPU.
 
     \b
-    Example:
+    Examples:
         vlmbuild demo -o digits-demo
+        vlmbuild demo --family pixtral
     """
     from vlmbuild.artifact.output import output_errors
     from vlmbuild.demo import run as run_demo
@@ -315,6 +324,6 @@ def demo(output: Path | None, as_json: bool) -> None:
         output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
     with output_errors(output):
         output.mkdir(exist_ok=True)
-    result = run_demo(output, echo=functools.partial(click.echo, err=as_json))
+    result = run_demo(output, family=family, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         click.echo(_json(asdict(result)))

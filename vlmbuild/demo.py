@@ -21,7 +21,14 @@ from vlmbuild.runtime.loader import load
 from vlmbuild.zoo.digits import Digits, Sample
 from vlmbuild.zoo.task import LARGEST, READ, answers, exact_match, training_batch
 
-CHECKPOINT = "qwen2-vl-digits"
+CHECKPOINTS = {"qwen2_vl": "qwen2-vl-digits", "mllama": "mllama-digits", "pixtral": "pixtral-digits"}
+"""Family -> its packaged checkpoint."""
+
+PUBLISHED = {
+    "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",
+    "mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "pixtral": "mistral-community/pixtral-12b",
+}
 RECIPE = Recipe(quantize=QuantSpec(), dtype="float32")
 """float32, because a CPU computes bfloat16 more slowly on a model this small."""
 
@@ -33,11 +40,11 @@ SHOWN = 6
 _ON_YOUR_OWN_MODEL = """
 The same on your own model:
 
-    vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
-    vlmbuild verify qwen2-vl-nf4
+    vlmbuild build {source} -o my-model-nf4 --quantize nf4
+    vlmbuild verify my-model-nf4
 
     import torch, vlmbuild
-    model, processor = vlmbuild.load("qwen2-vl-nf4", device="cuda")
+    model, processor = vlmbuild.load("my-model-nf4", device="cuda")
     vlmbuild.add_lora(model, r=16)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
@@ -72,11 +79,12 @@ class DemoResult:
     seconds: float
 
 
-def run(output: Path, *, steps: int = 250, echo: Callable[[str], None] = print) -> DemoResult:
-    """Run the whole pipeline on the packaged checkpoint; needs no network and no GPU.
+def run(output: Path, *, family: str = "qwen2_vl", steps: int = 250, echo: Callable[[str], None] = print) -> DemoResult:
+    """Run the whole pipeline on a packaged checkpoint; needs no network and no GPU.
 
     Args:
         output: Directory for the artifact and the adapter; made if it is missing.
+        family: A key of `CHECKPOINTS`.
         steps: Training steps.
         echo: Takes each line of the report.
 
@@ -90,15 +98,16 @@ def run(output: Path, *, steps: int = 250, echo: Callable[[str], None] = print) 
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made: {error.strerror}. Choose another directory with -o.") from error
-    artifact, adapter = output / "qwen2-vl-digits-nf4", output / "largest-digit-adapter"
+    checkpoint = CHECKPOINTS[family]
+    artifact, adapter = output / f"{checkpoint}-nf4", output / f"{checkpoint}-adapter"
 
-    echo(f"[1/6] Plan: {CHECKPOINT}, from its config.json alone")
-    planned = plan(CHECKPOINT, RECIPE)
+    echo(f"[1/6] Plan: {checkpoint}, from its config.json alone")
+    planned = plan(checkpoint, RECIPE)
     repeated = [f"{region['name']} x {region['instances']}" for region in planned.regions if region["instances"] > 1]
     echo(f"      {planned.parameters:,} parameters, {planned.weight_bytes / 1e6:.2f} MB of weights as NF4")
     echo(f"      {len(planned.regions)} distinct graphs; repeated blocks: {', '.join(repeated)}")
-    echo(f"[2/6] Build: vlmbuild build {CHECKPOINT} -o {artifact.name} --quantize nf4 --dtype float32")
-    for report in build(CHECKPOINT, artifact, RECIPE, overwrite=True).reports:
+    echo(f"[2/6] Build: vlmbuild build {checkpoint} -o {artifact.name} --quantize nf4 --dtype float32")
+    for report in build(checkpoint, artifact, RECIPE, overwrite=True).reports:
         echo(f"      {report.name:16} {report.matches:4} matches")
     echo(f"[3/6] Verify: vlmbuild verify {artifact.name}")
     manifest = verify(artifact)
@@ -127,7 +136,7 @@ def run(output: Path, *, steps: int = 250, echo: Callable[[str], None] = print) 
     seconds = time.perf_counter() - started
     echo(f'      "{LARGEST.question}" {before:.1%} before, {after:.1%} after, on {HELD_OUT} held-out images')
     echo(f"Done in {seconds:.0f} s.")
-    echo(_ON_YOUR_OWN_MODEL)
+    echo(_ON_YOUR_OWN_MODEL.format(source=PUBLISHED[family]))
     return DemoResult(artifact, manifest.id, adapter, before, after, reading, seconds)
 
 

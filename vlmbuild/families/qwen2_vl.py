@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
-from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.errors import SourceError
+from vlmbuild.families import _qwen2_vl_processor
 from vlmbuild.families._core import TextCore, meta_module, place_features
 from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
 from vlmbuild.families._qwen2_vl_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
 
 _NAMES = Names(("model.visual.", "visual."), ("model.language_model.", "model."))
-
-
-class ImageTextProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor for images and text only: its video processor needs torchvision, which may be missing."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
-
-
-ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # what `save_pretrained` writes, and every reader knows
 
 
 class Qwen2VL:
@@ -111,26 +99,13 @@ class Qwen2VL:
         return prepare(batch, config, processor)
 
     def processor(self, directory: Path) -> Any:
-        with_videos = is_torchvision_available() and _has_video_processor(directory)
-        processor_class = Qwen2VLProcessor if with_videos else ImageTextProcessor
-
-        def load() -> Any:
-            return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-
-        return load_processor(load, directory, "Qwen2-VL", "preprocessor_config.json or processor_config.json")
+        files = "preprocessor_config.json or processor_config.json"
+        return load_processor(lambda: _qwen2_vl_processor.load(directory), directory, "Qwen2-VL", files)
 
     def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
         image = Image.new("RGB", (width, height))
         batch = processor(images=[image], text=processor.image_token, return_tensors="pt")
         return ImageCost(len(batch["pixel_values"]), int((batch["input_ids"] == config.image_token_id).sum()))
-
-
-def _has_video_processor(directory: Path) -> bool:
-    """A processor that was saved where torchvision was missing has none, and the stock class would not load."""
-    if any((directory / name).is_file() for name in ("preprocessor_config.json", "video_preprocessor_config.json")):
-        return True
-    combined = directory / "processor_config.json"
-    return combined.is_file() and "video_processor" in json.loads(combined.read_text())
 
 
 class _ImageCore(TextCore):

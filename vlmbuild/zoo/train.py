@@ -19,7 +19,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlmbuild.families.qwen2_vl import ImageTextProcessor
+from vlmbuild.families._qwen2_vl_processor import ImageTextProcessor
 from vlmbuild.zoo.digits import Digits, Sample
 from vlmbuild.zoo.task import READ, exact_match, training_batch
 

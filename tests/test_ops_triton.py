@@ -37,9 +37,9 @@ sys.modules["triton"] = None
 import importlib.util, torch, vlmbuild.ops
 from vlmbuild.errors import DeviceError
 query = torch.randn(1, 2, 5, 8)
-assert torch.ops.vlmbuild.attention_auto(query, query, query, None, None, None, True, 0.5).shape == (1, 5, 2, 8)
+assert torch.ops.vlmbuild.attention_auto(query, query, query, None, None, None, None, True, 0.5).shape == (1, 5, 2, 8)
 try:
-    torch.ops.vlmbuild.attention_triton(query, query, query, None, None, None, True, 0.5)
+    torch.ops.vlmbuild.attention_triton(query, query, query, None, None, None, None, True, 0.5)
 except DeviceError as error:
     assert "not installed" in str(error), error
 else:

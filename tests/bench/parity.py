@@ -1,8 +1,9 @@
 """The parity matrix at real image sizes: `python tests/bench/parity.py [--output artifacts/benchmarks/parity.json]`.
 
-Prints, for every family and kind of batch, the relative error of logits, loss and the worst gradient in float32 against
-transformers on the same weights, and of an NF4 artifact's logits against transformers with the same packed weights. Image
-sizes, tiles and tokenizers are the published ones; widths, depths and the part of the vocabulary that occurs are tiny.
+Prints, for every family and kind of batch, relative errors: logits, loss and the worst gradient in float32 against transformers
+on the same weights; scalar gates, ours and transformers' own, against transformers in float64; and logits of an NF4 artifact
+against transformers with the same packed weights. Image sizes, tiles and tokenizers are the published ones; widths, depths and
+the part of the vocabulary that occurs are tiny.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vlmbuild import load
 from vlmbuild.builder import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
-COLUMNS = ("logits", "loss", "gradient", "nf4 logits")
+COLUMNS = ("logits", "loss", "gradient", "gate", "their gate", "nf4 logits")
 
 
 def measure(name: str) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    figures = "  ".join(f"{row[column]:9.1e}" if column in row else f"{'':9}" for column in COLUMNS)
+    figures = "  ".join(f"{row[column]:10.1e}" if column in row else f"{'':10}" for column in COLUMNS)
     return f"{row['family']:10} {row['batch']:22} {row['tokens']:6}  {figures}  {row['parameter']}"
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--family", choices=matrix.SETUPS, action="append")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'family':10} {'batch':22} {'tokens':>6}  {'  '.join(f'{name:>9}' for name in COLUMNS)}  worst gradient")
+    print(f"{'family':10} {'batch':22} {'tokens':>6}  {'  '.join(f'{name:>10}' for name in COLUMNS)}  worst gradient")
     rows = [row for name in arguments.family or matrix.SETUPS for row in measure(name)]
     print("\nWith NF4:", *(line(row) for row in rows), sep="\n")
     worst = {column: max(row[column] for row in rows) for column in COLUMNS}

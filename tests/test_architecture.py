@@ -35,8 +35,10 @@ LAYERS = (
     ("runtime",),
     ("passes", "targets"),
     ("builder",),
-    ("summary", "adapters", "planner", "cache"),
-    ("report", "cli_output", "demo"),
+    ("summary", "adapters", "cache"),
+    ("memory",),
+    ("planner",),
+    ("report", "cli_options", "cli_output", "demo"),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -52,7 +52,9 @@ def test_plan_is_for_people_and_machines(run, checkpoint):
     assert code == 0
     assert "language_model.layers" in out
     assert "role vision keeps its dtype" in out.replace("\n    ", " ")
-    document = json.loads(run("plan", checkpoint, "--quantize", "nf4", "--json")[1])
+    assert "1 sample of 264 tokens, 1 image in each" in out
+    document = json.loads(run("plan", checkpoint, "--quantize", "nf4", "--json", "--batch", 2, "--rank", 8)[1])
+    assert (document["memory"]["batch"], document["memory"]["rank"], document["memory"]["tokens"]) == (2, 8, 256)
     assert document["parameters"] == sum(role["parameters"] for role in document["roles"])
 
 

@@ -183,7 +183,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
 
 def test_an_image_costs_its_rows_with_their_ends():
     whole = matrix.pixtral(False)
-    cost = FAMILY.image_cost(whole.processor, whole.config(), 96, 160)
+    cost = FAMILY.image_cost(whole.processor.image_processor, whole.config(), 96, 160)
     assert cost == (6 * 10, 6 * 11, 0)
 
 

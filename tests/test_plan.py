@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 from PIL import Image
+from processors import CONFIGS
+from transformers import AutoImageProcessor
 
 from vlmbuild import plan
 from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families import FAMILIES
 from vlmbuild.recipe import QuantSpec, Recipe
 
 RECIPE = Recipe(quantize=QuantSpec(), dtype="float32")
@@ -54,5 +57,29 @@ def test_bad_images(checkpoint, images, error, message):
 
 
 def test_images_need_a_processor(config_only):
-    with pytest.raises(SourceError, match="no processor files"):
+    with pytest.raises(SourceError, match="no readable preprocessor_config.json"):
         plan(config_only, images=[(56, 56)])
+
+
+def test_limits_take_the_place_of_the_processors():
+    held, free = (
+        plan("qwen2-vl-digits", images=[(2000, 3000)], limits=limits).images[0].cost
+        for limits in (None, {"longest_edge": 1_003_520})
+    )
+    assert held.patches * 14 * 14 <= 28 * 28 * 64
+    assert 0.9 * 1_003_520 < free.patches * 14 * 14 <= 1_003_520
+    assert free.tokens * 4 == free.patches
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "cost"),
+    [
+        ("qwen2-vl-2b", "qwen2_vl", (4 * 37 * 25, 37 * 25, 0)),
+        ("llama-3.2-11b-vision", "mllama", (4 * 1608, 1, 4 * 1601)),
+        ("pixtral-12b", "pixtral", (64 * 44, 64 * 45, 0)),
+    ],
+)
+def test_published_image_settings_are_enough_without_a_tokenizer(name, family, cost):
+    config = FAMILIES[family].config(json.loads((CONFIGS / name / "config.json").read_text()))
+    image_processor = AutoImageProcessor.from_pretrained(CONFIGS / name, backend="pil")
+    assert FAMILIES[family].image_cost(image_processor, config, 1024, 700) == cost

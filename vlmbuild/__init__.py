@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
     from vlmbuild.errors import VlmbuildError
+    from vlmbuild.memory import Workload
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
     from vlmbuild.runtime.adapter_files import save_adapter
@@ -30,6 +31,7 @@ _HOMES = {
     "Recipe": "recipe",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
+    "Workload": "memory",
     "add_lora": "adapters",
     "build": "builder",
     "from_pretrained": "cache",
@@ -48,6 +50,7 @@ __all__ = [
     "Recipe",
     "VisionLanguageModel",
     "VlmbuildError",
+    "Workload",
     "add_lora",
     "build",
     "from_pretrained",

@@ -12,22 +12,24 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlmbuild.cli_options import json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
 from vlmbuild.errors import UsageError, VlmbuildError
-from vlmbuild.recipe import ATTENTIONS, DTYPES, FORMATS, TARGETS, QuantSpec, Recipe
+from vlmbuild.recipe import Recipe
+
+if TYPE_CHECKING:
+    from vlmbuild.memory import Workload
 
 INTERRUPTED, TERMINATED = 130, 143
 _TRACEBACK = "VLMBUILD_TRACEBACK"
-
-Command = Callable[..., Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,64 +112,6 @@ def _show(document: Mapping[str, Any], as_json: bool, report: str) -> None:
     click.echo(_json(document) if as_json else "\n".join(getattr(reports, report)(document)))
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-
-
-def recipe_options(command: Command) -> Command:
-    """The options that make a recipe; the command is called with `recipe`."""
-
-    @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
-    @click.option(
-        "--quantize", type=click.Choice(["none", *FORMATS]), help="4-bit format of the language model.  [default: none]"
-    )
-    @click.option(
-        "--attention",
-        type=click.Choice(ATTENTIONS),
-        help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]",
-    )
-    @click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Of unquantized weights and of the computation.  [default: bfloat16]"
-    )
-    @click.option(
-        "--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable."
-    )
-    @click.option(
-        "--skip", multiple=True, metavar="PATTERN", help="Do not quantize modules like '*.o_proj'. Repeatable."
-    )
-    @click.option(
-        "--recipe",
-        "file",
-        type=click.Path(path_type=Path),
-        metavar="FILE.toml",
-        help="Read options from a file; those given here win.",
-    )
-    @functools.wraps(command)
-    def with_recipe(
-        target: str | None, quantize: str | None, attention: str | None, dtype: str | None,
-        require: tuple[str, ...], skip: tuple[str, ...], file: Path | None, **options: Any,
-    ) -> Any:  # fmt: skip
-        given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
-        return command(
-            recipe=_recipe(file, quantize, skip, {k: v for k, v in given.items() if v is not None}), **options
-        )
-
-    return with_recipe
-
-
-def _recipe(file: Path | None, quantize: str | None, skip: tuple[str, ...], given: Mapping[str, Any]) -> Recipe:
-    """The file's recipe with what was given on the command line in its place; a format keeps the file's other settings."""
-    recipe = replace(Recipe() if file is None else Recipe.from_toml(file), **given)
-    if quantize == "none":
-        recipe = replace(recipe, quantize=None)
-    elif quantize is not None:
-        recipe = replace(recipe, quantize=replace(recipe.quantize or QuantSpec(), format=quantize))  # type: ignore[arg-type]
-    if skip and recipe.quantize is None:
-        raise UsageError("--skip keeps layers from being quantized, but nothing is. Add --quantize nf4, or drop it.")
-    if skip and recipe.quantize is not None:
-        recipe = replace(recipe, quantize=replace(recipe.quantize, skip=skip))
-    return recipe
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(importlib.metadata.version("vlmbuild"), package_name="vlmbuild", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -222,21 +166,32 @@ def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: 
 @click.option(
     "--image", "images", multiple=True, metavar="FILE|HxW", help="Count patches and tokens of an image. Repeatable."
 )
+@limit_options
+@workload_options
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @json_option
-def plan(source: str, recipe: Recipe, images: tuple[str, ...], revision: str | None, as_json: bool) -> None:
-    """Say what a build would do, without weights.
+def plan(
+    source: str, recipe: Recipe, images: tuple[str, ...], limits: Mapping[str, int], workload: Workload,
+    revision: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Say what a build would do, and the memory that the model needs, without weights.
 
-    config.json of SOURCE is enough: no weights are read or downloaded.
+    config.json of SOURCE is enough: no weights are read or downloaded. Memory is that to load the model, to infer (one
+    forward pass) and to train a LoRA adapter with AdamW, with gradient checkpointing and without.
 
     \b
-    Example:
+    Examples:
         vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920 --image photo.jpg
+        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --image 448x448 --batch 8 --text-tokens 512
+        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --image 2000x3000 --longest-edge 1003520
     """
     from vlmbuild.planner import plan as run_plan
 
     with StageProgress(lines=not as_json) as progress:
-        planned = run_plan(source, recipe, images=map(_image, images), revision=revision, progress=progress)
+        planned = run_plan(
+            source, recipe, images=map(_image, images), limits=limits, workload=workload, revision=revision,
+            progress=progress,
+        )  # fmt: skip
     _show(planned.to_json(), as_json, "plan_report")
 
 

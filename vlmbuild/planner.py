@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoImageProcessor
+from transformers.image_utils import SizeDict
+
 from vlmbuild.builder import check_recipe, planned_weights, read_model, rewrite, trace_program
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family, ImageCost
+from vlmbuild.memory import Memory, Workload, estimate_memory
 from vlmbuild.pipeline import PassReport
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
-from vlmbuild.source import PROCESSOR_FILES, Progress, Source, resolve
+from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
 
 Image = str | Path | tuple[int, int]
@@ -46,6 +51,7 @@ class Plan:
         roles: role, parameters, quantized (parameters), bytes as stored, kept (why parameters are not quantized).
         ties: Name of a tensor that is not stored -> the one that it shares.
         images: What the given images cost.
+        memory: What the model needs to load, to infer, and to train an adapter.
     """
 
     source: str
@@ -58,6 +64,7 @@ class Plan:
     roles: tuple[dict[str, Any], ...]
     ties: dict[str, str]
     images: tuple[PlannedImage, ...]
+    memory: Memory
 
     @property
     def parameters(self) -> int:
@@ -87,6 +94,7 @@ class Plan:
                 {"name": image.name, "height": image.height, "width": image.width, **image.cost._asdict()}
                 for image in self.images
             ],
+            "memory": self.memory.to_json(),
         }
 
 
@@ -95,6 +103,8 @@ def plan(
     recipe: Recipe = Recipe(),
     *,
     images: Iterable[Image] = (),
+    limits: Mapping[str, int] | None = None,
+    workload: Workload = Workload(),
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -103,7 +113,10 @@ def plan(
     Args:
         source: As for `vlmbuild.build`; a directory with nothing but config.json is enough.
         recipe: What to build.
-        images: Files or (height, width) pairs whose patches and tokens to count; needs the processor's files too.
+        images: Files or (height, width) pairs whose patches and tokens to count; needs the image processor's settings too.
+            Each sample of the batch that memory is estimated for has all of them; without any it is text only.
+        limits: Take the place of those in the image processor's `size`: "longest_edge", "shortest_edge".
+        workload: The batch and the adapter that memory is estimated for.
         revision: Of a hub id.
         progress: Called with a stage's name, the amount done, and the total.
 
@@ -117,21 +130,30 @@ def plan(
     sizes = [_size(image) for image in images]
     found = resolve(source, revision=revision, weights=False, progress=told)
     values, family, config = read_model(found)
-    costs = tuple(_costs(found, family, config, sizes))
+    costs = tuple(_costs(found, family, config, sizes, limits or {}))
     program = trace_program(family, config, told)
     reports = rewrite(program, recipe, told)
     refusals = refusals_by_role(program, [report.record() for report in reports])
+    regions = tuple(describe_regions(program))
+    roles = tuple(describe_roles(_weights(program, family, recipe), refusals))
+    told("memory", 0, 1)
+    # The last to look at the program: it adds an adapter.
+    memory = estimate_memory(
+        program, family, config, getattr(torch, recipe.dtype), [image.cost for image in costs], workload
+    )
+    told("memory", 1, 1)
     return Plan(
         source=found.uri,
         family=family.name,
         architecture=next(name for name in values["architectures"] if name in family.architectures),
         recipe=recipe,
         variants=tuple(program.variants),
-        regions=tuple(describe_regions(program)),
+        regions=regions,
         passes=reports,
-        roles=tuple(describe_roles(_weights(program, family, recipe), refusals)),
+        roles=roles,
         ties=program.ties,
         images=costs,
+        memory=memory,
     )
 
 
@@ -161,20 +183,26 @@ def _size(image: Image) -> tuple[str, int, int]:
 
 
 def _costs(
-    source: Source, family: Family, config: Any, sizes: Sequence[tuple[str, int, int]]
+    source: Source, family: Family, config: Any, sizes: Sequence[tuple[str, int, int]], limits: Mapping[str, int]
 ) -> Iterable[PlannedImage]:
-    """What images cost, by the processor's own rules."""
+    """What images cost, by the image processor's own rules; its settings are enough, no tokenizer is needed."""
     if not sizes:
         return
-    if not source.files(PROCESSOR_FILES):
-        raise SourceError(
-            f"{source.directory} has no processor files, so the tokens of images cannot be counted. Add them to it, or "
-            "plan without images."
-        )
-    processor = family.processor(source.directory)
+    image_processor = _image_processor(source)
+    image_processor.size = SizeDict(**{**dict(image_processor.size), **limits})
     for name, height, width in sizes:
         try:
-            cost = family.image_cost(processor, config, height, width)
+            cost = family.image_cost(image_processor, config, height, width)
         except ValueError as error:  # the processor's own limits, for example on the aspect ratio
             raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
         yield PlannedImage(name, height, width, cost)
+
+
+def _image_processor(source: Source) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(source.directory, local_files_only=True, backend="pil")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{source.directory} has no readable preprocessor_config.json or processor_config.json, so the tokens of images "
+            "cannot be counted. Add one, or plan without images."
+        ) from error

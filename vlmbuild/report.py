@@ -44,7 +44,7 @@ def plan_report(document: Mapping[str, Any]) -> list[str]:
             for image in document["images"]
         ]
         lines += ["", *table(["Images", "height x width", "patches", "tokens"], rows, "<>>>")]
-    return lines
+    return [*lines, "", *memory_table(document["memory"])]
 
 
 def inspect_report(document: Mapping[str, Any]) -> list[str]:
@@ -106,6 +106,27 @@ def roles_table(document: Mapping[str, Any]) -> list[str]:
     parameters = sum(role["parameters"] for role in document["roles"])
     rows.append(["total", f"{parameters:,}", human_size(sum(role["bytes"] for role in document["roles"])), ""])
     return table(["Weights", "parameters", "stored", "as"], rows, "<>><")
+
+
+def memory_table(memory: Mapping[str, Any]) -> list[str]:
+    """What a model needs to load, to infer and to train, and for which batch."""
+    state = memory["adapter"] + memory["gradients"] + memory["optimizer"]
+    parts = {
+        "load": (0, 0),
+        "infer": (0, memory["infer_activations"]),
+        "train, checkpointing": (state, memory["checkpointed_activations"]),
+        "train": (state, memory["train_activations"]),
+    }
+    rows = [
+        [name, human_size(memory["load"]), *(human_size(size) if size else "" for size in sizes),
+         human_size(memory["load"] + sum(sizes))]
+        for name, sizes in parts.items()
+    ]  # fmt: skip
+    samples, images = memory["batch"], memory["images"]
+    batch = f"{samples} sample{'s' * (samples > 1)} of {memory['tokens']:,} tokens"
+    batch += f", {images} image{'s' * (images > 1)} in each" if images else ""
+    note = f"  - {batch}; on {memory['device']}, without torch.compile; training: LoRA of rank {memory['rank']}, AdamW"
+    return [*table(["Memory", "weights", "LoRA and AdamW", "activations", "in all"], rows, "<>>>>"), note]
 
 
 def files_table(document: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ which runs the tests that hold for every family). What to write, in order:
 3. `prepare`: everything that depends on data, on the host, packed (`_packing.py`); name the sample in every refusal.
 4. `variants`: the inputs of the core modules, with names for the sizes that change.
 5. `Names`: published tensor names and module names; `role`: what each parameter does.
-6. `processor`, `image_cost`.
+6. `processor`, `image_cost`, `batch_sizes`.
 
 Nothing outside this folder knows a family's name. If a pass does not match, it is the pass that learns a new pattern.
 """

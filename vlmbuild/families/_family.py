@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -127,11 +127,26 @@ class Family(Protocol):
             SourceError: A processor file is missing or unreadable.
         """
 
-    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
         """What an image of this size, before it is resized, costs.
+
+        Args:
+            image_processor: transformers' own, of the checkpoint; its `size` has the limits.
+            config: From `config`.
+            height, width: In pixels.
 
         Raises:
             ValueError: The processor refuses it.
+        """
+
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        """The sizes that the inputs of a variant name, for a batch of equal samples.
+
+        Args:
+            config: From `config`.
+            images: Of each sample; without any it is the variant "text".
+            batch: Samples.
+            text_tokens: Of each sample, besides the tokens of its images.
         """
 
 

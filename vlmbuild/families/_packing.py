@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmbuild.errors import BatchError
+from vlmbuild.families._family import ImageCost
 
 _NOT_TAKEN = ("position_ids", "inputs_embeds", "past_key_values")
 
@@ -105,6 +106,17 @@ def cumulative_bounds(lengths: Tensor) -> Tensor:
     """
     ends = lengths.cumsum(0)
     return torch.cat([ends.new_zeros(1), ends, ends[-1:]]).to(torch.int32)
+
+
+def packed_sizes(images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+    """The sizes of packed text and packed patches; see `Family.batch_sizes`. Bounds are one more than what they bound, and
+    `cumulative_bounds` repeats the last."""
+    return {
+        "sequence": batch * (text_tokens + sum(image.tokens for image in images)),
+        "samples": batch + 2,
+        "patches": batch * sum(image.patches for image in images),
+        "segments": batch * len(images) + 2,
+    }
 
 
 def cut_patches(pixels: Tensor, patch: int) -> Tensor:

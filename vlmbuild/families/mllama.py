@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vlmbuild.families._family import (
     read_config,
 )
 from vlmbuild.families._mllama_host import padded_patches, patches_per_tile, prepare
+from vlmbuild.families._packing import packed_sizes
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
 
 _NAMES = Names(
@@ -112,10 +113,13 @@ class Mllama:
 
         return load_processor(load, directory, "Llama 3.2 Vision", "preprocessor_config.json or processor_config.json")
 
-    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
         vision = config.vision_config
         tiles = vision.max_num_tiles  # padded tiles are computed and seen like the others
         return ImageCost(tiles * padded_patches(vision), 1, tiles * patches_per_tile(vision))
+
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        return packed_sizes(images, batch, text_tokens) | {"images": batch * len(images)}
 
 
 class _ImageCore(TextCore):

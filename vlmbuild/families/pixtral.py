@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_utils import ChannelDimension
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families import _pixtral_processor
 from vlmbuild.families._core import TextCore, embed_patches, meta_module, place_features
 from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
+from vlmbuild.families._packing import packed_sizes
 from vlmbuild.families._pixtral_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
 
@@ -100,13 +104,15 @@ class Pixtral:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _pixtral_processor.load(directory), directory, "Pixtral", files)
 
-    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
-        from PIL import Image
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        edge, patch = image_processor.size["longest_edge"], config.vision_config.patch_size
+        image = np.broadcast_to(np.uint8(0), (height, width, 3))  # only its shape is read; this one takes no memory
+        sides = get_resize_output_image_size(image, (edge, edge), (patch, patch), ChannelDimension.LAST)
+        rows, columns = (side // patch for side in sides)
+        return ImageCost(rows * columns, rows * (columns + 1))  # a break or the end after every row
 
-        batch = processor(images=[Image.new("RGB", (width, height))], text=processor.image_token)
-        patches = int((batch["input_ids"] == config.image_token_id).sum())
-        special = (batch["input_ids"][..., None] == torch.tensor(processor.image_token_ids)).any(-1)
-        return ImageCost(patches, int(special.sum()))
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        return packed_sizes(images, batch, text_tokens)
 
 
 class _ImageCore(TextCore):

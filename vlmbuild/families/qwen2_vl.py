@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
@@ -16,6 +15,7 @@ from vlmbuild.errors import SourceError
 from vlmbuild.families import _qwen2_vl_processor
 from vlmbuild.families._core import TextCore, meta_module, place_features
 from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
+from vlmbuild.families._packing import packed_sizes
 from vlmbuild.families._qwen2_vl_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
 
@@ -102,10 +102,13 @@ class Qwen2VL:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _qwen2_vl_processor.load(directory), directory, "Qwen2-VL", files)
 
-    def image_cost(self, processor: Any, config: Any, height: int, width: int) -> ImageCost:
-        image = Image.new("RGB", (width, height))
-        batch = processor(images=[image], text=processor.image_token, return_tensors="pt")
-        return ImageCost(len(batch["pixel_values"]), int((batch["input_ids"] == config.image_token_id).sum()))
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        patches = image_processor.get_number_of_image_patches(height, width)
+        return ImageCost(patches, patches // config.vision_config.spatial_merge_size**2)
+
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        sizes = packed_sizes(images, batch, text_tokens)
+        return sizes | {"merged": sizes["patches"] // config.vision_config.spatial_merge_size**2}
 
 
 class _ImageCore(TextCore):

@@ -179,12 +179,18 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         return loss
 
     def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
-        """Call the regions in order."""
+        """Call the regions in order; a value is let go after its last reader."""
         checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
-        for call in variant.calls:
+        last = {name: number for number, call in enumerate(variant.calls) for name in call.inputs}
+        for number, call in enumerate(variant.calls):
             arguments = tuple(values[name] for name in call.inputs)
+            for name in set(call.inputs):
+                if last[name] == number:
+                    del values[name]
             results = self._call(call, compiler, arguments, checkpointing)
+            del arguments
             values.update(zip(call.outputs, results, strict=True))
+            del results
         return values[variant.output]
 
     def _call(

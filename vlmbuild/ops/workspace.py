@@ -1,0 +1,71 @@
+"""What operators need inside, beyond arguments and results: tensors without data do not show it.
+
+A workspace is a number of bytes, from an operator's arguments and its result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlmbuild.ops  # noqa: F401  registers the operators
+
+Workspace = Callable[[Sequence[Any], Any], int]
+
+
+def _dequantized(args: Sequence[Any], _: Any) -> int:
+    """The dense weight, and the scales before and after their offset if they are quantized too."""
+    nested, (in_features, out_features, blocksize, _type, dtype) = args[3], args[-5:]
+    values = in_features * out_features
+    return int(values * dtype.itemsize + (0 if nested is None else 2 * 4 * math.ceil(values / blocksize)))
+
+
+def _attention_parts(args: Sequence[Any], _: Any) -> int:
+    """torch's kernels run once per segment or pattern: their result before it is put into its rows, and chosen rows."""
+    query, key, value, _mask, _bounds, groups = args[:6]
+    return int(query.nbytes + (0 if groups is None else query.nbytes + key.nbytes + value.nbytes))
+
+
+def _attention_gradient_parts(args: Sequence[Any], _: Any) -> int:
+    """The same for gradients of query, key and value, and chosen rows of what the forward kept."""
+    grad, query, key, value, _mask, _bounds, groups = args[:7]
+    parts = query.nbytes + key.nbytes + value.nbytes
+    return int(parts + (0 if groups is None else parts + 2 * grad.nbytes))
+
+
+def _turned_halves(args: Sequence[Any], _: Any) -> int:
+    """Without Triton: a half of the query in float32 by the sine; for other dtypes by the cosine, and both halves, too."""
+    query = args[0]
+    return int(query.numel() * (2 if query.dtype == torch.float32 else 8))
+
+
+def _promoted(args: Sequence[Any], result: Any) -> int:
+    """A CPU brings operands to the result's dtype in memory; a GPU does it on the way."""
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return 0
+    other = (value.numel() for value in args if isinstance(value, Tensor) and value.dtype != result.dtype)
+    return sum(other) * result.dtype.itemsize
+
+
+_OPS = torch.ops.vlmbuild
+_EVERYWHERE: dict[Any, Workspace] = {
+    _OPS.linear_4bit.default: _dequantized,
+    _OPS.linear_4bit_backward.default: _dequantized,
+    _OPS.attention_sdpa_forward.default: _attention_parts,
+    _OPS.attention_sdpa_backward.default: _attention_gradient_parts,
+}
+WORKSPACES: dict[str, dict[Any, Workspace]] = {
+    "cuda": _EVERYWHERE,  # `auto` is Triton there, whose kernels need nothing, and so is the rotation
+    "cpu": {
+        **_EVERYWHERE,
+        _OPS.attention_auto_forward.default: _attention_parts,
+        _OPS.attention_auto_backward.default: _attention_gradient_parts,
+        _OPS.mrope_rotate.default: _turned_halves,
+        torch.Tag.pointwise: _promoted,
+    },
+}
+"""Device -> operator, or a tag that operators have -> workspace."""

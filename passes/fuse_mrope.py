@@ -153,7 +153,8 @@ def _split_tables(rotary: Rotary) -> Callable[..., Any]:
         angles = position_ids[..., None].float() * inv_freq
 
         def mix(table: Tensor) -> Tensor:
-            half = torch.cat([part[:, axis] for axis, part in enumerate(table.chunk(2, dim=-1))], dim=-1)
+            parts = table.chunk(len(rotary.sections), dim=-1)  # sections are equal, or the pattern finds nothing
+            half = torch.cat([part[:, axis] for axis, part in enumerate(parts)], dim=-1)
             return torch.cat([half, half], dim=-1)
 
         return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
@@ -220,7 +221,8 @@ def _is_table(node: Any) -> bool:
     if not isinstance(node, Node) or node.target is not aten.cat.default:
         return False
     part = node.args[0][0]  # type: ignore[index]
-    return isinstance(part, Node) and part.args[0].target is mrope.mrope_cos_sin.default  # type: ignore[union-attr]
+    source = part.args[0] if isinstance(part, Node) and part.args else None
+    return isinstance(source, Node) and source.target is mrope.mrope_cos_sin.default
 
 
 def _reads_as_table(placeholder: Node) -> bool:

@@ -66,7 +66,10 @@ class Setup:
 
     def shrunk(self, ids: torch.Tensor) -> torch.Tensor:
         """The processor's ids as the model has them."""
-        return ids if self.vocabulary is None else torch.searchsorted(self.vocabulary, ids)
+        if self.vocabulary is None:
+            return ids
+        assert torch.isin(ids, self.vocabulary).all()  # searchsorted would take a neighbour
+        return torch.searchsorted(self.vocabulary, ids)
 
 
 def shrink(setup: Setup) -> Setup:

@@ -1,4 +1,4 @@
-"""Every numeric tolerance of the tests: absolute figures, with the reason for each."""
+"""The tolerances of comparisons with transformers: absolute figures, with the reason for each."""
 
 from __future__ import annotations
 

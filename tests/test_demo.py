@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vlmbuild import verify
-from vlmbuild.demo import run
+from vlmbuild.demo import CHECKPOINTS, run
 
 
-def test_demo_teaches_a_new_question(tmp_path):
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_demo_teaches_a_new_question(family, tmp_path):
     lines = []
-    result = run(tmp_path / "new", steps=60, echo=lines.append)
+    result = run(tmp_path / "new", family=family, steps=60, echo=lines.append)
     assert result.reading >= 0.93
     assert result.before < 0.3
     assert result.after > result.before + 0.4

@@ -138,6 +138,9 @@ def test_refusals_name_the_sample(setup, batch, config):
         ({**batch, "labels": labels}, f"Sample 0: .* labels are the image token \\({image}\\)"),
         (swapped, "Sample 0: its image tokens do not stand in|Sample 0: image 0 .* has"),
         (cut, "Sample 0: image 1 .* has 96 features, but the text holds"),
+        ({**batch, "input_ids": ids.float()}, "input_ids are torch.float32; token ids are integers"),
+        ({**batch, "attention_mask": batch["attention_mask"].tolist()}, "attention_mask must be a tensor, not list"),
+        ({**batch, "input_ids": ids + 999}, "Sample 0 has token ids from .* embeddings for 0 to"),
         ({**batch, "image_sizes": crooked}, "image 0: 10 x 16 pixels are not made of 16 x 16 patches"),
         ({**batch, "image_sizes": batch["image_sizes"][:2]}, "image_sizes has shape"),
         ({**batch, "pixel_values": batch["pixel_values"][:, :1]}, "pixel_values must be a tensor of shape"),
@@ -185,6 +188,8 @@ def test_an_image_costs_its_rows_with_their_ends():
     whole = matrix.pixtral(False)
     cost = FAMILY.image_cost(whole.processor.image_processor, whole.config(), 96, 160)
     assert cost == (6 * 10, 6 * 11, 0)
+    with pytest.raises(ValueError, match="nothing is left of it"):
+        FAMILY.image_cost(whole.processor.image_processor, whole.config(), 1, 99999)
 
 
 def test_hidden_act_of_the_checkpoint_is_used(setup, model):

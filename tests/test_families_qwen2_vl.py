@@ -193,6 +193,19 @@ def test_unknown_architecture_lists_the_supported():
         family_named("other")
 
 
+def test_patches_of_another_width_are_refused(config):
+    batch, _ = make_batch([[3, (1, 4, 6), 2]])
+    batch["pixel_values"] = batch["pixel_values"][:, :588]
+    with pytest.raises(BatchError, match=r"pixel_values has shape \(24, 588\), but .* need 24 patches of 1176 values"):
+        FAMILY.prepare(batch, config)
+
+
+def test_architectures_that_are_no_list_of_names_are_refused():
+    for wrong in ("Qwen2VLForConditionalGeneration", 5, [5]):
+        with pytest.raises(SourceError, match="architectures must be a list of names"):
+            family_of({"architectures": wrong}, "config.json")
+
+
 def test_labels_on_placeholders_are_refused(config):
     batch, _ = make_batch([[5], [3, (1, 4, 6), 2], [("video", 2, 4, 4), 6]])
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

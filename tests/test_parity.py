@@ -91,16 +91,27 @@ def test_nf4_is_not_the_unquantized_model(artifact, batches, theirs):
         assert relative(model(**inputs).logits, theirs(**inputs).logits) > 1e-3
 
 
-def test_every_image_changes_the_logits(setup, ours, batches):
+def images_of(inputs):
+    """(sample, index into pixel_values) of every image of "counts differ": two in the first sample, one in the second."""
+    if "image_grid_thw" in inputs:
+        bounds = [0, *inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()]
+        places = [slice(*bounds[number : number + 2]) for number in range(3)]
+    else:
+        places = [(0, 0), (0, 1), (1, 0)] if "aspect_ratio_ids" in inputs else [0, 1, 2]
+    return zip((0, 0, 1), places, strict=True)
+
+
+def test_every_image_changes_its_sample_and_no_other(ours, batches):
     inputs, _ = batches["counts differ, left"]
-    pixels = inputs["pixel_values"]
     with torch.no_grad():
         before = ours(**inputs).logits
-        # Pixels of one image at a time: the rows of patches, or the images, that differ between samples.
-        for part in torch.arange(len(pixels)).chunk(3):
-            changed = pixels.clone()
-            changed[part] += 1
-            assert relative(ours(**{**inputs, "pixel_values": changed}).logits, before) > 1e-4
+        for sample, place in images_of(inputs):
+            pixels = inputs["pixel_values"].clone()
+            pixels[place] += 1
+            after = ours(**{**inputs, "pixel_values": pixels}).logits
+            for other in range(3):
+                moved = relative(after[other], before[other])
+                assert moved > 1e-4 if other == sample else moved < 1e-5
 
 
 def test_processor_and_artifact_load_together(setup, artifact, batches):

@@ -61,6 +61,19 @@ def test_images_need_a_processor(config_only):
         plan(config_only, images=[(56, 56)])
 
 
+@pytest.mark.parametrize(
+    ("limits", "images", "message"),
+    [
+        ({"longest_edge": 500}, [], "change nothing without images"),
+        ({"height": 500}, [(30, 40)], "no size.height to put a limit on; it has longest_edge, shortest_edge"),
+        ({"longest_edge": 100, "shortest_edge": 9000}, [(30, 40)], "shortest_edge 9000 is above longest_edge 100"),
+    ],
+)
+def test_bad_limits(limits, images, message):
+    with pytest.raises(UsageError, match=message):
+        plan("qwen2-vl-digits", images=images, limits=limits)
+
+
 def test_limits_take_the_place_of_the_processors():
     held, free = (
         plan("qwen2-vl-digits", images=[(2000, 3000)], limits=limits).images[0].cost

@@ -265,6 +265,12 @@ def test_misspelled_generation_options_are_refused(model):
         model.eval().generate(**make_batch([[5]])[0], max_new_tokns=2)
 
 
+def test_misspelled_tensors_are_refused(model):
+    batch, _ = make_batch([[5]])
+    with pytest.raises(UsageError, match="model: unknown argument 'attention_masks'. A batch may have attention_mask,"):
+        model(input_ids=batch["input_ids"], attention_masks=batch["attention_mask"])
+
+
 def test_loss_and_logits_come_before_backward_frees_the_graph(model):
     output = model(**make_batch([[5]])[0])
     assert output.logits.grad_fn is not None
@@ -280,7 +286,7 @@ def test_bad_batch_is_refused_before_any_region_runs(model, calls):
 
 def test_labels_of_another_shape_are_refused(model, calls):
     batch, labels = make_batch([[5], [7]])
-    with pytest.raises(BatchError, match=r"labels have shape \(2, 6\), input_ids \(2, 7\)"):
+    with pytest.raises(BatchError, match=r"labels has shape \(2, 6\), input_ids \(2, 7\)"):
         model(**batch, labels=labels[:, :6])
     assert calls == []
 

@@ -6,33 +6,50 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from vlmbuild import load
 from vlmbuild.builder import build
-from vlmbuild.families import FAMILIES
+from vlmbuild.families import family_of
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.zoo import ZOO
 from vlmbuild.zoo.digits import Digits
 from vlmbuild.zoo.task import LARGEST, READ, answers, exact_match, training_batch
 
-DIRECTORY = ZOO["qwen2-vl-digits"]
 SAMPLES = Digits("held_out", 11).take(600)
+COMMANDS = {
+    "qwen2-vl-digits": "python -m vlmbuild.zoo.train OUTPUT --warm-up 2000 --steps 3500 --seed 0",
+    "mllama-digits": "python -m vlmbuild.zoo.train OUTPUT --family mllama --warm-up 4000 --steps 3500 --seed 0",
+    "pixtral-digits": "python -m vlmbuild.zoo.train OUTPUT --family pixtral --warm-up 3000 --steps 2500 --seed 0",
+}
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def config(name):
+    values = json.loads((ZOO[name] / "config.json").read_text())
+    return family_of(values, name).config(values)
+
+
+@pytest.fixture(scope="module")
+def processor(name, config):
+    values = json.loads((ZOO[name] / "config.json").read_text())
+    return family_of(values, name).processor(ZOO[name])
+
+
+@pytest.fixture(scope="module")
+def artifact(name, tmp_path_factory):
     path = tmp_path_factory.mktemp("zoo") / "nf4"
-    return build("qwen2-vl-digits", path, Recipe(quantize=QuantSpec(), dtype="float32")).path
+    return build(name, path, Recipe(quantize=QuantSpec(), dtype="float32")).path
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return FAMILIES["qwen2_vl"].processor(DIRECTORY)
-
-
-def test_reads_digits_and_loses_little_in_four_bits(artifact, processor):
-    theirs = exact_match(AutoModelForImageTextToText.from_pretrained(DIRECTORY).float(), processor, READ, SAMPLES)
+def test_reads_digits_and_loses_little_in_four_bits(name, artifact, processor):
+    theirs = exact_match(AutoModelForImageTextToText.from_pretrained(ZOO[name]).float(), processor, READ, SAMPLES)
     model, _ = load(artifact)
     ours = exact_match(model, processor, READ, SAMPLES)
     assert theirs >= 0.95
@@ -49,26 +66,41 @@ def test_generated_answers_agree_with_the_score(artifact):
     assert sum(right) / 40 == exact_match(model, processor, READ, SAMPLES[:40])
 
 
-def test_recorded_figures():
-    record = json.loads((DIRECTORY / "training.json").read_text())
+def test_recorded_figures(name):
+    record = json.loads((ZOO[name] / "training.json").read_text())
     assert record["held_out_exact_match"] >= 0.95
-    assert record["command"] == "python -m vlmbuild.zoo.train OUTPUT --warm-up 2000 --steps 3500 --seed 0"
-    assert sum(file.stat().st_size for file in DIRECTORY.glob("*.safetensors")) <= 3_000_000
+    assert record["command"] == COMMANDS[name]
+    assert sum(file.stat().st_size for file in ZOO[name].glob("*.safetensors")) <= 3_000_000
 
 
-def test_all_layer_kinds_and_published_sections():
-    config = FAMILIES["qwen2_vl"].config(json.loads((DIRECTORY / "config.json").read_text()))
+def test_grouped_queries_and_published_specialities(name, config):
     text = config.text_config
-    assert text.rope_parameters["mrope_section"] == [16, 24, 24]
     assert text.num_attention_heads > text.num_key_value_heads
-    assert config.tie_word_embeddings
+    if name == "qwen2-vl-digits":
+        assert text.rope_parameters["mrope_section"] == [16, 24, 24]
+        assert config.tie_word_embeddings
+    elif name == "mllama-digits":
+        assert text.rope_parameters["rope_type"] == "llama3"
+        assert 0 < len(text.cross_attention_layers) < text.num_hidden_layers
+        assert config.image_token_id == text.vocab_size
+        gates = [
+            t
+            for key, t in load_file(ZOO[name] / "model.safetensors").items()
+            if key.endswith(("gate", "gate_attn", "gate_ffn"))
+        ]
+        assert len(gates) > 6 and min(gate.abs().min() for gate in gates) > 0.05
+    else:
+        assert text.head_dim != text.hidden_size // text.num_attention_heads
+        assert not config.tie_word_embeddings
+        assert config.vision_config.hidden_act == "silu"
 
 
 def test_canvases_vary_and_held_out_glyphs_are_new(processor):
     assert len({sample.image.size for sample in SAMPLES}) > 100
     assert {len(sample.digits) for sample in SAMPLES} == {1, 2, 3, 4}
-    grids = training_batch(processor, READ, SAMPLES[:100])["image_grid_thw"]
-    assert len({tuple(grid) for grid in grids.tolist()}) > 8
+    batch = training_batch(processor, READ, SAMPLES[:100])
+    sizes = next(batch[key] for key in ("image_grid_thw", "image_sizes", "aspect_ratio_ids") if key in batch)
+    assert len({tuple(size) for size in sizes.tolist()}) >= 7
     train, held_out = Digits("train", 0), Digits("held_out", 0)
     seen = {image.tobytes() for image in train.images}
     assert len(train.labels) + len(held_out.labels) == 1797
@@ -85,4 +117,4 @@ def test_labels_are_the_answer_and_its_end(processor):
     batch = training_batch(processor, LARGEST, SAMPLES[:8])
     for row, sample in enumerate(SAMPLES[:8]):
         kept = batch["labels"][row][batch["labels"][row] != -100]
-        assert processor.tokenizer.decode(kept) == f"{max(sample.digits)}<|im_end|>"
+        assert processor.tokenizer.decode(kept) == f"{max(sample.digits)}{processor.tokenizer.eos_token}"

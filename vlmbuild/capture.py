@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family, KeyGroups
-from vlmbuild.program import Input
+from vlmbuild.program import Input, parse_size
 
 ATTENTION = "vlmbuild_flash"
 
@@ -54,7 +54,7 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
 
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
     """`torch.export` (non-strict) of a module on meta tensors with the inputs' dimensions dynamic."""
-    symbols = sorted({_symbol(size)[1] for entry in inputs for size in entry.shape if isinstance(size, str)})
+    symbols = sorted({parse_size(size)[1] for entry in inputs for size in entry.shape if isinstance(size, str)})
     assert len(symbols) <= len(_EXAMPLE_SIZES)
     dims = {name: Dim(name) for name in symbols}
     sizes = dict(zip(symbols, _EXAMPLE_SIZES, strict=False))
@@ -64,7 +64,7 @@ def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
             axis: dims[name] if factor == 1 else factor * dims[name]
             for axis, size in enumerate(entry.shape)
             if isinstance(size, str)
-            for factor, name in (_symbol(size),)
+            for factor, name in (parse_size(size),)
         }
         for entry in inputs
     }
@@ -79,14 +79,10 @@ def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
 
 
 def _example(entry: Input, sizes: dict[str, int]) -> Tensor:
-    shape = [size if isinstance(size, int) else _symbol(size)[0] * sizes[_symbol(size)[1]] for size in entry.shape]
+    shape = [
+        size if isinstance(size, int) else parse_size(size)[0] * sizes[parse_size(size)[1]] for size in entry.shape
+    ]
     return torch.empty(shape, dtype=entry.dtype, device="meta")
-
-
-def _symbol(size: str) -> tuple[int, str]:
-    """ "4*merged" -> (4, "merged"); "batch" -> (1, "batch")."""
-    factor, star, name = size.partition("*")
-    return (int(factor), name) if star else (1, size)
 
 
 def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> dict[str, str]:
@@ -103,7 +99,7 @@ def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> di
                     f"Dimension {axis} ({size}) of input {entry.name} became the constant {found} while tracing."
                 )
             (symbol,) = found.node.expr.free_symbols
-            names[str(symbol)] = _symbol(size)[1]
+            names[str(symbol)] = parse_size(size)[1]
     return names
 
 

@@ -164,7 +164,7 @@ def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: 
 @click.argument("source")
 @recipe_options
 @click.option(
-    "--image", "images", multiple=True, metavar="FILE|HxW", help="Count patches and tokens of an image. Repeatable."
+    "--image", "images", multiple=True, metavar="FILE|HxW", help="Say what an image costs, in every sample. Repeatable."
 )
 @limit_options
 @workload_options

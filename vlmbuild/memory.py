@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +20,13 @@ from vlmbuild.adapters import add_lora
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch, ImageCost
 from vlmbuild.ops.workspace import WORKSPACES, Workspace
-from vlmbuild.program import Input, Program
+from vlmbuild.program import Input, Program, parse_size
 from vlmbuild.recipe import one_of
 from vlmbuild.runtime.model import VisionLanguageModel
 
 DEVICES = tuple(WORKSPACES)
 _META = torch.device("meta")
+_LARGEST = 10_000_000
 _OPTIMIZER_STATES = 2
 """AdamW keeps a mean of the gradients and one of their squares."""
 
@@ -53,10 +53,10 @@ class Workload:
     def __post_init__(self) -> None:
         one_of("device", self.device, DEVICES)
         for name, what in (("batch", "number of samples"), ("text_tokens", "number of tokens"), ("rank", "LoRA rank")):
-            if getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= _LARGEST:
                 raise UsageError(
-                    f"{name} is {getattr(self, name)}, but memory can only be estimated for a positive {what}. Give 1 or "
-                    f"more (--{name.replace('_', '-')} on the command line)."
+                    f"{name} is {getattr(self, name)!r}, but memory can only be estimated for a positive {what}. Give 1 to "
+                    f"{_LARGEST:,} (--{name.replace('_', '-')} on the command line)."
                 )
 
 
@@ -200,7 +200,7 @@ class _Step:
         """Highest point, in bytes, of a forward pass without gradients."""
         self.model.eval()
         with torch.no_grad():
-            return self._peak(lambda ids: self.model(input_ids=ids))
+            return self._peak(lambda batch, ids: self.model.forward_prepared(batch(), ids.shape, None))
 
     def train(self, *, checkpointing: bool) -> int:
         """Highest point, in bytes, of forward and backward, besides gradients: they are there already, as from the second
@@ -208,22 +208,17 @@ class _Step:
         self.model.train().checkpointing = checkpointing
         for _, parameter in self.model.trainable_parameters():
             parameter.grad = torch.empty_like(parameter)
-        return self._peak(lambda ids: self.model(input_ids=ids, labels=ids).loss.backward())
+        return self._peak(lambda batch, ids: self.model.forward_prepared(batch(), ids.shape, ids).loss.backward())
 
-    def _peak(self, run: Callable[[Tensor], object]) -> int:
-        """Highest point of `run`, which is called with token ids (samples, tokens). The inputs of the program count, since
-        the model brings them to its device."""
+    def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
+        """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and
+        with token ids (samples, tokens). The program's inputs count, since the model brings them to its device."""
         ids = torch.empty(self.sizes["sequence"], dtype=torch.int64, device=_META).view(self.workload.batch, -1)
         places = ids.flatten()
-        # The host prologue needs data; what it makes of a batch has the same sizes.
-        prologue = SimpleNamespace(prepare=lambda *_: HostBatch(self.variant, self._inputs(), places))
         live = _LiveBytes(_tensors(self.model), WORKSPACES[self.workload.device])
-        family, self.model.family = self.model.family, prologue
-        try:
-            with live:
-                run(ids)
-        finally:
-            self.model.family = family
+        with live:
+            # The host prologue needs data; what it makes of a batch has the same sizes.
+            run(lambda: HostBatch(self.variant, self._inputs(), places), ids)
         return live.peak
 
     def _inputs(self) -> dict[str, Tensor]:
@@ -234,9 +229,8 @@ class _Step:
         return torch.empty(shape, dtype=entry.dtype, device=_META)
 
     def _size(self, size: str) -> int:
-        """ "4*images" is four times the size that has the name "images"."""
-        factor, star, name = size.rpartition("*")
-        return (int(factor) if star else 1) * self.sizes[name]
+        factor, name = parse_size(size)
+        return factor * self.sizes[name]
 
 
 class _LiveBytes(TorchDispatchMode):

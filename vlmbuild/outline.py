@@ -40,7 +40,7 @@ def outline(
         traces: Variant name -> what `capture` made of it.
 
     Raises:
-        CaptureError: The graph does not decompose (a block feeds an earlier one).
+        CaptureError: A block uses a parameter of another module, or a size that none of its inputs has.
     """
     program = Program(family.name, geometry, {}, {}, ties)
     for name, trace in traces.items():
@@ -86,8 +86,8 @@ class _Outliner:
         """The call of a piece, and the names of all its former results ("" for sizes, which cross no border)."""
         tensors = _drop_size_results(body)
         region, kept = self._region(body, block)
-        count = sum(tensors)
-        outputs = tuple(f"v{number}.{place}" if count > 1 else f"v{number}" for place in range(count))
+        many = sum(tensors)
+        outputs = tuple(f"v{number}.{place}" if many > 1 else f"v{number}" for place in range(many))
         remaining = iter(outputs)
         names = tuple(next(remaining) if tensor else "" for tensor in tensors)
         return Call(region, block, tuple(inputs[place] for place in kept), outputs), names

@@ -128,6 +128,8 @@ def plan(
     told = progress or (lambda _stage, _done, _total: None)
     check_recipe(recipe)
     sizes = [_size(image) for image in images]
+    if limits and not sizes:
+        raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
     found = resolve(source, revision=revision, weights=False, progress=told)
     values, family, config = read_model(found)
     costs = tuple(_costs(found, family, config, sizes, limits or {}))
@@ -172,7 +174,7 @@ def _size(image: Image) -> tuple[str, int, int]:
         try:
             with Images.open(image) as opened:
                 return str(image), opened.height, opened.width
-        except OSError as error:  # also what PIL raises for a file that is no image
+        except (OSError, Images.DecompressionBombError) as error:  # OSError also for a file that is no image
             raise UsageError(
                 f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH."
             ) from error
@@ -189,7 +191,15 @@ def _costs(
     if not sizes:
         return
     image_processor = _image_processor(source)
-    image_processor.size = SizeDict(**{**dict(image_processor.size), **limits})
+    size = dict(image_processor.size)
+    if unread := sorted(set(limits) - set(size)):
+        raise UsageError(
+            f"This model's image processor has no size.{unread[0]} to put a limit on; it has {', '.join(sorted(size))}."
+        )
+    size |= limits
+    if size.get("shortest_edge", 1) > size.get("longest_edge", math.inf):
+        raise UsageError(f"shortest_edge {size['shortest_edge']} is above longest_edge {size['longest_edge']}.")
+    image_processor.size = SizeDict(**size)
     for name, height, width in sizes:
         try:
             cost = family.image_cost(image_processor, config, height, width)

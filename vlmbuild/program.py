@@ -132,6 +132,12 @@ class Input:
     shape: tuple[int | str, ...]
 
 
+def parse_size(size: str) -> tuple[int, str]:
+    """ "4*merged" -> (4, "merged"); "samples" -> (1, "samples")."""
+    factor, star, name = size.rpartition("*")
+    return (int(factor) if star else 1), name
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """A straight line of region calls, for one kind of batch ("image": with images, "text": without)."""
@@ -147,8 +153,9 @@ class Rotary:
 
     Attributes:
         head_dim: Channels of a head; half of them are angles.
-        sections: Angles per position axis.
-        shared: Each axis starts again at the first frequency (axial); else the axes split one range of frequencies.
+        sections: Angles per position axis. One and three axes are those of text, two those of a vision tower.
+        shared: Each axis starts again at the first frequency, and the tower rotates in float32; else the axes split one
+            range of frequencies, and states are rotated in the compute dtype.
         scaling: Factor on cosines and sines (YaRN, arXiv:2309.00071, section 3.4).
     """
 

@@ -39,12 +39,20 @@ def plan_report(document: Mapping[str, Any]) -> list[str]:
         *roles_table(document),
     ]
     if document["images"]:
-        rows = [
-            [image["name"], f"{image['height']} x {image['width']}", f"{image['patches']:,}", f"{image['tokens']:,}"]
-            for image in document["images"]
-        ]
-        lines += ["", *table(["Images", "height x width", "patches", "tokens"], rows, "<>>>")]
+        lines += ["", *images_table(document["images"])]
     return [*lines, "", *memory_table(document["memory"])]
+
+
+def images_table(images: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What images cost."""
+    columns = {"rows of the vision tower": "patches", "tokens": "tokens"}
+    if any(image["cross_keys"] for image in images):
+        columns["cross-attention keys"] = "cross_keys"
+    rows = [
+        [image["name"], f"{image['height']} x {image['width']}", *(f"{image[key]:,}" for key in columns.values())]
+        for image in images
+    ]
+    return table(["Images", "height x width", *columns], rows, "<>" + ">" * len(columns))
 
 
 def inspect_report(document: Mapping[str, Any]) -> list[str]:
@@ -126,7 +134,11 @@ def memory_table(memory: Mapping[str, Any]) -> list[str]:
     batch = f"{samples} sample{'s' * (samples > 1)} of {memory['tokens']:,} tokens"
     batch += f", {images} image{'s' * (images > 1)} in each" if images else ""
     note = f"  - {batch}; on {memory['device']}, without torch.compile; training: LoRA of rank {memory['rank']}, AdamW"
-    return [*table(["Memory", "weights", "LoRA and AdamW", "activations", "in all"], rows, "<>>>>"), note]
+    caveat = (
+        "  - tensors only, within 15 % of what is measured on a CPU; never measured on a GPU, where the CUDA context and\n"
+        "    fragmentation come on top"
+    )
+    return [*table(["Memory", "weights", "LoRA and AdamW", "activations", "in all"], rows, "<>>>>"), note, caveat]
 
 
 def files_table(document: Mapping[str, Any]) -> list[str]:

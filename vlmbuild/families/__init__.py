@@ -1,8 +1,8 @@
 """The supported model families, by name.
 
 A new family takes one module here that satisfies `Family` (`_family.py` says what each member is for), one line in
-`FAMILIES`, and one test module with a tiny config (`tests/test_families_<name>.py`, and an entry in `tests/families.py`,
-which runs the tests that hold for every family). What to write, in order:
+`FAMILIES`, and one test module, `tests/test_families_<name>.py`. An entry in `SETUPS` of `tests/matrix.py` (a tiny config
+and a real processor) runs the tests that hold for every family. What to write, in order:
 
 1. `config` and `_check`: read config.json, refuse what would be captured wrongly.
 2. The core modules (`_core.py`): transformers' own layers, called with tensors only; nothing in them may depend on data.
@@ -11,7 +11,8 @@ which runs the tests that hold for every family). What to write, in order:
 5. `Names`: published tensor names and module names; `role`: what each parameter does.
 6. `processor`, `image_cost`, `batch_sizes`.
 
-Nothing outside this folder knows a family's name. If a pass does not match, it is the pass that learns a new pattern.
+Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
+does not match, it is the pass that learns a new pattern.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         SourceError: None does; the message lists the supported architectures.
     """
     named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise SourceError(f"{where}: architectures must be a list of names, not {named!r}.")
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in named):
             return family
-    supported = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
+    supported = ", ".join(f"{name} ({family.title})" for family in FAMILIES.values() for name in family.architectures)
     found = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r} without architectures"
     raise SourceError(f"{where}: unknown architecture {found}. vlmbuild builds: {supported}.")
 

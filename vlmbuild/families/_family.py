@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
@@ -36,7 +37,7 @@ class HostBatch:
 
 
 class ImageCost(NamedTuple):
-    """What an image costs: rows of pixel values for the vision tower, tokens in the sequence, keys for cross-attention."""
+    """What an image costs: rows of the vision tower (padding included), tokens in the sequence, keys for cross-attention."""
 
     patches: int
     tokens: int
@@ -62,6 +63,10 @@ class Family(Protocol):
     @property
     def name(self) -> str:
         """Key in `FAMILIES`, and the family's name in stored programs."""
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
 
     @property
     def architectures(self) -> tuple[str, ...]:
@@ -171,7 +176,7 @@ def check_text(text: Any) -> None:
     """Refuse text models that would be captured wrongly.
 
     Raises:
-        SourceError: Rotary positions depend on the data, or attention has dropout or a sliding window.
+        SourceError: Rotary positions depend on the data, or attention has dropout.
     """
     rope_type = text.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
@@ -211,6 +216,26 @@ class Names:
             if stored.startswith(published):
                 return module + stored.removeprefix(published)
         return stored
+
+
+def role_by_prefix(name: str, vision: str, projector: str) -> Role:
+    """The role of a parameter, from the leading parts of vision tower and projector; a projector may lie in the tower."""
+    prefixes: dict[str, Role] = {
+        projector: "projector",
+        vision: "vision",
+        "model.language_model.embed_tokens.": "embedding",
+        "lm_head.": "head",
+    }
+    return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
+
+
+def text_inputs(*axes: int) -> tuple[Input, ...]:
+    """The inputs about text that every variant has; positions may have several axes."""
+    return (
+        Input("input_ids", torch.int64, (1, "sequence")),
+        Input("position_ids", torch.int64, (*axes, 1, "sequence")),
+        Input("text_cu_seqlens", torch.int32, ("samples",)),
+    )
 
 
 def load_processor(load: Callable[[], Any], directory: Path, what: str, image_files: str) -> Any:

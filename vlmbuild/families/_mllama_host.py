@@ -30,7 +30,7 @@ class _Tiles(NamedTuple):
     pixels: Tensor
     ratio_ids: Tensor
     ratio_mask: Tensor
-    visible: Tensor | None
+    visible: Tensor
 
 
 def patches_per_tile(vision: Any) -> int:
@@ -48,7 +48,8 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
 
     Args:
         batch: The processor's output: `input_ids` (b, s), optionally `attention_mask` (b, s), and for images
-            `pixel_values`, `aspect_ratio_ids`, `aspect_ratio_mask` and `cross_attention_mask`.
+            `pixel_values`, `aspect_ratio_ids`, `aspect_ratio_mask` and `cross_attention_mask`. All are needed: without the
+            last, transformers' SDPA sees causally, and its eager attention sees everything.
         config: `MllamaConfig`.
 
     Returns:
@@ -58,7 +59,7 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         BatchError: A sample's images and image tokens differ, a tensor is missing or of the wrong shape, an image has more
             tiles than the config, or a label is the image token.
     """
-    tokens = read_tokens(batch, {config.image_token_id: "image"})
+    tokens = read_tokens(batch, {config.image_token_id: "image"}, config.text_config.vocab_size + 8)
     text = tokens.inputs(tokens.positions())
     tiles = _tiles(batch, tokens, config.vision_config)
     _check_images(tokens, tiles, config)
@@ -84,44 +85,38 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
 
 
 def _tiles(batch: Mapping[str, Tensor], tokens: Tokens, vision: Any) -> _Tiles | None:
-    found = {key: batch.get(key) for key in _SHAPES}
-    if found["pixel_values"] is None:
+    if batch.get("pixel_values") is None:
         return None
-    for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
-        if not isinstance(found[key], Tensor) or found[key].ndim != _SHAPES[key].count(",") + 1:  # type: ignore[union-attr]
-            raise BatchError(
-                f"The batch has images but no {key} of shape {_SHAPES[key]}; pass everything that the processor returned, "
-                'made with return_tensors="pt".'
-            )
-    pixels, ratio_ids, ratio_mask = (found[key] for key in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"))
-    assert pixels is not None
-    assert ratio_ids is not None
-    assert ratio_mask is not None
-    images, side = tuple(pixels.shape[:2]), vision.image_size
+    found = {key: _of_rank(key, batch.get(key)) for key in _SHAPES}
+    pixels = found["pixel_values"]
     if pixels.shape[2] > vision.max_num_tiles:
         raise BatchError(
             f"pixel_values have {pixels.shape[2]} tiles an image, but the model was made for at most {vision.max_num_tiles}. "
             "Use the processor that belongs to the model."
         )
+    (samples, length), images, many = tokens.ids.shape, pixels.shape[1], vision.max_num_tiles
     wanted = {
-        "pixel_values": (len(tokens.ids), images[1], vision.max_num_tiles, vision.num_channels, side, side),
-        "aspect_ratio_ids": (len(tokens.ids), images[1]),
-        "aspect_ratio_mask": (len(tokens.ids), images[1], vision.max_num_tiles),
+        "pixel_values": (samples, images, many, vision.num_channels, vision.image_size, vision.image_size),
+        "aspect_ratio_ids": (samples, images),
+        "aspect_ratio_mask": (samples, images, many),
+        "cross_attention_mask": (samples, length, images, many),
     }
-    for key, tensor in (("pixel_values", pixels), ("aspect_ratio_ids", ratio_ids), ("aspect_ratio_mask", ratio_mask)):
+    for key, tensor in found.items():
         if tuple(tensor.shape) != wanted[key]:
             raise BatchError(
-                f"{key} has shape {tuple(tensor.shape)}, but this model and {len(tokens.ids)} samples need {wanted[key]}: "
-                "the batch was made by another model's processor, or its tensors do not belong together."
+                f"{key} has shape {tuple(tensor.shape)}, but this model and input_ids {(samples, length)} need {wanted[key]}: "
+                "the batch was made by another model's processor, or its tensors were not cut and padded together."
             )
-    visible = found["cross_attention_mask"]
-    seen = (*tokens.ids.shape, *wanted["aspect_ratio_mask"][1:])
-    if visible is not None and tuple(visible.shape) != seen:
-        raise BatchError(
-            f"cross_attention_mask has shape {tuple(visible.shape)}, not {seen}; was it cut or padded together with input_ids?"
-        )
-    return _Tiles(
-        pixels, ratio_ids.cpu().long(), ratio_mask.cpu().bool(), None if visible is None else visible.cpu().bool()
+    ratio_mask, visible = (found[key].cpu().bool() for key in ("aspect_ratio_mask", "cross_attention_mask"))
+    return _Tiles(pixels, found["aspect_ratio_ids"].cpu().long(), ratio_mask, visible)
+
+
+def _of_rank(key: str, tensor: object) -> Tensor:
+    if isinstance(tensor, Tensor) and tensor.ndim == _SHAPES[key].count(",") + 1:
+        return tensor
+    raise BatchError(
+        f"The batch has images but no {key} of shape {_SHAPES[key]}; pass everything that the processor returned, made "
+        'with return_tensors="pt".'
     )
 
 
@@ -155,12 +150,9 @@ def _visible_tiles(tokens: Tokens, tiles: _Tiles) -> tuple[Tensor, Tensor]:
     """Which tiles each token sees, bool (tokens, all tiles), and whether it sees an image at all, bool (tokens,)."""
     samples, images, many = tiles.ratio_mask.shape
     rows = tokens.samples()
-    own = torch.ones(len(rows), images * many, dtype=torch.bool)
-    if tiles.visible is not None:
-        own = tokens.pack(tiles.visible.flatten(2))
-    # transformers takes the mask away from a row that would see nothing; without a mask every row sees images.
+    own = tokens.pack(tiles.visible.flatten(2))
     sees_image = own.any(1)
-    own = own | ~sees_image[:, None]
+    own = own | ~sees_image[:, None]  # transformers takes the mask away from a row that would see nothing
     visible = torch.zeros(len(rows), samples, images * many, dtype=torch.bool)
     visible[torch.arange(len(rows)), rows] = own
     return visible.flatten(1), sees_image

@@ -49,12 +49,13 @@ class Tokens:
         }
 
 
-def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str]) -> Tokens:
+def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str], vocabulary: int) -> Tokens:
     """The text of a processor's output, after the checks that hold for every family.
 
     Args:
         batch: `input_ids` (b, s), optionally `attention_mask` (b, s) and `labels` (b, s).
         special: Ids of tokens that stand for media, and what to call them; they are never labels.
+        vocabulary: Rows of the embeddings.
 
     Raises:
         BatchError: A tensor is missing or of the wrong shape, nothing is attended to, or a label is a special token.
@@ -70,24 +71,44 @@ def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str]) -> Toke
             "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output, made "
             'with return_tensors="pt".'
         )
+    _check_ids(ids, vocabulary)
+    for key in ("attention_mask", "labels"):
+        _check_like(key, batch.get(key), ids)
     mask = batch.get("attention_mask")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if mask.shape != ids.shape:
-        raise BatchError(
-            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; they must be equal."
-        )
     if not mask.any():
         raise BatchError("The batch attends to no token at all: attention_mask is zero everywhere.")
-    _check_labels(batch.get("labels"), ids, special)
+    _check_labels(batch.get("labels"), special)
     mask = mask.cpu()
     return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
 
 
-def _check_labels(labels: Tensor | None, ids: Tensor, special: Mapping[int, str]) -> None:
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise BatchError(f"input_ids are {ids.dtype}; token ids are integers.")
+    wrong = ((ids < 0) | (ids >= vocabulary)).any(1).cpu()
+    if wrong.any():
+        sample = int(wrong.int().argmax())
+        raise BatchError(
+            f"Sample {sample} has token ids from {int(ids[sample].min())} to {int(ids[sample].max())}, but the model has "
+            f"embeddings for 0 to {vocabulary - 1}. Use the model's own tokenizer, without added tokens."
+        )
+
+
+def _check_like(key: str, values: object, ids: Tensor) -> None:
+    if values is None:
+        return
+    if not isinstance(values, Tensor):
+        raise BatchError(
+            f'{key} must be a tensor, not {type(values).__name__}; use the processor with return_tensors="pt".'
+        )
+    if values.shape != ids.shape:
+        raise BatchError(f"{key} has shape {tuple(values.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
+
+
+def _check_labels(labels: Tensor | None, special: Mapping[int, str]) -> None:
     if labels is None:
         return
-    if labels.shape != ids.shape:
-        raise BatchError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}; they must be equal.")
     for token, name in special.items():
         wrong = (labels == token).sum(1).cpu()
         if wrong.any():

@@ -55,7 +55,7 @@ def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> 
     Raises:
         BatchError: Tokens and features differ, a tensor is missing or of the wrong shape, or a label is an image token.
     """
-    tokens = read_tokens(batch, {config.image_token_id: "image"})
+    tokens = read_tokens(batch, {config.image_token_id: "image"}, config.text_config.vocab_size)
     pixels, sizes = _pixels(batch, config)
     text = tokens.inputs(tokens.positions())
     patch = config.vision_config.patch_size
@@ -84,6 +84,8 @@ def _pixels(batch: Mapping[str, Tensor], config: Any) -> tuple[Tensor | None, li
             f"pixel_values must be a tensor of shape (images, {vision.num_channels}, height, width); use the processor "
             'with return_tensors="pt".'
         )
+    if not len(pixels):
+        return None, []
     if sizes is None:  # transformers takes the padded size then, too
         sizes = torch.tensor([pixels.shape[2:]] * len(pixels))
     sizes = torch.as_tensor(sizes)

@@ -56,11 +56,13 @@ def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> 
     Raises:
         BatchError: Tokens and features differ, a tensor is missing or of the wrong shape, or a label is a placeholder.
     """
-    text = read_tokens(batch, {config.image_token_id: "image", config.video_token_id: "video"})
-    merge = config.vision_config.spatial_merge_size
-    images, pixels, image_grids = _media(batch, "image", "pixel_values", merge, 0)
+    special = {config.image_token_id: "image", config.video_token_id: "video"}
+    text = read_tokens(batch, special, config.text_config.vocab_size)
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    images, pixels, image_grids = _media(batch, "image", "pixel_values", vision, 0)
     videos, video_pixels, video_grids = _media(
-        batch, "video", "pixel_values_videos", merge, sum(m.features for m in images)
+        batch, "video", "pixel_values_videos", vision, sum(m.features for m in images)
     )
     _check_pixels(images, config.vision_config.patch_size, merge, processor)
     tokens = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
@@ -97,7 +99,7 @@ def _check_pixels(images: Iterable[_Medium], patch: int, merge: int, processor: 
 
 
 def _media(
-    batch: Mapping[str, Tensor], kind: str, pixel_key: str, merge: int, first: int
+    batch: Mapping[str, Tensor], kind: str, pixel_key: str, vision: Any, first: int
 ) -> tuple[list[_Medium], Tensor | None, Tensor]:
     """The images or videos of a batch, their patches, and their grids (n, 3) on the CPU."""
     pixels, grids = batch.get(pixel_key), batch.get(f"{kind}_grid_thw")
@@ -111,6 +113,7 @@ def _media(
             f'{kind}_grid_thw must be a tensor of shape ({kind}s, 3); use the processor with return_tensors="pt".'
         )
     grids = grids.cpu().long()
+    merge = vision.spatial_merge_size
     media = []
     for number, (t, h, w) in enumerate(grids.tolist()):
         if h % merge or w % merge or min(t, h, w) < 1:
@@ -120,10 +123,11 @@ def _media(
         media.append(_Medium(kind, number, (t, h, w), t * h * w // merge**2, first))
         first += media[-1].features
     patches = sum(medium.features for medium in media) * merge**2
-    if pixels.ndim != 2 or pixels.shape[0] != patches:
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    if tuple(pixels.shape) != (patches, width):
         raise BatchError(
             f"{pixel_key} has shape {tuple(pixels.shape)}, but the grids of the {len(media)} {kind}s in "
-            f"{kind}_grid_thw need {patches} patches; the two do not belong together."
+            f"{kind}_grid_thw need {patches} patches of {width} values; the two do not belong together."
         )
     return media, pixels, grids
 

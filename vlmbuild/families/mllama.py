@@ -23,6 +23,8 @@ from vlmbuild.families._family import (
     check_text,
     load_processor,
     read_config,
+    role_by_prefix,
+    text_inputs,
 )
 from vlmbuild.families._mllama_host import padded_patches, patches_per_tile, prepare
 from vlmbuild.families._packing import packed_sizes
@@ -40,6 +42,7 @@ class Mllama:
     """`MllamaForConditionalGeneration`: a Llama 3 whose cross-attention layers read tiles of images (arXiv:2407.21783, 7)."""
 
     name = "mllama"
+    title = "Llama 3.2 Vision"
     architectures = ("MllamaForConditionalGeneration",)
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "sample",
@@ -54,18 +57,15 @@ class Mllama:
 
     def geometry(self, config: Any) -> Geometry:
         half = config.text_config.hidden_size // config.text_config.num_attention_heads // 2
-        return Geometry(rotary=(Rotary(2 * half, (half,), shared=False),))
+        scaling = MllamaRotaryEmbedding(config.text_config).attention_scaling
+        return Geometry(rotary=(Rotary(2 * half, (half,), False, scaling),))
 
     def variants(self, config: Any) -> dict[str, tuple[Input, ...]]:
         vision = config.vision_config
         tiles, pixels = vision.max_num_tiles, vision.num_channels * vision.patch_size**2
         rows, features = tiles * padded_patches(vision), tiles * patches_per_tile(vision)
         patches = features - tiles  # without class embeddings
-        text = (
-            Input("input_ids", torch.int64, (1, "sequence")),
-            Input("position_ids", torch.int64, (1, "sequence")),
-            Input("text_cu_seqlens", torch.int32, ("samples",)),
-        )
+        text = text_inputs()
         image = (
             Input("pixel_values", torch.float32, (f"{patches}*images", pixels)),
             Input("tile_ids", torch.int64, (f"{tiles}*images",)),
@@ -88,13 +88,7 @@ class Mllama:
         return {"model.language_model.rotary_emb.inv_freq": MllamaRotaryEmbedding(config.text_config).inv_freq}
 
     def role(self, name: str) -> Role:
-        prefixes: dict[str, Role] = {
-            "model.multi_modal_projector.": "projector",
-            "model.vision_model.": "vision",
-            "model.language_model.embed_tokens.": "embedding",
-            "lm_head.": "head",
-        }
-        return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
+        return role_by_prefix(name, vision="model.vision_model.", projector="model.multi_modal_projector.")
 
     def stored_name(self, name: str) -> str:
         return _NAMES.stored(name)
@@ -206,6 +200,15 @@ def _check(config: Any) -> None:
         raise SourceError(
             f"config.json: image_token_index {config.image_token_id} lies within the vocabulary of {text.vocab_size}; the "
             "image token comes after it, where the head cannot write it."
+        )
+    if vision.image_size % vision.patch_size:
+        raise SourceError(
+            f"config.json: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}."
+        )
+    if not all(0 <= index < vision.num_hidden_layers for index in vision.intermediate_layers_indices):
+        raise SourceError(
+            f"config.json: intermediate_layers_indices {vision.intermediate_layers_indices} must name some of the "
+            f"{vision.num_hidden_layers} local layers."
         )
     width = vision.hidden_size * (len(vision.intermediate_layers_indices) + 1)
     if vision.vision_output_dim != width:

@@ -18,7 +18,17 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbe
 from vlmbuild.errors import SourceError
 from vlmbuild.families import _pixtral_processor
 from vlmbuild.families._core import TextCore, embed_patches, meta_module, place_features
-from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
+from vlmbuild.families._family import (
+    BatchRow,
+    HostBatch,
+    ImageCost,
+    Names,
+    check_text,
+    load_processor,
+    read_config,
+    role_by_prefix,
+    text_inputs,
+)
 from vlmbuild.families._packing import packed_sizes
 from vlmbuild.families._pixtral_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
@@ -35,6 +45,7 @@ class Pixtral:
     """`LlavaForConditionalGeneration` with a Pixtral vision tower and a Mistral language model (arXiv:2410.07073)."""
 
     name = "pixtral"
+    title = "Pixtral"
     architectures = ("LlavaForConditionalGeneration",)
     batch_rows: Mapping[str, BatchRow] = {"pixel_values": "medium", "image_sizes": "medium"}
 
@@ -46,18 +57,14 @@ class Pixtral:
         vision, half = config.vision_config, config.text_config.head_dim // 2
         return Geometry(
             rotary=(
-                Rotary(2 * half, (half,), shared=False),
+                Rotary(2 * half, (half,), False, MistralRotaryEmbedding(config.text_config).attention_scaling),
                 Rotary(vision.head_dim, (vision.head_dim // 4,) * 2, shared=False),
             )
         )
 
     def variants(self, config: Any) -> dict[str, tuple[Input, ...]]:
         vision = config.vision_config
-        text = (
-            Input("input_ids", torch.int64, (1, "sequence")),
-            Input("position_ids", torch.int64, (1, "sequence")),
-            Input("text_cu_seqlens", torch.int32, ("samples",)),
-        )
+        text = text_inputs()
         image = (
             Input("feature_index", torch.int64, (1, "sequence")),
             Input("pixel_values", torch.float32, ("patches", vision.num_channels * vision.patch_size**2)),
@@ -83,13 +90,7 @@ class Pixtral:
         }
 
     def role(self, name: str) -> Role:
-        prefixes: dict[str, Role] = {
-            "model.multi_modal_projector.": "projector",
-            "model.vision_tower.": "vision",
-            "model.language_model.embed_tokens.": "embedding",
-            "lm_head.": "head",
-        }
-        return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
+        return role_by_prefix(name, vision="model.vision_tower.", projector="model.multi_modal_projector.")
 
     def stored_name(self, name: str) -> str:
         return _NAMES.stored(name)
@@ -109,6 +110,8 @@ class Pixtral:
         image = np.broadcast_to(np.uint8(0), (height, width, 3))  # only its shape is read; this one takes no memory
         sides = get_resize_output_image_size(image, (edge, edge), (patch, patch), ChannelDimension.LAST)
         rows, columns = (side // patch for side in sides)
+        if not rows or not columns:
+            raise ValueError(f"scaled down to an edge of {edge} pixels, nothing is left of it")
         return ImageCost(rows * columns, rows * (columns + 1))  # a break or the end after every row
 
     def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:

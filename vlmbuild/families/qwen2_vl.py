@@ -14,7 +14,17 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 from vlmbuild.errors import SourceError
 from vlmbuild.families import _qwen2_vl_processor
 from vlmbuild.families._core import TextCore, meta_module, place_features
-from vlmbuild.families._family import BatchRow, HostBatch, ImageCost, Names, check_text, load_processor, read_config
+from vlmbuild.families._family import (
+    BatchRow,
+    HostBatch,
+    ImageCost,
+    Names,
+    check_text,
+    load_processor,
+    read_config,
+    role_by_prefix,
+    text_inputs,
+)
 from vlmbuild.families._packing import packed_sizes
 from vlmbuild.families._qwen2_vl_host import prepare
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Input, Role, Rotary
@@ -26,6 +36,7 @@ class Qwen2VL:
     """`Qwen2VLForConditionalGeneration` (arXiv:2409.12191), all sizes, images and videos."""
 
     name = "qwen2_vl"
+    title = "Qwen2-VL"
     architectures = ("Qwen2VLForConditionalGeneration",)
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "medium",
@@ -44,7 +55,12 @@ class Qwen2VL:
         vision_head_dim = vision.embed_dim // vision.num_heads
         return Geometry(
             rotary=(
-                Rotary(_head_dim(config), tuple(text.rope_parameters["mrope_section"]), shared=False),
+                Rotary(
+                    _head_dim(config),
+                    tuple(text.rope_parameters["mrope_section"]),
+                    shared=False,
+                    scaling=Qwen2VLRotaryEmbedding(text).attention_scaling,
+                ),
                 Rotary(vision_head_dim, (vision_head_dim // 4,) * 2, shared=True),
             )
         )
@@ -53,11 +69,7 @@ class Qwen2VL:
         vision = config.vision_config
         patches = f"{vision.spatial_merge_size**2}*merged"
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        text = (
-            Input("input_ids", torch.int64, (1, "sequence")),
-            Input("position_ids", torch.int64, (3, 1, "sequence")),
-            Input("text_cu_seqlens", torch.int32, ("samples",)),
-        )
+        text = text_inputs(3)
         image = (
             Input("feature_index", torch.int64, (1, "sequence")),
             Input("pixel_values", torch.float32, (patches, pixels)),
@@ -81,13 +93,7 @@ class Qwen2VL:
         }
 
     def role(self, name: str) -> Role:
-        prefixes: dict[str, Role] = {
-            "model.visual.merger.": "projector",
-            "model.visual.": "vision",
-            "model.language_model.embed_tokens.": "embedding",
-            "lm_head.": "head",
-        }
-        return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
+        return role_by_prefix(name, vision="model.visual.", projector="model.visual.merger.")
 
     def stored_name(self, name: str) -> str:
         return _NAMES.stored(name)

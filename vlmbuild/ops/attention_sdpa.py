@@ -98,7 +98,7 @@ def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_
         yield from _group_calls(masks.key_groups, masks.visible_groups)
         return
     key_mask = masks.key_mask
-    # Asking a GPU whether the mask is all ones would make the host wait for it; on a CPU it costs next to nothing.
+    # On a CPU a look at the mask costs next to nothing; a GPU would have to be waited for, where a mask is as good.
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None
     if masks.cu_seqlens is None:

@@ -10,14 +10,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.errors import UsageError
-from vlmbuild.families import Family
+from vlmbuild.families import Family, HostBatch
 from vlmbuild.program import Call, Program, Role, Slot, Variant, join
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
+from vlmbuild.runtime.generation import WithoutCache
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 
 
@@ -29,7 +30,7 @@ class AdapterSpec:
     alpha: float
 
 
-class VisionLanguageModel(nn.Module, GenerationMixin):
+class VisionLanguageModel(nn.Module, WithoutCache):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -159,15 +160,30 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
         """
         compiler = swap_compiler(None)
         try:
+            self.check_names("model", batch)
             checked = batch if labels is None else {**batch, "labels": labels}
             prepared = self.family.prepare(checked, self.config, self.processor)
-            variant = self.program.variants[prepared.variant]
-            tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
-            logits = self._run(variant, tensors, compiler).squeeze(0)
-            loss = None if labels is None else self._loss(logits, labels, prepared.places, num_items_in_batch)
-            return CausalLMOutputWithPast(loss=loss, logits=_unpack(logits, prepared.places, batch["input_ids"].shape))
+            return self._forward(prepared, batch["input_ids"].shape, labels, num_items_in_batch, compiler)
         finally:
             swap_compiler(compiler)
+
+    def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> CausalLMOutputWithPast:
+        """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids."""
+        return self._forward(prepared, shape, labels, None, None)
+
+    def _forward(
+        self,
+        prepared: HostBatch,
+        shape: torch.Size,
+        labels: Tensor | None,
+        items: Tensor | int | None,
+        compiler: Compiler,
+    ) -> CausalLMOutputWithPast:
+        variant = self.program.variants[prepared.variant]
+        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
+        logits = self._run(variant, tensors, compiler).squeeze(0)
+        loss = None if labels is None else self._loss(logits, labels, prepared.places, items)
+        return CausalLMOutputWithPast(loss=loss, logits=_unpack(logits, prepared.places, shape))
 
     def _loss(self, logits: Tensor, labels: Tensor, places: Tensor, items: Tensor | int | None) -> Tensor:
         """Cross-entropy of every token's successor in its own row, as transformers has it. A padding place predicts
@@ -230,52 +246,6 @@ class VisionLanguageModel(nn.Module, GenerationMixin):
     def is_gradient_checkpointing(self) -> bool:
         """Whether blocks are computed again in backward."""
         return self.checkpointing
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        """transformers asks."""
-        return True
-
-    def get_experts_implementation(self) -> dict[str, str]:
-        """transformers asks; there are no mixtures of experts."""
-        return {}
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **batch: Any
-    ) -> dict[str, Any]:
-        """Every step runs the whole sequence: this target has no key-value cache."""
-        kept = {key: value for key, value in batch.items() if key in self.family.batch_rows and value is not None}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, **kept}
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """transformers calls this with what was passed to `generate`: refuse misspelled names."""
-        known = {"input_ids", "attention_mask", "use_cache", *self.family.batch_rows}
-        if unknown := sorted(name for name, value in model_kwargs.items() if value is not None and name not in known):
-            raise UsageError(f"generate: unknown argument {unknown[0]!r}. A batch may have {', '.join(sorted(known))}.")
-
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A generated token looks where the last one looked."""
-        batch: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        for name, row in self.family.batch_rows.items():
-            if row == "token" and batch.get(name) is not None:
-                batch[name] = torch.cat([batch[name], batch[name][:, -1:]], dim=1)
-        return batch
-
-    def _expand_inputs_for_generation(  # type: ignore[override]
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat the samples, for beams and for several answers. transformers would repeat every row of every tensor, but
-        rows of patches and grids are no samples: those of the only sample are repeated as a whole."""
-        lists = [name for name, row in self.family.batch_rows.items() if row == "medium"] if expand_size > 1 else []
-        media = {key: kwargs.pop(key) for key in lists if kwargs.get(key) is not None}
-        if media and input_ids is not None and len(input_ids) > 1:
-            raise UsageError(
-                f"generate: {expand_size} beams or answers for each of {len(input_ids)} samples with images are not "
-                "supported. Pass one sample at a time."
-            )
-        expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
-        ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return ids, expanded | {key: torch.cat([value] * expand_size) for key, value in media.items()}
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""

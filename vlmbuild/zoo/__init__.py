@@ -2,5 +2,7 @@
 
 from pathlib import Path
 
-ZOO: dict[str, Path] = {name: Path(__file__).with_name(name) for name in ("qwen2-vl-digits",)}
+ZOO: dict[str, Path] = {
+    name: Path(__file__).with_name(name) for name in ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
+}
 """Name -> checkpoint directory, in the published layout."""

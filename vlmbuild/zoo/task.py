@@ -34,9 +34,9 @@ def prompt(processor: Any, task: Task) -> str:
 def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Prompts with answers, padded on the right, and `labels`: the answer and its end token, -100 elsewhere."""
     start = prompt(processor, task)
-    answers = [task.answer(sample.digits) + "<|im_end|>" for sample in samples]
+    answers = [task.answer(sample.digits) + processor.tokenizer.eos_token for sample in samples]
     texts = [f"{start}{answer}\n" for answer in answers]
-    images = [sample.image for sample in samples]
+    images = [[sample.image] for sample in samples]
     batch = dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
     labels = torch.full_like(batch["input_ids"], -100)
     for row, answer in enumerate(answers):
@@ -66,7 +66,7 @@ def exact_match(model: Any, processor: Any, task: Task, samples: Sequence[Sample
 def answers(model: Any, processor: Any, task: Task, samples: Sequence[Sample]) -> list[str]:
     """The model's greedy answers."""
     texts = [prompt(processor, task)] * len(samples)
-    images = [sample.image for sample in samples]
+    images = [[sample.image] for sample in samples]
     batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
     generated = model.generate(**batch, max_new_tokens=8, do_sample=False)
     new = generated[:, batch["input_ids"].shape[1] :]

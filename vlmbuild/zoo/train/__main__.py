@@ -1,4 +1,5 @@
-"""Train a tiny checkpoint: `python -m vlmbuild.zoo.train OUTPUT [--family F] [--warm-up N] [--steps N] [--seed N]`.
+"""Train a tiny checkpoint: `python -m vlmbuild.zoo.train OUTPUT [--family F] [--warm-up N] [--steps N] [--seed N]`, and train
+one further: `python -m vlmbuild.zoo.train OUTPUT --family F --resume DIRECTORY --warm-up 0 --steps N --seed N --peak RATE`.
 
 Everything is made here from a seed: the byte-level tokenizer with the family's special tokens, the processor's files, the
 randomly initialised model of about 1.4 million parameters, and the training itself, with transformers' own model class.
@@ -22,6 +23,8 @@ from vlmbuild.zoo.train.probe import ZooFamily, warm_up
 
 FAMILIES: dict[str, ZooFamily] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
 DEFAULT_FAMILY = "qwen2_vl"
+PEAK = 2e-3
+"""Highest learning rate of the language loss."""
 
 
 def fit(model: Any, processor: Any, steps: int, seed: int, batch_size: int, peak: float) -> list[dict[str, Any]]:
@@ -48,25 +51,40 @@ def fit(model: Any, processor: Any, steps: int, seed: int, batch_size: int, peak
 
 
 def train(
-    output: Path, name: str, steps: int, warm_up_steps: int, seed: int, batch_size: int = 64, peak: float = 2e-3
+    output: Path,
+    name: str,
+    steps: int,
+    warm_up_steps: int,
+    seed: int,
+    peak: float = PEAK,
+    resume: Path | None = None,
+    batch_size: int = 64,
 ) -> None:
-    """Train from scratch and write the checkpoint."""
+    """Train from scratch, or from a checkpoint's weights, and write the checkpoint."""
     torch.manual_seed(seed)
     family = FAMILIES[name]
     processor = family.make_processor()
     model = family.make_model(family.make_config(processor.tokenizer))
+    if resume is not None:
+        model = type(model).from_pretrained(resume, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     stream = Digits("train", seed + 1, augment=True)
-    warm_up(family, model, processor, stream, warm_up_steps, batch_size, 1.5 * peak)
+    if warm_up_steps:
+        warm_up(family, model, processor, stream, warm_up_steps, batch_size, 1.5 * peak)
     log = fit(model, processor, steps, seed, batch_size, peak)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(output)
     processor.save_pretrained(output)
     final = exact_match(model.float(), processor, READ, Digits("held_out", seed + 1).take(1000))
-    options = f"--warm-up {warm_up_steps} --steps {steps} --seed {seed}"
+    options = f"--warm-up {warm_up_steps} --steps {steps} --seed {seed}" + ("" if peak == PEAK else f" --peak {peak}")
     chosen = "" if name == DEFAULT_FAMILY else f"--family {name} "
+    before = {}
+    if resume is not None:
+        chosen += "--resume BEFORE "
+        before = {"before": json.loads((resume / "training.json").read_text())}
     record = {
+        **before,
         "command": f"python -m vlmbuild.zoo.train OUTPUT {chosen}{options}",
         "held_out_exact_match": final,
         "held_out_samples": 1000,
@@ -84,8 +102,10 @@ if __name__ == "__main__":
     parser.add_argument("--warm-up", type=int, help="default: the family's own")
     parser.add_argument("--steps", type=int, help="default: the family's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak", type=float, default=PEAK)
+    parser.add_argument("--resume", type=Path, metavar="DIRECTORY", help="a checkpoint that this made")
     arguments = parser.parse_args()
     defaults = FAMILIES[arguments.family]
     warm_up_steps = defaults.WARM_UP_STEPS if arguments.warm_up is None else arguments.warm_up
     steps = defaults.STEPS if arguments.steps is None else arguments.steps
-    train(arguments.output, arguments.family, steps, warm_up_steps, arguments.seed)
+    train(arguments.output, arguments.family, steps, warm_up_steps, arguments.seed, arguments.peak, arguments.resume)

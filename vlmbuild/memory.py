@@ -208,7 +208,12 @@ class _Step:
         self.model.train().checkpointing = checkpointing
         for _, parameter in self.model.trainable_parameters():
             parameter.grad = torch.empty_like(parameter)
-        return self._peak(lambda batch, ids: self.model.forward_prepared(batch(), ids.shape, ids).loss.backward())
+        return self._peak(self._forward_and_backward)
+
+    def _forward_and_backward(self, batch: Callable[[], HostBatch], ids: Tensor) -> None:
+        loss = self.model.forward_prepared(batch(), ids.shape, ids).loss
+        assert loss is not None
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
         """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and

@@ -82,7 +82,7 @@ class ImageTextProcessor(Qwen2VLProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
     @property  # an attribute would be saved, as a class that no other reader knows
-    def video_processor(self) -> FrameProcessor:  # type: ignore[override]
+    def video_processor(self) -> FrameProcessor:
         return FrameProcessor(self.image_processor)
 
 

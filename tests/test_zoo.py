@@ -20,7 +20,9 @@ from vlmbuild.zoo.task import LARGEST, READ, answers, exact_match, training_batc
 SAMPLES = Digits("held_out", 11).take(600)
 COMMANDS = {
     "qwen2-vl-digits": "python -m vlmbuild.zoo.train OUTPUT --warm-up 2000 --steps 3500 --seed 0",
-    "mllama-digits": "python -m vlmbuild.zoo.train OUTPUT --family mllama --warm-up 4000 --steps 3500 --seed 0",
+    "mllama-digits": (
+        "python -m vlmbuild.zoo.train OUTPUT --family mllama --resume BEFORE --warm-up 0 --steps 2500 --seed 2 --peak 0.0012"
+    ),
     "pixtral-digits": "python -m vlmbuild.zoo.train OUTPUT --family pixtral --warm-up 3000 --steps 2500 --seed 0",
 }
 
@@ -70,6 +72,8 @@ def test_recorded_figures(name):
     record = json.loads((ZOO[name] / "training.json").read_text())
     assert record["held_out_exact_match"] >= 0.95
     assert record["command"] == COMMANDS[name]
+    if "before" in record:
+        assert record["before"]["command"].endswith("OUTPUT --family mllama --warm-up 4000 --steps 3500 --seed 0")
     assert sum(file.stat().st_size for file in ZOO[name].glob("*.safetensors")) <= 3_000_000
 
 

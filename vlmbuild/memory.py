@@ -213,7 +213,7 @@ class _Step:
     def _forward_and_backward(self, batch: Callable[[], HostBatch], ids: Tensor) -> None:
         loss = self.model.forward_prepared(batch(), ids.shape, ids).loss
         assert loss is not None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
         """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and

@@ -17,11 +17,11 @@ from vlmbuild.zoo import ZOO
 from vlmbuild.zoo.digits import Digits
 from vlmbuild.zoo.task import LARGEST, READ, answers, exact_match, training_batch
 
-SAMPLES = Digits("held_out", 11).take(600)
+SAMPLES = Digits("held_out", 11).take(1500)
 COMMANDS = {
     "qwen2-vl-digits": "python -m vlmbuild.zoo.train OUTPUT --warm-up 2000 --steps 3500 --seed 0",
     "mllama-digits": (
-        "python -m vlmbuild.zoo.train OUTPUT --family mllama --resume BEFORE --warm-up 0 --steps 1250 --seed 4 --peak 0.001"
+        "python -m vlmbuild.zoo.train OUTPUT --family mllama --resume BEFORE --warm-up 0 --steps 2500 --seed 2 --peak 0.0012"
     ),
     "pixtral-digits": "python -m vlmbuild.zoo.train OUTPUT --family pixtral --warm-up 3000 --steps 2500 --seed 0",
 }

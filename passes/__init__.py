@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.normalize import Normalize
@@ -9,18 +11,22 @@ from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
 
 from vlmbuild.pipeline import Pass
+from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
-__all__ = ["AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "passes_for"]
+__all__ = ["AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "passes_for", "quantization_passes"]
 
 
 def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
-    """The passes that a recipe asks for."""
-    steps: list[Pass] = [
+    """The passes that a recipe asks for, but for quantization: its decisions may need measurements on the graph so far."""
+    return (
         Normalize(),  # first: patterns are written for clean graphs
         FuseMrope(),  # before attention is lowered: rotated queries and keys still meet the semantic operator
         SwapAttention(recipe.attention),  # after every pass that would look for the semantic operator
-    ]
-    if recipe.quantize is not None:
-        steps.append(QuantizeLinear(recipe.quantize))  # last: the only pass that changes values
-    return tuple(steps)
+    )
+
+
+def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Pass, ...]:
+    """Last, since it is the only pass that changes values."""
+    asked = recipe.quantize is not None and recipe.quantize.format != "none"
+    return (QuantizeLinear(decisions),) if asked or any(item.format for item in decisions.values()) else ()

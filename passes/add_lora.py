@@ -13,7 +13,8 @@ from vlmbuild.pipeline import PassOutcome
 from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Role, Slot, join
 
 aten = torch.ops.aten
-_LINEAR = (aten.linear.default, torch.ops.vlmbuild.linear_4bit.default)
+_PLAIN, _FOUR_BIT = aten.linear.default, torch.ops.vlmbuild.linear_4bit.default
+_LINEAR = (_PLAIN, _FOUR_BIT, torch.ops.vlmbuild.linear_8bit.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,11 @@ class AddLora:
 
 def _features(region: Region, node: Node) -> tuple[int, int]:
     """(out, in) of a linear layer; a loaded graph has no shapes, so they come from the weight or the arguments."""
-    if node.target is aten.linear.default:
-        out_features, in_features = region.slot_nodes()[node.args[1]].shape  # type: ignore[index]
-        return out_features, in_features
-    in_features, out_features = node.args[6:8]  # type: ignore[assignment]
-    return int(out_features), int(in_features)
+    if node.target is _FOUR_BIT:
+        in_features, out_features = node.args[6:8]
+        return int(out_features), int(in_features)  # type: ignore[arg-type]
+    out_features, in_features = region.slot_nodes()[node.args[1]].shape  # type: ignore[index]
+    return out_features, in_features
 
 
 def _adapter(name: str, shape: tuple[int, int], role: Role) -> Slot:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlmbuild.clean import clean
-from vlmbuild.pipeline import PassOutcome, refresh
+from vlmbuild.pipeline import PassOutcome
 from vlmbuild.program import Program
 
 
@@ -29,5 +29,4 @@ class Normalize:
         outcome = PassOutcome()
         for name, region in program.regions.items():
             outcome.add(name, clean(region.graph))
-            refresh(region)
         return outcome

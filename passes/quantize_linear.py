@@ -1,9 +1,9 @@
-"""Quantize the language model's linear layers to 4 bits, in bitsandbytes' layout."""
+"""Store the weights of linear layers in fewer bits, in bitsandbytes' layouts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import ceil
 from typing import Any, ClassVar
 
@@ -11,101 +11,119 @@ import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.errors import UsageError
+from vlmbuild.divide import divide
 from vlmbuild.pipeline import PassOutcome
 from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Slot, WeightRecipe, join
-from vlmbuild.recipe import QuantSpec
-
-_NESTED_BLOCKSIZE = 256
-_LINEAR = torch.ops.aten.linear.default
+from vlmbuild.quantization import LINEAR, QUANTIZE, Decision, weight_slot
+from vlmbuild.weight_format import NESTED_BLOCKSIZE, EightBit, FourBit, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeLinear:
-    """Replace linear layers whose weight has the role "language" (QLoRA, arXiv:2305.14314, section 3).
+    """Replace linear layers by quantized ones, as decided for each (`vlmbuild.quantization`).
 
     Before: linear(x, weight, bias)                         weight: compute[out, in]
-    After:  linear_4bit(x, weight, weight_absmax, weight_nested_absmax, weight_nested_offset, bias, in, out, ...)
+    After, 4 bits (QLoRA, arXiv:2305.14314, section 3):
+            linear_4bit(x, weight, weight_absmax, weight_nested_absmax, weight_nested_offset, bias, in, out, ...)
                                                             weight: u8[out * in / 2, 1]
+    After, 8 bits (LLM.int8, arXiv:2208.07339, section 3):
+            linear_8bit(x, weight, weight_scb, bias, threshold)
+                                                            weight: i8[out, in]
 
-    Not exact: values are rounded. Head, embedding, projector and vision tower keep their dtype: rounding them costs small
-    models more accuracy than it saves memory. A layer's inputs and outputs stay in the compute dtype.
+    Not exact: values are rounded. A layer's inputs and outputs stay in the compute dtype. Where the instances of a region
+    are not all to be quantized alike, the region is divided.
 
     Attributes:
-        spec: Format, block size, double quantization, and further modules to skip.
+        decisions: Module name -> decision. Linear layers that are not in it keep their dtype.
     """
 
-    spec: QuantSpec
+    decisions: Mapping[str, Decision]
 
-    name: ClassVar[str] = "quantize_linear"
+    name: ClassVar[str] = QUANTIZE
     exact: ClassVar[bool] = False
 
     def __call__(self, program: Program) -> PassOutcome:
         outcome = PassOutcome()
-        unmatched = set(self.spec.skip)
-        for name, region in program.regions.items():
-            slots = region.slot_nodes()
-            for node in [node for node in region.graph.graph.nodes if node.target is _LINEAR]:
-                weight: Any = node.args[1]
-                reason = self._refusal(region, slots.get(weight), weight, unmatched)
-                if reason:
-                    outcome.add(name, 0, [reason])
-                else:
-                    self._quantize(region, node, slots[weight])
-                    outcome.add(name, 1)
-        if unmatched:
-            raise UsageError(
-                f"The skip pattern {min(unmatched)!r} matches no linear layer. Patterns match module names, for example "
-                "'*.self_attn.o_proj'."
-            )
+        for name in list(program.regions):
+            region = program.regions[name]
+            groups: dict[tuple[WeightFormat | None, ...], list[str]] = {}
+            decided: dict[tuple[WeightFormat | None, ...], tuple[Decision, ...]] = {}
+            for instance in region.instances:
+                decisions = self._decisions(region, instance)
+                formats = tuple(decision.format for decision in decisions)
+                groups.setdefault(formats, []).append(instance)
+                decided.setdefault(formats, decisions)
+            parts = [region] if len(groups) == 1 else divide(program, name, list(groups.values()))
+            for part, decisions in zip(parts, decided.values(), strict=True):
+                if part.name != name:
+                    outcome.divided[part.name] = name
+                self._rewrite(part, decisions, outcome)
         return outcome
 
-    def _refusal(self, region: Region, slot: Slot | None, weight: Node, unmatched: set[str]) -> str | None:
-        if slot is None or not slot.name.endswith(".weight"):
-            return "a product with a computed weight"
-        module = slot.name.removesuffix(".weight")
-        skipped = [self._skips(join(instance, module), unmatched) for instance in region.instances]
-        if slot.role != "language":
-            return f"{module}: role {slot.role} keeps its dtype"
-        if any(skipped) and not all(skipped):
-            raise UsageError(
-                f"A skip pattern matches {module} in some layers of {region.name} and not in others; equal layers share "
-                "one graph and are quantized alike. Use a pattern that matches all of them."
-            )
-        if any(skipped):
-            return f"{module}: in the skip list"
-        return f"{module}: its weight is used elsewhere too" if len(weight.users) > 1 else None
+    def _decisions(self, region: Region, instance: str) -> tuple[Decision, ...]:
+        """For the linear layers of an instance, in the order of their nodes."""
+        found = []
+        for node in _linear_nodes(region):
+            slot = weight_slot(region, node)
+            if slot is None:
+                found.append(Decision(None, "a product with a computed weight"))
+            else:
+                module = join(instance, slot.name.removesuffix(".weight"))
+                found.append(self.decisions.get(module, Decision(None, "nothing was decided")))
+        return tuple(found)
 
-    def _skips(self, module: str, unmatched: set[str]) -> bool:
-        hits = [pattern for pattern in self.spec.skip if fnmatchcase(module, pattern)]
-        unmatched.difference_update(hits)
-        return bool(hits)
+    def _rewrite(self, region: Region, decisions: tuple[Decision, ...], outcome: PassOutcome) -> None:
+        for node, decision in zip(_linear_nodes(region), decisions, strict=True):
+            slot = weight_slot(region, node)
+            if slot is None or decision.format is None:
+                place = f"{slot.name.removesuffix('.weight')}: " if slot is not None else ""
+                outcome.add(region.name, 0, [place + decision.reason])
+            else:
+                _quantize(region, node, slot, decision.format)
+                outcome.add(region.name, 1)
 
-    def _quantize(self, region: Region, node: Node, slot: Slot) -> None:
-        out_features, in_features = slot.shape
-        arguments: Any = node.args
-        values, weight = arguments[:2]
-        bias = node.args[2] if len(node.args) > 2 else None
-        stored = {suffix: region.add_slot(new) for suffix, new in self._stored_slots(slot).items()}
-        geometry: tuple[Any, ...] = (in_features, out_features, self.spec.blocksize, self.spec.format, COMPUTE_DTYPE)
+
+def _linear_nodes(region: Region) -> list[Node]:
+    return [node for node in region.graph.graph.nodes if node.target is LINEAR]
+
+
+def _quantize(region: Region, node: Node, slot: Slot, weight_format: WeightFormat) -> None:
+    arguments: Any = node.args
+    values, weight = arguments[:2]
+    bias = arguments[2] if len(arguments) > 2 else None
+    out_features, in_features = slot.shape
+    if isinstance(weight_format, FourBit):
+        stored = {suffix: region.add_slot(new) for suffix, new in _four_bit_slots(slot, weight_format).items()}
         tensors = (stored["weight"], stored["absmax"], stored.get("nested_absmax"), stored.get("nested_offset"))
+        geometry = (in_features, out_features, weight_format.blocksize, weight_format.name, COMPUTE_DTYPE)
         node.target, node.args = torch.ops.vlmbuild.linear_4bit.default, (values, *tensors, bias, *geometry)
-        region.remove_slot(weight)
-        recipe = WeightRecipe(slot.name, slot.shape, self.spec.format, self.spec.blocksize, self.spec.double_quant)
-        region.recipes += (recipe,)
+    else:
+        stored = {suffix: region.add_slot(new) for suffix, new in _eight_bit_slots(slot, weight_format).items()}
+        node.target = torch.ops.vlmbuild.linear_8bit.default
+        node.args = (values, stored["weight"], stored["scb"], bias, weight_format.threshold)
+    region.remove_slot(weight)
+    region.recipes += (WeightRecipe(slot.name, slot.shape, weight_format),)
 
-    def _stored_slots(self, slot: Slot) -> dict[str, Slot]:
-        count = slot.shape[0] * slot.shape[1]
-        blocks = ceil(count / self.spec.blocksize)
 
-        def buffer(suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
-            return Slot(slot.name + suffix, shape, dtype, "buffer", slot.role)
+def _four_bit_slots(slot: Slot, weight_format: FourBit) -> dict[str, Slot]:
+    count = slot.shape[0] * slot.shape[1]
+    blocks = ceil(count / weight_format.blocksize)
+    slots = {"weight": _buffer(slot, "", (ceil(count / 2), 1), torch.uint8)}
+    if not weight_format.double_quant:
+        return slots | {"absmax": _buffer(slot, "_absmax", (blocks,), torch.float32)}
+    return slots | {
+        "absmax": _buffer(slot, "_absmax", (blocks,), torch.uint8),
+        "nested_absmax": _buffer(slot, "_nested_absmax", (ceil(blocks / NESTED_BLOCKSIZE),), torch.float32),
+        "nested_offset": _buffer(slot, "_nested_offset", (), torch.float32),
+    }
 
-        slots = {"weight": buffer("", (ceil(count / 2), 1), torch.uint8)}
-        if not self.spec.double_quant:
-            return slots | {"absmax": buffer("_absmax", (blocks,), torch.float32)}
-        return slots | {
-            "absmax": buffer("_absmax", (blocks,), torch.uint8),
-            "nested_absmax": buffer("_nested_absmax", (ceil(blocks / _NESTED_BLOCKSIZE),), torch.float32),
-            "nested_offset": buffer("_nested_offset", (), torch.float32),
-        }
+
+def _eight_bit_slots(slot: Slot, _: EightBit) -> dict[str, Slot]:
+    return {
+        "weight": _buffer(slot, "", slot.shape, torch.int8),
+        "scb": _buffer(slot, "_scb", slot.shape[:1], torch.float32),
+    }
+
+
+def _buffer(slot: Slot, suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
+    return Slot(slot.name + suffix, shape, dtype, "buffer", slot.role)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from vlmbuild.targets import trainable
-from vlmbuild.targets.request import Job, Request
+from vlmbuild.targets.request import Request, StoredParameter
 
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -16,7 +16,9 @@ from vlmbuild.recipe import Recipe
 WRITERS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {"trainable": trainable.write}
 """Writes and publishes the artifact."""
 
-STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[Job]]] = {"trainable": trainable.stored_tensors}
+STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[StoredParameter]]] = {
+    "trainable": trainable.stored_parameters
+}
 """Says what will be stored, before any weight is read."""
 
-__all__ = ["STORED", "WRITERS", "Job", "Request"]
+__all__ = ["STORED", "WRITERS", "Request", "StoredParameter"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,29 @@ from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.families import Family
 from vlmbuild.pipeline import PassReport
-from vlmbuild.program import Program, WeightRecipe
+from vlmbuild.program import Program
+from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 from vlmbuild.source import Progress, Source
+from vlmbuild.source_tensors import SourceTensor
+from vlmbuild.weight_format import WeightFormat
 
-Job = tuple[str, WeightRecipe | None, tuple[TensorSpec, ...]]
-"""(module name of the source tensor, its recipe or None to copy, what is stored)."""
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """What becomes of a parameter of the source.
+
+    Attributes:
+        name: Module name.
+        shape: Of the parameter.
+        format: In which it is stored; None for plain.
+        specs: Of the tensors that are stored, the weight first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: WeightFormat | None
+    specs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +47,12 @@ class Request:
         config: Values of the source's config.json.
         recipe: What was asked for.
         source: Where files come from.
-        weights: The source's tensors.
+        digests: SHA-256 (hex) of each file of the source that is read, by name; being computed meanwhile.
+        weights: The source's files of weights.
+        tensors: The source's parameters by module name.
+        decisions: How linear layers are stored, by module name.
+        calibration: SHA-256 (hex) of the batches that decisions were measured on, or "".
+        device: Where weights are quantized.
         progress: Told how far writing has come.
     """
 
@@ -38,5 +62,10 @@ class Request:
     config: dict[str, Any]
     recipe: Recipe
     source: Source
+    digests: Mapping[str, Future[str]]
     weights: CheckpointWeights
+    tensors: Mapping[str, SourceTensor]
+    decisions: Mapping[str, Decision]
+    calibration: str
+    device: str
     progress: Progress

@@ -2,116 +2,110 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from vlmbuild.targets.request import Job, Request
+from vlmbuild.targets.request import Request, StoredParameter
+from vlmbuild.targets.weights import stored_specs, write_weights
 
-from vlmbuild.artifact import bitsandbytes_format as bitsandbytes
+from vlmbuild.artifact import bitsandbytes_4bit as four_bit
+from vlmbuild.artifact import bitsandbytes_8bit as eight_bit
+from vlmbuild.artifact.bitsandbytes_config import quantization_config
 from vlmbuild.artifact.manifest import Manifest, canonical_json
-from vlmbuild.artifact.weights import TensorSpec, WeightsWriter
+from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.families import Family
 from vlmbuild.graph_text import program_text
-from vlmbuild.program import Program, Region, WeightRecipe, join
+from vlmbuild.pipeline import PassReport
+from vlmbuild.program import Program, Region, join
 from vlmbuild.program_json import to_json
-from vlmbuild.recipe import TOOLS, QuantSpec, Recipe
-from vlmbuild.source import PROCESSOR_FILES, Progress, Source
+from vlmbuild.quantization import QUANTIZE
+from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.source import SIDE_FILES
+from vlmbuild.weight_format import FourBit, WeightFormat
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
-_CHUNK_BYTES = 1 << 22
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
-    """Write and publish a trainable artifact; weights pass through memory one tensor at a time.
+    """Write and publish a trainable artifact; weights pass through memory in small pieces.
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
-    jobs = list(stored_tensors(program, request.family, recipe))
-    specs = [spec for _, _, stored in jobs for spec in stored]
-    writer.require_space(
-        sum(spec.nbytes for spec in specs) + sum(f.stat().st_size for f in _side_files(request.source))
-    )
+    parameters = list(stored_parameters(program, request.family, recipe))
+    side_files = request.source.files(SIDE_FILES)
+    specs = [spec for group in stored_specs(request, parameters) for spec in group]
+    writer.require_space(sum(spec.nbytes for spec in specs) + sum(file.stat().st_size for file in side_files))
     config = _artifact_config(request.config, program, recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
-    for file in _side_files(request.source):
+    for file in side_files:
         writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
-    _write_weights(writer, request, jobs, specs)
+    write_weights(writer, request, parameters)
     return writer.publish(
-        name="-".join([program.family, recipe.quantize.format if recipe.quantize else recipe.dtype]),
+        name="-".join([program.family, *_format_names(program), *([] if _format_names(program) else [recipe.dtype])]),
         target="trainable",
         source=[_source_record(request)],
         recipe=recipe.to_mapping(),
-        passes=[report.record() for report in request.reports],
+        passes=[_pass_record(report, request) for report in request.reports],
         toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS},
     )
 
 
-def stored_tensors(program: Program, family: Family, recipe: Recipe) -> Iterator[Job]:
+def _pass_record(report: PassReport, request: Request) -> dict[str, Any]:
+    """What the manifest says of a pass; of quantization also each layer's decision."""
+    record = report.record()
+    if report.name != QUANTIZE:
+        return record
+    decisions = [decision.record(module) for module, decision in request.decisions.items()]
+    return {**record, "decisions": decisions, "calibration": request.calibration}
+
+
+def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
     """What becomes of every source tensor, each once, in the order of the regions; follows from the program alone."""
     dtype = getattr(torch, recipe.dtype)
     seen = set()
     for region in program.regions.values():
         for instance in region.instances:
-            for relative, shape, weight_recipe in _source_tensors(region):
+            for relative, shape, form in _parameters(region):
                 name = join(instance, relative)
-                stored = family.stored_name(name)
-                if name in seen:
-                    continue
-                seen.add(name)
-                if weight_recipe is None:
-                    yield name, None, (TensorSpec(stored, dtype, shape),)
-                else:
-                    yield name, weight_recipe, _quantized_specs(stored, dtype, weight_recipe)
+                if name not in seen:
+                    seen.add(name)
+                    yield StoredParameter(name, shape, form, _specs(family.stored_name(name), shape, dtype, form))
 
 
-def _source_tensors(region: Region) -> Iterator[tuple[str, tuple[int, ...], WeightRecipe | None]]:
-    yield from ((recipe.source, recipe.shape, recipe) for recipe in region.recipes)
+def _parameters(region: Region) -> Iterator[tuple[str, tuple[int, ...], WeightFormat | None]]:
+    yield from ((recipe.source, recipe.shape, recipe.format) for recipe in region.recipes)
     yield from ((slot.name, slot.shape, None) for slot in region.slots if slot.kind == "parameter")
 
 
-def _quantized_specs(stored: str, dtype: torch.dtype, recipe: WeightRecipe) -> tuple[TensorSpec, ...]:
-    return bitsandbytes.stored_specs(
-        stored,
-        recipe.shape,
-        dtype,
-        quant_type=recipe.format,
-        blocksize=recipe.blocksize,
-        double_quant=recipe.double_quant,
-    )
+def _specs(
+    stored: str, shape: tuple[int, ...], dtype: torch.dtype, form: WeightFormat | None
+) -> tuple[TensorSpec, ...]:
+    if form is None:
+        return (TensorSpec(stored, dtype, shape),)
+    if isinstance(form, FourBit):
+        return four_bit.stored_specs(stored, shape, dtype, form)
+    return eight_bit.stored_specs(stored.removesuffix(".weight"), shape)
 
 
-def _write_weights(writer: ArtifactWriter, request: Request, jobs: list[Job], specs: list[TensorSpec]) -> None:
-    dtype = getattr(torch, request.recipe.dtype)
-    by_name = {request.family.module_name(stored): stored for stored in request.weights.tensors}
-    sizes = {name: request.weights.tensors[by_name[name]].nbytes for name, _, _ in jobs}
-    done = 0
-    with WeightsWriter(writer, specs) as output:
-        for name, weight_recipe, stored in jobs:
-            tensor = request.weights.read(by_name[name]).to(dtype)
-            done += sizes[name]
-            for suffix, part in _stored_parts(tensor, weight_recipe, name).items():
-                output.add(stored[0].name + suffix, part)
-            request.progress("weights", done, sum(sizes.values()))
+def _formats(program: Program) -> list[WeightFormat]:
+    """Those that occur, the most frequent first."""
+    counts = Counter(recipe.format for region in program.regions.values() for recipe in region.recipes
+                     for _ in region.instances)  # fmt: skip
+    return [form for form, _ in counts.most_common()]
 
 
-def _stored_parts(tensor: Tensor, recipe: WeightRecipe | None, name: str) -> Mapping[str, Tensor]:
-    if recipe is None:
-        return {"": tensor}
-    return bitsandbytes.quantize(
-        tensor, quant_type=recipe.format, blocksize=recipe.blocksize, double_quant=recipe.double_quant, name=name
-    )
+def _format_names(program: Program) -> list[str]:
+    return list(dict.fromkeys(form.name for form in _formats(program)))
 
 
 def _artifact_config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, Any]:
@@ -121,12 +115,16 @@ def _artifact_config(values: Mapping[str, Any], program: Program, recipe: Recipe
         if isinstance(part, Mapping) and key.endswith("_config"):
             config[key] = {inner: value for inner, value in part.items() if inner not in _NOT_COPIED}
     config["dtype"] = recipe.dtype
-    if recipe.quantize is not None:
-        config["quantization_config"] = _quantization_config(program, recipe.quantize, recipe.dtype)
+    config.pop("quantization_config", None)
+    if formats := _formats(program):
+        config["quantization_config"] = quantization_config(
+            formats, skip_modules=_kept_modules(program), compute_dtype=recipe.dtype
+        )
     return config
 
 
-def _quantization_config(program: Program, spec: QuantSpec, dtype: str) -> dict[str, Any]:
+def _kept_modules(program: Program) -> list[str]:
+    """The widest names that cover every matrix that is not quantized and none that is."""
     quantized = {
         join(instance, recipe.source).removesuffix(".weight")
         for region in program.regions.values()
@@ -139,12 +137,7 @@ def _quantization_config(program: Program, spec: QuantSpec, dtype: str) -> dict[
         if slot.kind == "parameter" and len(slot.shape) == 2 and name.endswith(".weight")
     }
     kept |= {alias.removesuffix(".weight") for alias in program.ties}
-    return bitsandbytes.quantization_config(
-        skip_modules=sorted({_widest_prefix(module, quantized) for module in kept}),
-        quant_type=spec.format,
-        double_quant=spec.double_quant,
-        compute_dtype=dtype,
-    )
+    return sorted({_widest_prefix(module, quantized) for module in kept})
 
 
 def _widest_prefix(module: str, quantized: set[str]) -> str:
@@ -154,27 +147,10 @@ def _widest_prefix(module: str, quantized: set[str]) -> str:
     return next(prefix for prefix in prefixes if not any(f"{name}.".startswith(f"{prefix}.") for name in quantized))
 
 
-def _side_files(source: Source) -> list[Path]:
-    return source.files((*PROCESSOR_FILES, "generation_config.json"))
-
-
 def _source_record(request: Request) -> dict[str, Any]:
-    files = [request.source.directory / "config.json", *_side_files(request.source), *request.weights.files]
+    """The files that went into the artifact. Their digests were begun when the build was."""
     entries = [
-        {"path": file.name, "size": file.stat().st_size, "digest": digest}
-        for file, digest in zip(files, _digests(files, request.progress), strict=True)
+        {"path": name, "size": (request.source.directory / name).stat().st_size, "digest": digest.result()}
+        for name, digest in sorted(request.digests.items())
     ]
-    return {"uri": request.source.uri, "files": sorted(entries, key=lambda entry: str(entry["path"]))}
-
-
-def _digests(files: list[Path], progress: Progress) -> Iterator[str]:
-    total = sum(file.stat().st_size for file in files)
-    done = 0
-    for file in files:
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                done += len(chunk)
-                progress("source digests", done, total)
-        yield digest.hexdigest()
+    return {"uri": request.source.uri, "files": entries}

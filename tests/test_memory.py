@@ -17,6 +17,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import FAMILIES, ImageCost
 from vlmbuild.memory import Workload, estimate_memory
 from vlmbuild.outline import outline
+from vlmbuild.quantization import decide
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.model import VisionLanguageModel
 
@@ -122,7 +123,7 @@ def test_memory_is_what_is_allocated(family, case, text_tokens, recipe):
     config = family.config(values)
     traces = {"image": capture(family, config, "image")}
     program = outline(family, family.geometry(config), family.ties(config), traces)
-    rewrite(program, recipe, lambda *_: None)
+    rewrite(program, recipe, lambda: decide(program, recipe.quantize), lambda *_: None)
     tensors = {name: filled(slot) for name, slot in program.slots()}
     samples, tokens = batch["input_ids"].shape
     model = VisionLanguageModel(program, family, config, tensors, dtype)

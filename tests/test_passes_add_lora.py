@@ -13,6 +13,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.graph_text import digest
 from vlmbuild.pipeline import run
 from vlmbuild.program import Slot
+from vlmbuild.quantization import decide
 from vlmbuild.recipe import QuantSpec
 from vlmbuild.runtime.region_instance import BoundRegion
 
@@ -61,7 +62,8 @@ def test_adapters_compute_in_float32_under_a_bfloat16_model():
 
 def test_quantized_layers_are_adapted_too():
     region = linear_region()
-    run([QuantizeLinear(QuantSpec())], region_program(region))
+    program = region_program(region)
+    run([QuantizeLinear(decide(program, QuantSpec()))], program)
     assert adapted(region).sites == {"blocks": 1}
     assert {slot.shape for slot in region.slots if "lora" in slot.name} == {(4, 128), (64, 4)}
 

@@ -1,25 +1,34 @@
-"""4-bit linear layers: what is quantized and what is not, slots and recipes, values, refusals."""
+"""Quantized linear layers: what is quantized and what is not, slots and recipes, values, refusals."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from parity import SAME_WEIGHTS_FP32, assert_close
+from quantized import quantize
 from tiny import linear_region, make_region, operators, region_program
 from vlmbuild.passes import QuantizeLinear
 
-from vlmbuild.artifact.bitsandbytes_format import parse_quant_state, quantize
-from vlmbuild.errors import PassError
+from vlmbuild.artifact.bitsandbytes_4bit import parse_quant_state
+from vlmbuild.artifact.bitsandbytes_8bit import quantize_rows
 from vlmbuild.graph_text import digest
 from vlmbuild.ops.linear_4bit import dequantize_4bit
 from vlmbuild.pipeline import run
 from vlmbuild.program import COMPUTE_DTYPE, Slot, WeightRecipe
-from vlmbuild.recipe import QuantSpec
+from vlmbuild.quant_spec import Override, QuantSpec
+from vlmbuild.quantization import decide
 from vlmbuild.runtime.region_instance import BoundRegion
+from vlmbuild.weight_format import EightBit, FourBit
+
+
+def quantize_program(program, **options):
+    return run([QuantizeLinear(decide(program, QuantSpec(**options)))], program)[0]
 
 
 def quantized(region, **options):
-    return run([QuantizeLinear(QuantSpec(**options))], region_program(region))[0]
+    return quantize_program(region_program(region), **options)
 
 
 def test_slots_and_recipe_of_a_quantized_layer():
@@ -35,7 +44,7 @@ def test_slots_and_recipe_of_a_quantized_layer():
         "proj.weight_nested_absmax": ((1,), torch.float32, "buffer"),
         "proj.weight_nested_offset": ((), torch.float32, "buffer"),
     }
-    assert region.recipes == (WeightRecipe("proj.weight", (64, 128), "nf4", 64, True),)
+    assert region.recipes == (WeightRecipe("proj.weight", (64, 128), FourBit()),)
     assert operators(region) == ["vlmbuild.linear_4bit.default"]
 
 
@@ -55,7 +64,7 @@ def test_values_are_those_of_the_dequantized_weight(double_quant, quant_format):
     weight, bias, values = torch.randn(64, 128), torch.randn(64), torch.randn(1, 7, 128, requires_grad=True)
     region = linear_region()
     quantized(region, double_quant=double_quant, format=quant_format)
-    parts = quantize(weight, quant_type=quant_format, blocksize=64, double_quant=double_quant)
+    parts = quantize(weight, FourBit(quant_format, 64, double_quant))
     state = parse_quant_state(parts[f".quant_state.bitsandbytes__{quant_format}"])
     tensors = {"proj.weight": parts[""], "proj.weight_absmax": parts[".absmax"], "proj.bias": bias}
     nested = (None, None)
@@ -118,19 +127,52 @@ def test_skip_list_by_pattern():
     assert report.refusals == ("blocks: proj: in the skip list",)
 
 
-def test_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(PassError, match="'no.such' matches no linear layer"):
-        quantized(linear_region(), skip=("no.such",))
+def test_eight_bits():
+    region = linear_region()
+    quantized(region, format="int8", threshold=5.5)
+    slots = {slot.name: (slot.shape, slot.dtype, slot.kind) for slot in region.slots}
+    assert slots == {
+        "proj.bias": ((64,), torch.bfloat16, "parameter"),
+        "proj.weight": ((64, 128), torch.int8, "buffer"),
+        "proj.weight_scb": ((64,), torch.float32, "buffer"),
+    }
+    assert operators(region) == ["vlmbuild.linear_8bit.default"]
+    torch.manual_seed(0)
+    weight, bias, values = torch.randn(64, 128), torch.randn(64), torch.randn(1, 7, 128)
+    rows, scales = quantize_rows(weight)
+    tensors = {"proj.weight": rows, "proj.weight_scb": scales, "proj.bias": bias}
+    (ours,) = BoundRegion(region, torch.float32, ()).graph(*(tensors[slot.name] for slot in region.slots), values)
+    expected = torch.nn.functional.linear(values, weight, bias)
+    assert 0 < (ours - expected).norm() < 0.02 * expected.norm()
 
 
-def test_pattern_that_splits_a_region_is_an_error():
-    with pytest.raises(PassError, match="in some layers of blocks and not in others"):
-        quantized(linear_region(), skip=("blocks.0.proj",))
+def test_layers_that_are_quantized_differently_get_regions_of_their_own(built):
+    whole = copy.deepcopy(built)
+    report = quantize_program(
+        built, overrides=(Override("*layers.1.mlp.up_proj", "int8"), Override("*layers.2.self_attn.*_proj", "none"))
+    )
+    names = [name for name in built.regions if name.startswith("language_model.layers")]
+    assert names == ["language_model.layers", "language_model.layers/2", "language_model.layers/3"]
+    assert [built.regions[name].instances for name in names] == [
+        (f"model.language_model.layers.{number}",) for number in (0, 1, 2)
+    ]
+    assert report.sites == dict(zip(names, (7, 7, 3), strict=True))
+    assert report.matches == 17
+    called = [call.region for call in built.variants["image"].calls if call.region.startswith("language_model.layers")]
+    assert called == names
+    found = {recipe.source: recipe.format for recipe in built.regions[names[1]].recipes}
+    assert found.pop("mlp.up_proj.weight") == EightBit()
+    assert set(found.values()) == {FourBit()}
+    quantize_program(whole)
+    assert digest(built.regions[names[0]]) == digest(whole.regions[names[0]])
+    second = digest(built.regions[names[1]])
+    assert quantize_program(built).sites == {names[2]: 4}  # what an override had kept
+    assert digest(built.regions[names[1]]) == second
 
 
 def test_all_language_layers_of_the_model(built):
-    (report,) = run([QuantizeLinear(QuantSpec())], built)
+    report = quantize_program(built)
     assert report.sites == {"language_model.layers": 7}
     assert report.matches == 21
     assert any("visual.blocks: mlp.fc1: role vision" in reason for reason in report.refusals)
-    assert any("embed_tokens: role embedding" in reason for reason in report.refusals)  # the tied head
+    assert any("embed_tokens: its weight is used elsewhere" in reason for reason in report.refusals)  # the tied head

@@ -26,7 +26,9 @@ def config_only(checkpoint, tmp_path):
 
 def test_config_is_enough_and_the_build_does_what_was_planned(config_only, nf4, reference):
     planned = plan(config_only, RECIPE)
-    assert [report.record() for report in planned.passes] == [dict(entry) for entry in nf4.manifest.passes]
+    assert [report.record() for report in planned.passes] == [
+        {key: entry[key] for key in ("name", "matches", "refusals")} for entry in nf4.manifest.passes
+    ]
     assert planned.parameters == sum(p.numel() for p in reference.parameters())
     written = nf4.manifest.entry("model.safetensors").size
     assert 0.97 * written < planned.weight_bytes < written  # the file has a header

@@ -6,7 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 
+from vlmbuild.artifact.canonical import canonical_json, parse_canonical
 from vlmbuild.errors import UsageError
+from vlmbuild.quant_spec import Override
 from vlmbuild.recipe import QuantSpec, Recipe
 
 
@@ -21,9 +23,12 @@ def test_fingerprint_changes_with_every_field():
     }
     assert other.keys() == {field.name for field in fields(Recipe)}
     changed = {replace(base, **{name: value}).fingerprint() for name, value in other.items() if value is not None}
-    specs = [QuantSpec("fp4"), QuantSpec(double_quant=False), QuantSpec(skip=("x",))]
+    specs = [
+        QuantSpec("fp4"), QuantSpec(double_quant=False), QuantSpec(skip=("x",)), QuantSpec(roles=("vision",)),
+        QuantSpec(overrides=(Override("x", "int8"),)), QuantSpec(threshold=5.5), QuantSpec("auto", budget=5),
+    ]  # fmt: skip
     changed |= {Recipe(quantize=spec).fingerprint() for spec in specs} | {Recipe().fingerprint()}
-    assert len(changed) == 8
+    assert len(changed) == 12
     assert base.fingerprint() not in changed
     assert base.fingerprint() == Recipe(quantize=QuantSpec()).fingerprint()
 
@@ -38,7 +43,28 @@ def test_toml_with_overrides(tmp_path):
     assert Recipe.from_mapping(recipe.to_mapping()) == recipe
 
 
-@pytest.mark.parametrize(("value", "expected"), [("none", None), ("nf4", QuantSpec()), (None, None)])
+MIX = """
+[quantize]
+format = "auto"
+budget = "4.5bpw"
+roles = ["language", "vision"]
+[[quantize.overrides]]
+pattern = "*.down_proj"
+format = "int8"
+threshold = 5.5
+"""
+
+
+def test_every_option_survives_a_manifest(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text(MIX)
+    recipe = Recipe.from_toml(file)
+    override = Override("*.down_proj", "int8", threshold=5.5)
+    assert recipe.quantize == QuantSpec("auto", budget=4.5, roles=("language", "vision"), overrides=(override,))
+    assert Recipe.from_mapping(parse_canonical(canonical_json(recipe.to_mapping()))) == recipe
+
+
+@pytest.mark.parametrize(("value", "expected"), [("none", QuantSpec("none")), ("nf4", QuantSpec()), (None, None)])
 def test_quantize_by_name(value, expected):
     assert Recipe.from_mapping({"quantize": value}).quantize == expected
 
@@ -53,6 +79,16 @@ def test_quantize_by_name(value, expected):
         ("[quantize]\nblocksize = 100", "quantize.blocksize cannot be 100"),
         ("[quantize]\ndouble_quant = 1", "must be true or false"),
         ("[quantize]\nskip = 'x'", "must be a list of strings"),
+        ("[quantize]\nformat = 'auto'", "auto needs one"),
+        ("[quantize]\nbudget = 5", "goes with the format auto"),
+        ("[quantize]\nformat = 'auto'\nbudget = 3.9", "must be above 4"),
+        ("[quantize]\nformat = 'auto'\nbudget = 'five'", "budget must be a number"),
+        ("[quantize]\nthreshold = -1", "must not be negative"),
+        ("[quantize]\nthreshold = nan", "threshold must be a number"),
+        ("[quantize]\nroles = ['embedding']", "quantize.roles cannot be 'embedding'"),
+        ("[[quantize.overrides]]\npattern = 'x'", "is not a table with pattern and format"),
+        ("[[quantize.overrides]]\npattern = 'x'\nformat = 'auto'", "format of 'x' cannot be 'auto'"),
+        ("[quantize]\noverrides = 'x'", "overrides must be a list of tables"),
         ("quantize = 4", "quantize must be a table or one of none, nf4"),
         ("require = 'x'", "require must be a list of strings"),
         ("attention = 'flash'", "attention cannot be 'flash'"),

@@ -102,7 +102,7 @@ def region(program, name):
         (lambda p: p.update(family="other"), "Unknown model family 'other'"),
         (lambda p: p["regions"][0]["slots"][0].update(shape=[1, 2]), r"\[?\(?1, 2"),
         (
-            lambda p: region(p, "language_model.layers")["recipes"][0].update(blocksize=128),
+            lambda p: region(p, "language_model.layers")["recipes"][0]["format"].update(blocksize=128),
             "blocks of 64.*blocks of 128",
         ),
     ],

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch.export import Dim
 from transformers import Qwen2VLForConditionalGeneration
-from vlmbuild.passes import passes_for
+from vlmbuild.passes import passes_for, quantization_passes
 
 from vlmbuild.capture import capture
 from vlmbuild.families import FAMILIES
 from vlmbuild.outline import outline
 from vlmbuild.pipeline import run
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Program, Region, Slot
+from vlmbuild.quantization import decide
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite import trace
 
@@ -70,7 +71,9 @@ def capture_program(config: Any) -> Program:
 def build(program: Program, **recipe: Any) -> Program:
     """A copy of a captured program after the passes of a recipe."""
     program = copy.deepcopy(program)
-    run(passes_for(Recipe(**{"dtype": "float32", **recipe})), program)
+    options = Recipe(**{"dtype": "float32", **recipe})
+    run(passes_for(options), program)
+    run(quantization_passes(options, decide(program, options.quantize)), program)
     return program
 
 

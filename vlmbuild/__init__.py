@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vlmbuild.collector import resting_collector
+
 if TYPE_CHECKING:
     from vlmbuild.adapters import add_lora, load_adapter
     from vlmbuild.artifact.manifest import Manifest
@@ -66,7 +68,8 @@ def __getattr__(name: str) -> Any:
     """Import public names when they are asked for: `vlmbuild --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmbuild' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"vlmbuild.{_HOMES[name]}"), name)
+    with resting_collector():  # torch and transformers make a million objects that stay
+        return getattr(importlib.import_module(f"vlmbuild.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vlmbuild.builder import adapt
+from vlmbuild.checks import one_of
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.program import Program, Role, join
-from vlmbuild.recipe import one_of
 from vlmbuild.runtime.adapter_files import read_adapter
 from vlmbuild.runtime.model import AdapterSpec, VisionLanguageModel, unwrap
 

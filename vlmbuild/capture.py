@@ -17,9 +17,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.collector import resting_collector
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family, KeyGroups
 from vlmbuild.program import Input, parse_size
+from vlmbuild.repeat import trace_once
 
 ATTENTION = "vlmbuild_flash"
 
@@ -36,6 +38,7 @@ class Trace:
     dimensions: dict[str, str]
 
 
+@resting_collector()
 def capture(family: Family, config: Any, variant: str) -> Trace:
     """Trace one variant.
 
@@ -48,8 +51,11 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
         CaptureError: The model cannot be traced, or not with the promised dynamic dimensions.
     """
     inputs = family.variants(config)[variant]
-    module = family.module(config, variant, ATTENTION)
-    return export(module, inputs, f"variant {variant!r} of {family.name}")
+    what = f"variant {variant!r} of {family.name}"
+    try:
+        return export(trace_once(family.module(config, variant, ATTENTION)), inputs, what)
+    except CaptureError:  # what trace_once puts into blocks may be in the way; a limit of the model itself shows again
+        return export(family.module(config, variant, ATTENTION), inputs, what)
 
 
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:

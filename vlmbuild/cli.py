@@ -138,8 +138,24 @@ def cli() -> None:
 @recipe_options
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where weights are quantized.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
+)
 @json_option
-def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, as_json: bool) -> None:
+def build(
+    source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, device: str, calibrate: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Build an artifact from a checkpoint.
 
     SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits, mllama-digits,
@@ -151,13 +167,29 @@ def build(source: str, output: Path, recipe: Recipe, overwrite: bool, revision: 
         vlmbuild build qwen2-vl-digits -o digits-nf4 --quantize nf4
         vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4 --require fuse_mrope
         vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
+        vlmbuild build qwen2-vl-nf4 -o qwen2-vl-bf16 --quantize none
+        vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
     """
     from vlmbuild.builder import build as run_build
     from vlmbuild.summary import inspect as run_inspect
 
+    batches = [] if calibrate is None else _calibration(source, revision, calibrate)
     with StageProgress(lines=not as_json) as progress:
-        artifact = run_build(source, output, recipe, overwrite=overwrite, revision=revision, progress=progress)
+        artifact = run_build(
+            source, output, recipe, overwrite=overwrite, revision=revision, device=device, calibration=batches,
+            progress=progress,
+        )  # fmt: skip
     _show(run_inspect(artifact.path), as_json, "build_report")
+
+
+def _calibration(source: str, revision: str | None, file: Path) -> list[Any]:
+    from vlmbuild.builder import read_model
+    from vlmbuild.calibration import conversation_batches
+    from vlmbuild.source import resolve
+
+    found = resolve(source, revision=revision, weights=False)
+    _, family, _ = read_model(found)
+    return list(conversation_batches(file, family.processor(found.directory)))
 
 
 @cli.command()

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from vlmbuild.errors import UsageError
-from vlmbuild.recipe import ATTENTIONS, DTYPES, FORMATS, TARGETS, QuantSpec, Recipe
+from vlmbuild.quant_spec import QUANTIZE, ROLES, Override, QuantSpec
+from vlmbuild.recipe import ATTENTIONS, DTYPES, TARGETS, Recipe
 
 Command = Callable[..., Any]
 
@@ -23,8 +24,32 @@ def recipe_options(command: Command) -> Command:
 
     @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
     @click.option(
-        "--quantize", type=click.Choice(["none", *FORMATS]), help="4-bit format of the language model.  [default: none]"
+        "--quantize",
+        type=click.Choice(QUANTIZE),
+        help="Format of the linear layers; none also dequantizes a source.  [default: as in the source]",
     )
+    @click.option("--blocksize", type=int, help="Weights per scale of 4-bit formats.  [default: 64]")
+    @click.option(
+        "--double-quant/--no-double-quant", default=None, help="Scales of 4-bit weights in 8 bits.  [default: yes]"
+    )
+    @click.option(
+        "--quantize-role",
+        "roles",
+        multiple=True,
+        type=click.Choice(ROLES),
+        help="Whose linear layers. Repeatable.  [default: language]",
+    )
+    @click.option(
+        "--quantize-module",
+        "overrides",
+        multiple=True,
+        metavar="PATTERN=FORMAT",
+        help="Another format for modules like '*.down_proj=int8'. Repeatable.",
+    )
+    @click.option(
+        "--skip", multiple=True, metavar="PATTERN", help="Keep modules like '*.o_proj' as they are. Repeatable."
+    )
+    @click.option("--budget", metavar="BPW", help="For auto: bits per weight, with scales, as in 5.0bpw.")
     @click.option(
         "--attention",
         type=click.Choice(ATTENTIONS),
@@ -37,9 +62,6 @@ def recipe_options(command: Command) -> Command:
         "--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable."
     )
     @click.option(
-        "--skip", multiple=True, metavar="PATTERN", help="Do not quantize modules like '*.o_proj'. Repeatable."
-    )
-    @click.option(
         "--recipe",
         "file",
         type=click.Path(path_type=Path),
@@ -48,29 +70,44 @@ def recipe_options(command: Command) -> Command:
     )
     @functools.wraps(command)
     def with_recipe(
-        target: str | None, quantize: str | None, attention: str | None, dtype: str | None,
-        require: tuple[str, ...], skip: tuple[str, ...], file: Path | None, **options: Any,
+        target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None, roles: tuple[str, ...],
+        overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
+        require: tuple[str, ...], file: Path | None, **options: Any,
     ) -> Any:  # fmt: skip
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
-        return command(
-            recipe=_recipe(file, quantize, skip, {k: v for k, v in given.items() if v is not None}), **options
-        )
+        spec = {
+            "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
+            "overrides": tuple(map(_override, overrides)) or None, "skip": skip or None, "budget": budget,
+        }  # fmt: skip
+        return command(recipe=_recipe(file, _given(spec), _given(given)), **options)
 
     return with_recipe
 
 
-def _recipe(file: Path | None, quantize: str | None, skip: tuple[str, ...], given: Mapping[str, Any]) -> Recipe:
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _override(text: str) -> Override:
+    pattern, separator, form = text.rpartition("=")
+    if not separator:
+        raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
+    return Override(pattern, form)  # type: ignore[arg-type]
+
+
+def _recipe(file: Path | None, spec: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
     """The file's recipe with what was given on the command line in its place; a format keeps the file's other settings."""
     recipe = replace(Recipe() if file is None else Recipe.from_toml(file), **given)
-    if quantize == "none":
-        recipe = replace(recipe, quantize=None)
-    elif quantize is not None:
-        recipe = replace(recipe, quantize=replace(recipe.quantize or QuantSpec(), format=quantize))  # type: ignore[arg-type]
-    if skip and recipe.quantize is None:
-        raise UsageError("--skip keeps layers from being quantized, but nothing is. Add --quantize nf4, or drop it.")
-    if skip and recipe.quantize is not None:
-        recipe = replace(recipe, quantize=replace(recipe.quantize, skip=skip))
-    return recipe
+    if not spec:
+        return recipe
+    if recipe.quantize is None and "format" not in spec and "overrides" not in spec:
+        names = {"roles": "--quantize-role", "double_quant": "--double-quant"}
+        given_names = ", ".join(names.get(name, f"--{name}") for name in spec)
+        raise UsageError(f"{given_names}: nothing is quantized. Add --quantize nf4, or drop it.")
+    base = recipe.quantize or QuantSpec("nf4" if "format" in spec and spec["format"] != "auto" else "none")
+    if base.budget is not None and spec.get("format", "auto") != "auto":
+        base = replace(base, format="nf4", budget=None)
+    return replace(recipe, quantize=replace(base, **spec))
 
 
 def workload_options(command: Command) -> Command:

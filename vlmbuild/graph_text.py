@@ -20,6 +20,7 @@ _SHORT_DTYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.bool: "b8",
     COMPUTE_DTYPE: "compute",
 }

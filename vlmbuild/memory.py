@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from vlmbuild.adapters import add_lora
+from vlmbuild.checks import one_of
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch, ImageCost
 from vlmbuild.ops.workspace import WORKSPACES, Workspace
 from vlmbuild.program import Input, Program, parse_size
-from vlmbuild.recipe import one_of
 from vlmbuild.runtime.model import VisionLanguageModel
 
 DEVICES = tuple(WORKSPACES)

@@ -17,14 +17,17 @@ from torch.fx.passes.split_module import split_module
 
 from vlmbuild.capture import Trace
 from vlmbuild.clean import inline_no_grad
+from vlmbuild.collector import resting_collector
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family
 from vlmbuild.graph_text import region_text, size_text
-from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, returned_nodes
+from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join, returned_nodes
+from vlmbuild.repeat import REPEAT
 
 aten = torch.ops.aten
 
 
+@resting_collector()
 def outline(
     family: Family,
     geometry: Geometry,
@@ -57,10 +60,14 @@ class _Outliner:
         self.trace = trace
         self.module = trace.exported.graph_module
         self.slot_names: dict[str, tuple[str, str]] = {}
+        placeholders = {node.name: node for node in self.module.graph.nodes if node.op == "placeholder"}
+        self.slot_nodes: dict[str, Node] = {}
         for spec in trace.exported.graph_signature.input_specs:
             if spec.target is not None:
                 kind = "parameter" if spec.kind == InputKind.PARAMETER else "buffer" if spec.persistent else "constant"
-                self.slot_names[spec.arg.name] = (program.ties.get(spec.target, spec.target), kind)
+                name = program.ties.get(spec.target, spec.target)
+                self.slot_names[spec.arg.name] = (name, kind)
+                self.slot_nodes[name] = placeholders[spec.arg.name]
 
     def add_variant(self, name: str) -> None:
         inline_no_grad(self.module)  # a region of its own would be cut off from its neighbours otherwise
@@ -76,8 +83,14 @@ class _Outliner:
                 source, place = node.args
                 values[node] = (values[source][place],)
             elif node.op == "call_module":
+                body, block = getattr(split, node.target), blocks[node.target]
                 inputs = [values.get(argument, ("",))[0] for argument in node.args]
-                call, values[node] = self._call(getattr(split, node.target), blocks[node.target], inputs, len(calls))
+                repeated = next((inner for inner in body.graph.nodes if inner.target is REPEAT), None)
+                if repeated is None:
+                    call, values[node] = self._call(body, block, inputs, len(calls))
+                else:
+                    call = self._repeat(body, repeated, block, inputs, calls)
+                    values[node] = call.outputs
                 calls.append(call)
         (returned,) = returned_nodes(split)
         self.program.variants[name] = Variant(self.trace.inputs, tuple(calls), values[returned][0])
@@ -91,6 +104,22 @@ class _Outliner:
         remaining = iter(outputs)
         names = tuple(next(remaining) if tensor else "" for tensor in tensors)
         return Call(region, block, tuple(inputs[place] for place in kept), outputs), names
+
+    def _repeat(self, body: GraphModule, node: Node, block: str, inputs: list[str], calls: list[Call]) -> Call:
+        """The call of a piece that repeats another: the same region, with what went into this block."""
+        names = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        arguments: Any = node.args
+        ours, theirs = ([names[value] for value in group] for group in arguments[:2])
+        passed = dict(zip(theirs, ours, strict=True))
+        first = next((call for call in calls if call.outputs == (names[arguments[2]],)), None)
+        if first is None or not set(first.inputs) <= set(passed):
+            raise CaptureError(f"Block {block} reads or returns more than its arguments and its result.")
+        region = self.program.regions[first.region]
+        if region.slots != tuple(self._slot(self.slot_nodes[join(block, slot.name)], block) for slot in region.slots):
+            raise CaptureError(f"Block {block} has other parameters than {first.instance}, which it was traced like.")
+        if block not in region.instances:
+            region.instances += (block,)
+        return Call(region.name, block, tuple(passed[name] for name in first.inputs), (f"v{len(calls)}",))
 
     def _region(self, body: GraphModule, block: str) -> tuple[str, list[int]]:
         """The region of a piece (an equal one, or a new one), and which of the piece's arguments are activations."""

@@ -11,6 +11,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from vlmbuild.collector import resting_collector
 from vlmbuild.errors import PassError
 from vlmbuild.graph_text import digest
 from vlmbuild.program import Program, Region
@@ -23,10 +24,12 @@ class PassOutcome:
     Attributes:
         sites: Region name -> rewritten sites of its graph (not multiplied by instances).
         refusals: Region name -> why sites that looked alike were left alone.
+        divided: Name of a new region -> the region that some of its instances were taken from.
     """
 
     sites: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
+    divided: dict[str, str] = field(default_factory=dict)
 
     def add(self, region: str, sites: int, refusals: Iterable[str] = ()) -> None:
         """Count sites and reasons of a region."""
@@ -81,6 +84,7 @@ class PassReport:
         return {"name": self.name, "matches": self.matches, "refusals": list(self.refusals)}
 
 
+@resting_collector()
 def run(
     passes: Iterable[Pass],
     program: Program,
@@ -124,13 +128,15 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
     started = time.perf_counter()
     try:
         outcome = step(program)
-        for region in program.regions.values():
-            refresh(region)
+        for name, region in program.regions.items():
+            if _state(region) != states.get(name):  # shapes are part of the text, so the others' are still right
+                refresh(region)
     except Exception as error:
         done = ", ".join(report.name for report in before) or "none"
         raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error
     seconds = time.perf_counter() - started
-    changed = {name for name, region in program.regions.items() if _state(region) != states.get(name)}
+    origins = {name: outcome.divided.get(name, name) for name in program.regions}
+    changed = {name for name, region in program.regions.items() if _state(region) != states.get(origins[name])}
     counted = {name for name, sites in outcome.sites.items() if sites}
     if changed != counted:
         raise PassError(

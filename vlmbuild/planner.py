@@ -12,15 +12,20 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
-from vlmbuild.builder import check_recipe, planned_weights, read_model, rewrite, trace_program
+from vlmbuild.artifact.bitsandbytes_config import MIXED, announced_format, is_skipped
+from vlmbuild.artifact.checkpoint import CheckpointWeights
+from vlmbuild.builder import planned_weights, published_name, read_model, rewrite, trace_program
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family, ImageCost
 from vlmbuild.memory import Memory, Workload, estimate_memory
 from vlmbuild.pipeline import PassReport
 from vlmbuild.program import Program
+from vlmbuild.quantization import decide, linear_layers
 from vlmbuild.recipe import Recipe
 from vlmbuild.source import Progress, Source, resolve
+from vlmbuild.source_tensors import source_tensors, stored_formats
 from vlmbuild.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
+from vlmbuild.weight_format import WeightFormat
 
 Image = str | Path | tuple[int, int]
 """A file, or (height, width)."""
@@ -126,7 +131,11 @@ def plan(
         CaptureError, PassError: The graph cannot be built as asked.
     """
     told = progress or (lambda _stage, _done, _total: None)
-    check_recipe(recipe)
+    if recipe.quantize is not None and recipe.quantize.format == "auto":
+        raise UsageError(
+            "auto measures weights, and a plan reads none. Plan with nf4; a budget is the bits per weight of what is "
+            "quantized."
+        )
     sizes = [_size(image) for image in images]
     if limits and not sizes:
         raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
@@ -134,7 +143,10 @@ def plan(
     values, family, config = read_model(found)
     costs = tuple(_costs(found, family, config, sizes, limits or {}))
     program = trace_program(family, config, told)
-    reports = rewrite(program, recipe, told)
+    stored = _stored_formats(found, family, values, program)
+    reports, _ = rewrite(
+        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published_name(family)), told
+    )
     refusals = refusals_by_role(program, [report.record() for report in reports])
     regions = tuple(describe_regions(program))
     roles = tuple(describe_roles(_weights(program, family, recipe), refusals))
@@ -159,11 +171,35 @@ def plan(
     )
 
 
+def _stored_formats(
+    source: Source, family: Family, values: Mapping[str, Any], program: Program
+) -> Mapping[str, WeightFormat]:
+    """Formats of a quantized source: of its weights if they are here, else what its config tells of."""
+    if "quantization_config" not in values:
+        return {}
+    if any(source.directory.glob("*.safetensors")):
+        return stored_formats(source_tensors(CheckpointWeights(source.directory), family, values))
+    config = values["quantization_config"]
+    if config.get("quant_method") == MIXED:
+        raise SourceError(
+            f"{source.directory} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside "
+            "config.json."
+        )
+    names, skipped = published_name(family), config.get("llm_int8_skip_modules") or ["lm_head"]
+    form = announced_format(config)
+    return {
+        layer.module: form
+        for layer in linear_layers(program)
+        if not layer.refusal and not is_skipped(layer.module, skipped) and not is_skipped(names(layer.module), skipped)
+    }
+
+
 def _weights(program: Program, family: Family, recipe: Recipe) -> Iterable[StoredWeight]:
-    for name, weight_recipe, specs in planned_weights(program, family, recipe):
-        shape = specs[0].shape if weight_recipe is None else weight_recipe.shape
-        nbytes = sum(spec.nbytes for spec in specs)
-        yield StoredWeight(name, family.role(name), math.prod(shape), nbytes, weight_recipe is not None)
+    for parameter in planned_weights(program, family, recipe):
+        nbytes = sum(spec.nbytes for spec in parameter.specs)
+        yield StoredWeight(
+            parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format
+        )
 
 
 def _size(image: Image) -> tuple[str, int, int]:

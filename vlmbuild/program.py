@@ -15,6 +15,8 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
+from vlmbuild.weight_format import WeightFormat
+
 COMPUTE_DTYPE = torch.bfloat16
 """Stands in graphs and slots for the dtype that is chosen when the program is bound to weights."""
 
@@ -43,21 +45,17 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class WeightRecipe:
-    """How one source tensor of every instance becomes stored tensors. Slots without a recipe are copied.
+    """In which format a source tensor of every instance is stored. Slots without a recipe are stored as they are.
 
     Attributes:
         source: Relative name of the tensor in the source checkpoint.
-        shape: Shape of the source tensor.
-        format: "nf4" or "fp4".
-        blocksize: Weights per absmax.
-        double_quant: Whether the absmax values are quantized too.
+        shape: Shape of the source tensor, (out features, in features).
+        format: How it is stored.
     """
 
     source: str
     shape: tuple[int, ...]
-    format: str
-    blocksize: int
-    double_quant: bool
+    format: WeightFormat
 
 
 @dataclass(slots=True)

@@ -31,8 +31,9 @@ from vlmbuild.program import (
     Variant,
     WeightRecipe,
 )
+from vlmbuild.weight_format import format_from_json
 
-SCHEMA = "vlmbuild.program/1"
+SCHEMA = "vlmbuild.program/2"
 
 _ATEN = (
     "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default",
@@ -63,6 +64,7 @@ _DTYPES = {
     "int64": torch.int64,
     "int32": torch.int32,
     "uint8": torch.uint8,
+    "int8": torch.int8,
     "bool": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -181,9 +183,7 @@ def _region_json(region: Region) -> dict[str, Any]:
             {
                 "source": recipe.source,
                 "shape": list(recipe.shape),
-                "format": recipe.format,
-                "blocksize": recipe.blocksize,
-                "double_quant": recipe.double_quant,
+                "format": recipe.format.to_json(),
             }
             for recipe in region.recipes
         ],
@@ -233,8 +233,7 @@ def _region(values: Mapping[str, Any]) -> Region:
         nodes.append(graph.call_function(OPERATORS[entry["op"]], arguments, keywords))
     graph.output(tuple(_decode(value, nodes) for value in values["results"]))
     recipes = tuple(
-        WeightRecipe(r["source"], tuple(r["shape"]), r["format"], r["blocksize"], r["double_quant"])
-        for r in values["recipes"]
+        WeightRecipe(r["source"], tuple(r["shape"]), format_from_json(r["format"])) for r in values["recipes"]
     )
     activations = tuple(tuple(shape) for shape in values["activations"])
     module = GraphModule(nn.Module(), graph, class_name="Region")

@@ -10,49 +10,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from vlmbuild.checks import one_of, strings
 from vlmbuild.errors import UsageError
+from vlmbuild.quant_spec import QUANTIZE, QuantSpec
+
+__all__ = ["ATTENTIONS", "DTYPES", "TARGETS", "TOOLS", "QuantSpec", "Recipe"]
 
 TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
 
 TARGETS = ("trainable",)
-FORMATS = ("nf4", "fp4")
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
-
-
-def one_of(what: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise `UsageError` naming the choices when `value` is not among them."""
-    if value not in choices or type(value) is not type(choices[0]):  # True and 64.0 are equal to integers
-        listed = ", ".join(str(choice) for choice in choices)
-        raise UsageError(f"{what} cannot be {value!r}. Choose one of: {listed}.")
-
-
-@dataclass(frozen=True, slots=True)
-class QuantSpec:
-    """4-bit quantization of the language model's linear layers in bitsandbytes' layout (QLoRA, arXiv:2305.14314, section 3).
-
-    Attributes:
-        format: "nf4" (4-bit NormalFloat) or "fp4".
-        blocksize: Weights per absmax.
-        double_quant: Quantize the absmax values too (8 bits, blocks of 256).
-        skip: fnmatch patterns of module names that stay in `Recipe.dtype`, on top of the roles that always do.
-    """
-
-    format: Literal["nf4", "fp4"] = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
-    skip: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        one_of("quantize.format", self.format, FORMATS)
-        if type(self.blocksize) is not int:
-            raise UsageError(f"quantize.blocksize must be an integer; got {self.blocksize!r}.")
-        one_of("quantize.blocksize", self.blocksize, BLOCK_SIZES)
-        if not isinstance(self.double_quant, bool):
-            raise UsageError(f"quantize.double_quant must be true or false; got {self.double_quant!r}.")
-        object.__setattr__(self, "skip", _strings(self.skip, "quantize.skip"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +30,7 @@ class Recipe:
 
     Attributes:
         target: What is written.
-        quantize: None keeps every weight in `dtype`.
+        quantize: None leaves every weight as the source has it, in `dtype` or quantized.
         attention: The kernel behind the attention operator; "auto" is Triton on CUDA tensors and SDPA elsewhere.
         dtype: Dtype of the stored unquantized weights and of the computation.
         require: Names of passes that must match at least once, else the build fails.
@@ -76,7 +45,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.quantize, QuantSpec | None):
             raise UsageError(f"quantize must be a QuantSpec or None; got {self.quantize!r}.")
-        object.__setattr__(self, "require", _strings(self.require, "require"))
+        object.__setattr__(self, "require", strings(self.require, "require"))
         one_of("target", self.target, TARGETS)
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
@@ -85,7 +54,7 @@ class Recipe:
     def from_mapping(cls, options: Mapping[str, Any], where: str = "recipe") -> Self:
         """A recipe from plain options, as a TOML file or the command line gives them.
 
-        `quantize` may be a table, a format's name, "none" or None.
+        `quantize` may be a table, a format's name, or None.
 
         Raises:
             UsageError: An option is unknown, of the wrong type, or not among the choices.
@@ -96,13 +65,11 @@ class Recipe:
         values = dict(options)
         quantize = values.get("quantize")
         if isinstance(quantize, str):
-            values["quantize"] = None if quantize == "none" else QuantSpec(format=quantize)  # type: ignore[arg-type]
+            values["quantize"] = QuantSpec(format=quantize)  # type: ignore[arg-type]
         elif isinstance(quantize, Mapping):
-            values["quantize"] = _quantization(quantize, where)
+            values["quantize"] = QuantSpec.from_mapping(quantize, where)
         elif not isinstance(quantize, QuantSpec | None):
-            raise UsageError(
-                f"{where}: quantize must be a table or one of none, {', '.join(FORMATS)}; got {quantize!r}."
-            )
+            raise UsageError(f"{where}: quantize must be a table or one of {', '.join(QUANTIZE)}; got {quantize!r}.")
         return cls(**values)
 
     @classmethod
@@ -121,26 +88,11 @@ class Recipe:
         return cls.from_mapping({**options, **overrides}, where=str(path))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values: strings, integers, booleans, lists, None."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Plain values: strings (also for numbers that are not whole), integers, booleans, lists, None."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_float=str)
         return plain
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON of all fields."""
         text = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _quantization(options: Mapping[str, Any], where: str) -> QuantSpec:
-    known = {field.name for field in fields(QuantSpec)}
-    if unknown := sorted(set(options) - known):
-        raise UsageError(
-            f"{where}: unknown option {unknown[0]!r} in [quantize]. Known options: {', '.join(sorted(known))}."
-        )
-    return QuantSpec(**options)
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-        raise UsageError(f"{where} must be a list of strings; got {value!r}.")
-    return tuple(value)

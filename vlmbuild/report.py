@@ -168,28 +168,37 @@ def _facts(facts: Mapping[str, str]) -> list[str]:
 
 
 def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    spec = recipe.get("quantize")
-    quantized = "none"
-    if spec:
-        scales = ", scales quantized too" if spec["double_quant"] else ""
-        skipped = f", except {', '.join(spec['skip'])}" if spec["skip"] else ""
-        quantized = f"{spec['format']}, blocks of {spec['blocksize']}{scales}{skipped}"
+    quantized = _quantization(recipe.get("quantize"))
     required = {"required": ", ".join(recipe["require"])} if recipe.get("require") else {}
     names = {"target": "target", "dtype": "dtype", "attention": "attention"}
     return {**{name: str(recipe.get(key)) for name, key in names.items()}, "quantize": quantized, **required}
 
 
+def _quantization(spec: Mapping[str, Any] | None) -> str:
+    if spec is None:
+        return "as in the source"
+    form = str(spec["format"])
+    if form == "none":
+        return form
+    text = f"{form} within {spec['budget']} bits per weight" if spec["budget"] else form
+    if form != "int8":
+        text += f", blocks of {spec['blocksize']}{', scales in 8 bits' if spec['double_quant'] else ''}"
+    text += "".join(f", {item['pattern']} {item['format']}" for item in spec["overrides"])
+    text += f", except {', '.join(spec['skip'])}" if spec["skip"] else ""
+    return f"{text}; {', '.join(spec['roles'])}"
+
+
 def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    dtype, spec = str(recipe.get("dtype")), recipe.get("quantize")
-    if not spec:
-        return dtype
-    kept = "; ".join(role["kept"]) or "no linear layers"
+    """How a role's weights are stored: "nf4 99.9 %, bfloat16 the rest (norms and biases)"."""
+    dtype = str(recipe.get("dtype"))
+    kept = "; ".join(role["kept"])
     if not role["quantized"]:
-        return f"{dtype} ({kept})"
-    share = 100 * role["quantized"] / role["parameters"]
-    if role["quantized"] == role["parameters"]:
-        return str(spec["format"])
-    return f"{spec['format']} {share:.1f} %, {dtype} the rest ({kept})"
+        return f"{dtype} ({kept})" if kept else dtype
+    if role["quantized"] == role["parameters"] and len(role["formats"]) == 1:
+        return str(next(iter(role["formats"])))
+    shares = [f"{form} {100 * count / role['parameters']:.1f} %" for form, count in role["formats"].items()]
+    rest = f", {dtype} the rest" if role["quantized"] < role["parameters"] else ""
+    return f"{'; '.join(shares)}{rest}{f' ({kept})' if kept else ''}"
 
 
 def _refusal_notes(report: Mapping[str, Any]) -> list[str]:

@@ -31,6 +31,9 @@ PROCESSOR_FILES = (
 )
 """What a processor may be made of, as published checkpoints have it."""
 
+SIDE_FILES = (*PROCESSOR_FILES, "generation_config.json")
+"""What an artifact takes over as it is."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -121,7 +124,7 @@ def _download(name: str, revision: str | None, cache_dir: str | Path | None, wei
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", "generation_config.json", *PROCESSOR_FILES]
+    wanted = ["config.json", *SIDE_FILES]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
         directory = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +14,20 @@ from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Role, join
+from vlmbuild.quantization import QUANTIZE
 from vlmbuild.runtime.loader import read_program
-
-_QUANTIZE = "quantize_linear"
+from vlmbuild.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """A source tensor in an artifact: its module name, what it does, and the bytes that it takes as it is stored."""
+    """A source tensor in an artifact: its module name, what it does, the bytes that it takes as it is stored, and how."""
 
     name: str
     role: Role
     parameters: int
     nbytes: int
-    quantized: bool
+    format: WeightFormat | None
 
 
 def describe_regions(program: Program) -> list[dict[str, Any]]:
@@ -42,20 +44,25 @@ def describe_regions(program: Program) -> list[dict[str, Any]]:
 
 
 def describe_roles(weights: Iterable[StoredWeight], refusals: dict[Role, list[str]]) -> list[dict[str, Any]]:
-    """Parameters and bytes of every role, how many of its parameters are quantized, and why the others are not."""
+    """Parameters and bytes of every role, how many of its parameters are in which format, and why others are not."""
     weights = list(weights)
     described = []
     for role in get_args(Role):
         mine = [weight for weight in weights if weight.role == role]
         if mine:
             parameters = sum(weight.parameters for weight in mine)
-            quantized = sum(weight.parameters for weight in mine if weight.quantized)
+            formats: Counter[str] = Counter()
+            for weight in mine:
+                if weight.format is not None:
+                    formats[weight.format.describe()] += weight.parameters
+            quantized = sum(formats.values())
             reasons = list(dict.fromkeys(refusals.get(role, []))) + (["norms and biases"] if quantized else [])
             described.append(
                 {
                     "role": role,
                     "parameters": parameters,
                     "quantized": quantized,
+                    "formats": dict(formats.most_common()),
                     "bytes": sum(weight.nbytes for weight in mine),
                     "kept": reasons if quantized < parameters else [],
                 }
@@ -68,7 +75,7 @@ def refusals_by_role(program: Program, passes: Iterable[dict[str, Any]]) -> dict
     roles = {(region.name, slot.name): slot.role for region in program.regions.values() for slot in region.slots}
     found: dict[Role, list[str]] = {}
     for record in passes:
-        for refusal in record["refusals"] if record["name"] == _QUANTIZE else ():
+        for refusal in record["refusals"] if record["name"] == QUANTIZE else ():
             region, _, rest = refusal.partition(": ")
             module, _, reason = rest.partition(": ")
             role = roles.get((region, f"{module}.weight"))
@@ -114,20 +121,22 @@ def _stored_weights(program: Program, family: Family, checkpoint: CheckpointWeig
     sizes: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         owner, separator, _ = name.partition(".weight.")
+        if not separator:
+            owner, separator, _ = re.sub(r"\.(SCB|weight_format)$", ".weight.", name).partition(".weight.")
         owner += ".weight" if separator else ""
         sizes[owner] = sizes.get(owner, 0) + info.nbytes
     seen = set()
     for region in program.regions.values():
         for instance in region.instances:
-            for relative, shape, quantized in _weights_of(region):
+            for relative, shape, form in _weights_of(region):
                 name = join(instance, relative)
                 if name not in seen:
                     seen.add(name)
                     stored = sizes.get(family.stored_name(name), 0)
-                    yield StoredWeight(name, family.role(name), math.prod(shape), stored, quantized)
+                    yield StoredWeight(name, family.role(name), math.prod(shape), stored, form)
 
 
-def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], bool]]:
-    """(relative name, source shape, whether it is quantized) of a region's weights."""
-    yield from ((recipe.source, recipe.shape, True) for recipe in region.recipes)
-    yield from ((slot.name, slot.shape, False) for slot in region.slots if slot.kind == "parameter")
+def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], WeightFormat | None]]:
+    """(relative name, source shape, format) of a region's weights."""
+    yield from ((recipe.source, recipe.shape, recipe.format) for recipe in region.recipes)
+    yield from ((slot.name, slot.shape, None) for slot in region.slots if slot.kind == "parameter")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,24 +46,37 @@ class CheckpointWeights:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.files: tuple[Path, ...] = tuple(self.directory / name for name in names)
         self._identities = {file: Identity.of(file.stat()) for file in self.files}
+        self._mappings: dict[Path, mmap.mmap] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own.
+        """One tensor, in memory of its own. Raises what `read_part` raises."""
+        info = self.info(name)
+        return self.read_part(name, 0, math.prod(info.shape)).reshape(info.shape)
 
-        Raises SourceError when there is no such tensor, or its file changed since the header was read.
-        """
+    def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies. Raises SourceError when there is none of this name."""
         if name not in self.tensors:
             raise SourceError(
                 f"{self.directory} has no tensor {name!r}, only {len(self.tensors)} others. Check that the weights "
                 "belong to its config.json."
             )
-        info = self.tensors[name]
-        # Memory of our own, not a mapping of the file: a mapped tensor changes when the file is written to.
-        data = torch.empty(info.end - info.start, dtype=torch.uint8)
+        return self.tensors[name]
+
+    def read_part(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` elements of a tensor from the element `first` on, flat, in memory of their own.
+
+        Raises SourceError when there is no such tensor, or its file changed since the header was read.
+        """
+        info = self.info(name)
+        # Memory of our own, not a mapping of the file: a mapped tensor changes when the file is written to, and its pages
+        # count as ours.
+        data = torch.empty(count * info.dtype.itemsize, dtype=torch.uint8)
+        start = info.start + first * info.dtype.itemsize
+        assert start + data.nbytes <= info.end
         try:
             descriptor = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                complete = _read_into(descriptor, data.numpy().data, info.start)
+                complete = _read_into(descriptor, data.numpy().data, start)
                 changed = Identity.of(os.fstat(descriptor)) != self._identities[info.file]
             finally:
                 os.close(descriptor)
@@ -73,7 +88,33 @@ class CheckpointWeights:
             raise SourceError(
                 f"{info.file} changed while it was read, at tensor {name!r}. Leave it alone and try again."
             )
-        return data.view(info.dtype).reshape(info.shape)
+        return data.view(info.dtype)
+
+    def map(self, name: str) -> torch.Tensor:
+        """One tensor whose memory is the file's, read when it is touched and copied when it is written to.
+
+        The file must stay as it is, though it may be removed. Raises what `read` raises.
+        """
+        info = self.info(name)
+        if info.start % info.dtype.itemsize or not info.nbytes:
+            return self.read(name)
+        buffer = self._mapping(info.file)
+        flat = torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.start)
+        return flat.reshape(info.shape)
+
+    def _mapping(self, file: Path) -> mmap.mmap:
+        if file not in self._mappings:
+            try:
+                with file.open("rb") as stream:
+                    changed = Identity.of(os.fstat(stream.fileno())) != self._identities[file]
+                    self._mappings[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError as error:
+                raise SourceError(
+                    f"{file} cannot be mapped: {error.strerror}. Check the disk and permissions."
+                ) from error
+            if changed:
+                raise SourceError(f"{file} changed since its header was read. Leave it alone and try again.")
+        return self._mappings[file]
 
 
 def _read_into(descriptor: int, view: memoryview, offset: int) -> bool:

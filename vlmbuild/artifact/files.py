@@ -132,6 +132,12 @@ def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None =
     return total, digest.hexdigest()
 
 
+def hash_file(path: Path, *, on_chunk: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file. Raises OSError."""
+    with path.open("rb") as stream:
+        return hash_descriptor(stream.fileno(), on_chunk=on_chunk)[1]
+
+
 def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Write every byte at `offset`; one write call may take only a part. Raises OSError."""
     rest = memoryview(data).cast("B")

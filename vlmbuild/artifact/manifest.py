@@ -162,6 +162,8 @@ class Manifest:
 
 _FILE_KEYS = frozenset(field.name for field in fields(FileEntry))
 _DERIVED = frozenset({"root_digest", "trust"})
+_PASS_DETAILS = ("decisions", "calibration")
+"""What a pass may say besides, of each layer."""
 _TOP_KEYS = frozenset(field.name for field in fields(Manifest)) | _DERIVED
 
 
@@ -186,7 +188,10 @@ def _check_keys(where: str, value: object, expected: frozenset[str]) -> None:
 
 
 def _check_pass(record: Mapping[str, Any]) -> None:
-    _check_keys("an entry of passes", record, frozenset({"name", "matches", "refusals"}))
+    known = {"name", "matches", "refusals"}
+    _check_keys(
+        "an entry of passes", {key: record[key] for key in record if key not in _PASS_DETAILS}, frozenset(known)
+    )
     if not isinstance(record["name"], str) or not isinstance(record["refusals"], list):
         raise _invalid("an entry of passes has a name that is not a string, or refusals that are not a list")
     if type(record["matches"]) is not int or record["matches"] < 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vlmbuild.artifact.canonical import MAX_BYTES, MAX_DEPTH
 from vlmbuild.artifact.files import Identity, hash_descriptor, list_tree, open_beneath, open_directory
 from vlmbuild.artifact.manifest import MANIFEST_NAME, MAX_FILES, SUMS_NAME, FileEntry, Manifest
-from vlmbuild.errors import IncompatibleError, IntegrityError
+from vlmbuild.errors import IncompatibleError, IntegrityError, VlmbuildError
 
 Progress = Callable[[int, int], None]
 
@@ -74,6 +74,31 @@ class ArtifactReader:
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.digest:
             raise IntegrityError(f"{self.path / name} is not what {MANIFEST_NAME} says. {_REMEDY}")
         return data
+
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Verify all files in other threads while the block runs, and wait for it at the end.
+
+        Raises what `verify` raises, also in place of an error of the block: what was read may have been wrong.
+        """
+        stopped = threading.Event()
+
+        def progress(_done: int, _total: int) -> None:
+            if stopped.is_set():
+                raise _StoppedError
+
+        with ThreadPoolExecutor(1) as pool:
+            verification = pool.submit(_verify, self.path, self.manifest.id, progress)
+            try:
+                yield
+            except VlmbuildError:
+                verification.result()
+                raise
+            except BaseException:
+                stopped.set()
+                raise
+            _, self._identities = verification.result()
+        self.check_unchanged()
 
     def check_unchanged(self) -> None:
         """Raise IntegrityError when a file was replaced or written to since it was verified.

@@ -23,6 +23,9 @@ from vlmbuild.artifact.tensors import (
 from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.errors import OutputError
 
+SHARD_BYTES = 2**28
+"""Of moderate size, so that all cores can write, hash and verify one artifact."""
+
 __all__ = ["CheckpointWeights", "TensorInfo", "TensorSpec", "WeightsWriter", "read_header"]
 
 
@@ -49,62 +52,108 @@ class _Shard:
     specs: tuple[TensorSpec, ...]
     greatest_header: bytes
     starts: dict[str, int]
-    waiting: set[str]
+    written: dict[str, int] = field(default_factory=dict)
     deferred: dict[str, torch.Tensor] = field(default_factory=dict)
     file: OutputFile | None = None
+    remaining: int = 0
 
 
 class WeightsWriter:
     """Writes model.safetensors, or shards and an index, in the form that transformers and safetensors read.
 
-    The specs decide the shards and the place of every tensor, so tensors may be added in any order and each is written
-    at once. Only a tensor whose size is not known beforehand (`exact=False`; a few hundred bytes each) waits in memory
-    until its shard is complete and lies at the end of it; the header is reserved at its greatest length and filled with
-    spaces, which the format allows. That costs no temporary copy of the data.
-    Raises OutputError when the specs contradict each other.
+    The specs decide the shards and the place of every tensor, so tensors may be added in any order, whole or in pieces, and
+    each is written at once. Only a tensor whose size is not known beforehand (`exact=False`; a few hundred bytes each)
+    waits in memory until its shard is complete and lies at the end of it; the header is reserved at its greatest length and
+    filled with spaces, which the format allows. That costs no temporary copy of the data.
+
+    Several threads may write, each to shards of its own (`shards`). Raises OutputError when the specs contradict each other.
     """
 
-    def __init__(self, writer: ArtifactWriter, specs: Sequence[TensorSpec], *, shard_bytes: int = 5 * 2**30) -> None:
+    def __init__(
+        self,
+        writer: ArtifactWriter,
+        specs: Sequence[TensorSpec | tuple[TensorSpec, ...]],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """
+        Args:
+            writer: Of the artifact.
+            specs: All tensors; those in one tuple stay in one shard.
+            shard_bytes: A shard is closed before it grows above this.
+        """
         self._writer = writer
-        _check_specs(specs)
-        self._shards = [_plan_shard(name, group) for name, group in _name_shards(_split(specs, shard_bytes))]
+        groups = [spec if isinstance(spec, tuple) else (spec,) for spec in specs]
+        _check_specs([spec for group in groups for spec in group])
+        self._shards = [_plan_shard(name, group) for name, group in _name_shards(_split(groups, shard_bytes))]
         self._shard_of = {spec.name: shard for shard in self._shards for spec in shard.specs}
-        self._specs = {spec.name: spec for spec in specs}
-        self._total_bytes = 0
+        self._specs = {spec.name: spec for shard in self._shards for spec in shard.specs}
+        for shard in self._shards:
+            shard.file = _open_shard(writer, shard)
+
+    def shards(self) -> list[tuple[str, ...]]:
+        """The names of the tensors of each shard."""
+        return [tuple(spec.name for spec in shard.specs) for shard in self._shards]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor. Raises OutputError when it is not announced, comes twice, or differs from its spec."""
-        spec = self._specs.get(name)
-        shard = self._shard_of.get(name)
-        if spec is None or shard is None:
-            raise OutputError(f"The tensor {name!r} is not among those announced for {self._writer.output}.")
-        if name not in shard.waiting:
+        shard, spec = self._announced(name, tensor)
+        if name in shard.written:
             raise OutputError(f"The tensor {name!r} is written twice to {self._writer.output}.")
-        if tensor.dtype != spec.dtype or not _fits(spec, tuple(tensor.shape)):
+        if not _fits(spec, tuple(tensor.shape)):
             raise OutputError(
                 f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
                 f"announced for {self._writer.output}."
             )
-        if shard.file is None:
-            shard.file = _open_shard(self._writer, shard)
         if spec.exact:
-            shard.file.write_at(tensor_bytes(tensor), len(shard.greatest_header) + shard.starts[name])
+            self.append(name, tensor)
         else:
             shard.deferred[name] = tensor.detach().cpu().clone()
-        shard.waiting.remove(name)
-        self._total_bytes += tensor.numel() * tensor.dtype.itemsize
-        if not shard.waiting:
+            self._count(shard, name, shard.deferred[name].nbytes, complete=True)
+
+    def append(self, name: str, piece: torch.Tensor) -> None:
+        """Write the next elements of a tensor. Raises OutputError when it is not announced, of another dtype, or too long."""
+        shard, spec = self._announced(name, piece)
+        done = shard.written.get(name, 0)
+        if not spec.exact or done + piece.nbytes > spec.nbytes:
+            raise OutputError(f"More of the tensor {name!r} than was announced is written to {self._writer.output}.")
+        assert shard.file is not None
+        if piece.nbytes:
+            shard.file.write_at(tensor_bytes(piece), len(shard.greatest_header) + shard.starts[name] + done)
+        self._count(shard, name, done + piece.nbytes, complete=done + piece.nbytes == spec.nbytes)
+
+    def _announced(self, name: str, tensor: torch.Tensor) -> tuple[_Shard, TensorSpec]:
+        spec = self._specs.get(name)
+        if spec is None:
+            raise OutputError(f"The tensor {name!r} is not among those announced for {self._writer.output}.")
+        if tensor.dtype != spec.dtype:
+            raise OutputError(
+                f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
+                f"announced for {self._writer.output}."
+            )
+        return self._shard_of[name], spec
+
+    def _count(self, shard: _Shard, name: str, nbytes: int, *, complete: bool) -> None:
+        shard.written[name] = nbytes
+        shard.remaining -= complete
+        if not shard.remaining:
+            assert shard.file is not None
             _finish(shard, shard.file)
 
     def finish(self) -> None:
         """Write the index, if there are shards. Raises OutputError when a tensor is missing."""
-        missing = [name for shard in self._shards for name in sorted(shard.waiting)]
+        missing = sorted(
+            spec.name
+            for shard in self._shards
+            for spec in shard.specs
+            if spec.name not in shard.written or (spec.exact and shard.written[spec.name] < spec.nbytes)
+        )
         if missing:
             shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
             raise OutputError(f"Tensors announced for {self._writer.output} were never written: {shown}.")
         if len(self._shards) > 1:
             index = {
-                "metadata": {"total_size": self._total_bytes},
+                "metadata": {"total_size": sum(sum(shard.written.values()) for shard in self._shards)},
                 "weight_map": {name: shard.name for name, shard in self._shard_of.items()},
             }
             text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -134,16 +183,17 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
             raise OutputError(f"The tensor {spec.name!r} with {spec.dtype} cannot be stored in safetensors.")
 
 
-def _split(specs: Sequence[TensorSpec], shard_bytes: int) -> Iterator[list[TensorSpec]]:
-    group: list[TensorSpec] = []
+def _split(groups: Sequence[tuple[TensorSpec, ...]], shard_bytes: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
     size = 0
-    for spec in specs:
-        if group and size + spec.nbytes > shard_bytes:
-            yield group
-            group, size = [], 0
-        group.append(spec)
-        size += spec.nbytes
-    yield group
+    for group in groups:
+        nbytes = sum(spec.nbytes for spec in group)
+        if shard and size + nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.extend(group)
+        size += nbytes
+    yield shard
 
 
 def _name_shards(groups: Iterator[list[TensorSpec]]) -> Iterator[tuple[str, list[TensorSpec]]]:
@@ -162,7 +212,7 @@ def _plan_shard(name: str, group: list[TensorSpec]) -> _Shard:
         starts[spec.name] = position
         position += spec.nbytes
     greatest = encode_header((spec.name, spec.dtype, spec.shape, *_span(spec, starts)) for spec in specs)
-    return _Shard(name, specs, frame_header(greatest), starts, {spec.name for spec in specs})
+    return _Shard(name, specs, frame_header(greatest), starts, remaining=len(specs))
 
 
 def _span(spec: TensorSpec, starts: Mapping[str, int]) -> tuple[int, int]:
@@ -178,7 +228,7 @@ def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
 def _open_shard(writer: ArtifactWriter, shard: _Shard) -> OutputFile:
     file = writer.open(shard.name, "weights")
     if all(spec.exact for spec in shard.specs):
-        # With the header first and tensors in order, the file is hashed as it is written.
+        # With the header first and tensors in order, whole or in pieces, the file is hashed as it is written.
         file.write(shard.greatest_header)
     return file
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
+from vlmbuild.ops import linear_4bit_cpu
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -131,24 +132,36 @@ def dequantize_4bit(
 def _dequantize(
     weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
     in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
+    *, reuse: bool = False,
 ) -> Tensor:  # fmt: skip
+    """`dequantize_4bit` unchecked; with `reuse`, on a CPU, possibly in memory that the next such call overwrites."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)
 
-    ops = torch.ops.bitsandbytes
-    weight, absmax = weight.contiguous(), absmax.contiguous()
-    if nested_absmax is not None and nested_offset is not None:
-        code = code_8bit(absmax.device)
-        scales = ops.dequantize_blockwise(absmax, nested_absmax.contiguous(), code, NESTED_BLOCKSIZE, torch.float32)
-        absmax = scales + nested_offset
+    weight, scales = weight.contiguous(), _scales(absmax, nested_absmax, nested_offset).contiguous()
     values = in_features * out_features
     on_cpu = weight.device.type == "cpu"
     # bitsandbytes has no native CPU kernel for these and would compile one per shape; plain torch is ready at once.
     if on_cpu and (values % blocksize or blocksize >= 2048):
-        return dequantize_reference(weight, absmax, in_features, out_features, blocksize, quant_type, weight_dtype)
+        return dequantize_reference(weight, scales, in_features, out_features, blocksize, quant_type, weight_dtype)
     # Its CPU kernel takes the wrong scale where a block runs over the end of a row, so rows are made of whole blocks.
     rows = (values // blocksize, blocksize) if on_cpu and in_features % blocksize else (out_features, in_features)
-    dequantized: Tensor = ops.dequantize_4bit(weight, absmax, blocksize, quant_type, rows, weight_dtype)
-    return dequantized.view(out_features, in_features)
+    dense: Tensor | None = None
+    if on_cpu and reuse:
+        dense = linear_4bit_cpu.dequantize_into_scratch(weight, scales, rows, blocksize, quant_type, weight_dtype)
+    if dense is None:
+        dense = torch.ops.bitsandbytes.dequantize_4bit(weight, scales, blocksize, quant_type, rows, weight_dtype)
+    return dense.view(out_features, in_features)
+
+
+def _scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """`scales_reference` by bitsandbytes' kernel."""
+    if nested_absmax is None or nested_offset is None:
+        return absmax
+    import bitsandbytes  # noqa: F401
+
+    code, absmax, outer = code_8bit(absmax.device), absmax.contiguous(), nested_absmax.contiguous()
+    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(absmax, outer, code, NESTED_BLOCKSIZE, torch.float32)
+    return scales + nested_offset
 
 
 @torch.library.custom_op(
@@ -162,11 +175,15 @@ def linear_4bit(
     """`input @ weight.T + bias`, `[..., in]` to `[..., out]`; the weight as in `dequantize_4bit`, cast to the input.
 
     Differentiable in `input` and `bias`. The dequantized weight lives for this call only: the backward makes it again.
+    For few rows of bfloat16 on a CPU with AVX512-BF16 there is none, and a repacked copy of an NF4 weight lives as long
+    as the weight, unless a backward drops it.
     """
     _check_input(input, bias, in_features, out_features)
-    dense = dequantize_4bit(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
+    buffers, sizes = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
+    check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
+    if linear_4bit_cpu.fits_fused(input, (*buffers, bias), *sizes, quant_type, weight_dtype):
+        return linear_4bit_cpu.fused_product(input, buffers, bias, *sizes, lambda: _scales(*buffers[1:]))
+    dense = _dequantize(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
     return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
@@ -191,9 +208,10 @@ def linear_4bit_backward(
     in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Gradient of `linear_4bit` for its input. One operator, so that a compiler cannot keep the dense weight."""
-    dense = dequantize_4bit(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
+    buffers = (weight, absmax, nested_absmax, nested_offset)
+    check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
+    linear_4bit_cpu.forget(weight)
+    dense = _dequantize(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
     return (grad @ dense.to(grad.dtype)).contiguous()
 
 

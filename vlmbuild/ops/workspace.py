@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.ops.linear_8bit import GROUP_VALUES
 
 Workspace = Callable[[Sequence[Any], Any], int]
 
@@ -22,6 +23,31 @@ def _dequantized(args: Sequence[Any], _: Any) -> int:
     nested, (in_features, out_features, blocksize, _type, dtype) = args[3], args[-5:]
     values = in_features * out_features
     return int(values * dtype.itemsize + (0 if nested is None else 2 * 4 * math.ceil(values / blocksize)))
+
+
+def _integers_cpu(args: Sequence[Any], result: Any) -> int:
+    """An input's float16, outlier mask and two float32 copies; or its int8 and four of the result in 32 bits."""
+    values = args[0].numel()
+    return int(max(11 * values, values + 16 * result.numel()) - result.nbytes)
+
+
+def _integers_cuda(args: Sequence[Any], result: Any) -> int:
+    """An input's float16, magnitudes and outlier mask; or its int8 and the result as int32 and float16."""
+    values = args[0].numel()
+    return int(max(5 * values, values + 6 * result.numel()))
+
+
+def _dequantized_8bit(args: Sequence[Any], _: Any) -> int:
+    """The dense weight."""
+    grad, weight, _scales = args
+    return int(weight.numel() * grad.dtype.itemsize)
+
+
+def _dequantized_8bit_cpu(args: Sequence[Any], result: Any) -> int:
+    """Also two float32 copies of a group of its rows: so a CPU multiplies 16-bit floats."""
+    grad, weight, _scales = args
+    group = min(weight.numel(), max(GROUP_VALUES, weight.shape[1]))
+    return _dequantized_8bit(args, result) + (8 * group if grad.dtype.itemsize == 2 else 0)
 
 
 def _attention_parts(args: Sequence[Any], _: Any) -> int:
@@ -59,9 +85,15 @@ _EVERYWHERE: dict[Any, Workspace] = {
     _OPS.attention_sdpa_backward.default: _attention_gradient_parts,
 }
 WORKSPACES: dict[str, dict[Any, Workspace]] = {
-    "cuda": _EVERYWHERE,  # `auto` is Triton there, whose kernels need nothing, and so is the rotation
+    "cuda": {
+        **_EVERYWHERE,  # `auto` is Triton there, whose kernels need nothing, and so is the rotation
+        _OPS.linear_8bit.default: _integers_cuda,
+        _OPS.linear_8bit_backward.default: _dequantized_8bit,
+    },
     "cpu": {
         **_EVERYWHERE,
+        _OPS.linear_8bit.default: _integers_cpu,
+        _OPS.linear_8bit_backward.default: _dequantized_8bit_cpu,
         _OPS.attention_auto_forward.default: _attention_parts,
         _OPS.attention_auto_backward.default: _attention_gradient_parts,
         _OPS.mrope_rotate.default: _turned_halves,

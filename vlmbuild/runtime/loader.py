@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmbuild.artifact.bitsandbytes_format import STATE_PREFIX, parse_quant_state
+from vlmbuild.artifact.bitsandbytes_4bit import STATE_PREFIX, parse_quant_state
 from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.artifact.manifest import Manifest, parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.errors import DeviceError, IncompatibleError, SourceError
+from vlmbuild.checks import one_of
+from vlmbuild.devices import available_device
+from vlmbuild.errors import IncompatibleError, SourceError
 from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.program_json import from_json
-from vlmbuild.recipe import DTYPES, one_of
+from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.weight_format import EightBit
 
 
 def load(
@@ -48,16 +52,18 @@ def load(
         DeviceError: The device is not available here.
         UsageError: The dtype is none that a model computes in.
     """
-    chosen_device = _device(device)
+    chosen_device = available_device(device)
     if dtype is not None:
         one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
-    reader = ArtifactReader(path, verify=verify)
+    reader = ArtifactReader(path, verify=False)
     if reader.manifest.target != "trainable":
         raise IncompatibleError(f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable'.")
-    program = read_program(reader)
-    family = family_named(program.family)
-    model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
-    model.processor = family.processor(reader.path)
+    # Files are hashed by other threads meanwhile. Nothing is run from them, and nothing returned before they are proven.
+    with reader.verifying() if verify else nullcontext():
+        program = read_program(reader)
+        family = family_named(program.family)
+        model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
+        model.processor = family.processor(reader.path)
     return model.eval().to(chosen_device), model.processor
 
 
@@ -71,7 +77,6 @@ def _bind(reader: ArtifactReader, program: Program, family: Family, dtype: torch
     try:
         config = family.config(json.loads(reader.read("config.json")))
         tensors = _read_tensors(program, family, CheckpointWeights(reader.path))
-        reader.check_unchanged()
         return VisionLanguageModel(program, family, config, tensors, dtype)
     except SourceError as error:
         raise IncompatibleError(f"The files of {reader.path} do not belong together: {error}") from error
@@ -79,18 +84,6 @@ def _bind(reader: ArtifactReader, program: Program, family: Family, dtype: torch
         raise IncompatibleError(
             f"The program of {reader.path} does not fit its weights: {error}. Build the artifact again."
         ) from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(
-            f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it."
-        ) from error
-    return chosen
 
 
 def _dtype(dtype: str | torch.dtype | None, manifest: Manifest) -> torch.dtype:
@@ -116,7 +109,7 @@ def _instance_tensors(
     region: Region, instance: str, family: Family, weights: CheckpointWeights
 ) -> list[tuple[str, Tensor]]:
     found = [
-        (join(instance, slot.name), weights.read(family.stored_name(join(instance, slot.name))))
+        (join(instance, slot.name), weights.map(family.stored_name(join(instance, slot.name))))
         for slot in region.slots
         if slot.kind == "parameter"
     ]
@@ -126,19 +119,22 @@ def _instance_tensors(
 
 
 def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: CheckpointWeights) -> list[tuple[str, Tensor]]:
-    """A 4-bit weight's slots from what bitsandbytes' layout stores."""
+    """A quantized weight's slots from what bitsandbytes' layout stores."""
     stored = family.stored_name(name)
-    found = [(name, weights.read(stored)), (f"{name}_absmax", weights.read(f"{stored}.absmax"))]
-    state = parse_quant_state(weights.read(f"{stored}{STATE_PREFIX}{recipe.format}"), name=stored)
-    if state["blocksize"] != recipe.blocksize or state["shape"] != recipe.shape:
+    if isinstance(recipe.format, EightBit):
+        scales = weights.map(f"{stored.removesuffix('.weight')}.SCB")
+        return [(name, weights.map(stored)), (f"{name}_scb", scales.flatten())]
+    found = [(name, weights.map(stored)), (f"{name}_absmax", weights.map(f"{stored}.absmax"))]
+    state = parse_quant_state(weights.read(f"{stored}{STATE_PREFIX}{recipe.format.name}"), name=stored)
+    if state["blocksize"] != recipe.format.blocksize or state["shape"] != recipe.shape:
         raise IncompatibleError(
             f"{stored} is quantized as {state['shape']} in blocks of {state['blocksize']}, but the program says "
-            f"{recipe.shape} in blocks of {recipe.blocksize}. The weights do not belong to the graph."
+            f"{recipe.shape} in blocks of {recipe.format.blocksize}. The weights do not belong to the graph."
         )
-    if recipe.double_quant:
+    if recipe.format.double_quant:
         if "nested_offset" not in state:
             raise IncompatibleError(f"{stored} has no nested scales, but the program says so.")
-        found.append((f"{name}_nested_absmax", weights.read(f"{stored}.nested_absmax")))
+        found.append((f"{name}_nested_absmax", weights.map(f"{stored}.nested_absmax")))
         found.append((f"{name}_nested_offset", torch.tensor(state["nested_offset"], dtype=torch.float32)))
     return found
 

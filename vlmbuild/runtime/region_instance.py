@@ -79,10 +79,10 @@ class RegionInstance(nn.Module):
 
 
 def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[int, ...]:
-    """Places of a region's activations that come from another call of the same region."""
+    """Places of a region's activations that come from another repeated block, of the same region or of one like it."""
     places = set()
     for variant in variants.values():
-        produced = {value for call in variant.calls if call.region == region.name for value in call.outputs}
+        produced = {value for call in variant.calls if call.instance for value in call.outputs}
         for call in variant.calls:
             if call.region == region.name:
                 places |= {place for place, value in enumerate(call.inputs) if value in produced}

@@ -1,0 +1,197 @@
+"""Bring a source's weights into an artifact: copied, cast, quantized or dequantized, in small pieces, on all cores."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from vlmbuild.targets.request import Request, StoredParameter
+
+from vlmbuild.artifact import bitsandbytes_4bit as four_bit
+from vlmbuild.artifact.bitsandbytes_8bit import ROW_FORMAT, dequantize_rows, quantize_rows
+from vlmbuild.artifact.quantizer import quantize_blocks
+from vlmbuild.artifact.weights import SHARD_BYTES, TensorSpec, WeightsWriter
+from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.cores import available_cores, single_threaded
+from vlmbuild.errors import SourceError
+from vlmbuild.ops.linear_4bit import dequantize_4bit, scales_reference
+from vlmbuild.source_tensors import SourceTensor
+from vlmbuild.weight_format import EightBit, FourBit
+
+_PIECE = 2**22
+"""Elements that are in memory at a time, for each core; a multiple of every block size."""
+
+
+def stored_specs(request: Request, parameters: Sequence[StoredParameter]) -> list[tuple[TensorSpec, ...]]:
+    """The specs of parameters, exactly as in the source for those that are passed through."""
+    return [
+        _passed_specs(request, parameter) if _is_passed(request, parameter) else parameter.specs
+        for parameter in parameters
+    ]
+
+
+def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence[StoredParameter]) -> None:
+    """Write the weights of an artifact. Memory does not depend on the model: a few pieces for each core.
+
+    Raises:
+        SourceError: A tensor cannot be read or quantized; it is named.
+        OutputError: It cannot be written.
+    """
+    by_tensor = {parameter.specs[0].name: parameter for parameter in parameters}
+    progress = _Progress(request, sum(request.tensors[parameter.name].nbytes for parameter in parameters))
+    with WeightsWriter(writer, stored_specs(request, parameters), shard_bytes=SHARD_BYTES) as output:
+        shards = [[by_tensor[name] for name in names if name in by_tensor] for names in output.shards()]
+        jobs = [_Job(request, output, shard, progress) for shard in shards]
+        threads = min(available_cores(), len(jobs))
+        with single_threaded() as start_thread, ThreadPoolExecutor(threads, initializer=start_thread) as pool:
+            try:
+                for _ in pool.map(_Job.run, jobs):
+                    pass
+            except BaseException:
+                progress.stopped.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+class _StoppedError(Exception):
+    """Ends the other threads when one has failed, or the user interrupts."""
+
+
+class _Progress:
+    """Counts source bytes over all threads."""
+
+    def __init__(self, request: Request, total: int) -> None:
+        self.stopped = threading.Event()
+        self._tell, self._total, self._done = request.progress, total, 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        if self.stopped.is_set():
+            raise _StoppedError
+        with self._lock:
+            self._done += nbytes
+            self._tell("weights", self._done, self._total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One shard."""
+
+    request: Request
+    output: WeightsWriter
+    parameters: list[StoredParameter]
+    progress: _Progress
+
+    def run(self) -> None:
+        for parameter in self.parameters:
+            source = self.request.tensors[parameter.name]
+            if _is_passed(self.request, parameter):
+                self._pass(source, parameter)
+            elif parameter.format is None:
+                for piece in self._pieces(source):
+                    self.output.append(parameter.specs[0].name, piece)
+            elif isinstance(parameter.format, FourBit):
+                self._quantize_4bit(source, parameter, parameter.format)
+            else:
+                self._quantize_8bit(source, parameter)
+
+    def _pass(self, source: SourceTensor, parameter: StoredParameter) -> None:
+        for part, spec in zip(source.parts, _passed_specs(self.request, parameter), strict=True):
+            if not spec.exact:
+                self.output.add(spec.name, self.request.weights.read(part))
+                continue
+            for first, count in _ranges(math.prod(spec.shape), _PIECE):
+                piece = self.request.weights.read_part(part, first, count)
+                self.output.append(spec.name, piece)
+                self.progress.add(piece.nbytes)
+
+    def _pieces(self, source: SourceTensor, multiple: int = 1) -> Iterator[Tensor]:
+        """A parameter in the recipe's dtype, flat, in pieces of a multiple of so many elements."""
+        step = max(1, _PIECE // multiple) * multiple
+        dtype = getattr(torch, self.request.recipe.dtype)
+        found = _dequantized(self.request, source, step) if source.format else _plain(self.request, source, step)
+        for piece in found:
+            yield piece.to(dtype)
+            self.progress.add(source.nbytes * piece.numel() // math.prod(source.shape))
+
+    def _quantize_4bit(self, source: SourceTensor, parameter: StoredParameter, form: FourBit) -> None:
+        absmax = []
+        for piece in self._pieces(source):
+            values = piece.to(self.request.device)
+            packed, scales = quantize_blocks(values, quant_type=form.name, blocksize=form.blocksize)
+            if not torch.isfinite(scales).all():
+                raise SourceError(
+                    f"The tensor {source.name} holds NaN or infinity. Repair the checkpoint, or add it to the skip list."
+                )
+            self.output.append(parameter.specs[0].name, packed.cpu())
+            absmax.append(scales.cpu())
+        dtype = getattr(torch, self.request.recipe.dtype)
+        for suffix, part in four_bit.quantized_parts(torch.cat(absmax), source.shape, dtype, form).items():
+            self.output.add(parameter.specs[0].name + suffix, part)
+
+    def _quantize_8bit(self, source: SourceTensor, parameter: StoredParameter) -> None:
+        weight, scb, weight_format = (spec.name for spec in parameter.specs)
+        features = source.shape[1]
+        for piece in self._pieces(source, features):
+            rows, scales = quantize_rows(piece.view(-1, features).to(self.request.device), name=source.name)
+            self.output.append(weight, rows.cpu())
+            self.output.append(scb, scales.cpu())
+        self.output.add(weight_format, torch.tensor(ROW_FORMAT, dtype=torch.uint8))
+
+
+def _is_passed(request: Request, parameter: StoredParameter) -> bool:
+    return parameter.format is not None and request.tensors[parameter.name].format == parameter.format
+
+
+def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorSpec, ...]:
+    """As in the source; only the module's name may be another, if the source has current names. The packed state takes the
+    room that one of ours might, so that an artifact made of an artifact is the same."""
+    source = request.tensors[parameter.name]
+    old, new = source.name.removesuffix(".weight"), parameter.specs[0].name.removesuffix(".weight")
+    found = [(new + part.removeprefix(old), request.weights.tensors[part]) for part in source.parts]
+    specs = [TensorSpec(name, info.dtype, info.shape) for name, info in found]
+    if isinstance(source.format, FourBit):
+        *_, ours = four_bit.stored_specs(f"{new}.weight", source.shape, source.dtype, source.format)
+        longest = max(ours.shape[0], specs[-1].shape[0])
+        specs[-1] = replace(specs[-1], shape=(longest,), exact=ours.exact)
+    return tuple(specs)
+
+
+def _plain(request: Request, source: SourceTensor, step: int) -> Iterator[Tensor]:
+    for first, count in _ranges(math.prod(source.shape), step):
+        yield request.weights.read_part(source.name, first, count)
+
+
+def _dequantized(request: Request, source: SourceTensor, step: int) -> Iterator[Tensor]:
+    """The values that a quantized weight stands for, in the dtype that its state names."""
+    read = request.weights.read
+    if isinstance(source.format, EightBit):
+        features = source.shape[1]
+        scales = read(source.parts[1]).flatten()
+        for first, count in _ranges(math.prod(source.shape), max(1, step // features) * features):
+            rows = request.weights.read_part(source.name, first, count).view(-1, features)
+            group = scales[first // features : (first + count) // features]
+            yield dequantize_rows(rows, group, getattr(torch, request.recipe.dtype), name=source.name).flatten()
+        return
+    assert isinstance(source.format, FourBit)
+    size = source.format.blocksize
+    absmax, nested, offset = read(source.parts[1]).flatten(), None, None
+    if source.format.double_quant:
+        nested, offset = read(source.parts[3]).flatten(), torch.tensor(source.nested_offset)
+    scales = scales_reference(absmax, nested, offset)
+    for first, count in _ranges(math.prod(source.shape), step):
+        packed = request.weights.read_part(source.name, first // 2, (count + 1) // 2)
+        group = scales[first // size : math.ceil((first + count) / size)]
+        values = dequantize_4bit(packed, group, None, None, count, 1, size, source.format.name, source.dtype)
+        yield values.flatten()
+
+
+def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of consecutive pieces; one empty piece of nothing."""
+    for first in range(0, max(total, 1), step):
+        yield first, min(step, total - first)

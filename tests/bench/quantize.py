@@ -150,11 +150,11 @@ def part_b(bench: Bench) -> dict[str, Any]:
     return bench.interleaved(
         "b",
         {
-            "vlmbuild, unverified": opened("load", ours, side=VLMBUILD),
-            "vlmbuild, verified": opened("load", ours, side=VLMBUILD, verify=True),
+            "vlmbuild, unverified": opened("load", ours, processor=ours, side=VLMBUILD),
+            "vlmbuild, verified": opened("load", ours, processor=ours, side=VLMBUILD, verify=True),
             "hash on all cores": opened("hash_files", ours),
-            "transformers, its own": opened("load", theirs, side=TRANSFORMERS),
-            "transformers, ours": opened("load", ours, side=TRANSFORMERS),
+            "transformers, its own": opened("load", theirs, processor=ours, side=TRANSFORMERS),
+            "transformers, ours": opened("load", ours, processor=ours, side=TRANSFORMERS),
         },
     )
 

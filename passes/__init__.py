@@ -28,5 +28,5 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
 
 def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Pass, ...]:
     """Last, since it is the only pass that changes values."""
-    asked = recipe.quantize is not None and recipe.quantize.format != "none"
+    asked = recipe.quantize is not None and recipe.quantize.format not in ("none", "source")
     return (QuantizeLinear(decisions),) if asked or any(item.format for item in decisions.values()) else ()

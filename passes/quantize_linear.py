@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class QuantizeLinear:
                 decisions = self._decisions(region, instance)
                 formats = tuple(decision.format for decision in decisions)
                 groups.setdefault(formats, []).append(instance)
-                decided.setdefault(formats, decisions)
+                decided[formats] = _merged(decided.get(formats, decisions), decisions)
             parts = [region] if len(groups) == 1 else divide(program, name, list(groups.values()))
             for part, decisions in zip(parts, decided.values(), strict=True):
                 if part.name != name:
@@ -81,6 +81,14 @@ class QuantizeLinear:
             else:
                 _quantize(region, node, slot, decision.format)
                 outcome.add(region.name, 1)
+
+
+def _merged(one: tuple[Decision, ...], other: tuple[Decision, ...]) -> tuple[Decision, ...]:
+    """Decisions on equal formats, with all reasons."""
+    pairs = zip(one, other, strict=True)
+    return tuple(
+        a if b.reason in a.reason.split("; ") else replace(a, reason=f"{a.reason}; {b.reason}") for a, b in pairs
+    )
 
 
 def _linear_nodes(region: Region) -> list[Node]:

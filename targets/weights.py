@@ -103,7 +103,9 @@ class _Job:
     def _pass(self, source: SourceTensor, parameter: StoredParameter) -> None:
         for part, spec in zip(source.parts, _passed_specs(self.request, parameter), strict=True):
             if not spec.exact:
-                self.output.add(spec.name, self.request.weights.read(part))
+                state = self.request.weights.read(part)
+                self.output.add(spec.name, state)
+                self.progress.add(state.nbytes)
                 continue
             for first, count in _ranges(math.prod(spec.shape), _PIECE):
                 piece = self.request.weights.read_part(part, first, count)
@@ -154,11 +156,13 @@ def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorS
     source = request.tensors[parameter.name]
     old, new = source.name.removesuffix(".weight"), parameter.specs[0].name.removesuffix(".weight")
     found = [(new + part.removeprefix(old), request.weights.tensors[part]) for part in source.parts]
-    specs = [TensorSpec(name, info.dtype, info.shape) for name, info in found]
-    if isinstance(source.format, FourBit):
-        *_, ours = four_bit.stored_specs(f"{new}.weight", source.shape, source.dtype, source.format)
-        longest = max(ours.shape[0], specs[-1].shape[0])
-        specs[-1] = replace(specs[-1], shape=(longest,), exact=ours.exact)
+    if not isinstance(source.format, FourBit):
+        return tuple(TensorSpec(name, info.dtype, info.shape) for name, info in found)
+    ours = four_bit.stored_specs(f"{new}.weight", source.shape, source.dtype, source.format)
+    specs = [TensorSpec(name, info.dtype, spec.shape) for (name, info), spec in zip(found, ours, strict=True)]
+    length = found[-1][1].shape[0]
+    longest = max(ours[-1].shape[0], length) if not ours[-1].exact else length
+    specs[-1] = replace(specs[-1], shape=(longest,), exact=ours[-1].exact)
     return tuple(specs)
 
 

@@ -19,6 +19,7 @@ from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.planner import plan
 from vlmbuild.quant_spec import Override, QuantSpec
 from vlmbuild.recipe import Recipe
+from vlmbuild.zoo import ZOO
 
 BATCH, LABELS = make_batch([[5, (1, 4, 6), 7, (1, 8, 2), 3], [9, (1, 2, 2), 4]])
 ATTENDED = BATCH["attention_mask"].bool()
@@ -201,6 +202,37 @@ def test_plan_of_a_quantized_source_with_and_without_its_weights(four_bit, tmp_p
     (tmp_path / "config.json").write_text((four_bit / "config.json").read_text())
     assert plan(tmp_path, FLOAT32).roles == whole.roles
     assert next(role for role in whole.roles if role["role"] == "vision")["formats"]
+
+
+@pytest.mark.parametrize("name", ["mllama-digits", "pixtral-digits"])
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_other_families_pass_through_and_come_back(name, form, tmp_path):
+    built = build(name, tmp_path / "out", Recipe(quantize=QuantSpec(form), dtype="float32"))
+    again = build(built.path, tmp_path / "again", FLOAT32)
+    assert again.manifest.entry("model.safetensors") == built.manifest.entry("model.safetensors")
+    plain = tensors_of(build(built.path, tmp_path / "plain", Recipe(quantize=QuantSpec("none"), dtype="float32")).path)
+    original = load_file(ZOO[name] / "model.safetensors")
+    assert plain.keys() == original.keys()
+    for key, tensor in original.items():
+        error = (plain[key] - tensor.float()).norm() / tensor.float().norm()
+        assert error < (0.15 if form == "nf4" else 0.02), key
+    _, loading = AutoModelForImageTextToText.from_pretrained(built.path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+
+
+def test_an_override_alone_leaves_the_rest_as_the_source_has_it(nf4, tmp_path):
+    spec = QuantSpec("source", overrides=(Override("*.layers.0.mlp.up_proj", "none"),))
+    built = build(nf4.path, tmp_path / "out", Recipe(quantize=spec, dtype="float32"))
+    changed = {name for name, tensor in tensors_of(built.path).items()
+               if name in tensors_of(nf4.path) and tensor.dtype != tensors_of(nf4.path)[name].dtype}  # fmt: skip
+    assert changed == {LAYER}
+
+
+def test_measuring_what_is_quantized_already_is_refused(four_bit, tmp_path):
+    spec = QuantSpec("auto", budget=6.0, overrides=(Override("*.layers.0.*", "none"), Override("*.layers.2.*", "none")))
+    with pytest.raises(SourceError, match="quantized already"):
+        build(four_bit, tmp_path / "out", Recipe(quantize=spec, dtype="float32"), calibration=[BATCH])
 
 
 # Sources that cannot be used ----------------------------------------------------------------------------------------

@@ -89,7 +89,11 @@ def test_quantize_by_name(value, expected):
         ("[[quantize.overrides]]\npattern = 'x'", "is not a table with pattern and format"),
         ("[[quantize.overrides]]\npattern = 'x'\nformat = 'auto'", "format of 'x' cannot be 'auto'"),
         ("[quantize]\noverrides = 'x'", "overrides must be a list of tables"),
-        ("quantize = 4", "quantize must be a table or one of none, nf4"),
+        (
+            "[quantize]\nformat = 'int8'\n[[quantize.overrides]]\npattern = 'x'\nformat = 'int8'\nthreshold = 5",
+            "one threshold",
+        ),
+        ("quantize = 4", "quantize must be a table or one of source, none, nf4"),
         ("require = 'x'", "require must be a list of strings"),
         ("attention = 'flash'", "attention cannot be 'flash'"),
         ("target = 'gguf'", "target cannot be 'gguf'"),

@@ -16,7 +16,7 @@ from vlmbuild.builder import build
 from vlmbuild.calibration import conversation_batches, output_losses
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.ops.linear_4bit import dequantize_4bit
-from vlmbuild.quant_spec import QuantSpec
+from vlmbuild.quant_spec import Override, QuantSpec
 from vlmbuild.quantization import LinearLayer, linear_layers
 from vlmbuild.recipe import Recipe
 from vlmbuild.sensitivity import Loss, keep_within, weight_losses
@@ -162,6 +162,16 @@ def test_decisions_are_in_the_manifest_and_reproducible(checkpoint, tmp_path):
     assert all(entry["reason"] == "sensitive: kept within the budget" for entry in language if entry["module"] in kept)
 
 
+def test_a_pattern_of_the_users_is_stronger_than_a_measurement(checkpoint, tmp_path):
+    spec = QuantSpec("auto", budget=16.0, overrides=(Override("*.o_proj", "nf4"),), skip=("*.q_proj",))
+    built = build(checkpoint, tmp_path / "out", Recipe(quantize=spec))
+    record = next(entry for entry in built.manifest.passes if entry["name"] == "quantize_linear")
+    packed = {entry["module"].rpartition(".")[2] for entry in record["decisions"] if entry["format"]}
+    assert packed == {"o_proj"}  # the budget allows to keep all others
+    reasons = {entry["module"].rpartition(".")[2]: entry["reason"] for entry in record["decisions"]}
+    assert reasons["q_proj"] == "in the skip list"
+
+
 def test_conversations_from_a_file(tmp_path, checkpoint, family):
     from PIL import Image
 
@@ -173,6 +183,9 @@ def test_conversations_from_a_file(tmp_path, checkpoint, family):
     processor = family.processor(ZOO["qwen2-vl-digits"])
     (batch,) = conversation_batches(file, processor)
     assert batch["pixel_values"].shape[0] == batch["image_grid_thw"].prod()
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="holds no conversation"):
+        conversation_batches(file, processor)
     file.write_text('{"messages": 5}\n')
     with pytest.raises(UsageError, match=r"calibration.jsonl, line 1 is not a conversation"):
         conversation_batches(file, processor)

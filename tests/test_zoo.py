@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -114,6 +115,34 @@ def test_canvases_vary_and_held_out_glyphs_are_new(name, processor):
     seen = {image.tobytes() for image in train.images}
     assert len(train.labels) + len(held_out.labels) == 1797
     assert sum(image.tobytes() in seen for image in held_out.images) == 0
+
+
+def answer_logits(model, processor, samples):
+    batch = training_batch(processor, READ, samples)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        return model(**batch).logits[:, :-1][labels[:, 1:] != -100]
+
+
+def test_a_budget_buys_more_where_it_is_measured(tmp_path):
+    """5 bits for every layer alike (blocks of 32, scales in float32), and 5 bits on average where they matter."""
+    source = "qwen2-vl-digits"
+    plain, processor = load(build(source, tmp_path / "plain", Recipe()).path, dtype="float32")
+    expected = answer_logits(plain, processor, SAMPLES[:200])
+    batches = [training_batch(processor, READ, SAMPLES[start : start + 16]) for start in (1400, 1416)]
+    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    specs = {
+        "uniform": (QuantSpec(blocksize=32, double_quant=False), ()),
+        "auto": (QuantSpec("auto", budget=5.0), batches),
+    }
+    errors, sizes = {}, {}
+    for name, (spec, calibration) in specs.items():
+        built = build(source, tmp_path / name, Recipe(quantize=spec), calibration=calibration)
+        found = answer_logits(load(built.path, dtype="float32")[0], processor, SAMPLES[:200])
+        errors[name] = ((found - expected).norm() / expected.norm()).item()
+        sizes[name] = built.manifest.entry("model.safetensors").size
+    assert sizes["auto"] <= sizes["uniform"]
+    assert errors["auto"] < 0.95 * errors["uniform"]
 
 
 def test_samples_are_reproducible():

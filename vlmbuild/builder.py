@@ -28,7 +28,7 @@ from vlmbuild.program import Program, Role
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.quantization import QUANTIZE, Decision, LinearLayer, decide, linear_layers
 from vlmbuild.recipe import Recipe
-from vlmbuild.sensitivity import refine, weight_losses
+from vlmbuild.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.source_tensors import SourceTensor, source_tensors, stored_formats
 from vlmbuild.targets import STORED, WRITERS, Request, StoredParameter
@@ -84,6 +84,7 @@ def build(
     """
     told = progress or (lambda _stage, _done, _total: None)
     available_device(device)
+    check_calibration(recipe, calibration)
     check_output(Path(output), overwrite=overwrite)
     found = resolve(source, revision=revision, progress=told)
     values, family, config = read_model(found)
@@ -107,6 +108,12 @@ def build(
     return Artifact(Path(output), manifest, reports)
 
 
+def check_calibration(recipe: Recipe, calibration: object) -> None:
+    """Refuse calibration for a recipe without a budget. Raises UsageError."""
+    if calibration and (recipe.quantize is None or recipe.quantize.budget is None):
+        raise UsageError("Calibration is for quantization with a budget. Use auto with a budget, or leave it out.")
+
+
 def read_model(source: Source) -> tuple[dict[str, Any], Family, Any]:
     """A source's config.json, the family that reads it, and the family's config.
 
@@ -115,7 +122,7 @@ def read_model(source: Source) -> tuple[dict[str, Any], Family, Any]:
     """
     values = source.config()
     family = family_of(values, str(source.directory / "config.json"))
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         check_method(values["quantization_config"], str(source.directory))
     return values, family, family.config(values)
 
@@ -149,14 +156,14 @@ def decide_formats(
     spec = recipe.quantize
     decisions = decide(program, spec, stored=stored_formats(tensors), published=published_name(family))
     if spec is None or spec.budget is None:
-        if calibration:
-            raise UsageError("Calibration is for quantization with a budget. Use auto with a budget, or leave it out.")
         return decisions
     form = spec.weight_format()
     assert isinstance(form, FourBit)  # auto's
     asked = [layer for layer in linear_layers(program) if _is_open(decisions[layer.module], form, layer, spec)]
     if not asked:
         raise UsageError("No linear layer is left for the budget to decide about. Check roles, skips and overrides.")
+    for tensor in tensors.values() if calibration else [tensors[f"{layer.module}.weight"] for layer in asked]:
+        check_plain(tensor)
     dtype = getattr(torch, recipe.dtype)
     losses = (
         output_losses(program, family, config, calibration, asked, form, weights, tensors, progress)
@@ -168,7 +175,7 @@ def decide_formats(
 
 def _is_open(decision: Decision, form: FourBit, layer: LinearLayer, spec: QuantSpec) -> bool:
     """Whether it was the spec's format that decided, and not a pattern of the user's."""
-    return decision.format == form and layer.role in spec.roles
+    return decision.format == form and layer.role in spec.roles and not decision.pinned
 
 
 def published_name(family: Family) -> Callable[[str], str]:
@@ -201,7 +208,7 @@ def rewrite(
             f"Required pass {QUANTIZE!r} is not part of this build, which quantizes nothing. Add --quantize nf4, or drop it."
         )
     late = [name for name in recipe.require if name == QUANTIZE]
-    return (*reports, *run(quantization, program, require=late)), decisions
+    return (*reports, *run(quantization, program, require=late, before=reports)), decisions
 
 
 def check_weights(

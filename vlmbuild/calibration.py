@@ -60,6 +60,8 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
                     '"content": [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is it?"}]}]}.'
                 ) from error
             batches.append(dict(batch))
+    if not batches:
+        raise UsageError(f"{file} holds no conversation. Give one a line.")
     return batches
 
 
@@ -98,7 +100,9 @@ def output_losses(
     wanted = {layer.module: layer for layer in layers}
     sums: dict[str, list[float]] = {}
     for variant_name, states in _prepared(family, config, batches).items():
-        for call in program.variants[variant_name].calls:
+        calls = program.variants[variant_name].calls
+        last = {name: number for number, call in enumerate(calls) for name in call.inputs}
+        for number, call in enumerate(calls):
             region = program.regions[call.region]
             held = _weights_of(region, call, weights, tensors, constants)
             inputs = [tuple(state[name] for name in call.inputs) for state in states]
@@ -112,6 +116,8 @@ def output_losses(
                 progress("sensitivity", len(sums), len(layers))
             for state, results in zip(states, outputs, strict=True):
                 state.update(zip(call.outputs, results, strict=True))
+                for name in [name for name in state if last.get(name, -1) <= number]:
+                    del state[name]  # nobody reads it any more
     if missed := sorted(set(wanted) - set(sums)):
         raise UsageError(f"No calibration batch runs through {missed[0]}. Give batches like those of use, with images.")
     return [Loss(layer, error / max(rows, 1)) for layer in layers for error, rows in [sums[layer.module]]]
@@ -156,6 +162,8 @@ def _add(sums: list[float], outputs: Sequence[tuple[Tensor, ...]], again: Sequen
     """Add the squared errors of all rows, relative to the row, since what reads a row normalizes it; and their number."""
     for exact, changed in zip(outputs, again, strict=True):
         for one, other in zip(exact, changed, strict=True):
+            if torch.equal(one, other):
+                continue  # an output that does not depend on the layer
             rows, errors = one.double().flatten(0, -2), (one.double() - other.double()).flatten(0, -2)
             norms = rows.square().sum(-1)
             sums[0] += (errors.square().sum(-1) / norms.clamp(min=1e-30)).sum().item()

@@ -173,7 +173,7 @@ def build(
     from vlmbuild.builder import build as run_build
     from vlmbuild.summary import inspect as run_inspect
 
-    batches = [] if calibrate is None else _calibration(source, revision, calibrate)
+    batches = [] if calibrate is None else _calibration(source, revision, recipe, calibrate)
     with StageProgress(lines=not as_json) as progress:
         artifact = run_build(
             source, output, recipe, overwrite=overwrite, revision=revision, device=device, calibration=batches,
@@ -182,11 +182,12 @@ def build(
     _show(run_inspect(artifact.path), as_json, "build_report")
 
 
-def _calibration(source: str, revision: str | None, file: Path) -> list[Any]:
-    from vlmbuild.builder import read_model
+def _calibration(source: str, revision: str | None, recipe: Recipe, file: Path) -> list[Any]:
+    from vlmbuild.builder import check_calibration, read_model
     from vlmbuild.calibration import conversation_batches
     from vlmbuild.source import resolve
 
+    check_calibration(recipe, file)
     found = resolve(source, revision=revision, weights=False)
     _, family, _ = read_model(found)
     return list(conversation_batches(file, family.processor(found.directory)))

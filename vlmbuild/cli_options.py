@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from vlmbuild.errors import UsageError
-from vlmbuild.quant_spec import QUANTIZE, ROLES, Override, QuantSpec
+from vlmbuild.quant_spec import FORMATS, FOUR_BIT, QUANTIZE, ROLES, Override, QuantSpec
 from vlmbuild.recipe import ATTENTIONS, DTYPES, TARGETS, Recipe
 
 Command = Callable[..., Any]
@@ -47,7 +47,10 @@ def recipe_options(command: Command) -> Command:
         help="Another format for modules like '*.down_proj=int8'. Repeatable.",
     )
     @click.option(
-        "--skip", multiple=True, metavar="PATTERN", help="Keep modules like '*.o_proj' as they are. Repeatable."
+        "--skip",
+        multiple=True,
+        metavar="PATTERN",
+        help="Modules like '*.o_proj' keep their dtype, and are dequantized if a source has them quantized. Repeatable.",
     )
     @click.option("--budget", metavar="BPW", help="For auto: bits per weight, with scales, as in 5.0bpw.")
     @click.option(
@@ -74,10 +77,11 @@ def recipe_options(command: Command) -> Command:
         overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
         require: tuple[str, ...], file: Path | None, **options: Any,
     ) -> Any:  # fmt: skip
+        details = _given({"blocksize": blocksize, "double_quant": double_quant})
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
         spec = {
             "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
-            "overrides": tuple(map(_override, overrides)) or None, "skip": skip or None, "budget": budget,
+            "overrides": tuple(_override(text, details) for text in overrides) or None, "skip": skip or None, "budget": budget,
         }  # fmt: skip
         return command(recipe=_recipe(file, _given(spec), _given(given)), **options)
 
@@ -88,11 +92,11 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _override(text: str) -> Override:
+def _override(text: str, details: Mapping[str, Any]) -> Override:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
-    return Override(pattern, form)  # type: ignore[arg-type]
+    return Override(pattern, form, **(details if form in FOUR_BIT else {}))  # type: ignore[arg-type]
 
 
 def _recipe(file: Path | None, spec: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
@@ -100,14 +104,31 @@ def _recipe(file: Path | None, spec: Mapping[str, Any], given: Mapping[str, Any]
     recipe = replace(Recipe() if file is None else Recipe.from_toml(file), **given)
     if not spec:
         return recipe
-    if recipe.quantize is None and "format" not in spec and "overrides" not in spec:
-        names = {"roles": "--quantize-role", "double_quant": "--double-quant"}
-        given_names = ", ".join(names.get(name, f"--{name}") for name in spec)
-        raise UsageError(f"{given_names}: nothing is quantized. Add --quantize nf4, or drop it.")
-    base = recipe.quantize or QuantSpec("nf4" if "format" in spec and spec["format"] != "auto" else "none")
-    if base.budget is not None and spec.get("format", "auto") != "auto":
+    base = recipe.quantize or QuantSpec("source")
+    form = spec.get("format", base.format)
+    _check_used(spec, form)
+    if base.budget is not None and form != "auto":
         base = replace(base, format="nf4", budget=None)
     return replace(recipe, quantize=replace(base, **spec))
+
+
+def _check_used(spec: Mapping[str, Any], form: str) -> None:
+    """Refuse options that would change nothing."""
+    formats = {form, *(item.format for item in spec.get("overrides", ()))}
+    uses = {
+        "blocksize": formats & {*FOUR_BIT, "auto"},
+        "double_quant": formats & {*FOUR_BIT, "auto"},
+        "roles": formats & {*FORMATS, "auto"},
+        "skip": formats & {*FORMATS, "auto"},
+        "budget": form == "auto",
+    }
+    names = {"roles": "--quantize-role", "double_quant": "--double-quant"}
+    for name, used in uses.items():
+        if name in spec and not used:
+            remedy = "auto" if name == "budget" else "nf4"
+            raise UsageError(
+                f"{names.get(name, f'--{name}')} changes nothing without a format for it. Add --quantize {remedy}, or drop it."
+            )
 
 
 def workload_options(command: Command) -> Command:

@@ -90,6 +90,7 @@ def run(
     program: Program,
     *,
     require: Iterable[str] = (),
+    before: Iterable[PassReport] = (),
     on_pass: Callable[[PassReport], None] | None = None,
 ) -> tuple[PassReport, ...]:
     """Run passes in order and hold each to its contract.
@@ -98,6 +99,7 @@ def run(
         passes: In order.
         program: Changed in place.
         require: Names of passes that must rewrite at least one site.
+        before: Of passes that ran earlier, for messages.
         on_pass: Called after each pass.
 
     Raises:
@@ -110,7 +112,7 @@ def run(
         raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Its passes: {known}.")
     reports: list[PassReport] = []
     for step in passes:
-        report = _run_one(step, program, reports)
+        report = _run_one(step, program, [*before, *reports])
         if step.name in require and not report.matches:
             reasons = "; ".join(report.refusals)
             raise PassError(

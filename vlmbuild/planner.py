@@ -175,7 +175,7 @@ def _stored_formats(
     source: Source, family: Family, values: Mapping[str, Any], program: Program
 ) -> Mapping[str, WeightFormat]:
     """Formats of a quantized source: of its weights if they are here, else what its config tells of."""
-    if "quantization_config" not in values:
+    if values.get("quantization_config") is None:
         return {}
     if any(source.directory.glob("*.safetensors")):
         return stored_formats(source_tensors(CheckpointWeights(source.directory), family, values))

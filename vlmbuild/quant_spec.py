@@ -10,8 +10,9 @@ from vlmbuild.checks import number, one_of, strings
 from vlmbuild.errors import UsageError
 from vlmbuild.weight_format import EightBit, FourBit, WeightFormat
 
-FORMATS = ("nf4", "fp4", "int8")
-QUANTIZE = ("none", *FORMATS, "auto")
+FOUR_BIT = ("nf4", "fp4")
+FORMATS = (*FOUR_BIT, "int8")
+QUANTIZE = ("source", "none", *FORMATS, "auto")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROLES = ("language", "vision", "projector", "head")
 
@@ -49,8 +50,9 @@ class QuantSpec:
     """Quantization of linear layers in bitsandbytes' layouts; which ones is decided by what they do in the model.
 
     Attributes:
-        format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "none" (also dequantizes a source), or "auto": the layers that
-            lose most keep their dtype, the others become NF4, within `budget`.
+        format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "none" (also dequantizes a source), "source" (as it has them, but
+            for skips and overrides), or "auto": the layers that lose most keep their dtype, the others become NF4, within
+            `budget`.
         blocksize: Weights per scale; 4 bits only.
         double_quant: Store the scales of 4-bit weights in 8 bits (blocks of 256).
         skip: fnmatch patterns of module names that keep their dtype.
@@ -60,7 +62,7 @@ class QuantSpec:
         budget: "auto" only: bits per weight, with scales, on average over these layers.
     """
 
-    format: Literal["none", "nf4", "fp4", "int8", "auto"] = "nf4"
+    format: Literal["source", "none", "nf4", "fp4", "int8", "auto"] = "nf4"
     blocksize: int = 64
     double_quant: bool = True
     skip: tuple[str, ...] = ()
@@ -79,6 +81,12 @@ class QuantSpec:
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         if self.budget is not None:
             object.__setattr__(self, "budget", _budget(self.budget))
+        thresholds = {item.threshold for item in self.overrides if item.format == "int8"}
+        thresholds |= {self.threshold} if self.format == "int8" else set()
+        if len(thresholds) > 1:
+            raise UsageError(
+                "quantize: all int8 layers have one threshold; config.json, and so transformers, knows no more."
+            )
         if (self.format == "auto") != (self.budget is not None):
             raise UsageError(
                 "quantize: a budget of bits per weight goes with the format auto, and auto needs one, for example 5.0."
@@ -95,12 +103,12 @@ class QuantSpec:
         return cls(**options)
 
     def weight_format(self) -> WeightFormat | None:
-        """The format of the layers that are quantized; "auto" quantizes to NF4, "none" not at all."""
+        """The format of the layers that are quantized; "auto" quantizes to NF4, "none" and "source" add nothing."""
         return _weight_format(self)
 
 
 def _weight_format(spec: QuantSpec | Override) -> WeightFormat | None:
-    if spec.format == "none":
+    if spec.format == "none" or spec.format == "source":  # noqa: PLR1714  (a type checker follows this)
         return None
     if spec.format == "int8":
         return EightBit(spec.threshold)

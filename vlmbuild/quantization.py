@@ -28,12 +28,14 @@ class Decision:
     Attributes:
         format: None keeps the dtype.
         reason: Why it keeps the dtype; "" for a quantized one.
+        pinned: A pattern of the user's decided, so that no measurement may.
         error: What quantization would do to it or does to it (`vlmbuild.sensitivity`), if that was measured.
     """
 
     format: WeightFormat | None
     reason: str = ""
     error: float | None = None
+    pinned: bool = False
 
     def record(self, module: str) -> dict[str, str]:
         """Plain values, as the manifest has them."""
@@ -133,11 +135,14 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping
         return Decision(None, "in the skip list")
     override = next((item for item in spec.overrides if item.pattern in hits), None)
     if override is not None:
-        return Decision(override.weight_format(), "" if override.weight_format() else "kept by an override")
+        form = override.weight_format()
+        return Decision(form, "" if form else "kept by an override", pinned=True)
+    kept = stored.get(layer.module)
+    if spec.format == "source":
+        return Decision(kept, "" if kept else "not quantized in the source")
     if spec.format == "none":
         return Decision(None, "nothing is to be quantized")
     if layer.role not in spec.roles:
-        kept = stored.get(layer.module)
         return Decision(kept, "" if kept else f"role {layer.role} keeps its dtype")
     return Decision(spec.weight_format())
 

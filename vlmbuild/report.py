@@ -178,8 +178,8 @@ def _quantization(spec: Mapping[str, Any] | None) -> str:
     if spec is None:
         return "as in the source"
     form = str(spec["format"])
-    if form == "none":
-        return form
+    if form in ("none", "source"):
+        return form + "".join(f", {item['pattern']} {item['format']}" for item in spec["overrides"])
     text = f"{form} within {spec['budget']} bits per weight" if spec["budget"] else form
     if form != "int8":
         text += f", blocks of {spec['blocksize']}{', scales in 8 bits' if spec['double_quant'] else ''}"

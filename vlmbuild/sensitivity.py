@@ -56,12 +56,11 @@ def weight_losses(
         progress: Told how many layers are done.
 
     Raises:
-        SourceError: A weight is quantized already, or holds NaN or infinity.
+        SourceError: A weight holds NaN or infinity.
     """
 
     def measure(layer: LinearLayer) -> Loss:
         source = tensors[f"{layer.module}.weight"]
-        _check_plain(source)
         error = norm = 0.0
         for values in _pieces(weights, source, dtype):
             rounding = (values.float() - rounded(values, form, source.name)).double()
@@ -139,7 +138,8 @@ def _density(loss: Loss, form: FourBit, kept_bits: int) -> float:
     return float(f"{loss.error / extra:.2e}") if extra > 0 else math.inf
 
 
-def _check_plain(source: SourceTensor) -> None:
+def check_plain(source: SourceTensor) -> None:
+    """Raise SourceError for a tensor that is quantized already."""
     if source.format is not None:
         raise SourceError(
             f"{source.name} is quantized already ({source.format.describe()}), so what it lost cannot be measured. Build "

@@ -125,6 +125,6 @@ def _eight_bit(weights: CheckpointWeights, module: str, threshold: float) -> Sou
 
 def _unfit(weights: CheckpointWeights, name: str, problem: str) -> SourceError:
     return SourceError(
-        f"{weights.directory}: the quantized weight {name} cannot be used: {problem}. Download the checkpoint again, or build "
-        "from the unquantized one."
+        f"{weights.directory}: the quantized weight {name} cannot be used: {problem}. If the checkpoint is complete, its "
+        "layout is not supported: build from the unquantized one."
     )

@@ -107,13 +107,14 @@ class CheckpointWeights:
             try:
                 with file.open("rb") as stream:
                     changed = Identity.of(os.fstat(stream.fileno())) != self._identities[file]
-                    self._mappings[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                    mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
             except OSError as error:
                 raise SourceError(
                     f"{file} cannot be mapped: {error.strerror}. Check the disk and permissions."
                 ) from error
             if changed:
                 raise SourceError(f"{file} changed since its header was read. Leave it alone and try again.")
+            self._mappings[file] = mapping
         return self._mappings[file]
 
 

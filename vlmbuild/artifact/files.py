@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CHUNK_BYTES = 2**20
+_HASH_BYTES = 2**23
+"""Hashed in one call: between calls a thread waits for its turn with whatever Python code runs beside it."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -122,7 +124,8 @@ def _open_folder(root: int, folder: str) -> Iterator[int]:
 def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None = None) -> tuple[int, str]:
     """The number of bytes and the SHA-256 of an open file, read from its start."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    size = os.fstat(descriptor).st_size
+    buffer = memoryview(bytearray(min(_HASH_BYTES, max(size, 1))))
     total = 0
     while count := os.preadv(descriptor, [buffer], total):
         digest.update(buffer[:count])

@@ -36,6 +36,9 @@ def load(
 ) -> tuple[VisionLanguageModel, Any]:
     """Open an artifact.
 
+    Weights on a CPU stay mapped from the artifact's files while the model lives. To replace an artifact in use, build with
+    `overwrite`, which leaves the old files to those who have them open; never write into its files.
+
     Args:
         path: The artifact's directory.
         device: Where the weights go; None is the CPU.

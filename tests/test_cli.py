@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from checkpoints import copied
+from checkpoints import copied, interruptible
 
 from vlmbuild import verify
 from vlmbuild.cli import main
@@ -151,7 +151,7 @@ def test_help_does_not_wait_for_torch():
 def test_interrupted_build_leaves_nothing(number, code, checkpoint, tmp_path):
     source = copied(checkpoint, tmp_path / "source")
     command = [sys.executable, "-m", "vlmbuild", "build", str(source), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
     line = process.stderr.readline()  # the first stage is over: the build is at work
     assert "capture" in line
     time.sleep(0.1)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from checkpoints import copied, edit_weights
+from checkpoints import copied, edit_weights, interruptible
 from vlmbuild.targets import weights as transfer
 
 from vlmbuild import cores
@@ -70,7 +70,7 @@ build(sys.argv[1], sys.argv[2], Recipe(quantize=QuantSpec()), progress=progress)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_ended_leaves_nothing_that_the_next_does_not_remove(number, checkpoint, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(checkpoint), str(tmp_path / "out"), str(int(number))]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=interruptible, check=False)
     assert ended.returncode == -number
     left = os.listdir(tmp_path)
     assert left == [] if number == signal.SIGINT else left[0].startswith(".out.staging-")

@@ -159,7 +159,7 @@ def test_decisions_are_in_the_manifest_and_reproducible(checkpoint, tmp_path):
     assert all(float(entry["error"]) > 0 for entry in language)
     kept = {entry["module"] for entry in language if not entry["format"]}
     assert kept
-    assert all(entry["reason"] == "sensitive: kept within the budget" for entry in language if entry["module"] in kept)
+    assert all(entry["reason"] == "sensitive, kept within the budget" for entry in language if entry["module"] in kept)
 
 
 def test_a_pattern_of_the_users_is_stronger_than_a_measurement(checkpoint, tmp_path):

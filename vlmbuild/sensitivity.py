@@ -126,7 +126,7 @@ def refine(
     measured = {
         loss.layer.module: Decision(form, error=loss.error)
         if chosen[loss.layer.module]
-        else Decision(None, "sensitive: kept within the budget", loss.error)
+        else Decision(None, "sensitive, kept within the budget", loss.error)
         for loss in losses
     }
     return {module: measured.get(module, decision) for module, decision in decisions.items()}

@@ -91,6 +91,15 @@ def shards(directory):
     as_shards(directory)
 
 
+def shards_in_a_folder(directory):
+    as_shards(directory)
+    (directory / "weights").mkdir()
+    index = directory / "model.safetensors.index.json"
+    for shard in directory.glob("model-*.safetensors"):
+        shard.rename(directory / "weights" / shard.name)
+    index.write_text(index.read_text().replace("model-0", "weights/model-0"))
+
+
 def current_names(directory):
     as_shards(
         directory, lambda name: f"model.language_model.{name[6:]}" if name.startswith("model.") else f"model.{name}"
@@ -108,7 +117,7 @@ def old_buffers(directory):
     )
 
 
-@pytest.mark.parametrize("layout", [shards, current_names, flat_config, old_buffers])
+@pytest.mark.parametrize("layout", [shards, shards_in_a_folder, current_names, flat_config, old_buffers])
 def test_every_published_layout_gives_the_same_weights(layout, plain, checkpoint, tmp_path):
     source = copied(checkpoint, tmp_path / "source")
     layout(source)

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops.linear_4bit import (
-    BLOCKSIZES,
+    BLOCK_SIZES,
     code_8bit,
     dequantize_4bit,
     dequantize_reference,
@@ -58,7 +58,7 @@ def test_bit_identical_to_bitsandbytes(  # type: ignore[no-untyped-def]
 @given(
     out=st.integers(1, 12),
     wide=st.integers(1, 140),
-    blocksize=st.sampled_from(BLOCKSIZES),
+    blocksize=st.sampled_from(BLOCK_SIZES),
     quant_type=st.sampled_from(["nf4", "fp4"]),
     nested=st.booleans(),
 )

@@ -78,6 +78,8 @@ def build(
         progress: Called with a stage's name, the amount done, and the total; from several threads, one at a time.
 
     Raises:
+        UsageError: A pattern matches nothing, the budget cannot be met, or there is calibration without one.
+        DeviceError: The device is not available here.
         OutputError: The output exists or cannot be written; found before any work.
         SourceError: The source cannot be used.
         CaptureError, PassError: The graph cannot be built as asked.
@@ -150,7 +152,7 @@ def decide_formats(
     """How every linear layer's weight is to be stored; for a recipe with a budget, from measurements.
 
     Raises:
-        UsageError: A pattern matches nothing, the budget cannot be met, or there is calibration without a budget.
+        UsageError: A pattern matches nothing, or the budget cannot be met.
         SourceError: A layer is quantized in another format already, or a weight cannot be measured.
     """
     spec = recipe.quantize

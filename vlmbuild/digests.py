@@ -19,17 +19,20 @@ class Digests:
     """A context in which the files that a build reads are hashed by other threads; leaving it early ends them.
 
     Attributes:
-        futures: SHA-256 (hex) by file name. `result()` raises SourceError when the file cannot be read.
+        futures: SHA-256 (hex) by path in the source. `result()` raises SourceError when the file cannot be read.
     """
 
     def __init__(self, source: Source, weight_files: Iterable[Path]) -> None:
+        self._directory = source.directory
         self._files = [*source.files(("config.json", *SIDE_FILES)), *weight_files]
         self._stopped = threading.Event()
         self.futures: dict[str, Future[str]] = {}
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(available_cores())
-        self.futures = {file.name: self._pool.submit(self._digest, file) for file in self._files}
+        self.futures = {
+            file.relative_to(self._directory).as_posix(): self._pool.submit(self._digest, file) for file in self._files
+        }
         return self
 
     def __exit__(

@@ -8,12 +8,11 @@ from typing import Any, Literal, Self
 
 from vlmbuild.checks import number, one_of, strings
 from vlmbuild.errors import UsageError
-from vlmbuild.weight_format import EightBit, FourBit, WeightFormat
+from vlmbuild.weight_format import BLOCK_SIZES, EightBit, FourBit, WeightFormat
 
 FOUR_BIT = ("nf4", "fp4")
 FORMATS = (*FOUR_BIT, "int8")
 QUANTIZE = ("source", "none", *FORMATS, "auto")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROLES = ("language", "vision", "projector", "head")
 
 

@@ -82,9 +82,8 @@ def linear_layers(program: Program) -> Iterator[LinearLayer]:
                 weight: Any = node.args[1]
                 for instance in region.instances:
                     name = join(instance, slot.name)
-                    shared = (
-                        len(weight.users) > 1 or holders[name] > 1
-                    )  # a tied head is the embedding of another region
+                    # A tied head is the embedding of another region.
+                    shared = len(weight.users) > 1 or holders[name] > 1
                     refusal = "its weight is used elsewhere too" if shared else ""
                     yield LinearLayer(name.removesuffix(".weight"), slot.role, slot.shape, refusal)
 
@@ -109,7 +108,7 @@ def decide(
         SourceError: A layer is quantized already, and another format is asked for.
     """
     stored = stored or {}
-    unmatched = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
+    patterns = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
     decisions = {}
     for layer in linear_layers(program):
         names = (layer.module, published(layer.module))
@@ -118,7 +117,7 @@ def decide(
                 stored.get(layer.module), "" if layer.module in stored else "not quantized in the source"
             )
         else:
-            hits = [pattern for pattern in unmatched if any(fnmatchcase(name, pattern) for name in names)]
+            hits = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
             decision = _decide(layer, spec, set(hits), stored)
         decisions[layer.module] = decision
         _check_stored(layer.module, stored.get(layer.module), decision)

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that share a scale in a 4-bit weight."""
+
 NESTED_BLOCKSIZE = 256
 """Scales of a 4-bit weight that share one scale of their own."""
 

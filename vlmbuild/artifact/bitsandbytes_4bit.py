@@ -14,10 +14,9 @@ from vlmbuild.artifact.canonical import unique_keys
 from vlmbuild.artifact.quantizer import quantize_scales
 from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.errors import SourceError
-from vlmbuild.weight_format import NESTED_BLOCKSIZE, FourBit
+from vlmbuild.weight_format import BLOCK_SIZES, NESTED_BLOCKSIZE, FourBit
 
 QUANT_TYPES: Final = ("nf4", "fp4")
-BLOCK_SIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_PREFIX: Final = ".quant_state.bitsandbytes__"
 _FLOATS: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

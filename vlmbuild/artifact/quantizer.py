@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from vlmbuild.weight_format import NESTED_BLOCKSIZE
+
 # Values scaled at a time: 1 MiB of scratch, about a level-2 cache. In much smaller pieces the calls cost more than the
 # work.
 _PIECE: Final = 2**18
@@ -18,7 +20,6 @@ _PIECE: Final = 2**18
 _SMALLEST_SCALE: Final = 1e-38
 # A decided value is its code plus this, out of the way of the bounds and of scaled values, which end at 1.000001.
 _DECIDED: Final = 2
-_NESTED_BLOCK: Final = 256
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     What bitsandbytes' `compress_statistics` gives when torch has one thread, whatever number it has, on a CPU.
     """
     offset = _mean(absmax)
-    codes, state = _functional().quantize_blockwise(absmax - offset, blocksize=_NESTED_BLOCK)
+    codes, state = _functional().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return codes, state.absmax, offset
 
 

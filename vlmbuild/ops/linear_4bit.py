@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops import linear_4bit_cpu
+from vlmbuild.weight_format import BLOCK_SIZES, NESTED_BLOCKSIZE
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WEIGHT = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, ScalarType weight_dtype"
@@ -50,10 +49,10 @@ def check_weight(
 
     Sizes are all that is checked, so this also serves tensors without data.
     """
-    if quant_type not in ("nf4", "fp4") or blocksize not in BLOCKSIZES or weight_dtype not in _FLOATS:
+    if quant_type not in ("nf4", "fp4") or blocksize not in BLOCK_SIZES or weight_dtype not in _FLOATS:
         raise UsageError(
             f"linear_4bit: quant_type {quant_type!r}, blocksize {blocksize}, weight_dtype {weight_dtype}; wanted "
-            f"'nf4' or 'fp4', one of {BLOCKSIZES}, and float32, float16 or bfloat16"
+            f"'nf4' or 'fp4', one of {BLOCK_SIZES}, and float32, float16 or bfloat16"
         )
     values = in_features * out_features
     blocks = -(-values // blocksize)

@@ -1,6 +1,8 @@
-"""What every Triton launcher needs: may Triton run on this tensor, and compile-time constants."""
+"""What every Triton launcher needs: may Triton run on this tensor, compile-time constants, and the launch as a value."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
@@ -23,3 +25,23 @@ def require_device(operator: str, tensor: Tensor) -> None:
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least `n` and `least` (a tile's side must be one)."""
     return max(least, 1 << (n - 1).bit_length())
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel, to be run or only compiled (`vlmbuild.kernel_table`).
+
+    Attributes:
+        kernel: The Triton function.
+        grid: Programs in each dimension.
+        arguments: Tensors and numbers, in order.
+        constants: Compile-time constants and compiler options, by name.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch it on the current device."""
+        self.kernel[self.grid](*self.arguments, **self.constants)

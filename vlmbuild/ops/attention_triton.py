@@ -10,14 +10,14 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops._triton import INTERPRET, power_of_two, require_device
+from vlmbuild.ops._triton import INTERPRET, Launch, power_of_two, require_device
 from vlmbuild.ops.attention import Masks, check_attention, group_ranges, row_ranges
 from vlmbuild.ops.attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel
 
 _LOG2E = math.log2(math.e)
 
 
-class _Launch(NamedTuple):
+class _Shared(NamedTuple):
     """What the three kernels share; `row_ranges` are keys that a row may see, `key_ranges` rows that may see a key."""
 
     row_ranges: tuple[Tensor, Tensor]
@@ -27,7 +27,7 @@ class _Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-def _launch(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, backward: bool) -> _Launch:
+def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, backward: bool) -> _Shared:
     dim = query.shape[3]
     full = query.dtype == torch.float32
     tile = 16 if INTERPRET else 32 if full or (backward and dim > 64) else 64
@@ -57,7 +57,7 @@ def _launch(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
         groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
         many = visible.shape[1]
     strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, many)
-    return _Launch(row_spans, key_spans, (key_mask, groups, visible), strides, constants)
+    return _Shared(row_spans, key_spans, (key_mask, groups, visible), strides, constants)
 
 
 def _ranges(masks: Masks, unread: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -81,6 +81,39 @@ def _check(query: Tensor) -> None:
         raise UsageError("attention_triton: Triton's interpreter cannot multiply bfloat16; use float32 or float16")
 
 
+def forward_launch(
+    query: Tensor, key: Tensor, value: Tensor, masks: Masks, out: Tensor, logsumexp: Tensor, causal: bool, scale: float
+) -> Launch:
+    """The launch of the forward kernel into `out` and `logsumexp`."""
+    batch, heads, length, _ = query.shape
+    shared = _shared(query, key, value, masks, causal, backward=False)
+    sizes = (*shared.strides, heads, length, key.shape[2], scale * _LOG2E)
+    tensors = (query, key, value, *shared.masks, *shared.row_ranges, out, logsumexp)
+    grid = (triton.cdiv(length, shared.constants["ROWS"]), batch * heads)
+    return Launch(forward_kernel, grid, (*tensors, *sizes), shared.constants)
+
+
+def backward_launches(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, masks: Masks, out: Tensor, logsumexp: Tensor, delta: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], causal: bool, scale: float,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """The launches of the backward kernels into `grads`, in order: the first writes `delta`, the second reads it."""
+    batch, heads, length, _ = query.shape
+    keys = key.shape[2]
+    shared = _shared(query, key, value, masks, causal, backward=True)
+    constants = shared.constants
+    inputs = (query, key, value, *shared.masks)
+    sizes = (*shared.strides, heads, length, keys, scale * _LOG2E, scale)
+    query_tensors = (*inputs, *shared.row_ranges, out, logsumexp, grad, delta, grads[0])
+    key_tensors = (*inputs, *shared.key_ranges, logsumexp, grad, delta, grads[1], grads[2])
+    query_grid = (triton.cdiv(length, constants["ROWS"]), batch * heads)
+    key_grid = (triton.cdiv(keys, constants["KEYS"]), batch * key.shape[1])
+    return (
+        Launch(grad_query_kernel, query_grid, (*query_tensors, *sizes), constants),
+        Launch(grad_key_kernel, key_grid, (*key_tensors, *sizes), constants),
+    )
+
+
 def attention_forward_triton(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
     key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
@@ -99,12 +132,7 @@ def attention_forward_triton(
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() == 0:
         return out, logsumexp
-    launch = _launch(query, key, value, masks, causal, backward=False)
-    grid = (triton.cdiv(length, launch.constants["ROWS"]), batch * heads)
-    forward_kernel[grid](
-        query, key, value, *launch.masks, *launch.row_ranges, out, logsumexp, *launch.strides,
-        heads, length, key.shape[2], scale * _LOG2E, **launch.constants,
-    )  # fmt: skip
+    forward_launch(query, key, value, masks, out, logsumexp, causal, scale).run()
     return out, logsumexp
 
 
@@ -119,21 +147,12 @@ def attention_backward_triton(
         UsageError, DeviceError: as there.
     """
     _check(query)
-    batch, heads, length, _ = query.shape
-    keys = key.shape[2]
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     if grads[0].numel() == 0 or grads[1].numel() == 0:
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad = grad.contiguous()
     delta = torch.empty_like(logsumexp)
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
-    launch = _launch(query, key, value, masks, causal, backward=True)
-    shared = (query, key, value, *launch.masks)
-    sizes = (*launch.strides, heads, length, keys, scale * _LOG2E, scale)
-    grad_query_kernel[(triton.cdiv(length, launch.constants["ROWS"]), batch * heads)](
-        *shared, *launch.row_ranges, out, logsumexp, grad, delta, grads[0], *sizes, **launch.constants
-    )
-    grad_key_kernel[(triton.cdiv(keys, launch.constants["KEYS"]), batch * key.shape[1])](
-        *shared, *launch.key_ranges, logsumexp, grad, delta, grads[1], grads[2], *sizes, **launch.constants
-    )
+    for launch in backward_launches(grad, query, key, value, masks, out, logsumexp, delta, grads, causal, scale):
+        launch.run()
     return grads

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import power_of_two, require_device
+from vlmbuild.ops._triton import Launch, power_of_two, require_device
 from vlmbuild.ops.mrope import _check_rotate
 
 
@@ -77,18 +77,25 @@ def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple
     _check_rotate(query, key, cos, sin)
     require_device("mrope_rotate", query)
     out_query, out_key = torch.empty_like(query), torch.empty_like(key)
+    if cos.numel():
+        rotate_launch(query, key, cos, sin, out_query, out_key).run()
+    return out_query, out_key
+
+
+def rotate_launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, out_query: Tensor, out_key: Tensor) -> Launch:
+    """The launch of the kernel into `out_query` and `out_key`."""
     half = query.shape[-1] // 2
     seq = cos.shape[-2]
     rows = cos.shape[0] * seq if cos.dim() == 3 else seq
-    if rows == 0:
-        return out_query, out_key
     block = 4 if rows >= 512 else 1
-    # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
-    _rotate_kernel[(triton.cdiv(rows, block),)](
+    arguments = (
         query, key, cos, sin, out_query, out_key, rows, seq,
         *_strides(query), *_strides(key), *_strides(out_query), *_strides(out_key),
         *_table_strides(cos), *_table_strides(sin),
-        QUERY_HEADS=query.shape[1], KEY_HEADS=key.shape[1], HALF=half,
-        LANES=power_of_two(half), ROWS=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return out_query, out_key
+    # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
+    constants = {
+        "QUERY_HEADS": query.shape[1], "KEY_HEADS": key.shape[1], "HALF": half, "LANES": power_of_two(half),
+        "ROWS": block, "num_warps": 4, "enable_fp_fusion": False,
+    }  # fmt: skip
+    return Launch(_rotate_kernel, (triton.cdiv(rows, block),), arguments, constants)

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Rotary
+from vlmbuild.program import COMPUTE_DTYPE, Geometry, Program, Rotary
 from vlmbuild.rewrite import Rewrite, apply
 
 aten = torch.ops.aten
@@ -43,13 +43,16 @@ class FuseMrope:
 
     def __call__(self, program: Program) -> PassOutcome:
         outcome = PassOutcome()
-        for rotary in program.geometry.rotary:
-            for rewrite in _rewrites(rotary):
-                for name, region in program.regions.items():
-                    outcome.add(name, *apply(region.graph, rewrite))
+        for rewrite in self.rewrites(program.geometry):
+            for name, region in program.regions.items():
+                outcome.add(name, *apply(region.graph, rewrite))
         if outcome.sites:
             _drop_table_casts(program)
         return outcome
+
+    def rewrites(self, geometry: Geometry) -> tuple[Rewrite, ...]:
+        """What it looks for in a model of this geometry."""
+        return tuple(rewrite for rotary in geometry.rotary for rewrite in _rewrites(rotary))
 
 
 @cache

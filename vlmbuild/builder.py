@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from vlmbuild.devices import available_device
 from vlmbuild.digests import Digests
 from vlmbuild.errors import PassError, SourceError, UsageError
 from vlmbuild.families import Family, family_of
+from vlmbuild.near_miss import near_miss
 from vlmbuild.outline import outline
 from vlmbuild.passes import AddLora, passes_for, quantization_passes
-from vlmbuild.pipeline import PassReport, run
+from vlmbuild.pipeline import PassReport, PatternPass, run
 from vlmbuild.program import Program, Role
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.quantization import QUANTIZE, Decision, LinearLayer, decide, linear_layers
@@ -211,6 +212,22 @@ def rewrite(
         )
     late = [name for name in recipe.require if name == QUANTIZE]
     return (*reports, *run(quantization, program, require=late, before=reports)), decisions
+
+
+def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassReport]) -> dict[str, dict[str, str]]:
+    """Pass -> region -> how what comes closest to the pass's patterns differs from them, where it rewrote nothing."""
+    sites = {report.name: report.sites for report in reports}
+    missed: dict[str, dict[str, str]] = {}
+    for step in passes_for(recipe):
+        if isinstance(step, PatternPass):
+            patterns = step.rewrites(program.geometry)
+            found = {
+                name: near_miss(region.graph.graph, patterns)
+                for name, region in program.regions.items()
+                if name not in sites.get(step.name, {})
+            }
+            missed[step.name] = {name: reason for name, reason in found.items() if reason}
+    return missed
 
 
 def check_weights(

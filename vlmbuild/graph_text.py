@@ -133,6 +133,11 @@ class _Printer:
         return f": {_SHORT_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "f32", "i64"; "compute" for the dtype that is chosen later."""
+    return _SHORT_DTYPES.get(dtype, str(dtype))
+
+
 def size_text(size: int | torch.SymInt, dimensions: dict[str, str]) -> str:
     """A size with its symbols replaced by the names of dimensions: "4*merged"."""
     text = str(size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch._guards import detect_fake_mode
@@ -14,7 +14,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from vlmbuild.collector import resting_collector
 from vlmbuild.errors import PassError
 from vlmbuild.graph_text import digest
-from vlmbuild.program import Program, Region
+from vlmbuild.program import Geometry, Program, Region
+from vlmbuild.rewrite import Rewrite
 
 
 @dataclass(slots=True)
@@ -57,6 +58,18 @@ class Pass(Protocol):
 
     def __call__(self, program: Program) -> PassOutcome:
         """Rewrite in place."""
+
+
+@runtime_checkable
+class PatternPass(Protocol):
+    """A pass that says what it looks for, so that one can be told why it found nothing."""
+
+    @property
+    def name(self) -> str:
+        """As of every pass."""
+
+    def rewrites(self, geometry: Geometry) -> tuple[Rewrite, ...]:
+        """What it looks for in a model of this geometry."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,15 +175,25 @@ def _stored_formats(
     source: Source, family: Family, values: Mapping[str, Any], program: Program
 ) -> Mapping[str, WeightFormat]:
     """Formats of a quantized source: of its weights if they are here, else what its config tells of."""
-    if values.get("quantization_config") is None:
-        return {}
-    if any(source.directory.glob("*.safetensors")):
+    if values.get("quantization_config") is not None and any(source.directory.glob("*.safetensors")):
         return stored_formats(source_tensors(CheckpointWeights(source.directory), family, values))
-    config = values["quantization_config"]
+    return announced_formats(family, values, program, str(source.directory))
+
+
+def announced_formats(
+    family: Family, values: Mapping[str, Any], program: Program, where: str
+) -> Mapping[str, WeightFormat]:
+    """Formats of a quantized source's linear layers, by module name, from config.json alone.
+
+    Raises:
+        SourceError: Its weights have formats that the config cannot tell apart.
+    """
+    config = values.get("quantization_config")
+    if config is None:
+        return {}
     if config.get("quant_method") == MIXED:
         raise SourceError(
-            f"{source.directory} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside "
-            "config.json."
+            f"{where} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside config.json."
         )
     names, skipped = published_name(family), config.get("llm_int8_skip_modules") or ["lm_head"]
     form = announced_format(config)

@@ -66,6 +66,11 @@ def apply(graph_module: GraphModule, rewrite: Rewrite) -> tuple[int, list[str]]:
     return len(replaced), refusals
 
 
+def pattern_graph(rewrite: Rewrite) -> Graph:
+    """What a rewrite looks for, as a graph."""
+    return _traced(rewrite)[0]
+
+
 @cache
 def _traced(rewrite: Rewrite) -> tuple[Graph, Graph]:
     """The graphs of pattern and replacement, traced once for all regions."""

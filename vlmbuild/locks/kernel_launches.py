@@ -1,0 +1,107 @@
+"""Every Triton launch of a program on a GPU, forward and backward, found without one: its regions run on tensors without data.
+
+Sizes that change from batch to batch are primes, so that a kernel is compiled for no lucky size; they are large and small
+once, since a launcher may choose its blocks by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+
+from vlmbuild.ops.attention import Masks
+from vlmbuild.program import Program, Region
+from vlmbuild.runtime.region_instance import BoundRegion, is_compute
+
+if TYPE_CHECKING:
+    from vlmbuild.ops._triton import Launch
+
+_LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
+_OPS = torch.ops.vlmbuild
+_ATTENTION = (_OPS.attention_triton.default, _OPS.attention_auto.default)
+
+
+def launches(program: Program, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """(region, launch) of a finished program with shapes, in order; needs triton.
+
+    Args:
+        program: After the passes.
+        dtype: The compute dtype.
+    """
+    for name, region in program.regions.items():
+        for sizes in (_LARGE, _SMALL):
+            recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
+            with torch.no_grad():
+                recorder.run(*_tensors(region, sizes, dtype))
+            for target, arguments in recorder.calls:
+                for launch in _launches_of(target, arguments):
+                    yield name, launch
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the arguments of operators that have Triton kernels."""
+
+    def __init__(self, graph: Any) -> None:
+        super().__init__(graph)
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in (*_ATTENTION, _OPS.mrope_rotate.default):
+            self.calls.append((target, args))
+        return super().call_function(target, args, kwargs)
+
+
+def _launches_of(target: Any, arguments: tuple[Any, ...]) -> tuple[Launch, ...]:
+    if target in _ATTENTION:
+        return _attention_launches(*arguments)
+    return _rotate_launches(*arguments)
+
+
+def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Launch, ...]:
+    from vlmbuild.ops.attention_triton import backward_launches, forward_launch
+
+    *masks, causal, scale = rest
+    batch, heads, length, dim = query.shape
+    out = query.new_empty((batch, length, heads, dim))
+    logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    seen = Masks(*masks)
+    return (
+        forward_launch(query, key, value, seen, out, logsumexp, causal, scale),
+        *backward_launches(out, query, key, value, seen, out, logsumexp, logsumexp, grads, causal, scale),
+    )
+
+
+def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Launch, ...]:
+    """Forward, and backward on the contiguous gradients that attention returns."""
+    from vlmbuild.ops.mrope_triton import rotate_launch
+
+    grads = (query.new_empty(query.shape), key.new_empty(key.shape))
+    return (
+        rotate_launch(query, key, cos, sin, torch.empty_like(query), torch.empty_like(key)),
+        rotate_launch(*grads, cos, -sin, torch.empty_like(grads[0]), torch.empty_like(grads[1])),
+    )
+
+
+def _tensors(region: Region, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    names = sorted(set(region.dimensions.values()))
+    by_name = dict(zip(names, sizes, strict=False))
+    chosen = {symbol: by_name[name] for symbol, name in region.dimensions.items()}
+    slots = [
+        torch.empty(slot.shape, dtype=dtype if is_compute(slot) else slot.dtype, device="meta") for slot in region.slots
+    ]
+    return slots + [_activation(node, chosen, dtype) for node in region.placeholders()[len(region.slots) :]]
+
+
+def _activation(node: Node, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
+    value = node.meta["val"]
+    shape = [size if isinstance(size, int) else _evaluated(size, sizes) for size in value.shape]
+    return torch.empty(shape, dtype=dtype if value.dtype == torch.bfloat16 else value.dtype, device="meta")
+
+
+def _evaluated(size: torch.SymInt, sizes: dict[str, int]) -> int:
+    return int(size.node.expr.subs({symbol: sizes[str(symbol)] for symbol in size.node.expr.free_symbols}))

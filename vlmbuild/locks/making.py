@@ -1,0 +1,259 @@
+"""Make a lock: from a config and a recipe, or from an artifact. No weights are read."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.builder import missed_patterns, published_name, rewrite, trace_program
+from vlmbuild.errors import UsageError
+from vlmbuild.families import Family, family_of
+from vlmbuild.families._family import IGNORED_CONFIG_KEYS
+from vlmbuild.graph_text import dtype_name, region_text, size_text, variant_text
+from vlmbuild.locks.canonical_order import canonical
+from vlmbuild.locks.cost import region_cost
+from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
+from vlmbuild.locks.kernel_table import kernel_table
+from vlmbuild.locks.shapes import propagate_shapes
+from vlmbuild.pipeline import PassReport
+from vlmbuild.planner import announced_formats
+from vlmbuild.program import Program, Region, Variant, returned_nodes
+from vlmbuild.quantization import decide
+from vlmbuild.recipe import Recipe
+from vlmbuild.runtime.loader import read_program
+from vlmbuild.source import Progress
+
+TOOLS = ("vlmbuild", "torch", "transformers", "triton")
+"""Distributions whose versions a lock names."""
+
+_MACHINE_KEYS = ("_name_or_path", "transformers_version", *IGNORED_CONFIG_KEYS)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A model as captured, before any pass; recipes are applied to copies of its program."""
+
+    family: Family
+    config: Any
+    values: dict[str, Any]
+    program: Program
+    uri: str
+
+
+def trace(values: Mapping[str, Any], uri: str, progress: Progress | None = None) -> Traced:
+    """Capture a model from the values of its config.json.
+
+    Args:
+        values: Of config.json.
+        uri: How the lock names the source; says nothing about this machine.
+        progress: Called with a stage's name, the amount done, and the total.
+
+    Raises:
+        SourceError: No family reads the config, or a value is not valid.
+        CaptureError: The model cannot be traced.
+    """
+    family = family_of(values, uri)
+    config = family.config(values)
+    program = trace_program(family, config, progress or _untold)
+    return Traced(family, config, portable(values), program, uri)
+
+
+def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock:
+    """The lock of a traced model under a recipe.
+
+    Args:
+        traced: Stays as it is.
+        recipe: A budget is refused, since it measures weights.
+        kernels: False leaves the kernel table out, and says so in it.
+
+    Raises:
+        UsageError: The recipe has a budget, or a pattern that matches nothing.
+        PassError: A pass failed, or a required one matched nothing.
+    """
+    if recipe.quantize is not None and recipe.quantize.format == "auto":
+        raise UsageError(
+            "auto measures weights, and a lock is made without any. Lock the recipe with nf4, or with overrides."
+        )
+    program, reports = apply_recipe(traced, recipe)
+    misses = missed_patterns(program, recipe, reports)
+    passes = {
+        report.name: LockedPass(
+            report.exact,
+            report.matches,
+            dict(sorted(report.sites.items())),
+            report.refusals,
+            misses.get(report.name, {}),
+        )
+        for report in reports
+    }
+    return lock_program(program, traced.family, traced.values, recipe, passes, traced.uri, kernels=kernels)
+
+
+def apply_recipe(traced: Traced, recipe: Recipe) -> tuple[Program, tuple[PassReport, ...]]:
+    """A copy of the program after the recipe's passes, and what they did."""
+    program = copy.deepcopy(traced.program)
+    stored = announced_formats(traced.family, traced.values, program, traced.uri)
+    published = published_name(traced.family)
+    reports, _ = rewrite(
+        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published), _untold
+    )
+    return program, reports
+
+
+def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
+    """The lock of an artifact: of the program that is in it, not of what this vlmbuild would build.
+
+    Raises:
+        IntegrityError, IncompatibleError: It cannot be read.
+    """
+    reader = ArtifactReader(path, verify=False)
+    manifest = reader.manifest
+    values = json.loads(reader.read("config.json"))
+    values.pop("quantization_config", None)
+    program = read_program(reader)
+    propagate_shapes(program)
+    passes = {
+        record["name"]: LockedPass(
+            record["name"] != "quantize_linear", record["matches"], None, tuple(record["refusals"]), {}
+        )
+        for record in manifest.passes
+    }
+    recipe = Recipe.from_mapping({key: _tuple(value) for key, value in manifest.recipe.items()}, str(path))
+    lock = lock_program(
+        program, family_of(values, str(path)), portable(values), recipe, passes, "artifact", kernels=kernels
+    )
+    versions = {tool: str(version) for tool, version in manifest.toolchain.items() if tool in TOOLS}
+    return replace(lock, versions=lock.versions | versions)
+
+
+def lock_program(
+    program: Program,
+    family: Family,
+    values: dict[str, Any],
+    recipe: Recipe,
+    passes: dict[str, LockedPass],
+    uri: str,
+    *,
+    kernels: bool = True,
+) -> Lock:
+    """The lock of a finished program with shapes."""
+    dtype = getattr(torch, recipe.dtype)
+    ordered = canonical(program)
+    return Lock(
+        source=uri,
+        family=family.name,
+        recipe=recipe,
+        versions=tool_versions(),
+        interface={name: _interface(variant, program) for name, variant in ordered.variants.items()},
+        dimensions=_dimensions(ordered),
+        prologue=_prologue(family, values),
+        variants={name: _calls_text(variant) for name, variant in ordered.variants.items()},
+        regions={name: _locked_region(region, dtype.itemsize) for name, region in ordered.regions.items()},
+        passes=passes,
+        kernels=kernel_table(program, dtype) if kernels else Kernels("not asked for"),
+        config=values,
+    )
+
+
+def portable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json that say something about the model, and not about where or by what it was written."""
+    return {
+        key: portable(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key not in _MACHINE_KEYS
+    }
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what decides a lock; "none" for what is not installed."""
+    versions = {}
+    for tool in TOOLS:
+        try:
+            versions[tool] = importlib.metadata.version(tool).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            versions[tool] = "none"
+    return versions
+
+
+def _interface(variant: Variant, program: Program) -> dict[str, str]:
+    inputs = {entry.name: f"{dtype_name(entry.dtype)}[{', '.join(map(str, entry.shape))}]" for entry in variant.inputs}
+    last = program.regions[variant.calls[-1].region]
+    return {**inputs, "returns": _type_of(last)}
+
+
+def _type_of(region: Region) -> str:
+    value = returned_nodes(region.graph)[0].meta["val"]
+    return f"{dtype_name(value.dtype)}[{', '.join(size_text(size, region.dimensions) for size in value.shape)}]"
+
+
+def _calls_text(variant: Variant) -> str:
+    """The listing of a variant without its inputs, which stand in the interface."""
+    return "\n".join(variant_text(variant).splitlines()[len(variant.inputs) :]) + "\n"
+
+
+def _dimensions(program: Program) -> dict[str, str]:
+    """Dimension -> range of sizes that one graph serves."""
+    ranges: dict[str, str] = {}
+    for region in program.regions.values():
+        for node in region.placeholders():
+            value = node.meta.get("val")
+            for size in value.shape if isinstance(value, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt):
+                    ranges |= _symbol_ranges(size, region.dimensions)
+    return dict(sorted(ranges.items()))
+
+
+def _symbol_ranges(size: torch.SymInt, names: Mapping[str, str]) -> dict[str, str]:
+    known = size.node.shape_env.var_to_range
+    found = {}
+    for symbol in size.node.expr.free_symbols:
+        bounds = known[symbol]
+        upper = "unbounded" if not bounds.upper.is_finite or bounds.upper > 2**40 else str(bounds.upper)
+        found[names[str(symbol)]] = f"{bounds.lower} to {upper}"
+    return found
+
+
+def _prologue(family: Family, values: Mapping[str, Any]) -> dict[str, str]:
+    """What the host prologue takes besides input_ids and attention_mask, and the constants that follow from the config."""
+    rows = {name: f"one row a {row}" for name, row in sorted(family.batch_rows.items())}
+    constants = family.constants(family.config(values))
+    return rows | {
+        name: f"constant {dtype_name(tensor.dtype)}{list(tensor.shape)}" for name, tensor in sorted(constants.items())
+    }
+
+
+def _locked_region(region: Region, itemsize: int) -> LockedRegion:
+    cost = region_cost(region, itemsize)
+    weights = {recipe.source: recipe.format.describe() for recipe in region.recipes}
+    return LockedRegion(
+        instances=len(region.instances),
+        flops=cost.flops,
+        bytes=cost.bytes,
+        operators=cost.operators,
+        weights=dict(sorted(weights.items())),
+        graph=region_text(region) + "\n",
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _untold(_stage: str, _done: int, _total: int) -> None:
+    return None
+
+
+def lock_many(
+    values: Mapping[str, Any], uri: str, recipes: Iterable[Recipe], *, kernels: bool = True
+) -> Sequence[Lock]:
+    """Locks of one model under several recipes; it is traced once."""
+    traced = trace(values, uri)
+    return [lock_traced(traced, recipe, kernels=kernels) for recipe in recipes]

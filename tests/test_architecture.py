@@ -29,6 +29,7 @@ LAYERS = (
     ("ops",),
     ("program_json", "divide", "quantization"),
     ("rewrite",),
+    ("near_miss",),
     ("pipeline",),
     ("families",),
     ("source", "source_tensors"),
@@ -44,7 +45,10 @@ LAYERS = (
     ("summary", "adapters", "cache"),
     ("memory",),
     ("planner",),
+    ("locks",),
+    ("pages", "pytest_locks"),
     ("report", "cli_options", "cli_output", "demo"),
+    ("cli_locks", "cli_graphs"),
     ("cli",),
     ("__main__", "__init__"),
 )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlmbuild.cli_locks import COMMANDS
 from vlmbuild.cli_options import json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
 from vlmbuild.errors import UsageError, VlmbuildError
@@ -128,7 +129,8 @@ def cli() -> None:
         vlmbuild verify qwen2-vl-nf4
 
     \b
-    Exit codes: 0 done, 1 failed, 2 usage, 3 integrity, 4 trust, 5 incompatible, 130 and 143 interrupted.
+    Exit codes: 0 done, 1 failed, 2 usage, 3 integrity, 4 trust, 5 incompatible, 6 the graph differs,
+    130 and 143 interrupted.
     """
 
 
@@ -315,3 +317,7 @@ def demo(output: Path | None, family: str, as_json: bool) -> None:
     result = run_demo(output, family=family, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         click.echo(_json(asdict(result)))
+
+
+for command in COMMANDS:
+    cli.add_command(command)

@@ -62,3 +62,9 @@ class IncompatibleError(ArtifactError):
     """An artifact needs another version, operator or device than is here."""
 
     exit_code = 5
+
+
+class GraphDiffersError(VlmbuildError):
+    """What is compiled now is not what a lock says."""
+
+    exit_code = 6

@@ -1,0 +1,195 @@
+"""Commands about graphs under regression: lock, check, diff. Nothing here imports torch by itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.cli_options import json_option, recipe_options
+from vlmbuild.cli_output import StageProgress
+from vlmbuild.errors import GraphDiffersError
+from vlmbuild.recipe import Recipe
+
+if TYPE_CHECKING:
+    from vlmbuild.locks.checking import Checked
+
+_SEVERITIES = ("interface", "numerics", "fusion", "cost", "cosmetic")
+
+format_option = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "markdown"]),
+    default="text",
+    show_default=True,
+    help="Of the report; markdown is for a pull-request comment.",
+)
+kernels_option = click.option(
+    "--kernels/--no-kernels",
+    default=True,
+    show_default=True,
+    help="Compile Triton kernels ahead of time, without a GPU.",
+)
+fail_option = click.option(
+    "--fail-on",
+    type=click.Choice(_SEVERITIES),
+    default="cosmetic",
+    show_default=True,
+    help="The least severe difference that exits with 6; cosmetic is any.",
+)
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE.lock", help="To write.")
+@recipe_options
+@kernels_option
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@json_option
+def lock(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str | None, as_json: bool) -> None:
+    """Write down what is compiled from a model.
+
+    The lock is one text file: interface, graphs, matches of every pass, costs, and what Triton makes of the kernels. It
+    carries the model's config, so checking it needs neither SOURCE nor weights. config.json of SOURCE is enough.
+
+    \b
+    Examples:
+        vlmbuild lock Qwen/Qwen2-VL-2B-Instruct --quantize nf4 -o artifacts/locks/qwen2-vl-nf4.lock
+        vlmbuild lock ./my-checkpoint --recipe recipe.toml -o my-model.lock
+    """
+    from vlmbuild.locks.sources import lock as make
+
+    with StageProgress(lines=not as_json) as progress:
+        made = make(source, recipe, revision=revision, kernels=kernels, progress=progress)
+    with output_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(made.to_text(), encoding="utf-8")
+    summary = {
+        "path": str(output), "regions": len(made.regions), "kernels": len(made.kernels.table),
+        "kernels_skipped": made.kernels.skipped, "passes": {name: entry.matches for name, entry in made.passes.items()},
+    }  # fmt: skip
+    skipped = f" (no kernel table: {made.kernels.skipped})" if made.kernels.skipped else ""
+    said = f"{output}: {len(made.regions)} regions, {len(made.kernels.table)} kernels{skipped}"
+    click.echo(json.dumps(summary, indent=2) if as_json else said)
+
+
+@click.command()
+@click.argument("locks", nargs=-1, required=True, type=click.Path(path_type=Path))
+@format_option
+@kernels_option
+@fail_option
+@click.option(
+    "--junit", type=click.Path(path_type=Path), metavar="FILE.xml", help="Also write a report for CI servers."
+)
+@click.option("--update", is_flag=True, help="Write locks anew where they differ; the exit code is then 0.")
+@click.option(
+    "--bisect", is_flag=True, help="Also run each model forward and backward, and name the pass that broke it."
+)
+@click.option("--processes", type=click.IntRange(min=1), help="How many at once.  [default: one a core]")
+@json_option
+def check(
+    locks: tuple[Path, ...], style: str, kernels: bool, fail_on: str, junit: Path | None, update: bool, bisect: bool,
+    processes: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Hold locks against the code.
+
+    LOCKS are files or folders of them. Exits with 6, and says what changed and what that means, if a graph, a pass or a
+    kernel is not as locked. Where torch, transformers or triton have other versions than those that a lock was made
+    with, that is said, and only what they do not change by themselves is compared.
+
+    \b
+    Examples:
+        vlmbuild check artifacts/locks/
+        vlmbuild check artifacts/locks/ --format markdown --junit check.xml
+        vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
+    """
+    from vlmbuild.locks.checking import check as run_check
+    from vlmbuild.locks.rendering import check_document, check_lines
+    from vlmbuild.locks.rendering import junit as junit_text
+
+    with StageProgress(lines=False) as progress:
+        results = run_check(locks, kernels=kernels, processes=processes, progress=progress)
+    if junit is not None:
+        with output_errors(junit):
+            junit.write_text(junit_text(results), encoding="utf-8")
+    parity = _bisected(locks, as_json) if bisect else {}
+    document = check_document(results) | ({"parity": parity} if bisect else {})
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(check_lines(results, style)))
+    if update:
+        _update([result for result in results if result.difference.findings], kernels)
+        results = tuple(result for result in results if result.error)
+    _fail([result for result in results if _counts(result, fail_on)])
+
+
+def _counts(result: Checked, fail_on: str) -> bool:
+    worst = result.difference.worst
+    return bool(result.error) or (worst is not None and _SEVERITIES.index(worst) <= _SEVERITIES.index(fail_on))
+
+
+def _fail(failed: list[Checked]) -> None:
+    if failed:
+        names = ", ".join(result.path.stem for result in failed[:5]) + (" and others" if len(failed) > 5 else "")
+        raise GraphDiffersError(
+            f"{len(failed)} lock{'s' * (len(failed) > 1)} no longer hold{'s' * (len(failed) == 1)}: {names}. If the change "
+            "is meant, write them anew with --update and commit them; the diff above is for the reviewer."
+        )
+
+
+def _update(changed: list[Checked], kernels: bool) -> None:
+    from vlmbuild.locks.checking import update_locks
+
+    for path in update_locks([result.path for result in changed], kernels=kernels):
+        click.echo(f"{path}: written anew", err=True)
+
+
+def _bisected(locks: tuple[Path, ...], as_json: bool) -> dict[str, Any]:
+    from vlmbuild.locks.bisection import bisect_locks, parity_lines
+
+    parities = bisect_locks(locks)
+    for path, parity in parities.items():
+        if not as_json:
+            click.echo("\n".join(parity_lines(str(path), parity)))
+    broken = {path: parity.broken_by for path, parity in parities.items() if parity.broken_by}
+    if broken:
+        path, name = next(iter(broken.items()))
+        raise GraphDiffersError(
+            f"{path}: pass {name} changes values, and it promises not to. See the table for how far."
+        )
+    return {str(path): parity.to_json() for path, parity in parities.items()}
+
+
+@click.command()
+@click.argument("old")
+@click.argument("new")
+@recipe_options
+@format_option
+@kernels_option
+@fail_option
+@json_option
+def diff(old: str, new: str, recipe: Recipe, style: str, kernels: bool, fail_on: str, as_json: bool) -> None:
+    """Say what differs between two compiled models.
+
+    OLD and NEW are locks, artifacts or checkpoints, in any combination. A checkpoint is compiled by the other side's
+    recipe, or by the one that is given. Exits with 6 if they differ.
+
+    \b
+    Examples:
+        vlmbuild diff old.lock new.lock
+        vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
+        vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
+    """
+    from vlmbuild.locks.rendering import document, markdown, text
+    from vlmbuild.locks.sources import diff as compare_sources
+
+    found = compare_sources(old, new, None if recipe == Recipe() else recipe, kernels=kernels)
+    show = markdown if style == "markdown" else text
+    click.echo(json.dumps(document(found), indent=2) if as_json else "\n".join(show(f"{old} → {new}", found)))
+    if found.worst is not None and _SEVERITIES.index(found.worst) <= _SEVERITIES.index(fail_on):
+        raise GraphDiffersError(f"{old} and {new} differ: {len(found.findings)} findings, the worst: {found.worst}.")
+
+
+COMMANDS: tuple[Callable[..., Any], ...] = (lock, check, diff)

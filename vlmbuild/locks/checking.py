@@ -1,0 +1,147 @@
+"""Hold locks against the code: make each again from the config and the recipe that it carries, and compare.
+
+Locks of one model are made from one trace; models are divided among processes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmbuild.cores import available_cores
+from vlmbuild.errors import UsageError, VlmbuildError
+from vlmbuild.locks.difference import Difference, compare
+from vlmbuild.locks.document import SUFFIX, Lock, read_lock
+from vlmbuild.locks.making import lock_traced, trace
+
+Told = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A lock that was held against the code.
+
+    Attributes:
+        path: Of the lock.
+        difference: What differs.
+        error: Why it could not be made again, or "".
+        seconds: Time taken, tracing not counted for all but the first of a model.
+    """
+
+    path: Path
+    difference: Difference
+    error: str
+    seconds: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the check failed."""
+        return bool(self.error or self.difference.findings)
+
+
+def check(
+    paths: Iterable[str | Path], *, kernels: bool = True, processes: int | None = None, progress: Told | None = None
+) -> tuple[Checked, ...]:
+    """Check locks.
+
+    Args:
+        paths: Lock files, and folders of them.
+        kernels: False leaves kernels out, which is faster.
+        processes: How many; None takes one a core, at most one a model.
+        progress: Called with a stage's name, the locks done, and their number.
+
+    Returns:
+        One result a lock, in the order of the paths.
+
+    Raises:
+        UsageError: A path holds no lock.
+    """
+    files = lock_files(paths)
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        groups.setdefault(json.dumps(read_lock(file).config, sort_keys=True), []).append(file)
+    work = [(group, kernels) for group in groups.values()]
+    count = min(len(work), processes or available_cores())
+    done: dict[Path, Checked] = {}
+    for results in _run(work, count):
+        done |= {result.path: result for result in results}
+        if progress is not None:
+            progress("check", len(done), len(files))
+    return tuple(done[file] for file in files)
+
+
+def lock_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The lock files that paths name, folders searched for *.lock, each once.
+
+    Raises:
+        UsageError: A path does not exist, or a folder holds none.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise UsageError(f"{path} holds no lock (*{SUFFIX}). Make one with vlmbuild lock.")
+        files |= dict.fromkeys(found)
+    return list(files)
+
+
+def _run(work: Sequence[tuple[list[Path], bool]], processes: int) -> Iterable[list[Checked]]:
+    if processes <= 1:
+        yield from (check_group(*task) for task in work)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_quiet) as pool:
+        yield from (future.result() for future in as_completed([pool.submit(check_group, *task) for task in work]))
+
+
+def _quiet() -> None:
+    """What the command line does for its own process; and one thread, since there are as many processes as cores."""
+    import warnings
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:
+    """Check locks of one model: it is traced once."""
+    locks = [read_lock(file) for file in files]
+    started = time.perf_counter()
+    try:
+        traced = trace(locks[0].config, locks[0].source)
+    except VlmbuildError as error:
+        return [Checked(file, Difference(()), str(error), time.perf_counter() - started) for file in files]
+    results = []
+    for file, lock in zip(files, locks, strict=True):
+        results.append(_checked(file, lock, lambda recipe: lock_traced(traced, recipe, kernels=kernels), started))
+        started = time.perf_counter()
+    return results
+
+
+def _checked(file: Path, lock: Lock, make: Callable[..., Lock], started: float) -> Checked:
+    try:
+        difference, error = compare(lock, make(lock.recipe)), ""
+    except VlmbuildError as failure:
+        difference, error = Difference(()), str(failure)
+    return Checked(file, difference, error, time.perf_counter() - started)
+
+
+def update_locks(files: Iterable[Path], *, kernels: bool = True) -> list[Path]:
+    """Write locks anew from the configs and recipes that they carry; returns those that were written.
+
+    Raises:
+        VlmbuildError: As `vlmbuild.lock`.
+    """
+    written = []
+    for file in files:
+        old = read_lock(file)
+        new = lock_traced(trace(old.config, old.source), old.recipe, kernels=kernels)
+        file.write_text(new.to_text(), encoding="utf-8")
+        written.append(file)
+    return written

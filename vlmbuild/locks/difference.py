@@ -1,0 +1,246 @@
+"""What differs between two locks, in words: findings by severity, for a reviewer who did not make the change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from vlmbuild.locks.document import Lock, LockedPass, LockedRegion
+from vlmbuild.locks.formulas import growth
+from vlmbuild.locks.kernel_difference import kernel_findings
+from vlmbuild.locks.listing_difference import ListingDifference, compare_listings
+
+Severity = Literal["interface", "numerics", "fusion", "cost", "cosmetic"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+TITLES: dict[Severity, str] = {
+    "interface": "Interface: callers and the host prologue see it",
+    "numerics": "Values may change",
+    "fusion": "A fusion was lost",
+    "cost": "Costs more",
+    "cosmetic": "Cosmetic, or better",
+}
+COMPARED_TOOLS = ("torch", "transformers", "triton")
+_NUMERIC_OPTIONS = ("dtype", "quantize")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One difference.
+
+    Attributes:
+        severity: What it means.
+        place: Where: "interface", a region's name, a kernel's.
+        text: What changed, one sentence.
+        listing: Unified diff of the place's listing, or nothing.
+    """
+
+    severity: Severity
+    place: str
+    text: str
+    listing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """All findings, most severe first.
+
+    Attributes:
+        findings: What differs.
+        notes: What was not compared, and why.
+    """
+
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    def of(self, severity: Severity) -> list[Finding]:
+        """The findings of a severity."""
+        return [finding for finding in self.findings if finding.severity == severity]
+
+    @property
+    def worst(self) -> Severity | None:
+        """The highest severity there is."""
+        return self.findings[0].severity if self.findings else None
+
+
+def compare(old: Lock, new: Lock) -> Difference:
+    """What changed from one lock to another.
+
+    Where they were made with different versions of torch, transformers or triton, listings, costs and kernels differ by
+    themselves, so that only the interface, matches, weights and operator counts are compared, and a note says so.
+    """
+    versions = _version_changes(old, new)
+    findings = [*_interface(old, new), *_model(old, new), *_recipe(old, new), *_passes(old, new)]
+    lost = {finding.place for finding in findings if finding.severity == "fusion"}
+    findings += _regions(old, new, lost, listings=not versions)
+    notes = [_version_note(versions)] if versions else []
+    if not versions:
+        kernels, skipped = kernel_findings(old.kernels, new.kernels)
+        findings += [Finding(severity, place, text) for severity, place, text in kernels]
+        notes += skipped
+    order = {severity: rank for rank, severity in enumerate(SEVERITIES)}
+    return Difference(tuple(sorted(findings, key=lambda finding: order[finding.severity])), tuple(notes))
+
+
+def _version_changes(old: Lock, new: Lock) -> list[str]:
+    return [
+        f"{tool} {old.versions.get(tool, 'none')} → {new.versions.get(tool, 'none')}"
+        for tool in COMPARED_TOOLS
+        if old.versions.get(tool) != new.versions.get(tool)
+    ]
+
+
+def _version_note(versions: list[str]) -> str:
+    return (
+        f"Versions differ ({', '.join(versions)}): the interface, matches, weights and operator counts were compared; "
+        "listings, costs and kernels were not."
+    )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of every difference; None where there is no value."""
+    for key in dict.fromkeys([*old, *new]):
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _worded(name: str, before: Any, after: Any) -> str:
+    if before is None:
+        return f"{name} is new: {after}"
+    return f"{name} is gone; it was {before}" if after is None else f"{name}: {before} → {after}"
+
+
+def _interface(old: Lock, new: Lock) -> Iterator[Finding]:
+    if old.family != new.family:
+        yield Finding("interface", "model", f"the family: {old.family} → {new.family}")
+    for name, before, after in _changes(old.interface, new.interface):
+        if before is None or after is None:
+            yield Finding("interface", "interface", f"variant {name} is {'new' if before is None else 'gone'}")
+            continue
+        for entry, was, now in _changes(before, after):
+            what = f"what variant {name} returns" if entry == "returns" else f"input {entry} of variant {name}"
+            yield Finding("interface", "interface", _worded(what, was, now))
+    if old.dimensions and new.dimensions:
+        for name, was, now in _changes(old.dimensions, new.dimensions):
+            yield Finding("interface", "interface", _worded(f"the range of {name}", was, now))
+    for name, was, now in _changes(old.prologue, new.prologue):
+        yield Finding("interface", "host prologue", _worded(name, was, now))
+
+
+def _model(old: Lock, new: Lock) -> Iterator[Finding]:
+    for name, was, now in _changes(_flat(old.config), _flat(new.config)):
+        yield Finding("cosmetic", "config.json", _worded(name, was, now))
+    for name, was, now in _changes(old.variants, new.variants):
+        if was and now and name in old.interface and name in new.interface:
+            calls = compare_listings(was, now)
+            yield Finding("cosmetic", f"variant {name}", "regions are called otherwise", calls.lines)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _recipe(old: Lock, new: Lock) -> Iterator[Finding]:
+    before, after = _flat(old.recipe.to_mapping()), _flat(new.recipe.to_mapping())
+    for name, was, now in _changes(before, after):
+        severity: Severity = "numerics" if name.partition(".")[0] in _NUMERIC_OPTIONS else "cosmetic"
+        yield Finding(severity, "recipe", _worded(name, was, now))
+
+
+def _passes(old: Lock, new: Lock) -> Iterator[Finding]:
+    for name in dict.fromkeys([*old.passes, *new.passes]):
+        before, after = old.passes.get(name), new.passes.get(name)
+        if before is None or after is None:
+            state = "is new" if before is None else "did not run"
+            known: Any = before or after
+            severity: Severity = "numerics" if not known.exact else "cosmetic" if before is None else "fusion"
+            yield Finding(severity, name, f"pass {name} {state}")
+            continue
+        if before.exact and not after.exact:
+            yield Finding("numerics", name, f"pass {name} no longer keeps values")
+        yield from _matches(name, before, after, old, new)
+        yield from _refusals(name, before, after)
+
+
+def _matches(name: str, before: LockedPass, after: LockedPass, old: Lock, new: Lock) -> Iterator[Finding]:
+    """Changed matches, by region where both locks know them by region."""
+    if before.sites is None or after.sites is None:
+        if before.matches != after.matches:
+            yield Finding(_severity(before, before.matches, after.matches), name, _count_text(name, before, after))
+        return
+    for region, was, now in _changes(before.sites, after.sites):
+        instances = [lock.regions[region].instances if region in lock.regions else 1 for lock in (old, new)]
+        counts = (was or 0) * instances[0], (now or 0) * instances[1]
+        reasons = [after.misses[region]] if region in after.misses else []
+        reasons += [reason.partition(": ")[2] for reason in after.refusals if reason.startswith(f"{region}: ")]
+        why = f": pattern refused, {'; '.join(reasons)}" if reasons and counts[1] < counts[0] else ""
+        text = f"{name} matches {counts[0]} → {counts[1]} in {region}{why}"
+        yield Finding(_severity(before, *counts), region, text)
+
+
+def _severity(step: LockedPass, before: int, after: int) -> Severity:
+    if not step.exact:
+        return "numerics"
+    return "fusion" if after < before else "cosmetic"
+
+
+def _count_text(name: str, before: LockedPass, after: LockedPass) -> str:
+    return f"{name} matches {before.matches} → {after.matches}"
+
+
+def _refusals(name: str, before: LockedPass, after: LockedPass) -> Iterator[Finding]:
+    for reason in after.refusals:
+        if reason not in before.refusals:
+            yield Finding("cosmetic", name, f"{name} leaves something alone that it did not: {reason}")
+
+
+def _regions(old: Lock, new: Lock, lost: set[str], *, listings: bool) -> Iterator[Finding]:
+    for name in dict.fromkeys([*old.regions, *new.regions]):
+        before, after = old.regions.get(name), new.regions.get(name)
+        if before is None or after is None:
+            found = before or after
+            assert found is not None
+            state = "is new" if before is None else "is gone"
+            yield Finding("numerics", name, f"region {name} x {found.instances} {state}")
+            continue
+        if before.instances != after.instances:
+            yield Finding("numerics", name, f"{name} occurs {before.instances} → {after.instances} times")
+        for weight, was, now in _changes(before.weights, after.weights):
+            stored = [kind or "the compute dtype" for kind in (was, now)]
+            yield Finding("numerics", name, f"{weight} is stored as {stored[0]} → {stored[1]}")
+        yield from _graph(name, before, after, name in lost, listings=listings)
+
+
+def _graph(name: str, before: LockedRegion, after: LockedRegion, lost: bool, *, listings: bool) -> Iterator[Finding]:
+    if not listings:
+        if before.operators != after.operators:
+            yield Finding("numerics", name, f"other operators: {_operator_text(before, after)}")
+        return
+    if before.graph != after.graph:
+        listing = compare_listings(before.graph, after.graph)
+        severity: Severity = "fusion" if lost else "numerics"
+        yield Finding(severity, name, _graph_text(listing, before, after), listing.lines)
+    for what in ("flops", "bytes"):
+        was, now = getattr(before, what), getattr(after, what)
+        if was != now:
+            share = growth(was, now)
+            worse: Severity = "cost" if share is None or share > 0 else "cosmetic"
+            percent = "" if share is None else f" ({100 * share:+.1f} %)"
+            label = "FLOPs" if what == "flops" else "bytes moved"
+            yield Finding(worse, name, f"{label}: {was} → {now}{percent}")
+
+
+def _graph_text(listing: ListingDifference, before: LockedRegion, after: LockedRegion) -> str:
+    if listing.widened:
+        return f"dtypes: {'; '.join(listing.widened)}"
+    if before.operators != after.operators:
+        return f"other operators: {_operator_text(before, after)}"
+    return f"the graph: {'; '.join(listing.changed) or 'values are passed on otherwise'}"
+
+
+def _operator_text(before: LockedRegion, after: LockedRegion) -> str:
+    changes = _changes(before.operators, after.operators)
+    return ", ".join(f"{name} {was or 0} → {now or 0}" for name, was, now in changes)

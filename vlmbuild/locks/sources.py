@@ -1,0 +1,71 @@
+"""Anything that has a lock: a lock file, an artifact, a checkpoint; and the lock of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmbuild.artifact.paths import MANIFEST_NAME
+from vlmbuild.locks.difference import Difference, compare
+from vlmbuild.locks.document import SUFFIX, Lock, read_lock
+from vlmbuild.locks.making import Traced, lock_artifact, lock_traced, trace
+from vlmbuild.recipe import Recipe
+from vlmbuild.source import Progress, resolve
+
+
+def lock(
+    source: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    revision: str | None = None,
+    kernels: bool = True,
+    progress: Progress | None = None,
+) -> Lock:
+    """The lock of a model under a recipe. No weights are read or needed: config.json is enough.
+
+    Args:
+        source: As for `vlmbuild.build`.
+        recipe: What would be built.
+        revision: Of a hub id.
+        kernels: False leaves out the table of Triton kernels.
+        progress: Called with a stage's name, the amount done, and the total.
+
+    Raises:
+        UsageError: The recipe has a budget, or a pattern that matches nothing.
+        SourceError: The source cannot be used.
+        CaptureError, PassError: The graph cannot be built as asked.
+    """
+    return lock_traced(trace_source(source, revision=revision, progress=progress), recipe, kernels=kernels)
+
+
+def trace_source(source: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Traced:
+    """A source's model as captured."""
+    found = resolve(source, revision=revision, weights=False, progress=progress)
+    return trace(found.config(), found.uri, progress)
+
+
+def diff(old: str | Path, new: str | Path, recipe: Recipe | None = None, *, kernels: bool = True) -> Difference:
+    """What differs between two locks, artifacts or checkpoints, in any combination.
+
+    Args:
+        old, new: A lock file, an artifact, or what `vlmbuild.build` takes.
+        recipe: Of checkpoints; None takes that of the other side, so that an artifact is held against what would be built.
+        kernels: False leaves kernels out.
+
+    Raises:
+        VlmbuildError: As of reading a lock or an artifact, and of tracing a checkpoint.
+    """
+    sides = [_read(side, kernels) for side in (old, new)]
+    known = next((side.recipe for side in sides if side is not None), Recipe())
+    locks = [
+        side if side is not None else lock(source, recipe or known, kernels=kernels)
+        for side, source in zip(sides, (old, new), strict=True)
+    ]
+    return compare(locks[0], locks[1])
+
+
+def _read(side: str | Path, kernels: bool) -> Lock | None:
+    """The lock of a file or an artifact; None for a checkpoint, which needs a recipe."""
+    path = Path(side)
+    if path.is_file() or path.suffix == SUFFIX:
+        return read_lock(path)
+    return lock_artifact(path, kernels=kernels) if (path / MANIFEST_NAME).is_file() else None

@@ -24,7 +24,7 @@ from vlmbuild.families import Family, family_of
 from vlmbuild.near_miss import near_miss
 from vlmbuild.outline import outline
 from vlmbuild.passes import AddLora, passes_for, quantization_passes
-from vlmbuild.pipeline import PassReport, PatternPass, run
+from vlmbuild.pipeline import Pass, PassReport, PatternPass, run
 from vlmbuild.program import Program, Role
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.quantization import QUANTIZE, Decision, LinearLayer, decide, linear_layers
@@ -212,6 +212,11 @@ def rewrite(
         )
     late = [name for name in recipe.require if name == QUANTIZE]
     return (*reports, *run(quantization, program, require=late, before=reports)), decisions
+
+
+def exact_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The recipe's passes that promise to keep values, in order."""
+    return tuple(step for step in passes_for(recipe) if step.exact)
 
 
 def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassReport]) -> dict[str, dict[str, str]]:

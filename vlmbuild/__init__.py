@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
     from vlmbuild.errors import VlmbuildError
+    from vlmbuild.locks.checking import check
+    from vlmbuild.locks.document import Lock
+    from vlmbuild.locks.sources import diff, lock
     from vlmbuild.memory import Workload
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Artifact": "builder",
+    "Lock": "locks.document",
     "Manifest": "artifact.manifest",
     "Plan": "planner",
     "QuantSpec": "recipe",
@@ -36,9 +40,12 @@ _HOMES = {
     "Workload": "memory",
     "add_lora": "adapters",
     "build": "builder",
+    "check": "locks.checking",
+    "diff": "locks.sources",
     "from_pretrained": "cache",
     "load": "runtime.loader",
     "load_adapter": "adapters",
+    "lock": "locks.sources",
     "plan": "planner",
     "save_adapter": "runtime.adapter_files",
     "verify": "artifact.reader",
@@ -46,6 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "Lock",
     "Manifest",
     "Plan",
     "QuantSpec",
@@ -55,9 +63,12 @@ __all__ = [
     "Workload",
     "add_lora",
     "build",
+    "check",
+    "diff",
     "from_pretrained",
     "load",
     "load_adapter",
+    "lock",
     "plan",
     "save_adapter",
     "verify",

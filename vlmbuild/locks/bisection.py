@@ -29,8 +29,9 @@ from vlmbuild.pipeline import Pass, run
 from vlmbuild.program import Call, Input, Program, Region, Slot, Variant, join, parse_size
 from vlmbuild.runtime.region_instance import BoundRegion
 
-TOLERANCE = 1e-5
-"""Relative norm, float32: exact passes change the order of summation at most, and gradients of a whole model sum long."""
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+"""Relative norms, float32: exact passes change the order of summation at most. With random weights the gradients of queries
+and keys cancel to a ten-thousandth of the others, and are rounded accordingly; a broken pass is off by percents."""
 
 _CANCELLED = 1e-4
 """Share of the norm of all values below which a gradient counts as this much."""
@@ -50,7 +51,7 @@ class Step:
     @property
     def holds(self) -> bool:
         """Whether values are the same."""
-        return self.forward <= TOLERANCE and self.gradient <= TOLERANCE  # false for NaN
+        return self.forward <= TOLERANCE and self.gradient <= GRADIENT_TOLERANCE  # false for NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ def bisect(traced: Traced, passes: Sequence[Pass]) -> Parity:
 
 def parity_lines(name: str, parity: Parity) -> list[str]:
     """A table for people."""
-    lines = [f"{name}: captured = after each exact pass, float32, relative errors (at most {TOLERANCE:.0e})"]
+    limits = f"(at most {TOLERANCE:.0e}, gradients {GRADIENT_TOLERANCE:.0e})"
+    lines = [f"{name}: captured = after each exact pass, float32, relative errors {limits}"]
     lines += [f"  {step.name:<20} forward {step.forward:.1e}  gradient {step.gradient:.1e}" for step in parity.steps]
     verdict = f"broken by {parity.broken_by}" if parity.broken_by else "all equal"
     return [*lines, f"  {verdict}"]
@@ -222,5 +224,5 @@ def _seed(name: str) -> int:
 
 
 def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
-    """Relative norm of the difference. A gradient that cancels to nearly nothing, as of key biases, is held against `floor`."""
+    """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`."""
     return (actual - expected).norm().item() / max(expected.norm().item(), floor)

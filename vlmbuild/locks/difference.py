@@ -21,6 +21,7 @@ TITLES: dict[Severity, str] = {
     "cosmetic": "Cosmetic, or better",
 }
 COMPARED_TOOLS = ("torch", "transformers", "triton")
+_MOST_CHANGES = 3
 _NUMERIC_OPTIONS = ("dtype", "quantize")
 
 
@@ -235,10 +236,16 @@ def _graph(name: str, before: LockedRegion, after: LockedRegion, lost: bool, *, 
 
 def _graph_text(listing: ListingDifference, before: LockedRegion, after: LockedRegion) -> str:
     if listing.widened:
-        return f"dtypes: {'; '.join(listing.widened)}"
+        return f"dtypes: {_some(listing.widened)}"
     if before.operators != after.operators:
         return f"other operators: {_operator_text(before, after)}"
-    return f"the graph: {'; '.join(listing.changed) or 'values are passed on otherwise'}"
+    return f"the graph: {_some(listing.changed) or 'values are passed on otherwise'}"
+
+
+def _some(texts: tuple[str, ...]) -> str:
+    """The first three; the listing has all."""
+    more = len(texts) - _MOST_CHANGES
+    return "; ".join([*texts[:_MOST_CHANGES], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _operator_text(before: LockedRegion, after: LockedRegion) -> str:

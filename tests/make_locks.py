@@ -1,0 +1,36 @@
+"""Write artifacts/locks: every published config, unquantized and in NF4, with SDPA and with Triton.
+
+python tests/make_locks.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from vlmbuild.cli_output import quiet_libraries
+
+CONFIGS = Path(__file__).parent / "configs"
+LOCKS = Path(__file__).parents[1] / "artifacts" / "locks"
+RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention in ("sdpa", "triton")]
+
+
+def main() -> None:
+    quiet_libraries()
+    from vlmbuild.locks.making import lock_many
+    from vlmbuild.recipe import QuantSpec, Recipe
+
+    LOCKS.mkdir(exist_ok=True)
+    for folder in sorted(CONFIGS.iterdir()):
+        values = json.loads((folder / "config.json").read_text())
+        recipes = [Recipe(quantize=QuantSpec(format=form), attention=attention) for form, attention in RECIPES]
+        locks = lock_many(values, f"tests/configs/{folder.name}", recipes)
+        for (form, attention), lock in zip(RECIPES, locks, strict=True):
+            path = LOCKS / f"{folder.name}-{form}-{attention}.lock"
+            path.write_text(lock.to_text(), encoding="utf-8")
+            print(f"{path.name}: {len(lock.regions)} regions, {len(lock.kernels.table)} kernels", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

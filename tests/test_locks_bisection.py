@@ -1,0 +1,76 @@
+"""Bisection names the pass that breaks parity, forward or backward, for every family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.builder import exact_passes
+from vlmbuild.cli import main
+from vlmbuild.locks.bisection import bisect
+from vlmbuild.locks.making import trace
+from vlmbuild.locks.sources import trace_source
+from vlmbuild.pipeline import PassOutcome
+from vlmbuild.recipe import Recipe
+
+PASSES = exact_passes(Recipe())
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-digits", "mllama-digits", "pixtral-digits"])
+def test_exact_passes_keep_values(name):
+    parity = bisect(trace_source(name), PASSES)
+    assert [step.name for step in parity.steps] == ["normalize", "fuse_mrope", "swap_attention"]
+    assert parity.broken_by == ""
+    assert 0 < parity.steps[-1].gradient  # the order of summation did change, so something was compared
+
+
+@dataclass(frozen=True)
+class Break:
+    """An "exact" pass that changes a constant, or the gradient alone."""
+
+    kind: str
+    name: ClassVar[str] = "break"
+    exact: ClassVar[bool] = True
+
+    def __call__(self, program):
+        outcome = PassOutcome()
+        region = program.regions["language_model.layers"]
+        for node in region.graph.graph.nodes:
+            if node.target is torch.ops.aten.silu.default:
+                if self.kind == "forward":
+                    node.target = torch.ops.aten.gelu.default
+                else:
+                    with region.graph.graph.inserting_before(node):
+                        held = region.graph.graph.call_function(torch.ops.aten.detach.default, (node.args[0],))
+                    node.args = (held,)
+        outcome.add(region.name, 1)
+        return outcome
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_the_pass_that_breaks_parity_is_named(kind):
+    parity = bisect(trace(tiny.config_values(layers=2, depth=1), "tiny"), [PASSES[0], Break(kind), PASSES[2]])
+    assert parity.broken_by == "break"
+    assert parity.steps[0].holds
+    broken = parity.steps[1]
+    assert (broken.forward > 1e-3) == (kind == "forward")
+    assert broken.gradient > 1e-3
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "digits.lock"
+    assert main(["lock", "pixtral-digits", "-o", str(path), "--attention", "triton", "--no-kernels"]) == 0
+    assert main(["check", str(path), "--bisect", "--no-kernels"]) == 0
+    assert "all equal" in capsys.readouterr().out
+
+
+def test_a_model_that_is_too_large_is_refused(capsys):
+    from make_locks import LOCKS
+
+    code = main(["check", str(LOCKS / "llama-3.2-90b-vision-none-sdpa.lock"), "--bisect", "--no-kernels"])
+    assert code == 2
+    assert "Bisect with a smaller model of the family" in capsys.readouterr().err

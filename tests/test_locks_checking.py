@@ -1,0 +1,149 @@
+"""Committed locks hold; a check of one that does not says so to people, to CI servers and by its exit code."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from make_locks import CONFIGS, LOCKS, RECIPES
+
+from vlmbuild.cli import main
+from vlmbuild.locks.checking import check, lock_files
+from vlmbuild.locks.document import read_lock
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def locks(tmp_path_factory):
+    """Of a packaged checkpoint: without kernels, so that it takes seconds."""
+    folder = tmp_path_factory.mktemp("locks")
+    for form in ("none", "nf4"):
+        path = folder / f"digits-{form}.lock"
+        options = ("--quantize", form, "--attention", "sdpa", "--no-kernels")
+        assert main(["lock", "qwen2-vl-digits", "-o", str(path), *options]) == 0
+    return folder
+
+
+def spoiled(path: Path, target: Path, old: str, new: str) -> Path:
+    text = path.read_text()
+    assert old in text
+    target.write_text(text.replace(old, new))
+    return target
+
+
+def test_every_published_config_is_locked():
+    names = {path.stem for path in lock_files([LOCKS])}
+    assert names == {f"{folder.name}-{form}-{attention}" for folder in CONFIGS.iterdir() for form, attention in RECIPES}
+
+
+def test_committed_locks_hold():
+    started = time.monotonic()
+    results = check([LOCKS])
+    assert not [(result.path.name, result.error, result.difference) for result in results if result.differs]
+    assert time.monotonic() - started < 600  # 90 s on two idle cores; CI machines are shared
+
+
+def test_a_model_is_traced_once(locks, monkeypatch):
+    import vlmbuild.locks.checking as checking
+
+    calls = []
+    original = checking.trace
+    monkeypatch.setattr(checking, "trace", lambda *arguments: calls.append(arguments) or original(*arguments))
+    results = check([locks], kernels=False, processes=1)
+    assert [result.path.name for result in results] == ["digits-nf4.lock", "digits-none.lock"]
+    assert len(calls) == 1
+
+
+def test_check_says_what_changed(run, locks, tmp_path):
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", 'input_ids = "i64', 'input_ids = "i32')
+    report = tmp_path / "check.xml"
+    code, out, err = run("check", bad, locks / "digits-nf4.lock", "--no-kernels", "--junit", report, "--processes", 1)
+    assert code == 6
+    assert "input input_ids of variant image: i32[1, sequence] → i64[1, sequence]" in out
+    assert "digits-nf4.lock: no difference" in out
+    assert "\x1b" not in out
+    assert err.startswith("error: 1 lock no longer holds: bad.")
+    suite = ElementTree.parse(report).getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("2", "1", "0")
+    assert "input_ids" in suite.find("testcase/failure").text
+
+
+def test_check_for_a_pull_request_and_for_machines(run, locks, tmp_path):
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "aten.silu.default(", "aten.gelu.default(")
+    code, out, _ = run("check", bad, "--no-kernels", "--format", "markdown")
+    assert code == 6
+    for text in ("### `bad`", "**Values may change**", "```diff", "<details>"):
+        assert text in out
+    code, out, _ = run("check", bad, "--no-kernels", "--json")
+    document = json.loads(out[: out.index('\n{\n  "error"')])
+    assert (code, document["locks"][0]["findings"][0]["severity"]) == (6, "numerics")
+
+
+def test_severities_below_the_limit_do_not_fail(run, locks, tmp_path):
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", 'flops = "', 'flops = "1')
+    assert run("check", bad, "--no-kernels")[0] == 6
+    assert run("check", bad, "--no-kernels", "--fail-on", "cost")[0] == 0
+    assert run("check", bad, "--no-kernels", "--fail-on", "interface")[0] == 0
+
+
+def test_update_writes_the_lock_anew(run, locks, tmp_path):
+    good = (locks / "digits-none.lock").read_text()
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "instances = 3", "instances = 4")
+    code, out, err = run("check", bad, "--no-kernels", "--update")
+    assert (code, "occurs 4 → 3 times" in out, "written anew" in err) == (0, True, True)
+    assert bad.read_text() == good
+
+
+def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_path):
+    bad = spoiled(
+        locks / "digits-none.lock", tmp_path / "bad.lock", "Qwen2VLForConditionalGeneration", "UnknownForGeneration"
+    )
+    code, out, _ = run("check", bad, "--no-kernels")
+    assert code == 6
+    assert "cannot be made again: zoo:qwen2-vl-digits: unknown architecture UnknownForGeneration" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("check", "{tmp}"), 2, "holds no lock"),
+        (("check", "{tmp}/missing.lock"), 2, "holds no lock"),
+        (("check",), 2, "LOCKS"),
+        (("diff", "{tmp}/missing.lock", "qwen2-vl-digits"), 2, "cannot be read"),
+        (("lock", "qwen2-vl-digits"), 2, "--output"),
+        (("lock", "no-such-model", "-o", "{tmp}/x.lock"), 1, "not a directory, a hub id"),
+        (("lock", "qwen2-vl-digits", "-o", "{tmp}/x.lock", "--quantize", "auto", "--budget", "5"), 2, "auto measures"),
+        (("lock", "qwen2-vl-digits", "-o", "{tmp}/x.lock", "--require", "fuse_rope"), 1, "fuse_rope"),
+    ],
+)
+def test_mistakes_are_one_paragraph(run, arguments, code, message, tmp_path):
+    found, out, err = run(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["lock", "check", "diff"])
+def test_help_has_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"vlmbuild {command}" in out.partition("Example")[2]
+
+
+def test_locks_name_no_path(locks):
+    for file in lock_files([locks, LOCKS]):
+        assert str(Path.home()) not in file.read_text()
+        assert read_lock(file).source in ("zoo:qwen2-vl-digits", f"tests/configs/{file.stem.rsplit('-', 2)[0]}")

@@ -1,0 +1,103 @@
+"""Kernels compiled for GPUs that are not here: figures, spills, tensor cores, and what is said where Triton is missing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.locks.document import Kernels
+from vlmbuild.locks.kernel_difference import THRESHOLD, kernel_findings
+from vlmbuild.locks.kernel_table import TARGETS, kernel_table
+
+triton = pytest.importorskip("triton", reason="triton is Linux only")
+
+
+@pytest.fixture(scope="module")
+def table(pristine_program):
+    return kernel_table(tiny.build(pristine_program, attention="triton"), torch.bfloat16)
+
+
+def test_every_kernel_is_compiled_for_every_target(table):
+    names = {label.split()[0] for label in table.table}
+    assert names == {"forward_kernel", "grad_query_kernel", "grad_key_kernel", "rotate_kernel"}
+    for label, kernel in table.table.items():
+        assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
+        for row in kernel.targets.values():
+            assert 16 <= row["registers"] <= 255
+            assert row["cubin"] > 1000
+            assert (row["tensor_core"] == "none") == label.startswith("rotate_kernel")
+    forward = next(kernel for label, kernel in table.table.items() if label.startswith("forward") and "CAUSAL" in label)
+    assert [forward.targets[f"sm_{target}"]["tensor_core"] for target in TARGETS] == ["mma", "wgmma", "tcgen05"]
+    assert forward.regions == ("language_model.layers",)
+
+
+def test_sdpa_launches_no_attention_kernel(pristine_program):
+    program = tiny.build(pristine_program, attention="sdpa")
+    assert {label.split()[0] for label in kernel_table(program, torch.bfloat16).table} == {"rotate_kernel"}
+
+
+def test_a_kernel_that_has_too_few_registers_spills(pristine_program, table):
+    from vlmbuild.locks.kernel_launches import launches
+    from vlmbuild.locks.kernel_table import compile_launch
+
+    program = tiny.build(pristine_program, attention="triton")
+    launch = next(launch for _, launch in launches(program, torch.bfloat16) if "forward" in launch.kernel.__name__)
+    row = compile_launch(launch._replace(constants=launch.constants | {"maxnreg": 64}), 90)
+    assert row["spilled"] > 0
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    spilled = replace(kernel, targets=kernel.targets | {"sm_90": row})
+    findings, _ = kernel_findings(table, Kernels(table=table.table | {label: spilled}))
+    assert ("cost", label, f"spills 0 → {row['spilled']} bytes of a thread's registers on sm_90") in findings
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "words"),
+    [
+        ({"tensor_core": "mma"}, "cost", "loses its tensor-core path on sm_90: wgmma → mma"),
+        ({"registers": 1.5}, "cost", "registers of a thread on sm_90"),
+        ({"registers": 1 + THRESHOLD / 2}, "cosmetic", "registers of a thread on sm_90"),
+        ({"cubin": 0.5}, "cosmetic", "bytes of code on sm_90"),
+    ],
+)
+def test_thresholds(table, change, severity, words):
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    row = dict(kernel.targets["sm_90"])
+    for name, value in change.items():
+        row[name] = value if isinstance(value, str) else int(row[name] * value)
+    new = Kernels(table=table.table | {label: replace(kernel, targets=kernel.targets | {"sm_90": row})})
+    ((found, place, text),), notes = kernel_findings(table, new)
+    assert (found, place, notes) == (severity, label, [])
+    assert words in text
+
+
+def test_without_triton_the_table_says_why(pristine_built, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vlmbuild.ops._triton", None)
+    kernels = kernel_table(pristine_built, torch.bfloat16)
+    assert kernels == Kernels("triton is not installed")
+    assert kernel_findings(kernels, Kernels()) == (
+        [], ["Kernels were not compared: the first lock has no table, since: triton is not installed."],
+    )  # fmt: skip
+
+
+def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):
+    """The signature that is compiled ahead must be the one that Triton's own binder makes for such arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from vlmbuild.locks.kernel_launches import launches
+    from vlmbuild.locks.kernel_table import _signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for _, launch in launches(tiny.build(pristine_program, attention="triton"), torch.bfloat16):
+        kernel = launch.kernel
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*launch.arguments, **launch.constants, debug=False)
+        _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
+        assert _signature(launch) == (signature, constants, {key: value for key, value in attributes.items() if value})

@@ -7,6 +7,7 @@ name or as `in0, in1, ...`, and symbolic sizes by the names of the program's dim
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -140,10 +141,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def size_text(size: int | torch.SymInt, dimensions: dict[str, str]) -> str:
     """A size with its symbols replaced by the names of dimensions: "4*merged"."""
-    text = str(size)
-    for symbol, name in dimensions.items():
-        text = text.replace(symbol, name)
-    return text
+    return re.sub(r"\w+", lambda word: dimensions.get(word[0], word[0]), str(size))
 
 
 def target_name(node: Node) -> str:

@@ -107,7 +107,7 @@ def bisect(traced: Traced, passes: Sequence[Pass]) -> Parity:
     for step in passes:
         run([step], program)
         actual = _values(program, constants)
-        errors = [_error(actual[name], value, floor) for name, value in expected.items()]
+        errors = [_error(actual.get(name), value, floor) for name, value in expected.items()]
         forward = max(error for name, error in zip(expected, errors, strict=True) if name.endswith(" logits"))
         gradient = max(error for name, error in zip(expected, errors, strict=True) if not name.endswith(" logits"))
         steps.append(Step(step.name, forward, gradient))
@@ -223,6 +223,7 @@ def _seed(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
 
 
-def _error(actual: Tensor, expected: Tensor, floor: float) -> float:
+def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
     """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`."""
-    return (actual - expected).norm().item() / max(expected.norm().item(), floor)
+    difference = expected if actual is None else actual - expected  # a gradient that is gone is zero
+    return difference.norm().item() / max(expected.norm().item(), floor)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlmbuild.cli_graphs import inspect
 from vlmbuild.cli_locks import COMMANDS
 from vlmbuild.cli_options import json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
@@ -237,23 +238,6 @@ def _image(text: str) -> str | tuple[int, int]:
 
 @cli.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@json_option
-def inspect(artifact: Path, as_json: bool) -> None:
-    """Show what is in an artifact.
-
-    Its id, recipe, files, graph, passes and weights.
-
-    \b
-    Example:
-        vlmbuild inspect qwen2-vl-nf4
-    """
-    from vlmbuild.summary import inspect as run_inspect
-
-    _show(run_inspect(artifact), as_json, "inspect_report")
-
-
-@cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless it is this very artifact.")
 @json_option
 def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
@@ -319,5 +303,5 @@ def demo(output: Path | None, family: str, as_json: bool) -> None:
         click.echo(_json(asdict(result)))
 
 
-for command in COMMANDS:
+for command in (inspect, *COMMANDS):
     cli.add_command(command)

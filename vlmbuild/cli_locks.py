@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,4 +191,4 @@ def diff(old: str, new: str, recipe: Recipe, style: str, kernels: bool, fail_on:
         raise GraphDiffersError(f"{old} and {new} differ: {len(found.findings)} findings, the worst: {found.worst}.")
 
 
-COMMANDS: tuple[Callable[..., Any], ...] = (lock, check, diff)
+COMMANDS: tuple[click.Command, ...] = (lock, check, diff)

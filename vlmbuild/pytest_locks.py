@@ -1,9 +1,9 @@
 """The pytest plugin: a fixture that holds a model's graph against a committed lock, and `--update-locks` to write it.
 
     def test_graph(graph_lock):
-        graph_lock("qwen2-vl-nf4", vlmbuild.Recipe(quantize=vlmbuild.QuantSpec()), source="my-checkpoint")
+        graph_lock("my-model-nf4", vlmbuild.Recipe(quantize=vlmbuild.QuantSpec()), source="my-checkpoint")
 
-The lock is `locks/qwen2-vl-nf4.lock` beside the test. Once it is there it needs no source: it carries the model's config.
+The lock is `locks/my-model-nf4.lock` beside the test. Once it is there it needs no source: it carries the model's config.
 Nothing of torch is imported before a test asks for the fixture.
 """
 

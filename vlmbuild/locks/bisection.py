@@ -226,4 +226,4 @@ def _seed(name: str) -> int:
 def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
     """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`."""
     difference = expected if actual is None else actual - expected  # a gradient that is gone is zero
-    return difference.norm().item() / max(expected.norm().item(), floor)
+    return float(difference.norm().item() / max(expected.norm().item(), floor))

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 
@@ -48,8 +48,8 @@ def region_cost(region: Region, itemsize: int) -> Cost:
         operators[target_name(node)] += 1
         flops += node_flops(node)
         moved += node_bytes(node, itemsize)
-    formulas = (formula(total, region.dimensions) for total in (flops, moved))
-    return Cost(*formulas, dict(sorted(operators.items())))
+    names = region.dimensions
+    return Cost(formula(flops, names), formula(moved, names), dict(sorted(operators.items())))
 
 
 def node_flops(node: Node) -> Any:

@@ -9,6 +9,9 @@ _SIZES = {"samples": 2, "segments": 4, "groups": 4}
 _OTHERS = 1024
 """Tokens, patches: whatever is counted by the thousand."""
 
+EVERYDAY = f"at {_OTHERS} tokens and merged patches"
+"""The sizes in words."""
+
 _TERM = re.compile(r"-?\d+|[A-Za-z_]\w*(\*\*\d+)?")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vlmbuild.cores import available_cores
 from vlmbuild.locks.document import Kernels, LockedKernel
 from vlmbuild.locks.kernel_launches import launches
 from vlmbuild.program import Program
@@ -52,14 +54,36 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
         return Kernels("TRITON_INTERPRET is set, and interpreted kernels are not compiled")
     labels: dict[tuple[Any, ...], str] = {}
     regions: dict[str, dict[str, None]] = {}
-    targets: dict[str, dict[str, Row]] = {}
+    chosen: dict[str, Launch] = {}
     for region, launch in launches(program, dtype):
         key = _key(launch)
         if key not in labels:
-            labels[key] = _label(launch, targets)
-            targets[labels[key]] = {f"sm_{target}": _row(launch, key, target) for target in TARGETS}
+            labels[key] = _label(launch, chosen)
+            chosen[labels[key]] = launch
         regions.setdefault(labels[key], {})[region] = None
-    return Kernels(table={label: LockedKernel(tuple(regions[label]), targets[label]) for label in sorted(targets)})
+    rows = _compile_all(
+        {(*key, target): (chosen[label], target) for key, label in labels.items() for target in TARGETS}
+    )
+    keys = {label: key for key, label in labels.items()}
+    return Kernels(
+        table={
+            label: LockedKernel(
+                tuple(regions[label]), {f"sm_{target}": rows[*keys[label], target] for target in TARGETS}
+            )
+            for label in sorted(keys)
+        }
+    )
+
+
+def _compile_all(wanted: dict[tuple[Any, ...], tuple[Launch, int]]) -> dict[tuple[Any, ...], Row]:
+    """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels."""
+    import triton  # type: ignore[import-untyped]
+
+    missing = {key: task for key, task in wanted.items() if key not in _compiled}
+    with triton.knobs.compilation.scope(), ThreadPoolExecutor(available_cores()) as pool:
+        triton.knobs.compilation.disable_line_info = True  # it names files, and sizes must not depend on where they lie
+        _compiled.update(zip(missing, pool.map(lambda task: compile_launch(*task), missing.values()), strict=True))
+    return {key: _compiled[key] for key in wanted}
 
 
 def _label(launch: Launch, taken: dict[str, Any]) -> str:
@@ -94,13 +118,6 @@ def _specialized(argument: Any) -> str:
     return f"{kind} aligned" if argument % _ALIGNMENT == 0 else kind
 
 
-def _row(launch: Launch, key: tuple[Any, ...], target: int) -> Row:
-    """Memory of a process: recipes and models share most of their kernels."""
-    if (*key, target) not in _compiled:
-        _compiled[*key, target] = compile_launch(launch, target)
-    return _compiled[*key, target]
-
-
 def compile_launch(launch: Launch, target: int) -> Row:
     """Compile a launch's kernel ahead of time.
 
@@ -108,14 +125,12 @@ def compile_launch(launch: Launch, target: int) -> Row:
         launch: Its tensors need no data.
         target: Compute capability, 90 for sm_90.
     """
-    import triton  # type: ignore[import-untyped]
+    import triton
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 
     source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
     options = {name: value for name, value in launch.constants.items() if name in _OPTIONS}
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it names files, and sizes must not depend on where they lie
-        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     units = [name for name, pattern in _TENSOR_CORE.items() if re.search(pattern, ptx)]

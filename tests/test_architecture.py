@@ -27,7 +27,7 @@ LAYERS = (
     ("program",),
     ("graph_text", "clean"),
     ("ops",),
-    ("program_json", "divide", "quantization"),
+    ("program_json", "divide", "quantization", "lora"),
     ("rewrite",),
     ("pipeline",),
     ("families",),

@@ -21,10 +21,11 @@ from vlmbuild.devices import available_device
 from vlmbuild.digests import Digests
 from vlmbuild.errors import PassError, SourceError, UsageError
 from vlmbuild.families import Family, family_of
+from vlmbuild.lora import Lora
 from vlmbuild.outline import outline
-from vlmbuild.passes import AddLora, passes_for, quantization_passes
+from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
 from vlmbuild.pipeline import PassReport, run
-from vlmbuild.program import Program, Role
+from vlmbuild.program import Program
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.quantization import QUANTIZE, Decision, LinearLayer, decide, linear_layers
 from vlmbuild.recipe import Recipe
@@ -261,10 +262,14 @@ def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterato
 
 
 def adapt(
-    program: Program, r: int, alpha: float, roles: tuple[Role, ...], modules: frozenset[str] | None = None
-) -> PassReport:
-    """Add LoRA slots to a program's linear layers of these roles (and of these names, if given), in place."""
-    return run([AddLora(r, alpha, roles, modules)], program)[0]
+    program: Program, adapters: Mapping[str, Lora], trained: frozenset[str] = frozenset()
+) -> tuple[PassReport, ...]:
+    """Add LoRA slots to a loaded program's linear layers, and keep the parameters `trained` in float32, in place.
+
+    Raises:
+        PassError: A graph has another form than the passes know.
+    """
+    return run(adapter_passes(adapters, trained), program)
 
 
 def _listed(names: list[str], family: Family) -> str:

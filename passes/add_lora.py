@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.divide import divide_by
 from vlmbuild.lora import Lora, linear_features, linear_nodes
 from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Role, Slot, join
+from vlmbuild.program import Program, Region, Role, Slot, join
 
 aten = torch.ops.aten
 
@@ -22,11 +23,11 @@ class AddLora:
     """LoRA (arXiv:2106.09685, section 4.1) on the linear layers that are named.
 
     Before: y = linear(x, weight, bias)
-    After:  y = to(linear(x, weight, bias) + scaling * linear(linear(dropout(to(x, float32)), lora_A), lora_B), compute)
+    After:  y = lora(linear(x, weight, bias), dropout(to(x, float32)), lora_A, lora_B, scaling)     # without dropout: x
 
     `lora_A` and `lora_B` are trainable and in float32; their product starts at zero, so the result is unchanged until they
-    are trained. Names and shapes are PEFT's. Layers that read one value share its cast. Where the instances of a region are
-    not all to be adapted alike, the region is divided.
+    are trained. Names and shapes are PEFT's. Where the instances of a region are not all to be adapted alike, the region is
+    divided.
 
     Attributes:
         adapters: Module name -> its adapter.
@@ -53,7 +54,6 @@ class AddLora:
 
 def _rewrite(region: Region, adapters: tuple[Lora | None, ...], outcome: PassOutcome) -> None:
     names = {slot.name for slot in region.slots}
-    wide: dict[Node, Node] = {}
     for (node, slot), lora in zip(linear_nodes(region), adapters, strict=True):
         module = slot.name.removesuffix(".weight")
         if lora is None:
@@ -61,33 +61,23 @@ def _rewrite(region: Region, adapters: tuple[Lora | None, ...], outcome: PassOut
         if f"{module}.lora_A.default.weight" in names:
             outcome.add(region.name, 0, [f"{module}: has an adapter already"])
             continue
-        _add(region, node, module, slot.role, lora, wide)
+        _add(region, node, module, slot.role, lora)
         outcome.add(region.name, 1)
 
 
-def _add(region: Region, node: Node, module: str, role: Role, lora: Lora, wide: dict[Node, Node]) -> None:
-    """`wide` has the float32 casts of inputs so far."""
+def _add(region: Region, node: Node, module: str, role: Role, lora: Lora) -> None:
     out_features, in_features = linear_features(region, node)
     down = region.add_slot(_adapter(f"{module}.lora_A.default.weight", (lora.r, in_features), role))
     up = region.add_slot(_adapter(f"{module}.lora_B.default.weight", (out_features, lora.r), role))
     graph = region.graph.graph
-    (values,) = (argument for argument in node.args[:1] if isinstance(argument, Node))
-    if values not in wide:
-        with graph.inserting_before(node):
-            wide[values] = graph.call_function(aten.to.dtype, (values, torch.float32))
-    with graph.inserting_after(node):
-        # Built from the end, so that each new node lands right behind the layer.
-        result = graph.call_function(aten.to.dtype, (node, COMPUTE_DTYPE))
-    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-    with graph.inserting_before(result):
-        low = wide[values]
+    values = node.args[0]
+    with graph.inserting_before(node):
         if lora.dropout:
-            low = graph.call_function(aten.dropout.default, (low, lora.dropout, True))
-        low = graph.call_function(aten.linear.default, (low, down))
-        high = graph.call_function(aten.linear.default, (low, up))
-        scaled = graph.call_function(aten.mul.Tensor, (high, lora.scaling))
-        total = graph.call_function(aten.add.Tensor, (node, scaled))
-    result.args = (total, COMPUTE_DTYPE)
+            values = graph.call_function(aten.to.dtype, (values, torch.float32))
+            values = graph.call_function(aten.dropout.default, (values, lora.dropout, True))
+    with graph.inserting_after(node):
+        adapted = graph.call_function(torch.ops.vlmbuild.lora.default, (node, values, down, up, lora.scaling))
+    node.replace_all_uses_with(adapted, delete_user_cb=lambda user: user is not adapted)
 
 
 def _adapter(name: str, shape: tuple[int, int], role: Role) -> Slot:

@@ -107,15 +107,16 @@ def _piece_sizes(rows: int, vocabulary: int) -> list[int]:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss, summed, and its gradient by the logits (softmax minus one-hot), in place where there is a float32 copy."""
-    values = logits.float()
-    log_sums = values.logsumexp(-1, keepdim=True)
+    """Loss, summed, and its gradient by the logits (softmax minus one-hot), in place in a float32 copy."""
+    values = logits.to(torch.float32, copy=True)
     counted = (targets != IGNORED).unsqueeze(1)
     places = targets.clamp(min=0).unsqueeze(1)
-    loss = ((log_sums - values.gather(1, places)) * counted).sum()
+    values -= values.max(-1, keepdim=True).values
+    chosen = values.gather(1, places)
+    sums = values.exp_().sum(-1, keepdim=True)
+    loss = ((sums.log() - chosen) * counted).sum()
     if not with_gradient:
         return loss, None
-    own = values if values is not logits else values.clone()
-    probabilities = own.sub_(log_sums).exp_()
+    probabilities = values.div_(sums)
     probabilities.scatter_add_(1, places, probabilities.new_full(places.shape, -1.0))
     return loss, probabilities.mul_(counted).to(logits.dtype)

@@ -68,6 +68,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         self.processor: Any = None
         """Belongs to the model; batches are held against its pixel limits."""
         self.adapter: AdapterSpec | None = None
+        self.vocabulary = _vocabulary(program)
         self._dtype = dtype
         self.bound: dict[str, BoundRegion] = {}
         """The program's regions in the compute dtype, by name."""
@@ -224,13 +225,6 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         """The compute dtype."""
         return self._dtype
 
-    @property
-    def vocabulary(self) -> int:
-        """How many logits a token has."""
-        head = self.program.regions[next(iter(self.program.variants.values())).calls[-1].region]
-        (node, _), *_ = linear_nodes(head)
-        return linear_features(head, node)[0]
-
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
@@ -251,6 +245,13 @@ def unwrap(model: nn.Module) -> VisionLanguageModel:
     if not isinstance(inner, VisionLanguageModel):
         raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
     return inner
+
+
+def _vocabulary(program: Program) -> int:
+    """How many logits a token has."""
+    head = program.regions[next(iter(program.variants.values())).calls[-1].region]
+    node, _ = linear_nodes(head)[-1]
+    return linear_features(head, node)[0]
 
 
 def _module_at(root: nn.Module, path: str) -> nn.Module:

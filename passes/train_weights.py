@@ -60,13 +60,17 @@ def _widen(region: Region, place: int) -> bool:
     if "val" in node.meta:
         node.meta["val"] = node.meta["val"].float()
     graph = region.graph.graph
-    readers: list[Node] = list(node.users)
-    for reader in readers:
-        lookup = reader.target is aten.embedding.default
-        with graph.inserting_after(reader) if lookup else graph.inserting_before(reader):
-            cast = graph.call_function(aten.to.dtype, (reader if lookup else node, COMPUTE_DTYPE))
-        if lookup:
-            reader.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    for reader in list(node.users):
+        if reader.target is aten.embedding.default:
+            _cast_result(region, reader)
         else:
-            reader.replace_input_with(node, cast)
+            with graph.inserting_before(reader):
+                reader.replace_input_with(node, graph.call_function(aten.to.dtype, (node, COMPUTE_DTYPE)))
     return True
+
+
+def _cast_result(region: Region, node: Node) -> None:
+    graph = region.graph.graph
+    with graph.inserting_after(node):
+        cast = graph.call_function(aten.to.dtype, (node, COMPUTE_DTYPE))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)

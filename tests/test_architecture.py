@@ -41,7 +41,7 @@ LAYERS = (
     ("calibration",),
     ("passes", "targets"),
     ("builder",),
-    ("summary", "adapters", "cache"),
+    ("summary", "adapters", "cache", "gradient_audit"),
     ("memory",),
     ("planner",),
     ("report", "cli_options", "cli_output", "demo"),

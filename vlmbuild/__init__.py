@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
     from vlmbuild.errors import VlmbuildError
+    from vlmbuild.gradient_audit import GradientAudit, audit_gradients
     from vlmbuild.memory import Workload
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Artifact": "builder",
+    "GradientAudit": "gradient_audit",
     "Manifest": "artifact.manifest",
     "Plan": "planner",
     "QuantSpec": "recipe",
@@ -35,6 +37,7 @@ _HOMES = {
     "VlmbuildError": "errors",
     "Workload": "memory",
     "add_lora": "adapters",
+    "audit_gradients": "gradient_audit",
     "build": "builder",
     "from_pretrained": "cache",
     "load": "runtime.loader",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "GradientAudit",
     "Manifest",
     "Plan",
     "QuantSpec",
@@ -54,6 +58,7 @@ __all__ = [
     "VlmbuildError",
     "Workload",
     "add_lora",
+    "audit_gradients",
     "build",
     "from_pretrained",
     "load",

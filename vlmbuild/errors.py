@@ -34,6 +34,10 @@ class BatchError(VlmbuildError, ValueError):
     """A batch contradicts itself, for example image tokens that differ from image features."""
 
 
+class GradientError(VlmbuildError):
+    """A parameter that is to be trained gets no gradient, or a wrong one."""
+
+
 class DeviceError(VlmbuildError):
     """A device is asked for that this machine does not have, or a kernel that it cannot run."""
 

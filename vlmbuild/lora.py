@@ -150,7 +150,7 @@ def choose(program: Program, targets: Targets, lora: Lora) -> dict[str, Lora]:
             raise UsageError(_nothing(program, name, targets))
         chosen.update(dict.fromkeys(hits, lora))
     numbers = {layer.number for layer in allowed if layer.module in chosen}
-    if missing := sorted(set(targets.layers or ()) - numbers):  # type: ignore[operator]
+    if missing := sorted(set(targets.layers or ()) - numbers):
         raise UsageError(
             f"layers: there is no layer {missing[0]} among those chosen; the model's blocks are counted from 0."
         )

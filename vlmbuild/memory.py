@@ -212,7 +212,7 @@ class _Step:
         return self._peak(self._forward_and_backward)
 
     def _forward_and_backward(self, batch: Callable[[], HostBatch], ids: Tensor) -> None:
-        self.model.forward_prepared(batch(), ids.shape, ids).backward()  # type: ignore[no-untyped-call]
+        self.model.forward_prepared(batch(), ids.shape, ids).backward()
 
     def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
         """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and

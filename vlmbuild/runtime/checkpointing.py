@@ -44,6 +44,6 @@ class Checkpointing:
         """
         waiting: AbstractContextManager[Any] = nullcontext()
         if self.offload:
-            waiting = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)  # type: ignore[no-untyped-call]
+            waiting = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)
         with waiting:
             return checkpoint(block, compiler, *tensors, use_reentrant=False, preserve_rng_state=random)

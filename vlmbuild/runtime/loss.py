@@ -91,7 +91,7 @@ class _Pieces(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, *of_tensors = ctx.saved_tensors
         scaled = [
             None if gradient is None else (gradient * grad).to(dtype)

@@ -87,6 +87,7 @@ class VisionDataCollator:
         self.padding_side = padding_side
         self.overlong = overlong
         self.template_options = dict(template_options or {})
+        self.ends = tuple(processor.tokenizer.get_added_vocab())
         self.media = torch.tensor(sorted(self.family.media_tokens(processor)))
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
@@ -128,7 +129,7 @@ class VisionDataCollator:
         if not examples:
             raise BatchError("The batch has no samples.")
         conversations = [read_conversation(example, number) for number, example in enumerate(examples)]
-        rendered = [render(talk, self.processor, self.template_options) for talk in conversations]
+        rendered = [render(talk, self.processor, self.template_options, self.ends) for talk in conversations]
         made = self.processor.tokenizer(
             [one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
@@ -216,15 +217,11 @@ class VisionDataCollator:
     def _trimmed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cut to `max_length` at the end, and padded on the side that is asked for."""
         rows = self.family.batch_rows
-        width = batch["labels"].shape[1] if self.max_length is None else self.max_length
+        lengths = batch["attention_mask"][:, : self.max_length].sum(1)
         for key in ("input_ids", "attention_mask", "labels", *(key for key in rows if rows[key] == "token")):
             if key in batch:
-                batch[key] = batch[key][:, :width]
-        if self.padding_side == "left":
-            lengths = batch["attention_mask"].sum(1).tolist()
-            for key in ("input_ids", "attention_mask", "labels", *(key for key in rows if rows[key] == "token")):
-                if key in batch:
-                    batch[key] = _moved_right(batch[key], lengths, key)
+                values = batch[key][:, : int(lengths.max())]
+                batch[key] = values if self.padding_side == "right" else _padded_on_the_left(values, lengths.tolist())
         return batch
 
 
@@ -278,12 +275,13 @@ def _last(flags: Tensor) -> Tensor:
     return (flags * torch.arange(1, flags.shape[1] + 1)).amax(1)
 
 
-def _moved_right(values: Tensor, lengths: Sequence[int], key: str) -> Tensor:
-    """Rows (batch, sequence, ...) padded on the right, with their padding on the left."""
-    moved = torch.stack([row.roll(values.shape[1] - length, 0) for row, length in zip(values, lengths, strict=True)])
-    if values.ndim > 2:  # visibility: padding sees nothing
+def _padded_on_the_left(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows (batch, sequence, ...) that are padded on the right, with their padding on the left."""
+    width = values.shape[1]
+    moved = torch.stack([row.roll(width - length, 0) for row, length in zip(values, lengths, strict=True)])
+    if values.ndim > 2:  # which images a token sees: padding before all images sees none
         for row, length in zip(moved, lengths, strict=True):
-            row[: values.shape[1] - length] = 0
+            row[: width - length] = 0
     return moved
 
 

@@ -61,9 +61,9 @@ def read_conversation(example: Any, number: int) -> Conversation:
 def _turns(example: Any, where: str) -> tuple[Sequence[Any], Sequence[Any]]:
     """Messages of the prompt, in which no turn is a response, and the others."""
     found = example if isinstance(example, Mapping) else {}
-    completion = found.get("messages") if found.get("messages") is not None else found.get("completion")
-    prompt = () if found.get("messages") is not None else found.get("prompt")
-    if not _is_list(completion) or not _is_list(prompt) or not completion:
+    whole = found.get("messages")
+    prompt, completion = ((), whole) if whole is not None else (found.get("prompt"), found.get("completion"))
+    if prompt is None or completion is None or not (_is_list(prompt) and _is_list(completion) and completion):
         keys = ", ".join(map(str, found)) or type(example).__name__
         raise BatchError(
             f'{where} has no "messages" (or "prompt" and "completion"): a list of {{"role": ..., "content": ...}}; it has: '
@@ -83,7 +83,7 @@ def _message(message: Any, pictures: list[Any], where: str) -> Message:
     content = message.get("content")
     if isinstance(content, str):
         return {"role": message["role"], "content": content}
-    if not _is_list(content):
+    if content is None or not _is_list(content):
         raise BatchError(
             f"{where}: the content of the {message['role']} message must be a string or a list of parts, not "
             f"{type(content).__name__}."

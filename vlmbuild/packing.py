@@ -177,12 +177,11 @@ class PaddingReport:
 
     def __str__(self) -> str:
         rows = (
-            ("", "steps", "tokens computed", "padding", "tokens of a step"),
             (f"padded batches of {self.batch_size}", self.batches, self.padded, self.padding_before, self.batch_range),
             (f"packs of {self.budget} tokens", self.packs, self.packed, self.padding_after, self.pack_range),
         )
-        lines = [f"{rows[0][0]:28}{rows[0][1]:>8}{rows[0][2]:>18}{rows[0][3]:>10}{rows[0][4]:>20}"]
-        for name, steps, tokens, share, (least, most) in rows[1:]:  # type: ignore[misc]
+        lines = [f"{'':28}{'steps':>8}{'tokens computed':>18}{'padding':>10}{'tokens of a step':>20}"]
+        for name, steps, tokens, share, (least, most) in rows:
             lines.append(f"{name:28}{steps:>8,}{tokens:>18,}{share:>10.1%}{f'{least:,} to {most:,}':>20}")
         return "\n".join([*lines, f"The packs are {self.fill:.1%} full."])
 

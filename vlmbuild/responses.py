@@ -26,13 +26,14 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-def render(conversation: Conversation, processor: Any, options: Mapping[str, Any]) -> Rendered:
+def render(conversation: Conversation, processor: Any, options: Mapping[str, Any], ends: tuple[str, ...]) -> Rendered:
     """The whole conversation, and its responses.
 
     Args:
         conversation: With or without responses.
         processor: Has the chat template.
         options: Further values for the template.
+        ends: Texts of the tokens that may end a turn: all that were added to the vocabulary.
 
     Raises:
         BatchError: The template refuses the conversation, or writes a turn's prompt otherwise once its response follows:
@@ -52,7 +53,7 @@ def render(conversation: Conversation, processor: Any, options: Mapping[str, Any
                     "moves or drops the system message: put its text into the first user message. Or split the "
                     'conversation into samples with one answer each ("prompt" and "completion").'
                 )
-            spans.append((len(prompt), _end_of_turn(upto, len(prompt), processor.tokenizer)))
+            spans.append((len(prompt), _end_of_turn(upto, len(prompt), ends)))
     return Rendered(whole, tuple(spans))
 
 
@@ -71,8 +72,7 @@ def _write(conversation: Conversation, turns: int, ask: bool, processor: Any, op
     return text
 
 
-def _end_of_turn(text: str, start: int, tokenizer: Any) -> int:
+def _end_of_turn(text: str, start: int, ends: tuple[str, ...]) -> int:
     """The end of the response at `start` in a text that ends with its turn."""
     stripped = text.rstrip()
-    ends = len(stripped) > start and stripped.endswith(tuple(tokenizer.get_added_vocab()))
-    return len(stripped) if ends else len(text)
+    return len(stripped) if len(stripped) > start and stripped.endswith(ends) else len(text)

@@ -58,7 +58,8 @@ class VisionDataCollator:
         overlong: Of a sample whose images, or first response, lie beyond `max_length`: "error", or "drop" it, with a
             warning that counts.
         size: Lower limits for images than the processor's own, in its own terms: {"longest_edge": pixels}.
-        template_options: Further values for the chat template, for example {"add_vision_id": True}.
+        template_options: Further values for the chat template, for example {"add_vision_id": True}, or {"date_string": ...}
+            where a template writes today's date.
 
     Raises:
         UsageError: The processor is none, has no chat template or no padding token, or an option is not valid.

@@ -91,7 +91,8 @@ def _best_fit(members: Sequence[int], lengths: Sequence[int], max_tokens: int) -
 
 
 class PackedDataset(Dataset[list[Any]]):
-    """A data set whose items are packs: lists of samples, which `VisionDataCollator` takes. Use it with a batch size of 1.
+    """A data set whose items are packs: lists of samples, which `VisionDataCollator` takes. Use it with a batch size of 1 in
+    a DataLoader or transformers' Trainer; TRL's SFTTrainer takes no data sets but those of `datasets`.
 
     Where the model computes the images that pad a batch (Llama 3.2 Vision), only samples with equally many images share a
     pack. A sample in a pack is then computed as it is alone.
@@ -167,7 +168,7 @@ class PaddingReport:
 
     @property
     def padding_after(self) -> float:
-        """Share of padding in what is computed of packs."""
+        """Share of padding in what this model computes of packs: none, as long as packs hold every sample once."""
         return 1 - self.tokens / self.packed
 
     @property

@@ -31,7 +31,7 @@ LAYERS = (
     ("rewrite",),
     ("pipeline",),
     ("families",),
-    ("conversation",),
+    ("conversation", "images"),
     ("responses",),
     ("collator",),
     ("packing",),

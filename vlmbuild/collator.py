@@ -8,24 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
-from transformers.image_utils import SizeDict, get_image_size, load_image
+from transformers.image_utils import SizeDict
 
 from vlmbuild.checks import one_of
-from vlmbuild.conversation import Conversation, is_path, read_conversation
+from vlmbuild.conversation import Conversation, read_conversation
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
+from vlmbuild.images import image_size, load
 from vlmbuild.responses import render
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
-
-_ORIENTATION = 0x0112
-_TURNED = 5
-"""EXIF's tag for how a camera was held; from this value on, height and width change places."""
 
 
 class Measure(NamedTuple):
@@ -118,7 +113,7 @@ class VisionDataCollator:
             BatchError: The sample is malformed.
         """
         sample = self._samples([example])[0]
-        sizes = [_image_size(image, sample.conversation.where) for image in sample.conversation.images]
+        sizes = [image_size(image, sample.conversation.where) for image in sample.conversation.images]
         placeholders = int((sample.ids == self.processor.image_token_id).sum())
         pictures = sum(self.family.image_tokens(self.processor, *size) for size in sizes)
         tokens = len(sample.ids) - placeholders + pictures
@@ -161,7 +156,7 @@ class VisionDataCollator:
 
     def _process(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
         """The processor's batch, padded on the right, and its labels."""
-        images = [[_loaded(image, one.conversation.where) for image in one.conversation.images] for one in samples]
+        images = [[load(image, one.conversation.where) for image in one.conversation.images] for one in samples]
         made = self.processor(
             text=[one.text for one in samples],
             **({"images": images} if any(images) else {}),
@@ -284,28 +279,3 @@ def _padded_on_the_left(values: Tensor, lengths: Sequence[int]) -> Tensor:
         for row, length in zip(moved, lengths, strict=True):
             row[: width - length] = 0
     return moved
-
-
-def _loaded(image: Any, where: str) -> Any:
-    if not is_path(image):
-        return image
-    try:
-        return load_image(str(image))
-    except (OSError, ValueError) as error:
-        raise BatchError(f"{where}: the image {str(image)[:200]} cannot be read: {error}") from error
-
-
-def _image_size(image: Any, where: str) -> tuple[int, int]:
-    """Height and width, as the processor will see them."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    if not is_path(image):
-        height, width = get_image_size(np.asarray(image))
-        return int(height), int(width)
-    try:
-        with PIL.Image.open(image) as opened:
-            turned = opened.getexif().get(_ORIENTATION, 1) >= _TURNED
-            return (opened.width, opened.height) if turned else (opened.height, opened.width)
-    except OSError:
-        loaded = _loaded(image, where)  # an address, or base64
-        return loaded.height, loaded.width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,8 +145,3 @@ def _quoted(messages: Sequence[Message]) -> str:
             text = " ".join(text.split())
             return f' ("{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}")' if text else ""
     return ""
-
-
-def is_path(image: Any) -> bool:
-    """Whether an image is named, not given."""
-    return isinstance(image, str | os.PathLike)

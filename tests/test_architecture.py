@@ -31,6 +31,10 @@ LAYERS = (
     ("rewrite",),
     ("pipeline",),
     ("families",),
+    ("conversation", "images"),
+    ("responses",),
+    ("collator",),
+    ("packing",),
     ("source", "source_tensors"),
     ("digests",),
     ("repeat",),
@@ -60,8 +64,8 @@ def modules():
 
 
 def layer(name):
-    """The part of a dotted name that decides its layer; the script that trains the zoo uses all below it."""
-    if name.startswith("vlmbuild.zoo.train"):
+    """The part of a dotted name that decides its layer; the zoo's task, and the script that trains it, use all below."""
+    if name.startswith(("vlmbuild.zoo.task", "vlmbuild.zoo.train")):
         return "demo"
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else "__init__"

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.reader import verify
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
+    from vlmbuild.collator import VisionDataCollator
     from vlmbuild.errors import VlmbuildError
     from vlmbuild.gradient_audit import GradientAudit, audit_gradients
     from vlmbuild.memory import Workload
+    from vlmbuild.packing import PackedDataset, pack, padding_report
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
     from vlmbuild.runtime.adapter_files import save_adapter
@@ -30,9 +32,11 @@ _HOMES = {
     "Artifact": "builder",
     "GradientAudit": "gradient_audit",
     "Manifest": "artifact.manifest",
+    "PackedDataset": "packing",
     "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
+    "VisionDataCollator": "collator",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
     "Workload": "memory",
@@ -42,6 +46,8 @@ _HOMES = {
     "from_pretrained": "cache",
     "load": "runtime.loader",
     "load_adapter": "adapters",
+    "pack": "packing",
+    "padding_report": "packing",
     "plan": "planner",
     "save_adapter": "runtime.adapter_files",
     "verify": "artifact.reader",
@@ -51,9 +57,11 @@ __all__ = [
     "Artifact",
     "GradientAudit",
     "Manifest",
+    "PackedDataset",
     "Plan",
     "QuantSpec",
     "Recipe",
+    "VisionDataCollator",
     "VisionLanguageModel",
     "VlmbuildError",
     "Workload",
@@ -63,6 +71,8 @@ __all__ = [
     "from_pretrained",
     "load",
     "load_adapter",
+    "pack",
+    "padding_report",
     "plan",
     "save_adapter",
     "verify",

@@ -46,7 +46,7 @@ LAYERS = (
     ("passes", "targets"),
     ("builder",),
     ("summary", "adapters", "cache", "gradient_audit"),
-    ("memory",),
+    ("memory", "unsloth"),
     ("planner",),
     ("report", "cli_options", "cli_output", "demo"),
     ("cli",),

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 
+import matrix
 import processors
 import pytest
+import tiny
 import torch
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
+from torch._dynamo.testing import CompileCounterWithBackend
+from vlmbuild.passes import FuseMrope
 
+import vlmbuild
 from vlmbuild import VisionDataCollator
-from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.capture import capture
+from vlmbuild.errors import BatchError, PassError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_of_processor
+from vlmbuild.lora import adaptable_layers
+from vlmbuild.pipeline import run
+from vlmbuild.program import parse_size
+from vlmbuild.quantization import decide, linear_layers
+from vlmbuild.recipe import QuantSpec
 from vlmbuild.zoo import ZOO
 
 PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
@@ -115,3 +128,97 @@ def test_complaint_14_loss_on_responses_only(processor):
     assert labelled[labelled[:, 0] == 0, 1].min() > torch.isin(batch["input_ids"][0], collator.media).nonzero().max()
     assert not torch.isin(batch["labels"], collator.media).any()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+@pytest.fixture(params=["qwen2_vl", "mllama", "pixtral"])
+def setup(request):
+    return matrix.shrink(matrix.SETUPS[request.param](False))
+
+
+def test_complaint_3_layers_quantized_by_accident(setup):
+    """What is quantized is decided by what a layer does; a pattern that matches nothing is an error, not a list that drifted."""
+    program = matrix.program(setup)
+    roles = {layer.module: layer.role for layer in linear_layers(program)}
+    chosen = {module for module, decision in decide(program, QuantSpec()).items() if decision.format}
+    assert {roles[module] for module in chosen} == {"language"}
+    assert chosen == {module for module, role in roles.items() if role == "language"}
+    with pytest.raises(UsageError, match=r"'visual\.blocks\.\*\.attn' matches no linear layer"):
+        decide(program, QuantSpec(skip=("visual.blocks.*.attn",)))
+
+
+_PATCHES = """
+import hashlib, sys, torch, transformers
+from transformers.models.{model} import modeling_{model} as modeling
+import transformers.modeling_utils, peft
+def state():
+    parts = [modeling, torch.nn, torch.nn.functional, torch.nn.Linear, transformers.modeling_utils.PreTrainedModel]
+    parts += [value for value in vars(modeling).values() if isinstance(value, type)]
+    return {{(part.__name__, name): id(value) for part in parts for name, value in list(vars(part).items())}}
+before = state()
+import vlmbuild
+model, processor = vlmbuild.from_pretrained("{checkpoint}", quantize="nf4", dtype="float32", cache_dir=sys.argv[1])
+vlmbuild.add_lora(model, r=2, vision=True)
+model.train()(input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)).loss.backward()
+after = state()
+changed = sorted(name for name in before if before[name] != after[name] and not name[1].startswith("__"))
+assert not changed, changed
+"""
+
+
+def test_complaint_4_upgrade_breaks_patches(tmp_path):
+    """Nothing of transformers or torch is replaced, so there is no patch to go stale; a pass that stops matching is an error."""
+    script = _PATCHES.format(model="qwen2_vl", checkpoint="qwen2-vl-digits")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    region = tiny.linear_region()
+    with pytest.raises(PassError, match="Required pass fuse_mrope matched nothing"):
+        run([FuseMrope()], tiny.region_program(region), require=["fuse_mrope"])
+
+
+def test_complaint_5_graph_breaks_and_recompiles(model):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)  # a graph break would be an error
+    for layout in (
+        [[5, (1, 4, 6), 7]],
+        [[3, (1, 2, 8), 2, (1, 6, 4)], [9, (1, 2, 2), 4]],
+        [[2, (1, 2, 2)]],
+        [[4], [3, (1, 8, 8)]],
+    ):
+        batch, labels = tiny.make_batch(layout)
+        compiled(**batch, labels=labels).loss.backward()
+        assert counter.frame_count == 6
+    torch._dynamo.reset()
+
+
+def test_complaint_6_mrope_is_silently_one_dimensional(config):
+    values = tiny.config_values()
+    del values["text_config"]["rope_parameters"]["mrope_section"]
+    with pytest.raises(SourceError, match="mrope_section None .*silently be one-dimensional"):
+        tiny.FAMILY.config(values)
+    batch, _ = tiny.make_batch([[5, (1, 4, 6), 7]])
+    for keys in (tuple(batch), ("input_ids", "pixel_values", "image_grid_thw")):  # also without mm_token_type_ids
+        positions = tiny.FAMILY.prepare({key: batch[key] for key in keys}, config).tensors["position_ids"][:, 0, 6:12]
+        assert positions.tolist() == [[6] * 6, [6, 6, 6, 7, 7, 7], [6, 7, 8, 6, 7, 8]]
+
+
+def test_complaint_9_vision_adapter_gets_no_gradient_under_checkpointing(setup):
+    model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup)).train()
+    vlmbuild.add_lora(model, r=2, vision=True)
+    model.gradient_checkpointing_enable()
+    said = [["Look", matrix.photographs()["rocket"].resize((60, 90)), "Name three planets."]]
+    batch, labels = matrix.batch(setup, said, "right")
+    audit = vlmbuild.audit_gradients(model, {**batch, "labels": labels})
+    vision = {layer.module for layer in adaptable_layers(model.program) if layer.role == "vision"}
+    assert {name.partition(".lora_")[0] for name in audit.norms} >= vision
+    assert min(audit.norms.values()) > 0
+
+
+def test_complaint_15_data_dependent_loops_and_guards(setup):
+    """Every variant is captured with all its sizes open, and no value of a tensor decides anything."""
+    for variant in setup.family.variants(setup.config()):
+        trace = capture(setup.family, setup.config(), variant)
+        targets = {str(node.target) for node in trace.exported.graph.nodes if node.op == "call_function"}
+        assert not targets & {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
+        sizes = {parse_size(size)[1] for entry in trace.inputs for size in entry.shape if isinstance(size, str)}
+        assert set(trace.dimensions.values()) == sizes

@@ -27,15 +27,18 @@ if TYPE_CHECKING:
     from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
 
 _HOMES = {
     "Artifact": "builder",
+    "FastVisionModel": "unsloth",
     "GradientAudit": "gradient_audit",
     "Manifest": "artifact.manifest",
     "PackedDataset": "packing",
     "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
+    "UnslothVisionDataCollator": "unsloth",
     "VisionDataCollator": "collator",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
@@ -44,6 +47,7 @@ _HOMES = {
     "audit_gradients": "gradient_audit",
     "build": "builder",
     "from_pretrained": "cache",
+    "is_bf16_supported": "unsloth",
     "load": "runtime.loader",
     "load_adapter": "adapters",
     "pack": "packing",
@@ -55,12 +59,14 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "FastVisionModel",
     "GradientAudit",
     "Manifest",
     "PackedDataset",
     "Plan",
     "QuantSpec",
     "Recipe",
+    "UnslothVisionDataCollator",
     "VisionDataCollator",
     "VisionLanguageModel",
     "VlmbuildError",
@@ -69,6 +75,7 @@ __all__ = [
     "audit_gradients",
     "build",
     "from_pretrained",
+    "is_bf16_supported",
     "load",
     "load_adapter",
     "pack",

@@ -294,8 +294,11 @@ def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
     show_default=True,
     help="Whose tiny checkpoint.",
 )
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Computes in it."
+)
 @json_option
-def demo(output: Path | None, family: str, as_json: bool) -> None:
+def demo(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
     """Show everything on a tiny model.
 
     Plans, builds, verifies, loads and fine-tunes a trained checkpoint that ships with vlmbuild; offline, on a CPU.
@@ -312,6 +315,6 @@ def demo(output: Path | None, family: str, as_json: bool) -> None:
         output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
     with output_errors(output):
         output.mkdir(exist_ok=True)
-    result = run_demo(output, family=family, echo=functools.partial(click.echo, err=as_json))
+    result = run_demo(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         click.echo(_json(asdict(result)))

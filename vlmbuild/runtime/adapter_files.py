@@ -72,7 +72,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps(_config(model.adapter), indent=2, sort_keys=True)
+        config = json.dumps(_config(model.adapter, model.source), indent=2, sort_keys=True)
         (path / CONFIG_FILE).write_text(config + "\n")
     except (OSError, SafetensorError) as error:
         raise OutputError(
@@ -93,14 +93,14 @@ def _stored_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     return found
 
 
-def _config(adapter: AdapterSpec) -> dict[str, Any]:
+def _config(adapter: AdapterSpec, base: str | None) -> dict[str, Any]:
     """The adapter's config as PEFT has it. The most frequent rank and alpha are the config's; others go by patterns."""
     kinds = Counter(adapter.loras.values())
     common = kinds.most_common(1)[0][0] if kinds else Lora(1, 1.0)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "r": common.r,
         "lora_alpha": common.alpha,
         "lora_dropout": common.dropout,

@@ -67,6 +67,7 @@ def load(
         family = family_named(program.family)
         model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
         model.processor = family.processor(reader.path)
+        model.path, model.source = reader.path, str(path)
     return model.eval().to(chosen_device), model.processor
 
 

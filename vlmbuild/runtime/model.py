@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -67,6 +68,10 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.processor: Any = None
         """Belongs to the model; batches are held against its pixel limits."""
+        self.path: Path | None = None
+        """The artifact that it was loaded from."""
+        self.source: str | None = None
+        """What its user called that."""
         self.adapter: AdapterSpec | None = None
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
@@ -224,6 +229,17 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self._dtype
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
+
+        Raises:
+            UsageError: The model has no adapter.
+            OutputError: The directory cannot be written.
+        """
+        from vlmbuild.runtime.adapter_files import save_adapter
+
+        save_adapter(self, save_directory)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""

@@ -151,10 +151,16 @@ def cli() -> None:
     metavar="FILE.jsonl",
     help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Merge a LoRA adapter (PEFT's format); the result is unquantized unless --quantize says otherwise.",
+)
 @json_option
 def build(
     source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, device: str, calibrate: Path | None,
-    as_json: bool,
+    adapter: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Build an artifact from a checkpoint.
 
@@ -169,6 +175,7 @@ def build(
         vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
         vlmbuild build qwen2-vl-nf4 -o qwen2-vl-bf16 --quantize none
         vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
+        vlmbuild build qwen2-vl-nf4 -o qwen2-vl-merged --adapter my-adapter
     """
     from vlmbuild.builder import build as run_build
     from vlmbuild.summary import inspect as run_inspect
@@ -177,7 +184,7 @@ def build(
     with StageProgress(lines=not as_json) as progress:
         artifact = run_build(
             source, output, recipe, overwrite=overwrite, revision=revision, device=device, calibration=batches,
-            progress=progress,
+            adapter=adapter, progress=progress,
         )  # fmt: skip
     _show(run_inspect(artifact.path), as_json, "build_report")
 

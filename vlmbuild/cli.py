@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmbuild.cli_options import json_option, limit_options, recipe_options, workload_options
+from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
@@ -136,27 +136,7 @@ def cli() -> None:
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make.")
 @recipe_options
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where weights are quantized.",
-)
-@click.option(
-    "--calibrate",
-    type=click.Path(path_type=Path),
-    metavar="FILE.jsonl",
-    help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
-)
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Merge a LoRA adapter (PEFT's format); the result is unquantized unless --quantize says otherwise.",
-)
+@build_options
 @json_option
 def build(
     source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, device: str, calibrate: Path | None,

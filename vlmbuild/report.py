@@ -65,7 +65,10 @@ def inspect_report(document: Mapping[str, Any]) -> list[str]:
     }
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
     code = ", ".join(document["trust"]["code"]) or "none: loading it runs nothing from it"
-    facts = {"name": document["name"], "id": document["id"], **sources, **_recipe_facts(document["recipe"])}
+    recipe = _recipe_facts(document["recipe"])
+    if "merged" in sources and document["recipe"].get("quantize") is None:
+        recipe["quantize"] = "none, since an adapter is merged"
+    facts = {"name": document["name"], "id": document["id"], **sources, **recipe}
     return [
         *_facts({**facts, "built with": tools, "code": code}),
         "",

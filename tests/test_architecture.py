@@ -19,7 +19,7 @@ FOLDERS = {"vlmbuild": "vlmbuild", "passes": "vlmbuild.passes", "targets": "vlmb
 
 # Each layer may import itself and the layers before it.
 LAYERS = (
-    ("errors", "checks", "collector", "cores", "devices", "weight_format"),
+    ("errors", "checks", "unsloth_arguments", "collector", "cores", "devices", "weight_format"),
     ("quant_spec",),
     ("recipe",),
     ("artifact",),
@@ -35,7 +35,7 @@ LAYERS = (
     ("responses",),
     ("collator",),
     ("packing",),
-    ("source", "source_tensors"),
+    ("source", "source_tensors", "source_values"),
     ("digests",),
     ("repeat",),
     ("capture",),
@@ -43,7 +43,10 @@ LAYERS = (
     ("runtime",),
     ("sensitivity",),
     ("calibration",),
+    ("merge",),
+    ("merge_parity",),
     ("passes", "targets"),
+    ("source_fit",),
     ("builder",),
     ("summary", "adapters", "cache", "gradient_audit"),
     ("memory", "unsloth"),

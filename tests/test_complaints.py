@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import processors
 import pytest
 import tiny
 import torch
+from adapters import edit_adapter, write_adapter
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -20,13 +22,15 @@ from vlmbuild.passes import FuseMrope
 import vlmbuild
 from vlmbuild import VisionDataCollator
 from vlmbuild.capture import capture
-from vlmbuild.errors import BatchError, PassError, SourceError, UsageError
+from vlmbuild.errors import BatchError, ParityError, PassError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.lora import adaptable_layers
+from vlmbuild.merge import Merge
 from vlmbuild.pipeline import run
 from vlmbuild.program import parse_size
 from vlmbuild.quantization import decide, linear_layers
-from vlmbuild.recipe import QuantSpec
+from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.source import PROCESSOR_FILES
 from vlmbuild.zoo import ZOO
 
 PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
@@ -37,7 +41,7 @@ def processor(request):
     return PROCESSORS[request.param]()
 
 
-def test_complaint_1_image_tokens_differ_from_features_by_truncation(processor):
+def test_complaint_01_image_tokens_differ_from_features_by_truncation(processor):
     """Whatever max_length: every image has all its tokens, or the sample is refused by name."""
     example = two_images()
     media = torch.tensor(sorted(family_of_processor(processor).media_tokens(processor)))
@@ -59,7 +63,7 @@ def test_complaint_1_image_tokens_differ_from_features_by_truncation(processor):
     assert 0 < refused < len(limits) - 1
 
 
-def test_complaint_2_pixel_limits_are_ignored():
+def test_complaint_02_pixel_limits_are_ignored():
     for name, size in (("qwen2_vl", {"longest_edge": 100 * 28 * 28}), ("pixtral", {"longest_edge": 160})):
         processor = PROCESSORS[name]()
         collator = VisionDataCollator(processor, size=size)
@@ -135,7 +139,7 @@ def setup(request):
     return matrix.shrink(matrix.SETUPS[request.param](False))
 
 
-def test_complaint_3_layers_quantized_by_accident(setup):
+def test_complaint_03_layers_quantized_by_accident(setup):
     """What is quantized is decided by what a layer does; a pattern that matches nothing is an error, not a list that drifted."""
     program = matrix.program(setup)
     roles = {layer.module: layer.role for layer in linear_layers(program)}
@@ -165,7 +169,7 @@ assert not changed, changed
 """
 
 
-def test_complaint_4_upgrade_breaks_patches(tmp_path):
+def test_complaint_04_upgrade_breaks_patches(tmp_path):
     """Nothing of transformers or torch is replaced, so there is no patch to go stale; a pass that stops matching is an error."""
     script = _PATCHES.format(model="qwen2_vl", checkpoint="qwen2-vl-digits")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path], capture_output=True, text=True)
@@ -175,7 +179,7 @@ def test_complaint_4_upgrade_breaks_patches(tmp_path):
         run([FuseMrope()], tiny.region_program(region), require=["fuse_mrope"])
 
 
-def test_complaint_5_graph_breaks_and_recompiles(model):
+def test_complaint_05_graph_breaks_and_recompiles(model):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)  # a graph break would be an error
@@ -191,7 +195,7 @@ def test_complaint_5_graph_breaks_and_recompiles(model):
     torch._dynamo.reset()
 
 
-def test_complaint_6_mrope_is_silently_one_dimensional(config):
+def test_complaint_06_mrope_is_silently_one_dimensional(config):
     values = tiny.config_values()
     del values["text_config"]["rope_parameters"]["mrope_section"]
     with pytest.raises(SourceError, match="mrope_section None .*silently be one-dimensional"):
@@ -202,7 +206,7 @@ def test_complaint_6_mrope_is_silently_one_dimensional(config):
         assert positions.tolist() == [[6] * 6, [6, 6, 6, 7, 7, 7], [6, 7, 8, 6, 7, 8]]
 
 
-def test_complaint_9_vision_adapter_gets_no_gradient_under_checkpointing(setup):
+def test_complaint_09_vision_adapter_gets_no_gradient_under_checkpointing(setup):
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup)).train()
     vlmbuild.add_lora(model, r=2, vision=True)
     model.gradient_checkpointing_enable()
@@ -222,3 +226,61 @@ def test_complaint_15_data_dependent_loops_and_guards(setup):
         assert not targets & {"aten.item.default", "aten._local_scalar_dense.default", "aten.nonzero.default"}
         sizes = {parse_size(size)[1] for entry in trace.inputs for size in entry.shape if isinstance(size, str)}
         assert set(trace.dimensions.values()) == sizes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An NF4 artifact, and an adapter that was trained on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    artifact = vlmbuild.build("qwen2-vl-digits", folder / "nf4", Recipe(quantize=QuantSpec(), dtype="float32")).path
+    return artifact, write_adapter(artifact, folder / "adapter")
+
+
+def test_complaint_07_merged_model_differs_from_adapter(trained, tmp_path, monkeypatch):
+    """The manifest says by how much; where it is more than rounding, nothing is published."""
+    artifact, adapter = trained
+    merged = vlmbuild.build(artifact, tmp_path / "merged", Recipe(dtype="bfloat16"), adapter=adapter)
+    (record,) = merged.manifest.numerics
+    assert float(record["error"]) < 0.1 * float(record["effect"])
+    for lost in (
+        lambda _self, _name, values, _first: values.float(),
+        lambda _self, _name, values, _first: values * 1.5,
+    ):
+        monkeypatch.setattr(Merge, "merged", lost)
+        with pytest.raises(ParityError, match="Nothing was published"):
+            vlmbuild.build(artifact, tmp_path / "out", Recipe(dtype="bfloat16"), adapter=adapter)
+    assert os.listdir(tmp_path) == ["merged"]
+
+
+def test_complaint_08_adapter_not_loaded_after_key_rename(trained, tmp_path):
+    """Published names of older versions are the same layers; any other name is refused, for loading and for merging."""
+    artifact, adapter = trained
+    old = shutil.copytree(adapter, tmp_path / "old")
+    edit_adapter(old, lambda t: {key.replace("model.language_model.", "model."): value for key, value in t.items()})
+    one, two = vlmbuild.load(artifact)[0], vlmbuild.load(artifact)[0]
+    vlmbuild.load_adapter(one, adapter)
+    vlmbuild.load_adapter(two, old)
+    for (name, expected), (other, found) in zip(one.trainable_parameters(), two.trainable_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(expected, found), name
+    edit_adapter(old, lambda t: {key.replace("layers.0.", "blocks.0."): value for key, value in t.items()})
+    with pytest.raises(SourceError, match=r"language_model.blocks.0.* is not a linear layer of the model"):
+        vlmbuild.load_adapter(vlmbuild.load(artifact)[0], old)
+    with pytest.raises(SourceError, match=r"language_model.blocks.0.* is not a linear layer of the model"):
+        vlmbuild.build(artifact, tmp_path / "out", adapter=old)
+
+
+def test_complaint_13_processor_or_chat_template_lost_after_a_merge(trained, tmp_path):
+    """They are the source's, byte for byte; a source without a processor is refused before any work."""
+    artifact, adapter = trained
+    merged = vlmbuild.build(artifact, tmp_path / "merged", adapter=adapter).path
+    kept = [name for name in PROCESSOR_FILES if (ZOO["qwen2-vl-digits"] / name).exists()]
+    assert {"tokenizer.json", "chat_template.jinja", "processor_config.json"} <= set(kept)
+    for name in kept:
+        assert (merged / name).read_bytes() == (ZOO["qwen2-vl-digits"] / name).read_bytes(), name
+    assert vlmbuild.load(merged)[1].chat_template
+    bare = shutil.copytree(ZOO["qwen2-vl-digits"], tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match="has a tokenizer"):
+        vlmbuild.build(bare, tmp_path / "out", adapter=adapter)
+    assert not (tmp_path / "out").exists()

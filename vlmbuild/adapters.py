@@ -10,9 +10,10 @@ from torch import nn
 
 from vlmbuild.builder import adapt
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.lora import ALL_LINEAR, Lora, Targets, adaptable_layers, choose, matches_module
+from vlmbuild.lora import ALL_LINEAR, Lora, Targets, choose, matches_module
 from vlmbuild.program import Program
-from vlmbuild.runtime.adapter_files import Adapter, read_adapter
+from vlmbuild.runtime.adapter_files import read_adapter
+from vlmbuild.runtime.adapter_fit import check_fits, with_module_names
 from vlmbuild.runtime.model import AdapterSpec, VisionLanguageModel, unwrap
 
 
@@ -71,7 +72,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
         SourceError: It is not a LoRA adapter, or it does not fit the model; the tensor is named. The model is then as it was.
     """
     model = unwrap(model)
-    adapter = read_adapter(directory)
+    adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program
     check_fits(program, adapter, directory)
     aliases = {alias: name for alias, name in program.ties.items() if alias in adapter.trained}
@@ -83,41 +84,6 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in {**adapter.tensors, **adapter.trained}.items():
             model.get_parameter(aliases.get(name, name)).copy_(tensor)
-
-
-def check_fits(program: Program, adapter: Adapter, directory: str | Path) -> None:
-    """Hold an adapter's tensors against a program, before anything is changed.
-
-    Raises:
-        SourceError: A tensor is missing, unknown or of another shape, or a tied parameter is untied by it; it is named.
-    """
-    layers = {layer.module: layer for layer in adaptable_layers(program)}
-    for module, lora in adapter.loras.items():
-        if module not in layers:
-            raise SourceError(
-                f"{directory}: {module} is not a linear layer of the model. The adapter is for another model."
-            )
-        out_features, in_features = layers[module].features
-        needed = {"lora_A": (lora.r, in_features), "lora_B": (out_features, lora.r)}
-        for part, shape in needed.items():
-            name = f"{module}.{part}.default.weight"
-            if name not in adapter.tensors:
-                raise SourceError(f"{directory}: {name} is missing.")
-            if tuple(adapter.tensors[name].shape) != shape:
-                found = list(adapter.tensors[name].shape)
-                raise SourceError(f"{directory}: {name} has shape {found}, not {list(shape)}.")
-    shapes = {name: slot.shape for name, slot in program.slots() if slot.kind == "parameter"}
-    for name, tensor in adapter.trained.items():
-        held = program.ties.get(name, name)
-        if held not in shapes:
-            raise SourceError(f"{directory}: {name} is not a parameter of the model, or it is quantized there.")
-        if tuple(tensor.shape) != shapes[held]:
-            raise SourceError(f"{directory}: {name} has shape {list(tensor.shape)}, not {list(shapes[held])}.")
-        if held != name and not torch.equal(tensor, adapter.trained.get(held, tensor.new_empty(0))):
-            raise SourceError(
-                f"{directory}: {name} differs from {held}, but the model has one parameter for both. Train them together: "
-                "add_lora(..., modules_to_save=['lm_head'])."
-            )
 
 
 def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:

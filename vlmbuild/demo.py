@@ -16,7 +16,7 @@ from vlmbuild.builder import build
 from vlmbuild.errors import OutputError
 from vlmbuild.gradient_audit import audit_gradients
 from vlmbuild.planner import plan
-from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.adapter_files import save_adapter
 from vlmbuild.runtime.loader import load
 from vlmbuild.zoo.digits import Digits, Sample
@@ -107,7 +107,7 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made: {error.strerror}. Choose another directory with -o.") from error
-    checkpoint, recipe = CHECKPOINTS[family], Recipe(quantize=QuantSpec(), dtype=dtype)
+    checkpoint, recipe = CHECKPOINTS[family], Recipe.from_mapping({"quantize": "nf4", "dtype": dtype}, where="demo")
     artifact, adapter = output / f"{checkpoint}-nf4", output / f"{checkpoint}-adapter"
 
     echo(f"[1/6] Plan: {checkpoint}, from its config.json alone")

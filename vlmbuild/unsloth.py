@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,52 +26,9 @@ from vlmbuild.runtime.adapter_files import CONFIG_FILE, save_adapter
 from vlmbuild.runtime.loader import load
 from vlmbuild.runtime.model import VisionLanguageModel, unwrap
 from vlmbuild.source import read_json_object, resolve
+from vlmbuild.unsloth_arguments import check_others
 
 _MANIFEST = "manifest.json"
-
-_ERRORS: dict[str, tuple[Any, str]] = {
-    "token": (None, "Set the environment variable HF_TOKEN, which the hub's client reads."),
-    "rope_scaling": (None, "Positions are scaled as config.json says; change it there."),
-    "trust_remote_code": (False, "No code of a checkpoint is ever run."),
-    "resize_model_vocab": (None, "The vocabulary is the checkpoint's."),
-    "fast_inference": (False, "Serve the merged model (save_pretrained_merged) with vLLM itself."),
-    "float8_kv_cache": (False, "There is no such cache."),
-    "qat_scheme": (None, "There is no quantization-aware training."),
-    "load_in_fp8": (False, "There is no such format; use load_in_4bit or load_in_8bit."),
-    "auto_model": (None, "The model class follows from config.json."),
-    "bias": ("none", "Only LoRA matrices are trained; biases stay."),
-    "layers_pattern": (None, "Name the layers by number: layers_to_transform."),
-    "init_lora_weights": (True, "A starts uniform and B at zero."),
-    "loftq_config": (None, "Adapters start at zero, not from the quantization error."),
-    "ignore_index": (-100, "Labels that are left out are -100."),
-    "resize": ("min", "Pass size={'longest_edge': pixels} to vlmbuild.VisionDataCollator."),
-    "resize_dimension": (0, "Images keep their shape."),
-    "pad_to_multiple_of": (None, "Padding is never computed."),
-}
-"""Argument -> its default, and what to do instead; any other value would change what is computed."""
-
-_WARNINGS: dict[str, str] = {
-    "fix_tokenizer": "the tokenizer is the checkpoint's",
-    "fullgraph": "each region is one graph; model.compile(fullgraph=True) insists on it",
-    "return_logits": "logits are made when they are asked for",
-    "use_exact_model_name": "names are never replaced",
-    "gpu_memory_utilization": "it belongs to fast_inference",
-    "max_lora_rank": "it belongs to fast_inference",
-    "disable_log_stats": "it belongs to fast_inference",
-    "unsloth_tiled_mlp": "it saves memory, and is not there",
-    "unsloth_force_compile": "compile with model.compile()",
-    "offload_embedding": "it saves memory, and is not there",
-    "task_type": "it follows from the model",
-    "temporary_location": "merging needs no temporary weights",
-    "maximum_memory_usage": "merging needs a few megabytes for each core",
-    "instruction_part": "responses are found by the chat template",
-    "response_part": "responses are found by the chat template",
-    "force_match": "responses are found by the chat template",
-    "num_proc": "batches are made by the DataLoader's workers",
-    "completion_only_loss": "responses are found by the chat template",
-    "snap_to_patch_size": "the processor does it",
-}
-"""Argument -> why it makes no difference here."""
 
 
 class FastVisionModel:
@@ -112,7 +68,7 @@ class FastVisionModel:
         Raises:
             UsageError: An argument has no equivalent, or two contradict each other.
         """
-        _check_others("FastVisionModel.from_pretrained", others)
+        check_others("FastVisionModel.from_pretrained", others)
         torch.manual_seed(random_state)
         adapter = Path(model_name) if (Path(model_name) / CONFIG_FILE).is_file() else None
         base = str(model_name) if adapter is None else _base_of(adapter)
@@ -158,7 +114,7 @@ class FastVisionModel:
         Raises:
             UsageError: As `add_lora`, or an argument has no equivalent.
         """
-        _check_others("FastVisionModel.get_peft_model", others)
+        check_others("FastVisionModel.get_peft_model", others)
         torch.manual_seed(random_state)
         add_lora(
             model,
@@ -224,7 +180,7 @@ class FastVisionModel:
         Raises:
             UsageError: The method is unknown, or there is no adapter.
         """
-        _check_others("save_pretrained_merged", others)
+        check_others("save_pretrained_merged", others)
         inner = unwrap(model)
         if save_method == "lora":
             save_adapter(inner, save_directory)
@@ -232,6 +188,8 @@ class FastVisionModel:
         formats = {"merged_16bit": "none", "merged_4bit": "nf4", "merged_4bit_forced": "nf4"}
         if save_method not in formats:
             raise UsageError(f"save_method {save_method!r} is unknown; it is lora, {', '.join(formats)}.")
+        if inner.path is None:
+            raise UsageError("The model was not loaded from an artifact, so there are no weights to merge into.")
         dtype = str(inner.dtype).removeprefix("torch.")
         recipe = Recipe.from_mapping({"dtype": dtype, "quantize": formats[save_method]}, where="save_pretrained_merged")
         with tempfile.TemporaryDirectory() as adapter:
@@ -259,7 +217,7 @@ class UnslothVisionDataCollator:
         train_on_responses_only: bool = False,
         **others: Any,
     ) -> None:
-        _check_others("UnslothVisionDataCollator", others)
+        check_others("UnslothVisionDataCollator", others)
         length = max_seq_length or getattr(unwrap(model), "max_seq_length", None)
         self.formatting_func = formatting_func
         self.collator = VisionDataCollator(processor, max_length=length, responses_only=train_on_responses_only)
@@ -274,19 +232,6 @@ class UnslothVisionDataCollator:
 def is_bf16_supported() -> bool:
     """Whether models compute in bfloat16 here; CPUs do."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
-
-
-def _check_others(caller: str, others: Mapping[str, Any]) -> None:
-    """Refuse what would change what is computed, and warn of what would not."""
-    for name, value in others.items():
-        if name in _ERRORS:
-            default, remedy = _ERRORS[name]
-            if value != default and value not in ({}, None):
-                raise UsageError(f"{caller}: {name}={value!r} has no equivalent. {remedy}")
-        elif name in _WARNINGS:
-            warnings.warn(f"{caller}: {name} makes no difference: {_WARNINGS[name]}.", stacklevel=3)
-        else:
-            raise UsageError(f"{caller}: unknown argument {name!r}.")
 
 
 def _format(source: str, revision: str | None, four: bool, eight: bool, plain: bool) -> str | None:

@@ -65,7 +65,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     model = unwrap(model)
     if model.adapter is None:
         raise UsageError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
-    tensors = {name: whole(tensor) for name, tensor in _stored_tensors(model).items()}
+    tensors = {name: whole(tensor).clone() for name, tensor in _stored_tensors(model).items()}  # tied ones twice
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     path = Path(directory)

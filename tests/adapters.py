@@ -30,7 +30,8 @@ def edit_adapter_config(directory: Path, **changes) -> None:
 
 
 def edit_adapter(directory: Path, change) -> None:
-    """`change` takes the tensors by name, and changes them in place or returns others."""
+    """`change` takes the tensors by name, and changes them in place or returns others in a new dict."""
     tensors = load_file(directory / "adapter_model.safetensors")
-    tensors = change(tensors) or tensors
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")

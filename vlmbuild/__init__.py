@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.runtime.sharding import shard
+    from vlmbuild.training_callback import TrainingCallback
+    from vlmbuild.training_log import TrainingLog
 
 _HOMES = {
     "Artifact": "builder",
@@ -36,6 +39,8 @@ _HOMES = {
     "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
+    "TrainingCallback": "training_callback",
+    "TrainingLog": "training_log",
     "VisionDataCollator": "collator",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
@@ -50,6 +55,7 @@ _HOMES = {
     "padding_report": "packing",
     "plan": "planner",
     "save_adapter": "runtime.adapter_files",
+    "shard": "runtime.sharding",
     "verify": "artifact.reader",
 }
 
@@ -61,6 +67,8 @@ __all__ = [
     "Plan",
     "QuantSpec",
     "Recipe",
+    "TrainingCallback",
+    "TrainingLog",
     "VisionDataCollator",
     "VisionLanguageModel",
     "VlmbuildError",
@@ -75,6 +83,7 @@ __all__ = [
     "padding_report",
     "plan",
     "save_adapter",
+    "shard",
     "verify",
 ]
 

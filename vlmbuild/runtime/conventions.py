@@ -108,7 +108,8 @@ class Backbone:
         if not weight.is_floating_point() or "lora_A" in self._head._modules:
             raise UsageError(
                 "The head is quantized or has an adapter, and this trainer's loss would overlook that. Use "
-                "transformers.Trainer, or leave the head as it is: build without quantizing it, and add_lora without lm_head in `target`."
+                "transformers.Trainer, or leave the head as it is: build without quantizing it, and add_lora without lm_head "
+                "in `target`."
             )
         return BaseModelOutputWithPast(last_hidden_state=self._hidden_states(batch))
 

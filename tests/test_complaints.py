@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import distributed
 import matrix
 import processors
 import pytest
@@ -16,6 +17,7 @@ import torch
 from adapters import edit_adapter, write_adapter
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
+from test_distributed import record, torchrun
 from torch._dynamo.testing import CompileCounterWithBackend
 from vlmbuild.passes import FuseMrope
 
@@ -284,3 +286,30 @@ def test_complaint_13_processor_or_chat_template_lost_after_a_merge(trained, tmp
     with pytest.raises(SourceError, match="has a tokenizer"):
         vlmbuild.build(bare, tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
+
+
+def test_complaint_10_dtype_mismatch(nf4):
+    """Whatever dtype is loaded and whatever autocast is around it: a step works, and adapters stay in float32."""
+    batch, labels = tiny.make_batch([[5, (1, 4, 6), 7], [9]])
+    losses = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        model, _ = vlmbuild.load(nf4.path, dtype=dtype)
+        vlmbuild.add_lora(model.train(), r=4, vision=True)
+        for autocast in (None, torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = model(**batch, labels=labels).loss
+            loss.backward()
+            losses.append(float(loss))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+        assert any(p.grad.any() for p in trained)
+    assert losses == pytest.approx([losses[0]] * 9, rel=0.02)
+
+
+def test_complaint_12_processes_with_and_without_images(nf4, tmp_path):
+    """One process has a text-only batch while adapters of the vision tower are trained: nothing hangs, nothing differs."""
+    torchrun(nf4.path, tmp_path, "ddp")
+    kinds = ["pixel_values" in batch for batch in distributed.ready(distributed.MIXED)[:2]]
+    assert kinds == [True, False]
+    expected = distributed.loop(distributed.adapted(nf4.path), distributed.ready(distributed.MIXED)[:2])
+    assert record(tmp_path / "ddp")["losses"] == pytest.approx(expected, rel=1e-5)

@@ -119,7 +119,7 @@ def test_bfloat16_error_is_no_larger_than_transformers(bind, built, reference):
 
 def test_state_dict_has_transformers_names_and_round_trips(model, reference, bind, built):
     state = model.state_dict()
-    assert set(state) == set(reference.state_dict())
+    assert set(state) == set(reference.state_dict()) - {"lm_head.weight"}  # tied: it stands there once
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)

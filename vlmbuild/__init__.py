@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.runtime.sharding import shard
+    from vlmbuild.training_callback import TrainingCallback
+    from vlmbuild.training_log import TrainingLog
     from vlmbuild.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
 
 _HOMES = {
@@ -38,6 +41,8 @@ _HOMES = {
     "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
+    "TrainingCallback": "training_callback",
+    "TrainingLog": "training_log",
     "UnslothVisionDataCollator": "unsloth",
     "VisionDataCollator": "collator",
     "VisionLanguageModel": "runtime.model",
@@ -54,6 +59,7 @@ _HOMES = {
     "padding_report": "packing",
     "plan": "planner",
     "save_adapter": "runtime.adapter_files",
+    "shard": "runtime.sharding",
     "verify": "artifact.reader",
 }
 
@@ -66,6 +72,8 @@ __all__ = [
     "Plan",
     "QuantSpec",
     "Recipe",
+    "TrainingCallback",
+    "TrainingLog",
     "UnslothVisionDataCollator",
     "VisionDataCollator",
     "VisionLanguageModel",
@@ -82,6 +90,7 @@ __all__ = [
     "padding_report",
     "plan",
     "save_adapter",
+    "shard",
     "verify",
 ]
 

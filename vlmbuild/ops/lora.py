@@ -6,6 +6,7 @@ where it is made: written out, casts, product, scale and sum are five passes ove
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 def lora_reference(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """base + scaling * (input @ down.T) @ up.T in float32, in the dtype of `base`; differentiable plain torch."""
-    low = input.float() @ down.T
-    return (base.float() + scaling * (low @ up.T)).to(base.dtype)
+    low = input.float() @ down.float().T
+    return (base.float() + scaling * (low @ up.float().T)).to(base.dtype)
 
 
 def _check(base: Tensor, input: Tensor, down: Tensor, up: Tensor) -> None:
@@ -30,8 +31,16 @@ def _check(base: Tensor, input: Tensor, down: Tensor, up: Tensor) -> None:
             f"lora: base {tuple(base.shape)}, input {tuple(input.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}; "
             "wanted [..., out], [..., in], [r, in], [out, r]"
         )
-    if down.dtype != torch.float32 or up.dtype != torch.float32 or {base.dtype, input.dtype} - set(_FLOATS):
-        raise UsageError(f"lora: {base.dtype}, {input.dtype}, {down.dtype}, {up.dtype}; matrices are float32")
+    if down.dtype != up.dtype or {base.dtype, input.dtype, down.dtype} - set(_FLOATS):
+        raise UsageError(
+            f"lora: {base.dtype}, {input.dtype}, {down.dtype}, {up.dtype}; wanted floats, one for both matrices"
+        )
+
+
+def _in_float32(tensor: Tensor) -> AbstractContextManager[None]:
+    """The products as they are written, also under a caller's autocast."""
+    guard: AbstractContextManager[None] = torch.autocast(tensor.device.type, enabled=False)
+    return guard
 
 
 @torch.library.custom_op(
@@ -42,14 +51,16 @@ def _check(base: Tensor, input: Tensor, down: Tensor, up: Tensor) -> None:
 def lora(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """See `lora_reference`: `[..., out]` from base `[..., out]`, input `[..., in]`, down `[r, in]` and up `[out, r]`.
 
-    Differentiable in all tensors. The products are in float32.
+    Differentiable in all tensors. The products are in float32, also under autocast. Matrices are float32; FSDP2's mixed
+    precision hands them over in a smaller dtype.
 
     Raises:
         UsageError: Shapes or dtypes do not fit.
     """
     _check(base, input, down, up)
     total = base.reshape(-1, base.shape[-1]).to(torch.float32, copy=True)
-    total.addmm_(_low(input, down), up.T, alpha=scaling)
+    with _in_float32(base):
+        total.addmm_(_low(input, down), up.float().T, alpha=scaling)
     return total.to(base.dtype).view(base.shape)
 
 
@@ -70,13 +81,14 @@ def lora_backward(
     """Gradients of `lora` for input, down and up. The one for the base is `grad` itself."""
     wide = input.reshape(-1, input.shape[-1]).float()
     of_result = grad.reshape(-1, grad.shape[-1]).float()
-    low = wide @ down.T
-    of_low = (of_result @ up).mul_(scaling)
-    return (
-        (of_low @ down).to(input.dtype).view(input.shape),
-        of_low.T @ wide,
-        (of_result.T @ low).mul_(scaling),
-    )
+    with _in_float32(grad):
+        low = wide @ down.float().T
+        of_low = (of_result @ up.float()).mul_(scaling)
+        return (
+            (of_low @ down.float()).to(input.dtype).view(input.shape),
+            (of_low.T @ wide).to(down.dtype),
+            (of_result.T @ low).mul_(scaling).to(up.dtype),
+        )
 
 
 @lora_backward.register_fake
@@ -85,7 +97,7 @@ def _(grad: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> 
 
 
 def _low(input: Tensor, down: Tensor) -> Tensor:
-    return input.reshape(-1, input.shape[-1]).float() @ down.T
+    return input.reshape(-1, input.shape[-1]).float() @ down.float().T
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.checkpointing import Checkpointing
+from vlmbuild.runtime.state import TrainedState
 
 
 class LossOutput(CausalLMOutputWithPast):
@@ -27,12 +27,13 @@ class LossOutput(CausalLMOutputWithPast):
         return super().__getattribute__(name)
 
 
-class TrainerConventions(nn.Module):
+class TrainerConventions(TrainedState):
     """Names that trainers look up on a model from transformers."""
 
     accepts_loss_kwargs = True
+    _no_split_modules = ("RegionInstance",)
+    """What accelerate shards as one unit, with FSDP's policy for transformers."""
     checkpointing: Checkpointing | None
-    adapter: Any
     config: Any
 
     def __init__(self) -> None:
@@ -89,62 +90,33 @@ class TrainerConventions(nn.Module):
         """The module that holds the table of token embeddings."""
         return self.get_submodule("model.language_model.embed_tokens")
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """All parameters and stored buffers; of a model with an adapter only what is trained, since the rest is in the
-        artifact. A tied parameter has one name."""
-        state = super().state_dict(*args, **kwargs)
-        for name in self._left_out(state, str(kwargs.get("prefix", args[1] if len(args) > 1 else ""))):
-            del state[name]
-        return state
-
-    def _left_out(self, state: Mapping[str, Any], prefix: str) -> list[str]:
-        if self.adapter is None:
-            return []
-        trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return [name for name in state if name.startswith(prefix) and name not in trained]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what `state_dict` gives. With an adapter, frozen weights may be there or not.
-
-        Raises:
-            RuntimeError: `strict`, and a tensor is missing, unknown or of another shape, as torch has it.
-        """
-        if self.adapter is None:
-            return super().load_state_dict(state_dict, strict, assign)
-        frozen = {
-            name: tensor.detach()
-            for name, tensor in nn.Module.state_dict(self).items()
-            if name not in state_dict and not getattr(self.get_parameter_or_buffer(name), "requires_grad", False)
-        }
-        return super().load_state_dict({**frozen, **state_dict}, strict, assign)
-
-    def get_parameter_or_buffer(self, name: str) -> Tensor:
-        """The tensor of a full name."""
-        path, _, leaf = name.rpartition(".")
-        tensor: Tensor = getattr(self.get_submodule(path), leaf)
-        return tensor
-
 
 class Backbone:
-    """A model up to its head, as TRL calls `model.base_model`; not a module, so that it holds no parameter twice."""
+    """A model up to its head, for losses that multiply by the head's weight themselves (TRL's trainers); not a module, so
+    that it holds no parameter twice.
 
-    def __init__(self, hidden_states: Callable[..., Tensor]) -> None:
+    Raises:
+        UsageError: When called: the head is quantized or adapted, which such a loss would overlook.
+    """
+
+    def __init__(self, hidden_states: Callable[..., Tensor], head: nn.Module) -> None:
         self._hidden_states = hidden_states
+        self._head = head
 
     def __call__(self, **batch: Any) -> BaseModelOutputWithPast:
+        weight: Any = self._head.weight
+        if not weight.is_floating_point() or "lora_A" in self._head._modules:
+            raise UsageError(
+                "The head is quantized or has an adapter, and this trainer's loss would overlook that. Use "
+                "transformers.Trainer, or leave the head as it is: build without quantizing it, and add_lora without lm_head "
+                "in `target`."
+            )
         return BaseModelOutputWithPast(last_hidden_state=self._hidden_states(batch))
 
 
-def plain_head(model: nn.Module) -> nn.Module:
-    """The head as a module with `weight` and `bias`, for losses that multiply by it themselves.
-
-    Raises:
-        UsageError: It is quantized or adapted, which such a loss would overlook.
-    """
+def head_module(model: nn.Module) -> nn.Module:
+    """The head as a module with `weight` and `bias`."""
     head = model.get_submodule("lm_head")
-    weight = head._parameters.get("weight")
-    if weight is None or not torch.is_floating_point(weight) or len(list(head.parameters())) > 1:
-        raise UsageError("The head is quantized or has an adapter; a loss that reads its weight would overlook that.")
     if not hasattr(head, "bias"):
         head.register_parameter("bias", None)
     return head

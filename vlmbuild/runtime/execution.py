@@ -12,6 +12,7 @@ from vlmbuild.families import HostBatch
 from vlmbuild.program import Call, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.loss import IGNORED, labelled_rows, summed_cross_entropy
+from vlmbuild.runtime.sharding import check_same_variant, gather_unreached
 
 if TYPE_CHECKING:
     from vlmbuild.runtime.model import VisionLanguageModel
@@ -35,6 +36,8 @@ class Execution:
 
     def hidden(self) -> Tensor:
         """What the head reads: (tokens, hidden), packed. A value is let go after its last reader."""
+        check_same_variant(self.model, self.prepared.variant)
+        gather_unreached(self.model)
         calls = self._calls()[:-1]
         device = self.model.device
         values = {name: tensor.to(device, non_blocking=True) for name, tensor in self.prepared.tensors.items()}

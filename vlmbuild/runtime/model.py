@@ -18,10 +18,11 @@ from vlmbuild.families import Family, HostBatch
 from vlmbuild.lora import Lora, linear_features, linear_nodes
 from vlmbuild.program import Program, Slot
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
-from vlmbuild.runtime.conventions import Backbone, LossOutput, TrainerConventions, plain_head
+from vlmbuild.runtime.conventions import Backbone, LossOutput, TrainerConventions, head_module
 from vlmbuild.runtime.execution import Execution
 from vlmbuild.runtime.generation import WithoutCache
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
+from vlmbuild.runtime.state import module_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +82,14 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         constants = family.constants(config)
         for name, slot in program.slots():
             self.set_tensor(name, slot, constants[name] if slot.kind == "constant" else tensors[name])
-        self._tie()
+        self.tie_weights()
 
     # Tensors ------------------------------------------------------------------------------------------------------
 
     def set_tensor(self, name: str, slot: Slot, tensor: Tensor) -> None:
         """Register a slot's tensor under its name; floating weights follow the compute dtype."""
         path, _, leaf = name.rpartition(".")
-        owner = _module_at(self, path)
+        owner = module_at(self, path)
         tensor = tensor.to(self._dtype if is_compute(slot) else slot.dtype)
         if slot.kind == "parameter":
             owner.register_parameter(leaf, nn.Parameter(tensor))
@@ -106,7 +107,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
                 self.set_tensor(name, slot, tensor)
             elif name in spec.trained:
                 self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
-        self._tie()
+        self.tie_weights()
         self._bind_regions()
         self.adapter = spec
 
@@ -118,23 +119,14 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
             for instance in region.instances:
                 if instance:
                     path, _, leaf = instance.rpartition(".")
-                    parent = _module_at(self, path)
+                    parent = module_at(self, path)
                     if leaf not in parent._modules:
                         parent.add_module(leaf, RegionInstance(self.bound[name]))
                     self.get_submodule(instance).bound = self.bound[name]  # type: ignore[assignment]
 
-    def _tie(self) -> None:
-        for alias, name in self.program.ties.items():
-            path, _, leaf = alias.rpartition(".")
-            _module_at(self, path).register_parameter(leaf, self.get_parameter(name))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to`, `.half`, `.cuda`, ...: tensors with a dtype of their own (frequencies, scales, adapters) keep it."""
-        fixed = {
-            self.get_parameter(name) if slot.kind == "parameter" else self.get_buffer(name)
-            for name, slot in self.program.slots()
-            if not is_compute(slot)
-        }
+        fixed = {self.tensor(name) for name, slot in self.program.slots() if not is_compute(slot)}
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -212,11 +204,11 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
             finally:
                 swap_compiler(compiler)
 
-        return Backbone(hidden_states)
+        return Backbone(hidden_states, self.get_output_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head: `weight` (vocabulary, hidden) and `bias`. Raises UsageError where it is quantized or adapted."""
-        return plain_head(self)
+        """The head: `weight` (vocabulary, hidden) and `bias`."""
+        return head_module(self)
 
     # transformers' conventions --------------------------------------------------------------------------------------
 
@@ -268,13 +260,3 @@ def _vocabulary(program: Program) -> int:
     head = program.regions[next(iter(program.variants.values())).calls[-1].region]
     node, _ = linear_nodes(head)[-1]
     return linear_features(head, node)[0]
-
-
-def _module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path; missing ones on the way are made."""
-    module = root
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    return module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.families import HostBatch
-from vlmbuild.program import Call, join
+from vlmbuild.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.loss import IGNORED, labelled_rows, summed_cross_entropy
 from vlmbuild.runtime.sharding import check_same_variant, gather_unreached
@@ -84,7 +84,8 @@ class Execution:
         return padded.index_copy(0, places.to(rows.device), rows).view(*self.shape, -1)
 
     def _calls(self) -> tuple[Call, ...]:
-        return self.model.program.variants[self.prepared.variant].calls
+        program: Program = self.model.program
+        return program.variants[self.prepared.variant].calls
 
     def _head(self) -> Call:
         return self._calls()[-1]

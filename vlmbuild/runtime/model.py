@@ -177,6 +177,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
 
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
         """After the host prologue of what a trainer passes."""
+        _check_autocast(self.device.type, self._dtype)
         self.check_names("model", batch)
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
@@ -253,6 +254,15 @@ def unwrap(model: nn.Module) -> VisionLanguageModel:
     if not isinstance(inner, VisionLanguageModel):
         raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
     return inner
+
+
+def _check_autocast(device: str, dtype: torch.dtype) -> None:
+    """Refuse autocast to one 16-bit dtype around a model of the other: some operators would get both."""
+    if torch.is_autocast_enabled(device) and dtype not in (torch.float32, chosen := torch.get_autocast_dtype(device)):
+        raise UsageError(
+            f"The model computes in {dtype}, and autocast around it in {chosen}. Load it with that dtype or with float32, "
+            "or train without autocast (bf16=False, fp16=False)."
+        )
 
 
 def _vocabulary(program: Program) -> int:

@@ -10,7 +10,7 @@ a  step time and peak memory, with gradient checkpointing and without: vlmbuild,
 b  time to the first step, loading included: vlmbuild, as it is and compiled by region, and the peer under torch.compile
 c  losses of ten steps in float32, unquantized, beside PEFT's
 
-Every measurement is a fresh process, the sides in turn, medians of `--rounds`. A step's time is compared batch by batch: the
+Every measurement is a fresh process, the sides in turn, medians of `--rounds`; b once, with empty compiler caches. A step's time is compared batch by batch: the
 first step of a process is left out of a.
 """
 
@@ -73,10 +73,10 @@ class Bench:
         print(f"  {side:13} {options}: {found.get('absent') or [round(s, 1) for s in found['seconds']]}", flush=True)
         return found
 
-    def turns(self, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Every case `rounds` times, the cases in turn; medians."""
+    def turns(self, cases: dict[str, dict[str, Any]], rounds: int) -> dict[str, dict[str, Any]]:
+        """Every case so many times, the cases in turn; medians."""
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
-        for _ in range(self.arguments.rounds):
+        for _ in range(rounds):
             for name, options in cases.items():
                 if not (found[name] and "absent" in found[name][-1]):
                     found[name].append(self.run(**options))
@@ -89,15 +89,16 @@ class Bench:
             cases[OURS + suffix] = {"side": OURS, "checkpointing": checkpointing}
             cases[PEER + suffix] = {"side": PEER, "checkpointing": checkpointing}
         cases["transformers with Liger"] = {"side": PEER, "liger": True}
-        return self.turns(cases)
+        return self.turns(cases, self.arguments.rounds)
 
     def first_step(self) -> dict[str, Any]:
         return self.turns(
             {
                 OURS: {"side": OURS, "steps": 1},
-                "vlmbuild, compiled": {"side": OURS, "steps": 2, "compile": True},
-                "transformers, torch.compile": {"side": PEER, "steps": 2, "compile": True},
-            }
+                "vlmbuild, compiled": {"side": OURS, "steps": 1, "compile": True},
+                "transformers, torch.compile": {"side": PEER, "steps": 1, "compile": True},
+            },
+            rounds=1,
         )
 
     def losses(self) -> dict[str, Any]:

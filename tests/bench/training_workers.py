@@ -7,7 +7,9 @@ of JSON. A peer that cannot run here makes the line {"absent": reason}.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,6 +117,7 @@ def imported(side: str, options: dict[str, Any]) -> None:
 
     getattr(vlmbuild, "load")  # noqa: B009
     if options["compile"]:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # what another run has compiled must not help
         torch._dynamo.config.recompile_limit = 128  # the peer's graphs are many; at the limit it would run eagerly
 
 

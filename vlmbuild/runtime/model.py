@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -157,18 +158,26 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         """
         compiler = swap_compiler(None)  # before anything that a compiler would look into
         try:
-            execution = self._execution(batch, labels, compiler)
-            hidden = execution.hidden()
-            if labels is None:
-                return CausalLMOutputWithPast(logits=execution.logits(hidden))
-            output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
-            if self.training:
-                eager = replace(execution, compiler=None)  # one product: not worth a compilation
-                return output.on_demand(lambda: eager.logits(hidden))
-            output.logits = execution.logits(hidden)
-            return output
+            with self._own_precision():
+                execution = self._execution(batch, labels, compiler)
+                hidden = execution.hidden()
+                if labels is None:
+                    return CausalLMOutputWithPast(logits=execution.logits(hidden))
+                output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
+                if self.training:
+                    eager = replace(execution, compiler=None)  # one product: not worth a compilation
+                    return output.on_demand(lambda: eager.logits(hidden))
+                output.logits = execution.logits(hidden)
+                return output
         finally:
             swap_compiler(compiler)
+
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
+        return off
 
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
         """After the host prologue of what a trainer passes."""
@@ -194,8 +203,9 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         def hidden_states(batch: dict[str, Any]) -> Tensor:
             compiler = swap_compiler(None)
             try:
-                execution = self._execution(batch, None, compiler)
-                return execution.unpack(execution.hidden())
+                with self._own_precision():
+                    execution = self._execution(batch, None, compiler)
+                    return execution.unpack(execution.hidden())
             finally:
                 swap_compiler(compiler)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmbuild.program import Program
+
 
 class TrainedState(nn.Module):
     """Checkpoints of trainers stay small, and the tied tensors that safetensors refuses to write stand in them once.
@@ -16,13 +18,13 @@ class TrainedState(nn.Module):
     """
 
     adapter: Any
-    program: Any
+    program: Program
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_state_dict_post_hook(_leave_out)
-        self.register_load_state_dict_pre_hook(_fill_in)
-        self.register_load_state_dict_post_hook(_tie_again)
+        self.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_fill_in)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of a full name."""

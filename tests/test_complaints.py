@@ -297,19 +297,13 @@ def test_complaint_10_dtype_mismatch(nf4):
         vlmbuild.add_lora(model.train(), r=4, vision=True)
         for autocast in (None, torch.bfloat16, torch.float16):
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                if autocast is not None and dtype not in ("float32", str(autocast).removeprefix("torch.")):
-                    with pytest.raises(
-                        UsageError, match=f"computes in torch.{dtype}, and autocast around it in {autocast}"
-                    ):
-                        model(**batch, labels=labels)
-                    continue
                 loss = model(**batch, labels=labels).loss
             loss.backward()
             losses.append(float(loss.detach()))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
         assert any(p.grad.any() for p in trained)
-    assert losses == pytest.approx([losses[0]] * 7, rel=0.02)
+    assert losses == pytest.approx([losses[0]] * 9, rel=0.02)
 
 
 def test_complaint_12_processes_with_and_without_images(nf4, tmp_path):

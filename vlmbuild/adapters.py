@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vlmbuild.builder import adapt
-from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.lora import ALL_LINEAR, Lora, Targets, choose, matches_module
-from vlmbuild.program import Program
+from vlmbuild.errors import UsageError
+from vlmbuild.lora import ALL_LINEAR, Lora, Targets, choose
 from vlmbuild.runtime.adapter_files import read_adapter
-from vlmbuild.runtime.adapter_fit import check_fits, with_module_names
+from vlmbuild.runtime.adapter_fit import check_fits, trained_parameters, with_module_names
 from vlmbuild.runtime.model import AdapterSpec, VisionLanguageModel, unwrap
 
 
@@ -30,7 +29,7 @@ def add_lora(
     mlp: bool = True,
     layers: Sequence[int] | None = None,
     use_rslora: bool = False,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = (),
 ) -> None:
     """Freeze the model and add a trainable LoRA adapter to its linear layers, plain or quantized, in place.
 
@@ -56,9 +55,10 @@ def add_lora(
             has an adapter already.
     """
     model = unwrap(model)
-    lora = Lora(r, float(2 * r if alpha is None else alpha), float(dropout), use_rslora)
-    names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
-    trained = _modules(model.program, names)
+    _check_free(model)
+    lora = Lora(r, 2 * r if alpha is None else alpha, dropout, use_rslora)
+    names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    trained = trained_parameters(model.program, names)
     loras = choose(model.program, Targets(target, language, vision, attention, mlp, layers), lora)
     covered = {module: lora for module, lora in loras.items() if not _inside(module, trained)}
     _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())))
@@ -72,14 +72,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
         SourceError: It is not a LoRA adapter, or it does not fit the model; the tensor is named. The model is then as it was.
     """
     model = unwrap(model)
+    _check_free(model)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program
     check_fits(program, adapter, directory)
     aliases = {alias: name for alias, name in program.ties.items() if alias in adapter.trained}
-    try:
-        trained = _modules(program, adapter.modules)
-    except UsageError as error:
-        raise SourceError(f"{directory}: {error}") from error
+    trained = trained_parameters(program, adapter.modules)
     _add(model, AdapterSpec(adapter.loras, tuple(trained), frozenset().union(*trained.values())))
     with torch.no_grad():
         for name, tensor in {**adapter.tensors, **adapter.trained}.items():
@@ -87,47 +85,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
-    if model.adapter is not None:
-        raise UsageError("The model has an adapter already; load the artifact again for another one.")
     adapt(model.program, spec.loras, spec.trained)
     model.requires_grad_(False)
     model.adopt_adapter(spec)
 
 
-def _modules(program: Program, wanted: Collection[str]) -> dict[str, frozenset[str]]:
-    """Module -> its parameters, of every module that is named.
-
-    Raises:
-        UsageError: A name matches no module, or a module's weight is quantized.
-    """
-    found: dict[str, frozenset[str]] = {}
-    for pattern in wanted:
-        hits = _named_modules(program, pattern)
-        if not hits:
-            raise UsageError(f"modules_to_save: no module of the model is named {pattern!r}.")
-        found |= hits
-    return found
-
-
-def _named_modules(program: Program, pattern: str) -> dict[str, frozenset[str]]:
-    parameters = [(name, program.ties.get(name, name)) for name in program.ties]
-    stored = dict(program.slots())
-    parameters += [(name, name) for name, slot in stored.items() if slot.kind != "constant"]
-    found: dict[str, set[str]] = {}
-    for name, held in parameters:
-        path = name.split(".")
-        modules = (".".join(path[:length]) for length in range(1, len(path)))
-        module = next((module for module in modules if matches_module(pattern, module)), None)
-        if module is None:
-            continue
-        if stored[held].kind != "parameter":
-            raise UsageError(
-                f"modules_to_save: {module} is quantized and cannot be trained whole. Build the artifact with "
-                f"--skip '{module}*', or adapt it with LoRA."
-            )
-        found.setdefault(module, set()).add(held)
-        found.update({held.rpartition(".")[0]: {held}} if held != name else {})
-    return {module: frozenset(names) for module, names in found.items()}
+def _check_free(model: VisionLanguageModel) -> None:
+    if model.adapter is not None:
+        raise UsageError("The model has an adapter already; load the artifact again for another one.")
 
 
 def _inside(module: str, trained: Mapping[str, object]) -> bool:

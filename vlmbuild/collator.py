@@ -24,10 +24,17 @@ IGNORED = -100
 
 
 class Measure(NamedTuple):
-    """What a sample will cost: its tokens, with those of its images and after `max_length`, and its images."""
+    """What a sample will cost.
+
+    Attributes:
+        tokens: With those of its images, and after `max_length`.
+        images: Their number.
+        fits: Whether `max_length` leaves it all its images and the beginning of a response.
+    """
 
     tokens: int
     images: int
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +121,15 @@ class VisionDataCollator:
         """
         sample = self._samples([example])[0]
         sizes = [image_size(image, sample.conversation.where) for image in sample.conversation.images]
-        placeholders = int((sample.ids == self.processor.image_token_id).sum())
-        pictures = sum(self.family.image_tokens(self.processor, *size) for size in sizes)
-        tokens = len(sample.ids) - placeholders + pictures
-        return Measure(tokens if self.max_length is None else min(tokens, self.max_length), len(sizes))
+        places = (sample.ids == self.processor.image_token_id).nonzero().squeeze(1)
+        lengths = torch.ones_like(sample.ids)
+        lengths[places] = torch.tensor(
+            [self.family.image_tokens(self.processor, *size) for size in sizes], dtype=torch.int64
+        )
+        ends = lengths.cumsum(0)
+        tokens, needed = int(ends[-1]), int(max(ends[sample.learned.int().argmax()], *ends[places][-1:]))
+        limit = tokens if self.max_length is None else self.max_length
+        return Measure(min(tokens, limit), len(sizes), needed <= limit)
 
     # Text -----------------------------------------------------------------------------------------------------------
 
@@ -206,7 +218,10 @@ class VisionDataCollator:
         if self.overlong == "error":
             raise BatchError(f'{reason} {remedy} Or leave such samples out: overlong="drop".')
         if not kept:
-            raise BatchError(f"Nothing is left of the batch. {reason} {remedy}")
+            raise BatchError(
+                f"Nothing is left of the batch. {reason} {remedy} Or leave such samples out of the data set: those with "
+                "collator.measure(sample).fits are kept."
+            )
         warnings.warn(f"{len(left_out)} of {len(samples)} samples left out. {reason}", stacklevel=3)
         return kept
 

@@ -79,6 +79,11 @@ def _message(message: Any, pictures: list[Any], where: str) -> Message:
     """A message of its own, without empty keys; what its placeholders hold (None for nothing) is added to `pictures`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BatchError(f'{where}: a message must be {{"role": ..., "content": ...}}, not {str(message)[:80]!r}.')
+    if dropped := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
+        raise BatchError(
+            f"{where}: the {message['role']} message has {dropped[0]!r}, which would be lost. Write what the model is to see "
+            "into the content."
+        )
     content = message.get("content")
     if isinstance(content, str):
         return {"role": message["role"], "content": content}

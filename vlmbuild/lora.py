@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -52,9 +53,9 @@ class Lora:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise UsageError(f"r must be a whole number of at least 1, got {self.r!r}.")
-        if not math.isfinite(self.alpha):
+        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
             raise UsageError(f"alpha must be a number, got {self.alpha!r}.")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
 
     @property
@@ -92,6 +93,16 @@ class Targets:
     attention: bool = True
     mlp: bool = True
     layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        names = self.target if isinstance(self.target, list | tuple | set | frozenset) else (self.target,)
+        if not all(isinstance(name, str) for name in names):
+            raise UsageError(
+                f"target must be {ALL_LINEAR!r}, roles, names or patterns of modules; got {self.target!r}."
+            )
+        numbers = self.layers
+        if numbers is not None and (isinstance(numbers, str | int) or not all(isinstance(n, int) for n in numbers)):
+            raise UsageError(f"layers must be a list of the numbers of blocks, or None for all; got {numbers!r}.")
 
 
 def linear_nodes(region: Region) -> list[tuple[Node, Slot]]:
@@ -163,9 +174,14 @@ def matches_module(pattern: str, module: str) -> bool:
 
 
 def with_patterns(lora: Lora, module: str, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Lora:
-    """A module's own rank and alpha, where PEFT's `rank_pattern` and `alpha_pattern` name it."""
-    rank = next((value for name, value in ranks.items() if matches_module(name, module)), lora.r)
-    alpha = next((value for name, value in alphas.items() if matches_module(name, module)), lora.alpha)
+    """A module's own rank and alpha, where PEFT's `rank_pattern` and `alpha_pattern` name it: by regular expressions for the
+    end of its name, of which the first that matches holds."""
+
+    def named(pattern: str) -> bool:
+        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
+
+    rank = next((value for pattern, value in ranks.items() if named(pattern)), lora.r)
+    alpha = next((value for pattern, value in alphas.items() if named(pattern)), lora.alpha)
     return replace(lora, r=rank, alpha=float(alpha))
 
 
@@ -226,7 +242,9 @@ def _reach(starts: Sequence[Node], neighbours: Any) -> set[Node]:
             if node in seen:
                 continue
             seen.add(node)
-            if node.target in LINEAR:
+            if node.target is _OPS.lora.default:
+                found.add(node.args[0])  # the layer below the adapter
+            elif node.target in LINEAR:
                 found.add(node)
             else:
                 waiting.append(node)

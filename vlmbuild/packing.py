@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 import random
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from torch.utils.data import Dataset
 
 from vlmbuild.checks import one_of
-from vlmbuild.collator import VisionDataCollator
+from vlmbuild.collator import Measure, VisionDataCollator
 from vlmbuild.errors import BatchError, UsageError
 
 WINDOW = 1024
@@ -105,8 +106,9 @@ class PackedDataset(Dataset[list[Any]]):
         overlong: Of a sample longer than that: "error", or a pack of its own ("alone").
 
     Attributes:
-        lengths: Tokens of every sample.
-        packs: Indices into the data set.
+        indices: Of the data set's samples that are packed: all, but for those that the collator drops as overlong.
+        lengths: Tokens of each of them.
+        packs: Places in `indices`.
 
     Raises:
         BatchError: A sample is malformed, or too long.
@@ -122,7 +124,9 @@ class PackedDataset(Dataset[list[Any]]):
         overlong: Overlong = "error",
     ) -> None:
         self.dataset = dataset
-        measures = [collator.measure(dataset[index]) for index in range(len(dataset))]
+        measured = [(index, collator.measure(dataset[index])) for index in range(len(dataset))]
+        self.indices = _fitting(measured, collator)
+        measures = [measured[index][1] for index in self.indices]
         self.lengths = [measure.tokens for measure in measures]
         groups = [measure.images for measure in measures] if collator.family.pads_images else None
         self.packs = pack(self.lengths, max_tokens, groups=groups, seed=seed, overlong=overlong)
@@ -132,7 +136,21 @@ class PackedDataset(Dataset[list[Any]]):
         return len(self.packs)
 
     def __getitem__(self, number: int) -> list[Any]:
-        return [self.dataset[index] for index in self.packs[number]]
+        return [self.dataset[self.indices[place]] for place in self.packs[number]]
+
+
+def _fitting(measured: Sequence[tuple[int, Measure]], collator: VisionDataCollator) -> list[int]:
+    """Indices of the samples that the collator can cut to its `max_length`; now, and not in the middle of training."""
+    left_out = [index for index, measure in measured if not measure.fits]
+    if left_out:
+        what = (
+            f"of {len(measured)} samples, {len(left_out)} have an image or their first response beyond "
+            f"max_length={collator.max_length}; the first is sample {left_out[0]} of the data set"
+        )
+        if collator.overlong == "error" or len(left_out) == len(measured):
+            raise BatchError(f'{what.capitalize()}. Raise max_length, keep fewer pixels per image, or overlong="drop".')
+        warnings.warn(f"Left out {what}.", stacklevel=3)
+    return [index for index, measure in measured if measure.fits]
 
 
 @dataclass(frozen=True, slots=True)

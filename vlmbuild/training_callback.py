@@ -53,5 +53,5 @@ class TrainingCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the adapter into the checkpoint; in all processes, since its parameters may be sharded."""
-        if unwrap(kwargs["model"]).adapter is not None and args.output_dir is not None:
-            save_adapter(kwargs["model"], Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if unwrap(kwargs["model"]).adapter is not None:
+            save_adapter(kwargs["model"], Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")

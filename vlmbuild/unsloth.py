@@ -39,7 +39,7 @@ class FastVisionModel:
         model_name: str | Path,
         max_seq_length: int | None = None,
         dtype: torch.dtype | str | None = None,
-        load_in_4bit: bool = True,
+        load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
@@ -55,8 +55,8 @@ class FastVisionModel:
             model_name: A hub id, a directory, an artifact, a zoo checkpoint, or the directory of an adapter that names its
                 base model.
             max_seq_length: For `UnslothVisionDataCollator`; the model itself has no limit.
-            dtype: Compute dtype; None is bfloat16.
-            load_in_4bit: As NF4, unless one of the next three is set.
+            dtype: Compute dtype; None is bfloat16, or an artifact's own.
+            load_in_4bit: As NF4; None is yes, unless one of the next three is set or the source is quantized already.
             load_in_8bit: As LLM.int8.
             load_in_16bit, full_finetuning: Unquantized.
             device_map: A device or "auto"; a model is on one device.
@@ -77,6 +77,10 @@ class FastVisionModel:
             raise UsageError(f"dtype {dtype!r} is none that a model computes in: {', '.join(DTYPES)}, or None.")
         if (Path(base) / _MANIFEST).is_file():
             model, processor = load(base, device=device, dtype=None if dtype is None else wanted)
+            found = {recipe.format.name for region in model.program.regions.values() for recipe in region.recipes}
+            _check_formats(base, found, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
+            if revision is not None:
+                raise UsageError(f"revision={revision!r}: {base} is an artifact, and artifacts have none.")
         else:
             form = _format(base, revision, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
             recipe = {"dtype": wanted} | ({} if form is None else {"quantize": form})
@@ -234,14 +238,31 @@ def is_bf16_supported() -> bool:
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
 
 
-def _format(source: str, revision: str | None, four: bool, eight: bool, plain: bool) -> str | None:
+def _format(source: str, revision: str | None, four: bool | None, eight: bool, plain: bool) -> str | None:
     """What `quantize` is; None keeps a source that is quantized already."""
     if eight and plain:
         raise UsageError("load_in_8bit and load_in_16bit (or full_finetuning) exclude each other.")
-    quantized = "quantization_config" in resolve(source, revision=revision, weights=False).config()
-    if plain:
-        return "none" if quantized else None
-    return None if quantized else "int8" if eight else "nf4" if four else None
+    config = resolve(source, revision=revision, weights=False).config().get("quantization_config")
+    if isinstance(config, Mapping):
+        if not plain:
+            _check_formats(source, {"int8" if config.get("load_in_8bit") else "nf4"}, four, eight, plain)
+        return "none" if plain else None
+    return None if plain else "int8" if eight else None if four is False else "nf4"
+
+
+def _check_formats(source: str, found: set[str], four: bool | None, eight: bool, plain: bool) -> None:
+    """Hold what is asked for against the formats that a quantized source or artifact has."""
+    asked = (
+        "load_in_8bit" if eight else "load_in_16bit (or full_finetuning)" if plain else "load_in_4bit" if four else ""
+    )
+    fits = {"load_in_8bit": "int8" in found, "load_in_4bit": bool(found & {"nf4", "fp4"}), "": True}.get(
+        asked, not found
+    )
+    if not fits or (four is False and not (eight or plain) and found & {"nf4", "fp4"}):
+        raise UsageError(
+            f"{asked or 'load_in_4bit=False'}: {source} holds {', '.join(sorted(found)) or 'unquantized'} weights. Leave the "
+            "argument out, or build another artifact (vlmbuild build --quantize ...)."
+        )
 
 
 def _device(device_map: Any) -> str:

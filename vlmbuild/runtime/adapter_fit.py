@@ -9,11 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
-from vlmbuild.lora import adaptable_layers
+from vlmbuild.lora import adaptable_layers, matches_module
 from vlmbuild.program import Program
-from vlmbuild.runtime.adapter_files import Adapter
+from vlmbuild.runtime.adapter_files import CONFIG_FILE, Adapter
 
 _Value = TypeVar("_Value")
 
@@ -71,6 +71,15 @@ def check_fits(program: Program, adapter: Adapter, directory: str | Path) -> Non
 
 
 def _check_trained(program: Program, adapter: Adapter, directory: str | Path) -> None:
+    try:
+        expected = frozenset().union(*trained_parameters(program, adapter.modules).values())
+    except UsageError as error:
+        raise SourceError(f"{directory}: {error}") from error
+    if missing := sorted(expected - {program.ties.get(name, name) for name in adapter.trained}):
+        raise SourceError(
+            f"{directory}: {missing[0]} is missing, though {CONFIG_FILE} says that its module was trained. The adapter was "
+            "not saved whole."
+        )
     shapes = {name: slot.shape for name, slot in program.slots() if slot.kind == "parameter"}
     for name, tensor in adapter.trained.items():
         held = program.ties.get(name, name)
@@ -83,6 +92,42 @@ def _check_trained(program: Program, adapter: Adapter, directory: str | Path) ->
                 f"{directory}: {name} differs from {held}, but the model has one parameter for both. Train them together: "
                 "add_lora(..., modules_to_save=['lm_head'])."
             )
+
+
+def trained_parameters(program: Program, wanted: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Module -> its parameters, of every module that is named.
+
+    Raises:
+        UsageError: A name matches no module, or a module's weight is quantized.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for pattern in wanted:
+        hits = _named_modules(program, pattern)
+        if not hits:
+            raise UsageError(f"modules_to_save: no module of the model is named {pattern!r}.")
+        found |= hits
+    return found
+
+
+def _named_modules(program: Program, pattern: str) -> dict[str, frozenset[str]]:
+    parameters = [(name, program.ties.get(name, name)) for name in program.ties]
+    stored = dict(program.slots())
+    parameters += [(name, name) for name, slot in stored.items() if slot.kind != "constant"]
+    found: dict[str, set[str]] = {}
+    for name, held in parameters:
+        path = name.split(".")
+        modules = (".".join(path[:length]) for length in range(1, len(path)))
+        module = next((module for module in modules if matches_module(pattern, module)), None)
+        if module is None:
+            continue
+        if stored[held].kind != "parameter":
+            raise UsageError(
+                f"modules_to_save: {module} is quantized and cannot be trained whole. Build the artifact with "
+                f"--skip '{module}*', or adapt it with LoRA."
+            )
+        found.setdefault(module, set()).add(held)
+        found.update({held.rpartition(".")[0]: {held}} if held != name else {})
+    return {module: frozenset(names) for module, names in found.items()}
 
 
 def check_finite(adapter: Adapter, directory: str | Path) -> None:

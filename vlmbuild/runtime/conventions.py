@@ -12,14 +12,27 @@ from vlmbuild.errors import UsageError
 from vlmbuild.runtime.checkpointing import Checkpointing
 from vlmbuild.runtime.state import TrainedState
 
+_TORCH_OPTIONS = {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+"""Of `torch.utils.checkpoint.checkpoint`."""
+
 
 class LossOutput(CausalLMOutputWithPast):
-    """Loss now, logits when they are asked for: training needs none, and they are by far the largest tensor."""
+    """Loss now, logits when they are asked for: training needs none, and they are by far the largest tensor.
+
+    A wrapper that makes an output of its own (accelerate's mixed precision, FSDP) leaves them out: `.logits` is None there.
+    """
 
     def on_demand(self, logits: Callable[[], Tensor]) -> LossOutput:
         """Make `.logits` by this function, on first access."""
         self.__dict__["_make_logits"] = logits
         return self
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[no-untyped-call]
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As of a dict."""
+        return self.logits if key == "logits" else super().get(key, default)
 
     def __getattribute__(self, name: str) -> Any:
         if name == "logits" and (make := super().__getattribute__("__dict__").pop("_make_logits", None)):
@@ -51,19 +64,22 @@ class TrainerConventions(TrainedState):
         """Keep only the inputs of blocks for backward, and compute the rest again.
 
         Args:
-            activation_checkpointing_kwargs: torch's options; `use_reentrant` must not be true, others are not needed.
+            activation_checkpointing_kwargs: `every_n_layers` and `offload`, as trainers hand them on, and torch's options, of
+                which `use_reentrant` must not be true and the others are not needed.
             every_n_layers: Checkpoint every so many blocks.
             offload: Keep those inputs in the memory of the host.
 
         Raises:
-            UsageError: Re-entrant checkpointing is asked for: it would lose the gradients of adapters above frozen weights.
+            UsageError: An option is unknown, or re-entrant checkpointing is asked for: it would lose the gradients of
+                adapters above frozen weights.
         """
         options = dict(activation_checkpointing_kwargs or {})
         if options.pop("use_reentrant", False):
             raise UsageError("use_reentrant=True is not supported; leave it out. Blocks are checkpointed without it.")
-        self.checkpointing = Checkpointing(
-            options.pop("every_n_layers", every_n_layers), options.pop("offload", offload)
-        )
+        every, moved = options.pop("every_n_layers", every_n_layers), options.pop("offload", offload)
+        if unknown := sorted(options.keys() - _TORCH_OPTIONS):
+            raise UsageError(f"Gradient checkpointing has no option {unknown[0]!r}; it has every_n_layers and offload.")
+        self.checkpointing = Checkpointing(every, moved)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from vlmbuild.families import HostBatch
 from vlmbuild.program import Call, Program, join
@@ -106,8 +107,10 @@ class Execution:
 
     def _unused(self) -> Tensor | float:
         """Zero, of every trainable parameter that this variant does not use: all processes then have the same gradients to
-        average, whichever of them has no image in its batch."""
+        average, whichever of them has no image in its batch. (A sharded model's processes all have the same variant.)"""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
+            return 0.0
+        if isinstance(self.model, FSDPModule):
             return 0.0
         program = self.model.program
         used = {join(call.instance, slot.name) for call in self._calls() for slot in program.regions[call.region].slots}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -162,22 +163,29 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         """
         compiler = swap_compiler(None)  # before anything that a compiler would look into
         try:
-            execution = self._execution(batch, labels, compiler)
-            hidden = execution.hidden()
-            if labels is None:
-                return CausalLMOutputWithPast(logits=execution.logits(hidden))
-            output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
-            if self.training:
-                eager = replace(execution, compiler=None)  # one product: not worth a compilation
-                return output.on_demand(lambda: eager.logits(hidden))
-            output.logits = execution.logits(hidden)
-            return output
+            with self._own_precision():
+                execution = self._execution(batch, labels, compiler)
+                hidden = execution.hidden()
+                if labels is None:
+                    return CausalLMOutputWithPast(logits=execution.logits(hidden))
+                output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
+                if self.training:
+                    eager = replace(execution, compiler=None)  # one product: not worth a compilation
+                    return output.on_demand(lambda: eager.logits(hidden))
+                output.logits = execution.logits(hidden)
+                return output
         finally:
             swap_compiler(compiler)
 
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
+        return off
+
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
         """After the host prologue of what a trainer passes."""
-        _check_autocast(self.device.type, self._dtype)
         self.check_names("model", batch)
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
@@ -194,14 +202,21 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         return execution.logits(hidden) if labels is None else execution.loss(hidden, labels, None)
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """For DistributedDataParallel: stored buffers (quantized weights and scales) and constants are the same in all
+        processes, so that nothing need be sent before every forward pass."""
+        return [name for name, _ in self.named_buffers()]
+
+    @property
     def base_model(self) -> Backbone:
         """The model without its head: takes a batch, gives `.last_hidden_state` (batch, sequence, hidden)."""
 
         def hidden_states(batch: dict[str, Any]) -> Tensor:
             compiler = swap_compiler(None)
             try:
-                execution = self._execution(batch, None, compiler)
-                return execution.unpack(execution.hidden())
+                with self._own_precision():
+                    execution = self._execution(batch, None, compiler)
+                    return execution.unpack(execution.hidden())
             finally:
                 swap_compiler(compiler)
 
@@ -254,15 +269,6 @@ def unwrap(model: nn.Module) -> VisionLanguageModel:
     if not isinstance(inner, VisionLanguageModel):
         raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
     return inner
-
-
-def _check_autocast(device: str, dtype: torch.dtype) -> None:
-    """Refuse autocast to one 16-bit dtype around a model of the other: some operators would get both."""
-    if torch.is_autocast_enabled(device) and dtype not in (torch.float32, chosen := torch.get_autocast_dtype(device)):
-        raise UsageError(
-            f"The model computes in {dtype}, and autocast around it in {chosen}. Load it with that dtype or with float32, "
-            "or train without autocast (bf16=False, fp16=False)."
-        )
 
 
 def _vocabulary(program: Program) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmbuild.program import Program
+
 
 class TrainedState(nn.Module):
     """Checkpoints of trainers stay small, and the tied tensors that safetensors refuses to write stand in them once.
@@ -16,7 +18,7 @@ class TrainedState(nn.Module):
     """
 
     adapter: Any
-    program: Any
+    program: Program
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,9 +58,12 @@ def _leave_out(module: nn.Module, state: MutableMapping[str, Any], prefix: str, 
 
 def _not_held(module: TrainedState, names: Iterable[str]) -> list[str]:
     aliases = module.program.ties
-    return [
-        name for name in names if name in aliases or not (module.adapter is None or module.tensor(name).requires_grad)
-    ]
+    return [name for name in names if name in aliases or not (module.adapter is None or _is_trained(module, name))]
+
+
+def _is_trained(module: TrainedState, name: str) -> bool:
+    """Whether a tensor belongs to the adapter, frozen meanwhile or not."""
+    return ".lora_" in name or name in module.adapter.trained
 
 
 def _fill_in(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:

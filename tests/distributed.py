@@ -15,7 +15,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import make_batch
 from torch import distributed
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -29,6 +29,7 @@ LOOPS = {
     "ddp": (MIXED, {"wrap": "ddp"}),
     "fsdp": (IMAGES, {"wrap": "fsdp"}),
     "fsdp checkpointing": (IMAGES, {"wrap": "fsdp", "checkpointing": True}),
+    "fsdp in bfloat16": (IMAGES, {"wrap": "fsdp in bfloat16"}),
     "accelerate fsdp": (IMAGES, {"wrap": "accelerate", "checkpointing": True}),
     "fsdp checkpointing compiled": (IMAGES, {"wrap": "fsdp", "checkpointing": True, "compiled": True}),
 }
@@ -73,6 +74,8 @@ def wrapped_loop(artifact, output, case):
         model.gradient_checkpointing_enable()
     if options["wrap"] == "ddp":
         model = DistributedDataParallel(model)
+    elif options["wrap"] == "fsdp in bfloat16":
+        vlmbuild.shard(model.bfloat16(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
     elif options["wrap"] == "accelerate":
         model = accelerates_fsdp2(model)
     else:

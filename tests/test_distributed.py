@@ -49,7 +49,7 @@ def assert_same_adapter(directory, expected):
         assert_close(found[name], tensor, SAME, name)
 
 
-@pytest.mark.parametrize("case", distributed.LOOPS)
+@pytest.mark.parametrize("case", [case for case in distributed.LOOPS if "bfloat16" not in case])
 def test_losses_and_weights_are_those_of_one_process(case, loops, nf4, tmp_path):
     model = distributed.adapted(nf4.path)
     expected = distributed.loop(model, distributed.ready(distributed.LOOPS[case][0])[:2])
@@ -57,6 +57,11 @@ def test_losses_and_weights_are_those_of_one_process(case, loops, nf4, tmp_path)
     assert expected[2] < expected[0] - 0.1
     vlmbuild.save_adapter(model, tmp_path)
     assert_same_adapter(loops / case, tmp_path)
+
+
+def test_mixed_precision_is_close_to_float32(loops):
+    found, wanted = (record(loops / case)["losses"] for case in ("fsdp in bfloat16", "fsdp"))
+    assert found == pytest.approx(wanted, rel=0.05)
 
 
 def test_quantized_weights_are_sharded(loops):

@@ -11,13 +11,17 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import make_batch
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import vlmbuild
 from vlmbuild.errors import BatchError
+from vlmbuild.runtime.region_instance import RegionInstance
 
 IMAGES = [[[5, (1, 4, 6), 7]], [[1, (1, 8, 8), 2]], [[6, (1, 4, 4), 3]], [[2, (1, 2, 2), 8]]]
 MIXED = [[[5, (1, 4, 6), 7]], [[5], [9]], [[6, (1, 4, 4), 3]], [[7]]]
@@ -25,11 +29,9 @@ LOOPS = {
     "ddp": (MIXED, {"wrap": "ddp"}),
     "fsdp": (IMAGES, {"wrap": "fsdp"}),
     "fsdp checkpointing": (IMAGES, {"wrap": "fsdp", "checkpointing": True}),
+    "fsdp in bfloat16": (IMAGES, {"wrap": "fsdp in bfloat16"}),
+    "accelerate fsdp": (IMAGES, {"wrap": "accelerate", "checkpointing": True}),
     "fsdp checkpointing compiled": (IMAGES, {"wrap": "fsdp", "checkpointing": True, "compiled": True}),
-}
-TRAINERS = {
-    "trainer ddp": (MIXED, {}),
-    "trainer fsdp": (IMAGES, {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": "RegionInstance"}}),
 }
 
 
@@ -72,15 +74,33 @@ def wrapped_loop(artifact, output, case):
         model.gradient_checkpointing_enable()
     if options["wrap"] == "ddp":
         model = DistributedDataParallel(model)
+    elif options["wrap"] == "fsdp in bfloat16":
+        vlmbuild.shard(model.bfloat16(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    elif options["wrap"] == "accelerate":
+        model = accelerates_fsdp2(model)
     else:
         vlmbuild.shard(model)
     if options.get("compiled"):
         model.compile(backend="aot_eager")
     record = {"losses": loop(model, ready(layouts)[:2], rank, world), "held": held(model)}
     vlmbuild.save_adapter(model, output)
-    if options["wrap"] == "fsdp":
+    if options["wrap"] != "ddp":
         record["refusal"] = refusal(model, ready(MIXED)[rank])
     return record
+
+
+def accelerates_fsdp2(model):
+    """What `Accelerator.prepare` does on GPUs; on a CPU it takes DDP, whatever its configuration says."""
+    accelerator = Accelerator(cpu=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+    )
+    accelerator.state.fsdp_plugin = plugin
+    model = fsdp2_prepare_model(accelerator, model)
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    assert {module for module in model.modules() if isinstance(module, RegionInstance)} < set(sharded)
+    assert model.get_input_embeddings() in sharded
+    return model
 
 
 def held(model):
@@ -97,17 +117,15 @@ def refusal(model, batch):
     return None
 
 
-def train(artifact, output, case, world):
-    """Two batches a step in all, through transformers' Trainer."""
-    layouts, options = TRAINERS[case]
-    options = options if world > 1 else {}
+def train(artifact, output, world):
+    """Two batches a step in all, through transformers' Trainer, which takes DDP by itself."""
     arguments = TrainingArguments(
         str(output), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2 // world, save_steps=3,
         logging_steps=1, report_to="none", remove_unused_columns=False, learning_rate=1e-2, disable_tqdm=True,
-        use_cpu=True, train_sampling_strategy="sequential", **options,
+        use_cpu=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     callback = vlmbuild.TrainingCallback(vlmbuild.TrainingLog(show=None))
-    trainer = Trainer(adapted(artifact), arguments, lambda batches: batches[0], ready(layouts), callbacks=[callback])
+    trainer = Trainer(adapted(artifact), arguments, lambda batches: batches[0], ready(MIXED), callbacks=[callback])
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"losses": losses, "tokens": [entry.tokens for entry in callback.log.entries]}
@@ -121,7 +139,7 @@ def main(artifact, output, *cases):
         if case in LOOPS:
             record = wrapped_loop(artifact, directory, case)
         else:
-            record = train(artifact, directory, case, distributed.get_world_size())
+            record = train(artifact, directory, distributed.get_world_size())
         if os.environ["RANK"] == "0":
             (directory / "record.json").write_text(json.dumps(record))
     distributed.destroy_process_group()

@@ -171,11 +171,15 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
                 output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
                 if self.training:
                     eager = replace(execution, compiler=None)  # one product: not worth a compilation
-                    return output.on_demand(lambda: eager.logits(hidden))
+                    return output.on_demand(lambda: self._late_logits(eager, hidden))
                 output.logits = execution.logits(hidden)
                 return output
         finally:
             swap_compiler(compiler)
+
+    def _late_logits(self, execution: Execution, hidden: Tensor) -> Tensor:
+        with self._own_precision():
+            return execution.logits(hidden)
 
     def _own_precision(self) -> AbstractContextManager[None]:
         """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""

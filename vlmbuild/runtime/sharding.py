@@ -17,7 +17,8 @@ from vlmbuild.runtime.region_instance import RegionInstance
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> None:
     """Shard a model in place with PyTorch's FSDP2: every repeated block is gathered when it runs, the rest for the whole step.
 
-    Quantized weights and their scales are sharded too; they become parameters that take no gradient. Call it after
+    Quantized weights and their scales are sharded too, as parameters that take no gradient; float32 scales are not where
+    `mp_policy` has a `param_dtype`, and each process holds them whole. Call it after
     `add_lora` or `load_adapter`, and before the optimizer is made.
 
     Args:
@@ -38,17 +39,24 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> N
             "There is no process group to shard over. Start with torchrun or accelerate launch, and call "
             "torch.distributed.init_process_group() first."
         )
+    policy = options.get("mp_policy")
     for module in model.modules():
-        _frozen_parameters(module)
+        _frozen_parameters(module, floating=policy is None or policy.param_dtype is None)
     for block in blocks:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
 
 
-def _frozen_parameters(module: nn.Module) -> None:
-    """Stored buffers as parameters that take no gradient, since FSDP2 shards nothing else. A scalar cannot be sharded."""
+def _frozen_parameters(module: nn.Module, floating: bool) -> None:
+    """Stored buffers as parameters that take no gradient, since FSDP2 shards nothing else. A scalar cannot be sharded.
+
+    Args:
+        floating: Float32 scales too. FSDP2's mixed precision would cast them.
+    """
     for name, tensor in list(module._buffers.items()):  # in order, which must be the same in all processes
-        if tensor is not None and tensor.ndim and name not in module._non_persistent_buffers_set:
+        if tensor is None or not tensor.ndim or name in module._non_persistent_buffers_set:
+            continue
+        if floating or not tensor.is_floating_point():
             del module._buffers[name]
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 

@@ -151,7 +151,7 @@ def test_measure_is_what_the_batch_has(processor, max_tokens):
         one_image("wide", answer="word " * 300),
         two_images("chelsea"),
     ):
-        tokens, images = collator.measure(example)
+        tokens, images, fits = collator.measure(example)
         try:
             batch = collator([example])
         except BatchError:

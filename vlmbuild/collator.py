@@ -126,8 +126,8 @@ class VisionDataCollator:
         lengths[places] = torch.tensor(
             [self.family.image_tokens(self.processor, *size) for size in sizes], dtype=torch.int64
         )
-        ends = lengths.cumsum(0)
-        tokens, needed = int(ends[-1]), int(max(ends[sample.learned.int().argmax()], *ends[places][-1:]))
+        ends = lengths.cumsum(0).tolist()
+        tokens, needed = ends[-1], max(ends[int(place)] for place in (sample.learned.int().argmax(), *places))
         limit = tokens if self.max_length is None else self.max_length
         return Measure(min(tokens, limit), len(sizes), needed <= limit)
 

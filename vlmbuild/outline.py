@@ -92,7 +92,7 @@ class _Outliner:
                 inputs = [values.get(argument, ("",))[0] for argument in node.args]
                 repeated = next((inner for inner in body.graph.nodes if inner.target is REPEAT), None)
                 if repeated is None:
-                    piece = HEAD if node.target == last else None
+                    piece = HEAD if node.target == last and not block else None
                     call, values[node] = self._call(body, block, inputs, len(calls), piece)
                 else:
                     call = self._repeat(body, repeated, block, inputs, calls)
@@ -187,7 +187,7 @@ def _partition(module: GraphModule) -> dict[Node, tuple[int, str]]:
         if node.op in ("placeholder", "output"):
             continue
         block = _block_of(node)
-        if block != current or node is head:
+        if block != current or (node is head and not block):
             number, current = number + 1, block
         owners[node] = (number, block)
     return owners

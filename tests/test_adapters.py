@@ -192,6 +192,29 @@ def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
     assert set(model.state_dict()) == before
 
 
+def test_adapter_without_the_modules_that_it_trained(nf4, tmp_path):
+    model, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(model, r=2, modules_to_save=["visual.merger"])
+    vlmbuild.save_adapter(model, tmp_path)
+    edit_weights(tmp_path, lambda t: [t.pop(name) for name in list(t) if "merger" in name])
+    with pytest.raises(SourceError, match=r"visual\.merger\..* is missing, though adapter_config.json says"):
+        vlmbuild.load_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
+
+
+def test_frozen_adapter_is_still_in_the_state_dict(adapted):
+    trained = set(adapted.state_dict())
+    assert len(trained) == 3 * 7 * 2
+    adapted.requires_grad_(False)
+    assert set(adapted.state_dict()) == trained
+    with pytest.raises(RuntimeError, match="Missing key"):
+        adapted.load_state_dict({})
+
+
+def test_second_adapter_is_refused_whatever_it_asks_for(adapted):
+    with pytest.raises(UsageError, match="has an adapter already"):
+        vlmbuild.add_lora(adapted, target="nothing")
+
+
 def test_saving_without_an_adapter(nf4, tmp_path):
     with pytest.raises(UsageError, match="no adapter to save"):
         vlmbuild.save_adapter(vlmbuild.load(nf4.path)[0], tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 
@@ -156,7 +157,9 @@ def test_measure_is_what_the_batch_has(processor, max_tokens):
             batch = collator([example])
         except BatchError:
             assert tokens == max_tokens
+            assert not fits
             continue
+        assert fits
         assert (tokens, images) == (
             batch["input_ids"].numel(),
             len(example.get("images", [])) or "pixel_values" in batch,
@@ -254,3 +257,28 @@ def test_packs_are_flattened(processor):
     collator = VisionDataCollator(processor)
     flat, packed = collator([text_only(), one_image()]), collator([[text_only(), one_image()]])
     assert all(torch.equal(flat[key], packed[key]) for key in flat)
+
+
+@pytest.mark.parametrize("image", [7, {"bytes": b"no image"}, {"path": None}, b"", "http://127.0.0.1:9/x.png"])
+def test_what_is_no_image_is_refused_by_name(processor, image):
+    with pytest.raises(BatchError, match=r'Sample 0 \("What is this\?"\): the image .* cannot be read'):
+        VisionDataCollator(processor)(
+            [{"messages": [turn("user", "What is this?"), turn("assistant", "A.")], "image": image}]
+        )
+
+
+def test_encoded_images_are_read(processor):
+    stream = io.BytesIO()
+    photographs()["chelsea"].save(stream, "PNG")
+    collator = VisionDataCollator(processor)
+    expected = collator([one_image("chelsea")])
+    for image in (stream.getvalue(), {"bytes": stream.getvalue(), "path": None}):
+        example = {"messages": [turn("user", image, "What is this?"), turn("assistant", "A cat.")]}
+        assert torch.equal(collator([example])["pixel_values"], expected["pixel_values"])
+        assert collator.measure(example) == collator.measure(one_image("chelsea"))
+
+
+def test_parts_of_messages_that_would_be_lost_are_refused(processor):
+    messages = [turn("user", "Call it."), {"role": "assistant", "content": "8", "tool_calls": [{"name": "f"}]}]
+    with pytest.raises(BatchError, match="the assistant message has 'tool_calls', which would be lost"):
+        VisionDataCollator(processor)([{"messages": messages}])

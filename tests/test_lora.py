@@ -8,6 +8,7 @@ import matrix
 import pytest
 import tiny
 
+from vlmbuild.adapters import add_lora
 from vlmbuild.errors import UsageError
 from vlmbuild.lora import Lora, Targets, adaptable_layers, choose, with_patterns
 
@@ -114,8 +115,27 @@ def test_bad_values(values, message):
         Lora(*values)
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({"target": None}, "target must be 'all-linear'"),
+        ({"layers": 1}, "layers must be a list"),
+        ({"layers": "01"}, "list"),
+    ],
+)
+def test_bad_targets(targets, message):
+    with pytest.raises(UsageError, match=message):
+        Targets(**targets)
+
+
+def test_parts_are_the_same_with_adapters(model):
+    before = {layer.module: layer.part for layer in adaptable_layers(model.program)}
+    add_lora(model, r=2, vision=True)
+    assert {layer.module: layer.part for layer in adaptable_layers(model.program)} == before
+
+
 def test_patterns_of_ranks_and_alphas():
-    ranks, alphas = {"q_proj": 2}, {"model.layers.0.q_proj": 1}
+    ranks, alphas = {"q_proj": 2}, {r"layers\.(0|7)\.q_proj": 1}  # PEFT's are regular expressions
     assert with_patterns(LORA, "model.layers.0.q_proj", ranks, alphas) == Lora(2, 1.0)
     assert with_patterns(LORA, "model.layers.1.q_proj", ranks, alphas) == Lora(2, 8.0)
     assert with_patterns(LORA, "model.layers.1.v_proj", ranks, alphas) == LORA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matrix
+import processors
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +78,18 @@ def assert_equal_steps(found, expected):
         ours, theirs = (grads.get(name, torch.zeros(())) for grads in (found[1], expected[1]))
         if theirs.numel() > 1:  # gates cancel: test_parity holds them against float64
             assert (ours - theirs).norm() <= MODEL_FP32 * max(theirs.norm(), CANCELLED * norm), name
+
+
+def test_samples_that_do_not_fit_are_left_out_before_training():
+    processor = processors.qwen2_vl()
+    collator = VisionDataCollator(processor, max_length=60, overlong="drop")
+    with pytest.warns(UserWarning, match=r"Left out of \d+ samples, \d+ have an image"):
+        packed = PackedDataset(SAMPLES, collator, max_tokens=60)
+    assert 0 < len(packed.indices) < len(SAMPLES)
+    for item in range(len(packed)):
+        assert collator(packed[item])["input_ids"].shape[1] <= 60
+    with pytest.raises(BatchError, match="the first is sample"):
+        PackedDataset(SAMPLES, VisionDataCollator(processor, max_length=60), max_tokens=60)
 
 
 def test_a_pack_trains_as_its_samples_alone(dataset, collate, ours, theirs):

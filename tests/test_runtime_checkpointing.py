@@ -63,6 +63,12 @@ def test_bad_numbers(model, options):
         model.activation_checkpointing_enable(**options)
 
 
+def test_misspelled_options_are_refused(model):
+    with pytest.raises(UsageError, match="no option 'every_n_layer'"):
+        model.gradient_checkpointing_enable({"every_n_layer": 2})
+    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+
+
 def test_reentrant_checkpointing_is_refused(model):
     with pytest.raises(UsageError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable({"use_reentrant": True})

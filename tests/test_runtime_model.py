@@ -264,6 +264,20 @@ def test_misspelled_generation_options_are_refused(model):
         model.eval().generate(**make_batch([[5]])[0], max_new_tokns=2)
 
 
+def test_logits_on_demand_are_found_by_name_too(model):
+    batch, labels = make_batch([[5, (1, 4, 6), 7]])
+    output = model(**batch, labels=labels)
+    assert torch.equal(output["logits"], model(**batch).logits) and output.get("logits") is output.logits
+
+
+def test_data_parallel_sends_no_buffers(nf4):
+    from vlmbuild import load
+
+    model, _ = load(nf4.path)
+    assert set(model._ddp_params_and_buffers_to_ignore) == {name for name, _ in model.named_buffers()}
+    assert any("absmax" in name for name in model._ddp_params_and_buffers_to_ignore)
+
+
 def test_misspelled_tensors_are_refused(model):
     batch, _ = make_batch([[5]])
     with pytest.raises(UsageError, match="model: unknown argument 'attention_masks'. A batch may have attention_mask,"):

@@ -149,6 +149,21 @@ def test_arguments_without_an_equivalent_are_named(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"load_in_8bit": True}, "load_in_8bit: .* holds nf4 weights"),
+        ({"load_in_16bit": True}, r"load_in_16bit \(or full_finetuning\): .* holds nf4"),
+        ({"full_finetuning": True}, "holds nf4 weights"),
+        ({"load_in_4bit": False}, "load_in_4bit=False: .* holds nf4 weights"),
+        ({"revision": "main"}, "artifacts have none"),
+    ],
+)
+def test_formats_that_an_artifact_has_not(options, named, nf4):
+    with pytest.raises(UsageError, match=named):
+        FastVisionModel.from_pretrained(nf4.path, **options)
+
+
 def test_arguments_that_make_no_difference_are_named_too():
     with pytest.warns(UserWarning, match="from_pretrained: gpu_memory_utilization makes no difference"):
         loaded(gpu_memory_utilization=0.5)

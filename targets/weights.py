@@ -50,10 +50,13 @@ def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence
         threads = min(available_cores(), len(jobs))
         with single_threaded() as start_thread, ThreadPoolExecutor(threads, initializer=start_thread) as pool:
             try:
-                for _ in pool.map(_Job.run, jobs):
+                results = pool.map(_Job.run, jobs)
+                progress.begun.set()
+                for _ in results:
                     pass
             except BaseException:
                 progress.stopped.set()
+                progress.begun.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
@@ -67,6 +70,8 @@ class _Progress:
 
     def __init__(self, request: Request, total: int) -> None:
         self.stopped = threading.Event()
+        # Set when the pool knows all of its threads: it cannot wait for one that it is just starting.
+        self.begun = threading.Event()
         self._tell, self._total, self._done = request.progress, total, 0
         self._lock = threading.Lock()
 
@@ -88,7 +93,9 @@ class _Job:
     progress: _Progress
 
     def run(self) -> None:
+        self.progress.begun.wait()
         for parameter in self.parameters:
+            self.progress.add(0)
             source = self.request.tensors[parameter.name]
             if _is_passed(self.request, parameter):
                 self._pass(source, parameter)

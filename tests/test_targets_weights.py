@@ -73,7 +73,7 @@ build(sys.argv[1], sys.argv[2], Recipe(quantize=QuantSpec()), progress=progress)
 def test_a_build_that_is_ended_leaves_nothing_that_the_next_does_not_remove(number, checkpoint, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(checkpoint), str(tmp_path / "out"), str(int(number))]
     ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=interruptible, check=False)
-    assert ended.returncode == -number
+    assert ended.returncode == -number, ended.stderr
     left = os.listdir(tmp_path)
     assert left == [] if number == signal.SIGINT else left[0].startswith(".out.staging-")
     build(checkpoint, tmp_path / "out", Recipe(quantize=QuantSpec()))

@@ -9,12 +9,17 @@ from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
+from vlmbuild.passes.train_weights import TrainWeights
 
+from vlmbuild.lora import Lora
 from vlmbuild.pipeline import Pass
 from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
-__all__ = ["AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "passes_for", "quantization_passes"]
+__all__ = [
+    "AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes", "passes_for",
+    "quantization_passes",
+]  # fmt: skip
 
 
 def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
@@ -30,3 +35,8 @@ def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tu
     """Last, since it is the only pass that changes values."""
     asked = recipe.quantize is not None and recipe.quantize.format not in ("none", "source")
     return (QuantizeLinear(decisions),) if asked or any(item.format for item in decisions.values()) else ()
+
+
+def adapter_passes(adapters: Mapping[str, Lora], trained: frozenset[str]) -> tuple[Pass, ...]:
+    """On a program that is loaded, for training: adapters of layers, and parameters that are trained whole."""
+    return (AddLora(adapters), *([TrainWeights(trained)] if trained else []))

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.divide import divide
+from vlmbuild.divide import divide_by
 from vlmbuild.pipeline import PassOutcome
 from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Slot, WeightRecipe, join
 from vlmbuild.quantization import LINEAR, QUANTIZE, Decision, weight_slot
@@ -46,18 +46,17 @@ class QuantizeLinear:
         outcome = PassOutcome()
         for name in list(program.regions):
             region = program.regions[name]
-            groups: dict[tuple[WeightFormat | None, ...], list[str]] = {}
             decided: dict[tuple[WeightFormat | None, ...], tuple[Decision, ...]] = {}
-            for instance in region.instances:
-                decisions = self._decisions(region, instance)
-                formats = tuple(decision.format for decision in decisions)
-                groups.setdefault(formats, []).append(instance)
-                decided[formats] = _merged(decided.get(formats, decisions), decisions)
-            parts = [region] if len(groups) == 1 else divide(program, name, list(groups.values()))
-            for part, decisions in zip(parts, decided.values(), strict=True):
-                if part.name != name:
-                    outcome.divided[part.name] = name
-                self._rewrite(part, decisions, outcome)
+
+            def formats(instance: str) -> tuple[WeightFormat | None, ...]:
+                decisions = self._decisions(region, instance)  # noqa: B023  called before the next turn
+                key = tuple(decision.format for decision in decisions)
+                decided[key] = _merged(decided.get(key, decisions), decisions)  # noqa: B023
+                return key
+
+            for part, key in divide_by(program, name, formats):
+                outcome.add_part(part.name, name)
+                self._rewrite(part, decided[key], outcome)
         return outcome
 
     def _decisions(self, region: Region, instance: str) -> tuple[Decision, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.families import Family
+from vlmbuild.merge import Merge
 from vlmbuild.pipeline import PassReport
 from vlmbuild.program import Program
 from vlmbuild.quantization import Decision
@@ -53,6 +55,8 @@ class Request:
         decisions: How linear layers are stored, by module name.
         calibration: SHA-256 (hex) of the batches that decisions were measured on, or "".
         device: Where weights are quantized.
+        merge: The adapter to merge into the weights, None for none.
+        measure: Given the directory of the complete weights, the manifest's `numerics`; raises when they are wrong.
         progress: Told how far writing has come.
     """
 
@@ -68,4 +72,6 @@ class Request:
     decisions: Mapping[str, Decision]
     calibration: str
     device: str
+    merge: Merge | None
+    measure: Callable[[Path], Sequence[Mapping[str, Any]]]
     progress: Progress

@@ -36,6 +36,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
+        ParityError: The merged weights are not what source and adapter are together.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
@@ -50,13 +51,15 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     write_weights(writer, request, parameters)
+    numerics = request.measure(writer.staging)
     return writer.publish(
         name="-".join([program.family, *_format_names(program), *([] if _format_names(program) else [recipe.dtype])]),
         target="trainable",
-        source=[_source_record(request)],
+        source=_source_records(request),
         recipe=recipe.to_mapping(),
         passes=[_pass_record(report, request) for report in request.reports],
         toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS},
+        numerics=numerics,
     )
 
 
@@ -147,10 +150,14 @@ def _widest_prefix(module: str, quantized: set[str]) -> str:
     return next(prefix for prefix in prefixes if not any(f"{name}.".startswith(f"{prefix}.") for name in quantized))
 
 
-def _source_record(request: Request) -> dict[str, Any]:
-    """The files that went into the artifact. Their digests were begun when the build was."""
+def _source_records(request: Request) -> list[Mapping[str, Any]]:
+    """The files that went into the artifact. Digests of the checkpoint's were begun when the build was."""
     entries = [
         {"path": name, "size": (request.source.directory / name).stat().st_size, "digest": digest.result()}
         for name, digest in sorted(request.digests.items())
     ]
-    return {"uri": request.source.uri, "files": entries}
+    records: list[Mapping[str, Any]] = [{"uri": request.source.uri, "files": entries}]
+    if request.merge is not None:
+        request.merge.check_unchanged()
+        records.append(request.merge.record)
+    return records

@@ -1,4 +1,4 @@
-"""Bring a source's weights into an artifact: copied, cast, quantized or dequantized, in small pieces, on all cores."""
+"""Bring a source's weights into an artifact: copied, merged, cast, quantized or dequantized, in pieces, on all cores."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from vlmbuild.targets.request import Request, StoredParameter
 
 from vlmbuild.artifact import bitsandbytes_4bit as four_bit
-from vlmbuild.artifact.bitsandbytes_8bit import ROW_FORMAT, dequantize_rows, quantize_rows
+from vlmbuild.artifact.bitsandbytes_8bit import ROW_FORMAT, quantize_rows
 from vlmbuild.artifact.quantizer import quantize_blocks
 from vlmbuild.artifact.weights import SHARD_BYTES, TensorSpec, WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.cores import available_cores, single_threaded
 from vlmbuild.errors import SourceError
-from vlmbuild.ops.linear_4bit import dequantize_4bit, scales_reference
 from vlmbuild.source_tensors import SourceTensor
-from vlmbuild.weight_format import EightBit, FourBit
+from vlmbuild.source_values import ranges, source_values
+from vlmbuild.weight_format import FourBit
 
 _PIECE = 2**22
 """Elements that are in memory at a time, for each core; a multiple of every block size."""
@@ -50,10 +50,13 @@ def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence
         threads = min(available_cores(), len(jobs))
         with single_threaded() as start_thread, ThreadPoolExecutor(threads, initializer=start_thread) as pool:
             try:
-                for _ in pool.map(_Job.run, jobs):
+                results = pool.map(_Job.run, jobs)
+                progress.begun.set()
+                for _ in results:
                     pass
             except BaseException:
                 progress.stopped.set()
+                progress.begun.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
@@ -67,6 +70,8 @@ class _Progress:
 
     def __init__(self, request: Request, total: int) -> None:
         self.stopped = threading.Event()
+        # Set when the pool knows all of its threads: it cannot wait for one that it is just starting.
+        self.begun = threading.Event()
         self._tell, self._total, self._done = request.progress, total, 0
         self._lock = threading.Lock()
 
@@ -88,12 +93,14 @@ class _Job:
     progress: _Progress
 
     def run(self) -> None:
+        self.progress.begun.wait()
         for parameter in self.parameters:
+            self.progress.add(0)
             source = self.request.tensors[parameter.name]
             if _is_passed(self.request, parameter):
                 self._pass(source, parameter)
             elif parameter.format is None:
-                for piece in self._pieces(source):
+                for piece in self._pieces(source, parameter.name):
                     self.output.append(parameter.specs[0].name, piece)
             elif isinstance(parameter.format, FourBit):
                 self._quantize_4bit(source, parameter, parameter.format)
@@ -107,23 +114,34 @@ class _Job:
                 self.output.add(spec.name, state)
                 self.progress.add(state.nbytes)
                 continue
-            for first, count in _ranges(math.prod(spec.shape), _PIECE):
+            for first, count in ranges(math.prod(spec.shape), _PIECE):
                 piece = self.request.weights.read_part(part, first, count)
                 self.output.append(spec.name, piece)
                 self.progress.add(piece.nbytes)
 
-    def _pieces(self, source: SourceTensor, multiple: int = 1) -> Iterator[Tensor]:
+    def _pieces(self, source: SourceTensor, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """A parameter in the recipe's dtype, flat, in pieces of a multiple of so many elements."""
         step = max(1, _PIECE // multiple) * multiple
         dtype = getattr(torch, self.request.recipe.dtype)
-        found = _dequantized(self.request, source, step) if source.format else _plain(self.request, source, step)
-        for piece in found:
+        for piece in self._values(source, name, dtype, step):
             yield piece.to(dtype)
             self.progress.add(source.nbytes * piece.numel() // math.prod(source.shape))
 
+    def _values(self, source: SourceTensor, name: str, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
+        """What the source has, or what becomes of it with an adapter."""
+        weights, merge = self.request.weights, self.request.merge
+        if merge is None or not merge.changes(name):
+            yield from source_values(weights, source, dtype, step)
+            return
+        trained, first = merge.trained(name), 0
+        base = source_values(weights, source, torch.float32, step) if trained is None else trained.flatten().split(step)
+        for values in base:
+            yield merge.merged(name, values, first)
+            first += values.numel()
+
     def _quantize_4bit(self, source: SourceTensor, parameter: StoredParameter, form: FourBit) -> None:
         absmax = []
-        for piece in self._pieces(source):
+        for piece in self._pieces(source, parameter.name):
             values = piece.to(self.request.device)
             packed, scales = quantize_blocks(values, quant_type=form.name, blocksize=form.blocksize)
             if not torch.isfinite(scales).all():
@@ -139,7 +157,7 @@ class _Job:
     def _quantize_8bit(self, source: SourceTensor, parameter: StoredParameter) -> None:
         weight, scb, weight_format = (spec.name for spec in parameter.specs)
         features = source.shape[1]
-        for piece in self._pieces(source, features):
+        for piece in self._pieces(source, parameter.name, features):
             rows, scales = quantize_rows(piece.view(-1, features).to(self.request.device), name=source.name)
             self.output.append(weight, rows.cpu())
             self.output.append(scb, scales.cpu())
@@ -147,7 +165,8 @@ class _Job:
 
 
 def _is_passed(request: Request, parameter: StoredParameter) -> bool:
-    return parameter.format is not None and request.tensors[parameter.name].format == parameter.format
+    changed = request.merge is not None and request.merge.changes(parameter.name)
+    return not changed and parameter.format is not None and request.tensors[parameter.name].format == parameter.format
 
 
 def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorSpec, ...]:
@@ -164,38 +183,3 @@ def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorS
     longest = max(ours[-1].shape[0], length) if not ours[-1].exact else length
     specs[-1] = replace(specs[-1], shape=(longest,), exact=ours[-1].exact)
     return tuple(specs)
-
-
-def _plain(request: Request, source: SourceTensor, step: int) -> Iterator[Tensor]:
-    for first, count in _ranges(math.prod(source.shape), step):
-        yield request.weights.read_part(source.name, first, count)
-
-
-def _dequantized(request: Request, source: SourceTensor, step: int) -> Iterator[Tensor]:
-    """The values that a quantized weight stands for, in the dtype that its state names."""
-    read = request.weights.read
-    if isinstance(source.format, EightBit):
-        features = source.shape[1]
-        scales = read(source.parts[1]).flatten()
-        for first, count in _ranges(math.prod(source.shape), max(1, step // features) * features):
-            rows = request.weights.read_part(source.name, first, count).view(-1, features)
-            group = scales[first // features : (first + count) // features]
-            yield dequantize_rows(rows, group, getattr(torch, request.recipe.dtype), name=source.name).flatten()
-        return
-    assert isinstance(source.format, FourBit)
-    size = source.format.blocksize
-    absmax, nested, offset = read(source.parts[1]).flatten(), None, None
-    if source.format.double_quant:
-        nested, offset = read(source.parts[3]).flatten(), torch.tensor(source.nested_offset)
-    scales = scales_reference(absmax, nested, offset)
-    for first, count in _ranges(math.prod(source.shape), step):
-        packed = request.weights.read_part(source.name, first // 2, (count + 1) // 2)
-        group = scales[first // size : math.ceil((first + count) / size)]
-        values = dequantize_4bit(packed, group, None, None, count, 1, size, source.format.name, source.dtype)
-        yield values.flatten()
-
-
-def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of consecutive pieces; one empty piece of nothing."""
-    for first in range(0, max(total, 1), step):
-        yield first, min(step, total - first)

@@ -19,7 +19,7 @@ FOLDERS = {"vlmbuild": "vlmbuild", "passes": "vlmbuild.passes", "targets": "vlmb
 
 # Each layer may import itself and the layers before it.
 LAYERS = (
-    ("errors", "checks", "collector", "cores", "devices", "weight_format"),
+    ("errors", "checks", "unsloth_arguments", "collector", "cores", "devices", "weight_format"),
     ("quant_spec",),
     ("recipe",),
     ("artifact",),
@@ -27,12 +27,16 @@ LAYERS = (
     ("program",),
     ("graph_text", "clean"),
     ("ops",),
-    ("program_json", "divide", "quantization"),
+    ("program_json", "divide", "quantization", "lora"),
     ("rewrite",),
     ("near_miss",),
     ("pipeline",),
     ("families",),
-    ("source", "source_tensors"),
+    ("conversation", "images"),
+    ("responses",),
+    ("collator",),
+    ("packing",),
+    ("source", "source_tensors", "source_values"),
     ("digests",),
     ("repeat",),
     ("capture",),
@@ -40,10 +44,14 @@ LAYERS = (
     ("runtime",),
     ("sensitivity",),
     ("calibration",),
+    ("merge",),
+    ("merge_parity",),
     ("passes", "targets"),
+    ("source_fit",),
     ("builder",),
-    ("summary", "adapters", "cache"),
-    ("memory",),
+    ("summary", "adapters", "cache", "gradient_audit", "training_log"),
+    ("training_callback",),
+    ("memory", "unsloth"),
     ("planner",),
     ("locks",),
     ("pages", "pytest_locks"),
@@ -64,8 +72,8 @@ def modules():
 
 
 def layer(name):
-    """The part of a dotted name that decides its layer; the script that trains the zoo uses all below it."""
-    if name.startswith("vlmbuild.zoo.train"):
+    """The part of a dotted name that decides its layer; the zoo's task, and the script that trains it, use all below."""
+    if name.startswith(("vlmbuild.zoo.task", "vlmbuild.zoo.train")):
         return "demo"
     parts = name.split(".")
     return parts[1] if len(parts) > 1 else "__init__"

@@ -19,6 +19,7 @@ from vlmbuild.memory import Workload, estimate_memory
 from vlmbuild.outline import outline
 from vlmbuild.quantization import decide
 from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.runtime.checkpointing import Checkpointing
 from vlmbuild.runtime.model import VisionLanguageModel
 
 NF4 = QuantSpec()
@@ -66,7 +67,7 @@ def measure(model, batch, labels, rank):
     with torch.no_grad():
         found = [highest(lambda: model(**batch))]
     add_lora(model, rank)
-    for model.train().checkpointing in (False, True):
+    for model.train().checkpointing in (None, Checkpointing()):
         found.append(highest(lambda: model(**batch, labels=labels).loss.backward()))
     return found
 

@@ -19,7 +19,7 @@ def full():
     return tiny.capture_program(tiny.make_config(layers=28, depth=32))
 
 
-def test_full_depth_has_five_regions(full):
+def test_full_depth_has_six_regions(full):
     names = list(dict.fromkeys(call.region for call in full.variants["image"].calls))
     assert [(name, len(full.regions[name].instances)) for name in names] == [
         ("visual.patch_embed.proj", 1),
@@ -27,9 +27,10 @@ def test_full_depth_has_five_regions(full):
         ("visual.merger.ln_q", 1),
         ("language_model.layers", 28),
         ("language_model.norm", 1),
+        ("lm_head", 1),
     ]
     assert full.regions["visual.blocks"].instances[31] == "model.visual.blocks.31"
-    assert len(full.variants["image"].calls) == 32 + 28 + 3
+    assert len(full.variants["image"].calls) == 32 + 28 + 4
 
 
 def test_graphs_do_not_grow_with_depth(full, program):
@@ -40,8 +41,8 @@ def test_graphs_do_not_grow_with_depth(full, program):
 def test_variants_share_the_decoder(program):
     image, text = program.variants["image"], program.variants["text"]
     shared = {call.region for call in image.calls} & {call.region for call in text.calls}
-    assert shared == {"language_model.layers", "language_model.norm"}
-    assert len(program.regions) == 6
+    assert shared == {"language_model.layers", "language_model.norm", "lm_head"}
+    assert len(program.regions) == 7
 
 
 def test_only_tensors_cross_borders(program):
@@ -73,9 +74,15 @@ def test_slots_are_the_models_parameters(program, reference, config):
 
 def test_tied_head_uses_the_embeddings_slot(program):
     assert program.ties == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    assert "model.language_model.embed_tokens.weight" in {
-        slot.name for slot in program.regions["language_model.norm"].slots
-    }
+    (slot,) = program.regions["lm_head"].slots
+    assert slot.name == "model.language_model.embed_tokens.weight"
+
+
+def test_head_is_the_last_call_and_nothing_but_the_product(program):
+    for variant in program.variants.values():
+        assert variant.calls[-1].region == "lm_head"
+        assert len(variant.calls[-1].inputs) == 1
+    assert tiny.operators(program.regions["lm_head"]) == ["aten.linear.default"]
 
 
 def test_untied_head_has_a_slot_of_its_own():

@@ -156,7 +156,7 @@ def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(setup, t
     from peft import PeftModel
 
     model, _ = load(artifact)
-    add_lora(model, r=4, roles=("language", "projector"))
+    add_lora(model, r=4, target=("language", "projector"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -11,6 +11,7 @@ from vlmbuild.passes import AddLora, QuantizeLinear
 from vlmbuild.adapters import add_lora
 from vlmbuild.errors import UsageError
 from vlmbuild.graph_text import digest
+from vlmbuild.lora import Lora
 from vlmbuild.pipeline import run
 from vlmbuild.program import Slot
 from vlmbuild.quantization import decide
@@ -18,8 +19,9 @@ from vlmbuild.recipe import QuantSpec
 from vlmbuild.runtime.region_instance import BoundRegion
 
 
-def adapted(region, r=4, alpha=8.0, roles=("language",)):
-    return run([AddLora(r, alpha, roles)], region_program(region))[0]
+def adapted(region, lora=Lora(4, 8.0), modules=("blocks.0.proj", "blocks.1.proj")):
+    program = region_program(region)
+    return run([AddLora(dict.fromkeys(modules, lora))], program)[0]
 
 
 def test_slots_have_pefts_names_and_shapes():
@@ -68,12 +70,11 @@ def test_quantized_layers_are_adapted_too():
     assert {slot.shape for slot in region.slots if "lora" in slot.name} == {(4, 128), (64, 4)}
 
 
-def test_other_roles_are_left_alone():
-    region = linear_region("vision")
+def test_layers_that_are_not_named_are_left_alone():
+    region = linear_region()
     before = digest(region)
-    assert adapted(region).sites == {}
+    assert adapted(region, modules=()).sites == {}
     assert digest(region) == before
-    assert adapted(region, roles=("vision",)).sites == {"blocks": 1}
 
 
 def test_second_run_refuses():
@@ -101,15 +102,13 @@ def test_model_is_unchanged_until_trained_and_only_adapters_train(model):
 
 
 def test_roles_choose_layers(model):
-    add_lora(model, r=2, roles=("vision", "projector"))
+    add_lora(model, r=2, target=("vision", "projector"))
     names = {name.partition(".lora_")[0] for name, _ in model.trainable_parameters()}
     assert len(names) == 2 * 4 + 2
     assert all("visual" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"r": 0}, "at least 1"), ({"roles": ("head",)}, "shares its weight")]
-)
+@pytest.mark.parametrize(("options", "message"), [({"r": 0}, "at least 1"), ({"target": "head"}, "shares its weight")])
 def test_bad_options(model, options, message):
     with pytest.raises(UsageError, match=message):
         add_lora(model, **options)

@@ -16,7 +16,7 @@ def test_leftovers_of_tracing_go(program):
     before = {name: operators(region) for name, region in program.regions.items()}
     assert any("_assert_tensor_metadata" in name for names in before.values() for name in names)
     (report,) = run([Normalize()], program, require=("normalize",))
-    assert report.sites.keys() == program.regions.keys()
+    assert report.sites.keys() == program.regions.keys() - {"lm_head"}  # one projection, nothing left of tracing in it
     for region in program.regions.values():
         assert not any("_assert" in name or "to.device" in name for name in operators(region))
         for node in region.graph.graph.nodes:

@@ -17,60 +17,91 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.reader import verify
     from vlmbuild.builder import Artifact, build
     from vlmbuild.cache import from_pretrained
+    from vlmbuild.collator import VisionDataCollator
     from vlmbuild.errors import VlmbuildError
+    from vlmbuild.gradient_audit import GradientAudit, audit_gradients
     from vlmbuild.locks.checking import check
     from vlmbuild.locks.document import Lock
     from vlmbuild.locks.sources import diff, lock
     from vlmbuild.memory import Workload
+    from vlmbuild.packing import PackedDataset, pack, padding_report
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
     from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.runtime.sharding import shard
+    from vlmbuild.training_callback import TrainingCallback
+    from vlmbuild.training_log import TrainingLog
+    from vlmbuild.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
 
 _HOMES = {
     "Artifact": "builder",
+    "FastVisionModel": "unsloth",
+    "GradientAudit": "gradient_audit",
     "Lock": "locks.document",
     "Manifest": "artifact.manifest",
+    "PackedDataset": "packing",
     "Plan": "planner",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
+    "TrainingCallback": "training_callback",
+    "TrainingLog": "training_log",
+    "UnslothVisionDataCollator": "unsloth",
+    "VisionDataCollator": "collator",
     "VisionLanguageModel": "runtime.model",
     "VlmbuildError": "errors",
     "Workload": "memory",
     "add_lora": "adapters",
+    "audit_gradients": "gradient_audit",
     "build": "builder",
     "check": "locks.checking",
     "diff": "locks.sources",
     "from_pretrained": "cache",
+    "is_bf16_supported": "unsloth",
     "load": "runtime.loader",
     "load_adapter": "adapters",
     "lock": "locks.sources",
+    "pack": "packing",
+    "padding_report": "packing",
     "plan": "planner",
     "save_adapter": "runtime.adapter_files",
+    "shard": "runtime.sharding",
     "verify": "artifact.reader",
 }
 
 __all__ = [
     "Artifact",
+    "FastVisionModel",
+    "GradientAudit",
     "Lock",
     "Manifest",
+    "PackedDataset",
     "Plan",
     "QuantSpec",
     "Recipe",
+    "TrainingCallback",
+    "TrainingLog",
+    "UnslothVisionDataCollator",
+    "VisionDataCollator",
     "VisionLanguageModel",
     "VlmbuildError",
     "Workload",
     "add_lora",
+    "audit_gradients",
     "build",
     "check",
     "diff",
     "from_pretrained",
+    "is_bf16_supported",
     "load",
     "load_adapter",
     "lock",
+    "pack",
+    "padding_report",
     "plan",
     "save_adapter",
+    "shard",
     "verify",
 ]
 

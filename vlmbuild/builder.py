@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,25 @@ from vlmbuild.calibration import Batch, batches_digest, output_losses
 from vlmbuild.capture import capture
 from vlmbuild.devices import available_device
 from vlmbuild.digests import Digests
-from vlmbuild.errors import PassError, SourceError, UsageError
+from vlmbuild.errors import PassError, UsageError
 from vlmbuild.families import Family, family_of
+from vlmbuild.lora import Lora
+from vlmbuild.merge import Merge, check_mergeable, read_merge
+from vlmbuild.merge_parity import ParityCheck, make_probe
 from vlmbuild.near_miss import near_miss
 from vlmbuild.outline import outline
-from vlmbuild.passes import AddLora, passes_for, quantization_passes
+from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
 from vlmbuild.pipeline import Pass, PassReport, PatternPass, run
-from vlmbuild.program import Program, Role
+from vlmbuild.program import Program
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.quantization import QUANTIZE, Decision, LinearLayer, decide, linear_layers
 from vlmbuild.recipe import Recipe
 from vlmbuild.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.source import Progress, Source, resolve
+from vlmbuild.source_fit import check_weights
 from vlmbuild.source_tensors import SourceTensor, source_tensors, stored_formats
 from vlmbuild.targets import STORED, WRITERS, Request, StoredParameter
 from vlmbuild.weight_format import FourBit
-
-_IGNORED_SOURCE_TENSORS = re.compile(r".*rotary_emb\.inv_freq|.*rotary_pos_emb\.inv_freq")
-"""Buffers that old checkpoints store; they follow from the config."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,15 @@ def build(
     revision: str | None = None,
     device: str = "cpu",
     calibration: Sequence[Batch] = (),
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """Build an artifact.
+    """Build an artifact, of a checkpoint alone or with an adapter merged into its weights.
+
+    With an adapter, a recipe without quantization gives an unquantized artifact, whatever the source is: rounding again
+    would lose part of what was learned. A format that is asked for rounds the merged layers anew; layers without an adapter
+    keep the source's bytes where the format is the same ("source": everywhere). Merged weights are held against source and
+    adapter on a batch before anything is published, and the figures are in the manifest's `numerics`.
 
     Args:
         source: A checkpoint directory, a hub id, or the name of a zoo checkpoint.
@@ -76,19 +83,24 @@ def build(
         device: Where weights are quantized, "cpu" or "cuda".
         calibration: Batches of the processor on which layers are measured when the recipe has a budget; without them
             weights alone are.
+        adapter: Directory of a LoRA adapter in PEFT's format.
         progress: Called with a stage's name, the amount done, and the total; from several threads, one at a time.
 
     Raises:
-        UsageError: A pattern matches nothing, the budget cannot be met, or there is calibration without one.
+        UsageError: A pattern matches nothing, the budget cannot be met, there is calibration without one, or an adapter with
+            one.
         DeviceError: The device is not available here.
         OutputError: The output exists or cannot be written; found before any work.
-        SourceError: The source cannot be used.
+        SourceError: The source or the adapter cannot be used.
         CaptureError, PassError: The graph cannot be built as asked.
+        ParityError: The merged weights are not what source and adapter are together.
     """
     told = progress or (lambda _stage, _done, _total: None)
     available_device(device)
     check_calibration(recipe, calibration)
     check_output(Path(output), overwrite=overwrite)
+    if adapter is not None:
+        check_mergeable(recipe, adapter, output)
     found = resolve(source, revision=revision, progress=told)
     values, family, config = read_model(found)
     weights = CheckpointWeights(found.directory)
@@ -96,15 +108,24 @@ def build(
     with Digests(found, weights.files) as digests:
         program = trace_program(family, config, told)
         check_weights(program, family, weights, tensors)
+        merge = None if adapter is None else read_merge(adapter, program, family)
+        probe = None if adapter is None else make_probe(program, family, config, found.directory)
+        traced = None if adapter is None else copy.deepcopy(program)
         reports, decisions = rewrite(
             program,
             recipe,
-            lambda: decide_formats(program, family, config, recipe, weights, tensors, calibration, told),
+            lambda: decide_formats(program, family, config, recipe, weights, tensors, calibration, merge, told),
             told,
         )
+        check = None
+        if merge is not None and probe is not None and traced is not None:
+            reference, merged = _parity_programs(traced, recipe, decisions, merge)
+            check = ParityCheck(
+                family, config, reference, merged, weights, tensors, merge.adapter, probe, recipe.dtype, told
+            )  # fmt: skip
         request = Request(
             program, reports, family, values, recipe, found, digests.futures, weights, tensors, decisions,
-            batches_digest(calibration), device, told,
+            batches_digest(calibration), device, merge, check.measure if check else lambda _directory: (), told,
         )  # fmt: skip
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = WRITERS[recipe.target](writer, request)
@@ -148,16 +169,22 @@ def decide_formats(
     weights: CheckpointWeights,
     tensors: Mapping[str, SourceTensor],
     calibration: Sequence[Batch],
+    merge: Merge | None,
     progress: Progress,
 ) -> dict[str, Decision]:
-    """How every linear layer's weight is to be stored; for a recipe with a budget, from measurements.
+    """How every linear layer's weight is to be stored; for a recipe with a budget, from measurements. A layer with an adapter
+    is as good as new: whatever the source has it in, it may be stored in any format.
 
     Raises:
         UsageError: A pattern matches nothing, or the budget cannot be met.
         SourceError: A layer is quantized in another format already, or a weight cannot be measured.
     """
     spec = recipe.quantize
-    decisions = decide(program, spec, stored=stored_formats(tensors), published=published_name(family))
+    stored = stored_formats(tensors)
+    if merge is not None:
+        spec = spec or QuantSpec("none")
+        stored = {module: form for module, form in stored.items() if not merge.changes(f"{module}.weight")}
+    decisions = decide(program, spec, stored=stored, published=published_name(family))
     if spec is None or spec.budget is None:
         return decisions
     form = spec.weight_format()
@@ -174,6 +201,18 @@ def decide_formats(
         else weight_losses(asked, form, weights, tensors, dtype, progress)
     )
     return refine(decisions, losses, form, spec.budget, 8 * dtype.itemsize)
+
+
+def _parity_programs(
+    traced: Program, recipe: Recipe, decisions: Mapping[str, Decision], merge: Merge
+) -> tuple[Program, Program]:
+    """From a program before its passes: unquantized with slots for the adapter, and as its weights are stored. On the
+    kernels that run anywhere."""
+    run(passes_for(replace(recipe, attention="sdpa")), traced)
+    merged = copy.deepcopy(traced)
+    run(quantization_passes(recipe, decisions), merged)
+    adapt(traced, merge.adapter.loras)
+    return traced, merged
 
 
 def _is_open(decision: Decision, form: FourBit, layer: LinearLayer, spec: QuantSpec) -> bool:
@@ -235,60 +274,17 @@ def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassRepo
     return missed
 
 
-def check_weights(
-    program: Program, family: Family, weights: CheckpointWeights, tensors: Mapping[str, SourceTensor]
-) -> None:
-    """Hold a checkpoint's tensors against the program, before any is read.
-
-    Raises:
-        SourceError: Tensors are missing, left over, or of another shape than the config says; they are named.
-    """
-    needed = {name: slot for name, slot in program.slots() if slot.kind == "parameter"}
-    missing = sorted(set(needed) - set(tensors))
-    if missing:
-        raise SourceError(
-            f"{weights.directory} lacks {_listed(missing, family)}, which config.json asks for. The checkpoint is "
-            "incomplete, or its config.json belongs to another model."
-        )
-    for name, slot in needed.items():
-        if tensors[name].shape != slot.shape:
-            raise SourceError(
-                f"{weights.directory}: tensor {family.stored_name(name)} has shape {list(tensors[name].shape)}, but "
-                f"config.json asks for {list(slot.shape)}. The weights and config.json do not belong together."
-            )
-        if tensors[name].format is None and not tensors[name].dtype.is_floating_point:
-            raise SourceError(
-                f"{weights.directory}: tensor {family.stored_name(name)} is {tensors[name].dtype}, and config.json does not "
-                "say that it is quantized. Get the original checkpoint."
-            )
-    linear = {f"{layer.module}.weight" for layer in linear_layers(program) if not layer.refusal}
-    for name, tensor in tensors.items():
-        if tensor.format is not None and name in needed and name not in linear:
-            raise SourceError(
-                f"{weights.directory}: {tensor.name} is quantized, but it is not the weight of a linear layer."
-            )
-    extra = sorted(
-        name for name in set(tensors) - set(needed) - set(program.ties) if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
-    )
-    if extra:
-        raise SourceError(
-            f"{weights.directory} holds {_listed(extra, family)}, which a model with this config.json does not have. "
-            "Building would lose them; check num_hidden_layers and depth."
-        )
-
-
 def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
     """What a finished program's artifact will store, before any weight is read."""
     return STORED[recipe.target](program, family, recipe)
 
 
 def adapt(
-    program: Program, r: int, alpha: float, roles: tuple[Role, ...], modules: frozenset[str] | None = None
-) -> PassReport:
-    """Add LoRA slots to a program's linear layers of these roles (and of these names, if given), in place."""
-    return run([AddLora(r, alpha, roles, modules)], program)[0]
+    program: Program, adapters: Mapping[str, Lora], trained: frozenset[str] = frozenset()
+) -> tuple[PassReport, ...]:
+    """Add LoRA slots to a loaded program's linear layers, and keep the parameters `trained` in float32, in place.
 
-
-def _listed(names: list[str], family: Family) -> str:
-    shown = ", ".join(family.stored_name(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more tensors" if len(names) > 5 else "")
+    Raises:
+        PassError: A graph has another form than the passes know.
+    """
+    return run(adapter_passes(adapters, trained), program)

@@ -56,7 +56,9 @@ def from_pretrained(
             build(source, path, chosen, revision=revision)
     finally:
         lock.release()
-    return load(path, device=device, verify=False)
+    model, processor = load(path, device=device, verify=False)
+    model.source = str(source)
+    return model, processor
 
 
 def _cache_key(source: Source, recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ import click
 
 from vlmbuild.cli_graphs import inspect
 from vlmbuild.cli_locks import COMMANDS
-from vlmbuild.cli_options import json_option, limit_options, recipe_options, workload_options
+from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
@@ -139,25 +139,11 @@ def cli() -> None:
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to make.")
 @recipe_options
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="Where weights are quantized.",
-)
-@click.option(
-    "--calibrate",
-    type=click.Path(path_type=Path),
-    metavar="FILE.jsonl",
-    help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
-)
+@build_options
 @json_option
 def build(
     source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, device: str, calibrate: Path | None,
-    as_json: bool,
+    adapter: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Build an artifact from a checkpoint.
 
@@ -172,6 +158,7 @@ def build(
         vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
         vlmbuild build qwen2-vl-nf4 -o qwen2-vl-bf16 --quantize none
         vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
+        vlmbuild build qwen2-vl-nf4 -o qwen2-vl-merged --adapter my-adapter
     """
     from vlmbuild.builder import build as run_build
     from vlmbuild.summary import inspect as run_inspect
@@ -180,7 +167,7 @@ def build(
     with StageProgress(lines=not as_json) as progress:
         artifact = run_build(
             source, output, recipe, overwrite=overwrite, revision=revision, device=device, calibration=batches,
-            progress=progress,
+            adapter=adapter, progress=progress,
         )  # fmt: skip
     _show(run_inspect(artifact.path), as_json, "build_report")
 
@@ -280,8 +267,11 @@ def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
     show_default=True,
     help="Whose tiny checkpoint.",
 )
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Computes in it."
+)
 @json_option
-def demo(output: Path | None, family: str, as_json: bool) -> None:
+def demo(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
     """Show everything on a tiny model.
 
     Plans, builds, verifies, loads and fine-tunes a trained checkpoint that ships with vlmbuild; offline, on a CPU.
@@ -298,7 +288,7 @@ def demo(output: Path | None, family: str, as_json: bool) -> None:
         output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
     with output_errors(output):
         output.mkdir(exist_ok=True)
-    result = run_demo(output, family=family, echo=functools.partial(click.echo, err=as_json))
+    result = run_demo(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         click.echo(_json(asdict(result)))
 

@@ -131,6 +131,37 @@ def _check_used(spec: Mapping[str, Any], form: str) -> None:
             )
 
 
+def build_options(command: Command) -> Command:
+    """What a build takes besides its recipe; the command is called with each."""
+
+    @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
+    @click.option("--revision", help="Branch, tag or commit of a hub id.")
+    @click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where weights are quantized.",
+    )
+    @click.option(
+        "--calibrate",
+        type=click.Path(path_type=Path),
+        metavar="FILE.jsonl",
+        help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
+    )
+    @click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Merge a LoRA adapter (PEFT's format); the result is unquantized unless --quantize says otherwise.",
+    )
+    @functools.wraps(command)
+    def with_build(**options: Any) -> Any:
+        return command(**options)
+
+    return with_build
+
+
 def workload_options(command: Command) -> Command:
     """The options that make a workload; the command is called with `workload`."""
 

@@ -14,8 +14,9 @@ from vlmbuild.adapters import add_lora
 from vlmbuild.artifact.reader import verify
 from vlmbuild.builder import build
 from vlmbuild.errors import OutputError
+from vlmbuild.gradient_audit import audit_gradients
 from vlmbuild.planner import plan
-from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.adapter_files import save_adapter
 from vlmbuild.runtime.loader import load
 from vlmbuild.zoo.digits import Digits, Sample
@@ -29,8 +30,8 @@ PUBLISHED = {
     "mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "pixtral": "mistral-community/pixtral-12b",
 }
-RECIPE = Recipe(quantize=QuantSpec(), dtype="float32")
-"""float32, because a CPU computes bfloat16 more slowly on a model this small."""
+DTYPE = "float32"
+"""Because a CPU computes bfloat16 more slowly on a model this small."""
 
 SEED = 0
 RANK = 16
@@ -47,11 +48,11 @@ The same on your own model:
     model, processor = vlmbuild.load("my-model-nf4", device="cuda")
     vlmbuild.add_lora(model, r=16)
     model.train()
+    collator = vlmbuild.VisionDataCollator(processor)   # chat messages with images; loss on the responses
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    for images, texts, labels in your_data:
-        batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
-        loss = model(**batch, labels=labels).loss
-        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    for batch in torch.utils.data.DataLoader(your_data, batch_size=4, shuffle=True, collate_fn=collator):
+        model(**batch).loss.backward()
+        optimizer.step(); optimizer.zero_grad()
     vlmbuild.save_adapter(model, "my-adapter")          # PEFT's format
 """
 
@@ -79,12 +80,20 @@ class DemoResult:
     seconds: float
 
 
-def run(output: Path, *, family: str = "qwen2_vl", steps: int = 250, echo: Callable[[str], None] = print) -> DemoResult:
+def run(
+    output: Path,
+    *,
+    family: str = "qwen2_vl",
+    dtype: str = DTYPE,
+    steps: int = 250,
+    echo: Callable[[str], None] = print,
+) -> DemoResult:
     """Run the whole pipeline on a packaged checkpoint; needs no network and no GPU.
 
     Args:
         output: Directory for the artifact and the adapter; made if it is missing.
         family: A key of `CHECKPOINTS`.
+        dtype: Compute dtype.
         steps: Training steps.
         echo: Takes each line of the report.
 
@@ -98,16 +107,16 @@ def run(output: Path, *, family: str = "qwen2_vl", steps: int = 250, echo: Calla
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be made: {error.strerror}. Choose another directory with -o.") from error
-    checkpoint = CHECKPOINTS[family]
+    checkpoint, recipe = CHECKPOINTS[family], Recipe.from_mapping({"quantize": "nf4", "dtype": dtype}, where="demo")
     artifact, adapter = output / f"{checkpoint}-nf4", output / f"{checkpoint}-adapter"
 
     echo(f"[1/6] Plan: {checkpoint}, from its config.json alone")
-    planned = plan(checkpoint, RECIPE)
+    planned = plan(checkpoint, recipe)
     repeated = [f"{region['name']} x {region['instances']}" for region in planned.regions if region["instances"] > 1]
     echo(f"      {planned.parameters:,} parameters, {planned.weight_bytes / 1e6:.2f} MB of weights as NF4")
     echo(f"      {len(planned.regions)} distinct graphs; repeated blocks: {', '.join(repeated)}")
-    echo(f"[2/6] Build: vlmbuild build {checkpoint} -o {artifact.name} --quantize nf4 --dtype float32")
-    for report in build(checkpoint, artifact, RECIPE, overwrite=True).reports:
+    echo(f"[2/6] Build: vlmbuild build {checkpoint} -o {artifact.name} --quantize nf4 --dtype {dtype}")
+    for report in build(checkpoint, artifact, recipe, overwrite=True).reports:
         echo(f"      {report.name:16} {report.matches:4} matches")
     echo(f"[3/6] Verify: vlmbuild verify {artifact.name}")
     manifest = verify(artifact)
@@ -147,6 +156,7 @@ def _fine_tune(model: Any, processor: Any, steps: int, echo: Callable[[str], Non
     stream = Digits("train", SEED + 7, augment=True)
     model.train()
     echo(f"      {sum(parameter.numel() for parameter in parameters):,} trainable parameters")
+    echo(f"      {audit_gradients(model, training_batch(processor, LARGEST, stream.take(4)))}")
     started = time.perf_counter()
     for step in range(1, steps + 1):
         loss = model(**training_batch(processor, LARGEST, stream.take(32))).loss

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.program import Program, Region
+
+K = TypeVar("K", bound=Hashable)
+
+
+def divide_by(program: Program, name: str, key: Callable[[str], K]) -> list[tuple[Region, K]]:
+    """Divide a region by what `key` says of each instance's name, if it does not say the same of all; the parts with their
+    keys, in the order of their first instances."""
+    groups: dict[K, list[str]] = {}
+    for instance in program.regions[name].instances:
+        groups.setdefault(key(instance), []).append(instance)
+    parts = [program.regions[name]] if len(groups) == 1 else divide(program, name, list(groups.values()))
+    return list(zip(parts, groups, strict=True))
 
 
 def divide(program: Program, name: str, groups: Sequence[Sequence[str]]) -> list[Region]:

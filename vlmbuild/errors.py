@@ -30,8 +30,16 @@ class PassError(VlmbuildError):
     """A graph pass broke its contract, or a required pass matched nothing."""
 
 
+class ParityError(VlmbuildError):
+    """What was built computes something else than what it was built from."""
+
+
 class BatchError(VlmbuildError, ValueError):
     """A batch contradicts itself, for example image tokens that differ from image features."""
+
+
+class GradientError(VlmbuildError):
+    """A parameter that is to be trained gets no gradient, or a wrong one."""
 
 
 class DeviceError(VlmbuildError):

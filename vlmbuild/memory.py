@@ -22,6 +22,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch, ImageCost
 from vlmbuild.ops.workspace import WORKSPACES, Workspace
 from vlmbuild.program import Input, Program, parse_size
+from vlmbuild.runtime.checkpointing import Checkpointing
 from vlmbuild.runtime.model import VisionLanguageModel
 
 DEVICES = tuple(WORKSPACES)
@@ -205,21 +206,20 @@ class _Step:
     def train(self, *, checkpointing: bool) -> int:
         """Highest point, in bytes, of forward and backward, besides gradients: they are there already, as from the second
         of several accumulated steps on."""
-        self.model.train().checkpointing = checkpointing
+        self.model.train().checkpointing = Checkpointing() if checkpointing else None
         for _, parameter in self.model.trainable_parameters():
             parameter.grad = torch.empty_like(parameter)
         return self._peak(self._forward_and_backward)
 
     def _forward_and_backward(self, batch: Callable[[], HostBatch], ids: Tensor) -> None:
-        loss = self.model.forward_prepared(batch(), ids.shape, ids).loss
-        assert loss is not None
-        loss.backward()
+        self.model.forward_prepared(batch(), ids.shape, ids).backward()
 
     def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
         """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and
-        with token ids (samples, tokens). The program's inputs count, since the model brings them to its device."""
-        ids = torch.empty(self.sizes["sequence"], dtype=torch.int64, device=_META).view(self.workload.batch, -1)
-        places = ids.flatten()
+        with labels (samples, tokens), one for every token. The program's inputs count, since the model brings them to its
+        device."""
+        ids = torch.zeros(self.workload.batch, self.sizes["sequence"] // self.workload.batch, dtype=torch.int64)
+        places = torch.arange(ids.numel())
         live = _LiveBytes(_tensors(self.model), WORKSPACES[self.workload.device])
         with live:
             # The host prologue needs data; what it makes of a batch has the same sizes.

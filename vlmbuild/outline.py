@@ -1,7 +1,8 @@
 """Outline repeated blocks: from one long graph per variant to regions that are called, one graph for all equal blocks.
 
 Blocks are found by `nn_module_stack` (a numbered child of a `ModuleList`), the cut itself is
-`torch.fx.passes.split_module`. Everything between blocks becomes a region of its own with the single instance "".
+`torch.fx.passes.split_module`. Everything between blocks becomes a region of its own with the single instance "". The last
+product, which makes the logits, is the last region, so that a loss can be taken of some tokens, a few at a time.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slo
 from vlmbuild.repeat import REPEAT
 
 aten = torch.ops.aten
+
+HEAD = "lm_head"
+"""The name of the last region."""
 
 
 @resting_collector()
@@ -74,6 +78,7 @@ class _Outliner:
         owners = _partition(self.module)
         split = split_module(self.module, None, lambda node: owners[node][0], keep_original_order=True)  # type: ignore[arg-type]
         blocks = {f"submod_{number}": block for number, block in owners.values()}
+        last = f"submod_{max(number for number, _ in owners.values())}"
         values: dict[Any, tuple[str, ...]] = {}
         calls: list[Call] = []
         for node in split.graph.nodes:
@@ -87,7 +92,8 @@ class _Outliner:
                 inputs = [values.get(argument, ("",))[0] for argument in node.args]
                 repeated = next((inner for inner in body.graph.nodes if inner.target is REPEAT), None)
                 if repeated is None:
-                    call, values[node] = self._call(body, block, inputs, len(calls))
+                    piece = HEAD if node.target == last and not block else None
+                    call, values[node] = self._call(body, block, inputs, len(calls), piece)
                 else:
                     call = self._repeat(body, repeated, block, inputs, calls)
                     values[node] = call.outputs
@@ -95,10 +101,12 @@ class _Outliner:
         (returned,) = returned_nodes(split)
         self.program.variants[name] = Variant(self.trace.inputs, tuple(calls), values[returned][0])
 
-    def _call(self, body: GraphModule, block: str, inputs: list[str], number: int) -> tuple[Call, tuple[str, ...]]:
+    def _call(
+        self, body: GraphModule, block: str, inputs: list[str], number: int, name: str | None
+    ) -> tuple[Call, tuple[str, ...]]:
         """The call of a piece, and the names of all its former results ("" for sizes, which cross no border)."""
         tensors = _drop_size_results(body)
-        region, kept = self._region(body, block)
+        region, kept = self._region(body, block, name)
         many = sum(tensors)
         outputs = tuple(f"v{number}.{place}" if many > 1 else f"v{number}" for place in range(many))
         remaining = iter(outputs)
@@ -121,8 +129,9 @@ class _Outliner:
             region.instances += (block,)
         return Call(region.name, block, tuple(passed[name] for name in first.inputs), (f"v{len(calls)}",))
 
-    def _region(self, body: GraphModule, block: str) -> tuple[str, list[int]]:
-        """The region of a piece (an equal one, or a new one), and which of the piece's arguments are activations."""
+    def _region(self, body: GraphModule, block: str, name: str | None) -> tuple[str, list[int]]:
+        """The region of a piece (an equal one, or a new one with this name or its own), and which of the piece's arguments
+        are activations."""
         _localise_sizes(body)
         body.graph.eliminate_dead_code()
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
@@ -132,7 +141,9 @@ class _Outliner:
             body, [n for n in placeholders if n.name in self.slot_names], [placeholders[i] for i in kept]
         )
         activations = tuple(self._shape(placeholders[index]) for index in kept)
-        region = Region(self._name(block, slots), body, slots, (block,), activations, dimensions=self.trace.dimensions)
+        region = Region(
+            name or self._name(block, slots), body, slots, (block,), activations, dimensions=self.trace.dimensions
+        )
         text = region_text(region)
         for other in self.program.regions.values():
             same_list = other.instances[0].rpartition(".")[0] == block.rpartition(".")[0]
@@ -171,11 +182,12 @@ def _partition(module: GraphModule) -> dict[Node, tuple[int, str]]:
     order is topological, so the pieces form a straight line."""
     owners: dict[Node, tuple[int, str]] = {}
     number, current = 0, ""
+    (head,) = returned_nodes(module)
     for node in module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
         block = _block_of(node)
-        if block != current:
+        if block != current or (node is head and not block):
             number, current = number + 1, block
         owners[node] = (number, block)
     return owners

@@ -39,6 +39,11 @@ class PassOutcome:
         for reason in refusals:
             self.refusals.setdefault(region, []).append(reason)
 
+    def add_part(self, part: str, region: str) -> None:
+        """Say which region a part was taken from; one that was not divided is its own part."""
+        if part != region:
+            self.divided[part] = region
+
 
 class Pass(Protocol):
     """A graph rewrite: a frozen dataclass whose fields are its options.

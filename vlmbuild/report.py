@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
 
 _WIDTH = 100
@@ -18,6 +19,7 @@ def build_report(document: Mapping[str, Any]) -> list[str]:
         *passes_table(document["passes"]),
         "",
         *roles_table(document),
+        *_section(parity_lines(document["numerics"])),
         "",
         f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
         document["id"],
@@ -58,12 +60,15 @@ def images_table(images: Sequence[Mapping[str, Any]]) -> list[str]:
 def inspect_report(document: Mapping[str, Any]) -> list[str]:
     """What an artifact holds."""
     sources = {
-        f"source{number or ''}": f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
+        _source_name(number, entry): f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
         for number, entry in enumerate(document["source"])
     }
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
     code = ", ".join(document["trust"]["code"]) or "none: loading it runs nothing from it"
-    facts = {"name": document["name"], "id": document["id"], **sources, **_recipe_facts(document["recipe"])}
+    recipe = _recipe_facts(document["recipe"])
+    if "merged" in sources and document["recipe"].get("quantize") is None:
+        recipe["quantize"] = "none, since an adapter is merged"
+    facts = {"name": document["name"], "id": document["id"], **sources, **recipe}
     return [
         *_facts({**facts, "built with": tools, "code": code}),
         "",
@@ -74,6 +79,7 @@ def inspect_report(document: Mapping[str, Any]) -> list[str]:
         *passes_table(document["passes"]),
         "",
         *roles_table(document),
+        *_section(parity_lines(document["numerics"])),
         "",
         f"Contents not checked; for that: vlmbuild verify {document['path']}",
     ]
@@ -83,6 +89,19 @@ def verify_report(document: Mapping[str, Any]) -> list[str]:
     """That an artifact is what it says."""
     found = f"{document['files']} files, {human_size(document['bytes'])}"
     return [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+
+
+def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What was measured on the weights before they were published."""
+    rows = [
+        [
+            record["case"], record["error"], record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+            record["effect"], f"{record['top1']}/{record['tokens']}",
+        ]
+        for record in numerics
+    ]  # fmt: skip
+    heads = ["Parity of logits", "relative error", "allowed", "adapter's effect", "same best token"]
+    return table(heads, rows, "<>>>>") if rows else []
 
 
 def regions_table(document: Mapping[str, Any]) -> list[str]:
@@ -160,6 +179,16 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -
 
     first, *rest = heads
     return [line("", [f"{first:<{widths[0]}}  ", *rest]), *(line("  ", row) for row in rows)]
+
+
+def _section(lines: list[str]) -> list[str]:
+    return ["", *lines] if lines else []
+
+
+def _source_name(number: int, entry: Mapping[str, Any]) -> str:
+    if entry.get("uri") == ADAPTER_URI:
+        return "merged"
+    return f"source{number or ''}"
 
 
 def _facts(facts: Mapping[str, str]) -> list[str]:

@@ -111,6 +111,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "variants": list(program.variants),
         "regions": describe_regions(program),
         "passes": passes,
+        "numerics": [dict(record) for record in manifest.numerics],
         "roles": describe_roles(weights, refusals_by_role(program, passes)),
         "ties": program.ties,
     }

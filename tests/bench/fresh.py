@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-_DISTRIBUTIONS = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "safetensors")
+_DISTRIBUTIONS = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "liger_kernel", "safetensors")
 
 
 def _lines(path: str) -> list[str]:

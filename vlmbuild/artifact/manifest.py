@@ -27,6 +27,9 @@ __all__ = [
 SCHEMA: Final = "vlmbuild.artifact/1"
 ROLES: Final = ("code", "config", "data", "graph", "processor", "weights")
 
+ADAPTER_URI: Final = "adapter"
+"""What `source` calls an adapter that was merged; its place on some machine is nobody's business."""
+
 MAX_FILES: Final = 100_000
 
 # Loading one of these can run code, whatever the manifest calls it, so it may carry no other role.

@@ -9,7 +9,7 @@ and a real processor) runs the tests that hold for every family. What to write, 
 3. `prepare`: everything that depends on data, on the host, packed (`_packing.py`); name the sample in every refusal.
 4. `variants`: the inputs of the core modules, with names for the sizes that change.
 5. `Names`: published tensor names and module names; `role`: what each parameter does.
-6. `processor`, `image_cost`, `batch_sizes`.
+6. `processor`, `image_cost`, `batch_sizes`, and for the collator `processors`, `limits`, `media_tokens`, `image_tokens`.
 
 Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
 does not match, it is the pass that learns a new pattern.
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlmbuild.errors import IncompatibleError, SourceError
+from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families._family import BatchRow, Family, HostBatch, ImageCost, KeyGroups
 from vlmbuild.families.mllama import Mllama
 from vlmbuild.families.pixtral import Pixtral
@@ -61,4 +61,28 @@ def family_named(name: str) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "BatchRow", "Family", "HostBatch", "ImageCost", "KeyGroups", "family_named", "family_of"]
+def family_of_processor(processor: Any) -> Family:
+    """The family whose processor this is.
+
+    Raises:
+        UsageError: It is none's; often a tokenizer alone.
+    """
+    name = type(processor).__name__
+    for family in FAMILIES.values():
+        if name in family.processors:
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.processors)
+    raise UsageError(f"Expected the processor that vlmbuild.load returns ({known}), not a {name}.")
+
+
+__all__ = [
+    "FAMILIES",
+    "BatchRow",
+    "Family",
+    "HostBatch",
+    "ImageCost",
+    "KeyGroups",
+    "family_named",
+    "family_of",
+    "family_of_processor",
+]

@@ -76,6 +76,28 @@ class Family(Protocol):
     def batch_rows(self) -> Mapping[str, BatchRow]:
         """What else the processor's output has besides input_ids and attention_mask."""
 
+    @property
+    def processors(self) -> tuple[str, ...]:
+        """Names of the classes of this family's processors."""
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """Keys of the image processor's `size` that may be set lower without another model."""
+
+    @property
+    def pads_images(self) -> bool:
+        """Whether a batch gives every sample as many images as the one with most, and the model computes them."""
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        """Ids of the tokens that stand for images and videos, or begin, divide and end them; a model never writes them."""
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        """Tokens that take the place of the placeholder of an image of this size (in pixels, before it is resized).
+
+        Raises:
+            ValueError: The processor refuses it.
+        """
+
     def config(self, values: Mapping[str, Any]) -> Any:
         """The transformers config object for the values of a config.json; runs no code that the values name.
 

@@ -44,6 +44,9 @@ class Mllama:
     name = "mllama"
     title = "Llama 3.2 Vision"
     architectures = ("MllamaForConditionalGeneration",)
+    processors = ("MllamaProcessor",)
+    limits = ()  # the size of a tile is the model's
+    pads_images = True
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "sample",
         "aspect_ratio_ids": "sample",
@@ -106,6 +109,12 @@ class Mllama:
             return MllamaProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **backend)
 
         return load_processor(load, directory, "Llama 3.2 Vision", "preprocessor_config.json or processor_config.json")
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        return frozenset({int(processor.image_token_id)})
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        return 1
 
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
         vision = config.vision_config

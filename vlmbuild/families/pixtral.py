@@ -47,6 +47,9 @@ class Pixtral:
     name = "pixtral"
     title = "Pixtral"
     architectures = ("LlavaForConditionalGeneration",)
+    processors = ("PixtralProcessor",)
+    limits = ("longest_edge",)
+    pads_images = False
     batch_rows: Mapping[str, BatchRow] = {"pixel_values": "medium", "image_sizes": "medium"}
 
     def config(self, values: Mapping[str, Any]) -> LlavaConfig:
@@ -105,13 +108,16 @@ class Pixtral:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _pixtral_processor.load(directory), directory, "Pixtral", files)
 
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        return frozenset(processor.image_token_ids)
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        unit = processor.patch_size * processor.spatial_merge_size
+        rows, columns = _rows_and_columns(processor.image_processor, unit, height, width)
+        return rows * (columns + 1)
+
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
-        edge, patch = image_processor.size["longest_edge"], config.vision_config.patch_size
-        image = np.broadcast_to(np.uint8(0), (height, width, 3))  # only its shape is read; this one takes no memory
-        sides = get_resize_output_image_size(image, (edge, edge), (patch, patch), ChannelDimension.LAST)
-        rows, columns = (side // patch for side in sides)
-        if not rows or not columns:
-            raise ValueError(f"scaled down to an edge of {edge} pixels, nothing is left of it")
+        rows, columns = _rows_and_columns(image_processor, config.vision_config.patch_size, height, width)
         return ImageCost(rows * columns, rows * (columns + 1))  # a break or the end after every row
 
     def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
@@ -147,6 +153,17 @@ class _ImageCore(TextCore):
         ).last_hidden_state
         projected: Tensor = self.model.multi_modal_projector(states)
         return projected.squeeze(0)
+
+
+def _rows_and_columns(image_processor: Any, patch: int, height: int, width: int) -> tuple[int, int]:
+    """Of the patches of an image, once it is resized."""
+    edge = image_processor.size["longest_edge"]
+    image = np.broadcast_to(np.uint8(0), (height, width, 3))  # only its shape is read; this one takes no memory
+    sides = get_resize_output_image_size(image, (edge, edge), (patch, patch), ChannelDimension.LAST)
+    rows, columns = (int(side) // patch for side in sides)
+    if not rows or not columns:
+        raise ValueError(f"scaled down to an edge of {edge} pixels, nothing is left of it")
+    return rows, columns
 
 
 def _check(config: Any) -> None:

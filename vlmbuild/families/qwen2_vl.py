@@ -38,6 +38,9 @@ class Qwen2VL:
     name = "qwen2_vl"
     title = "Qwen2-VL"
     architectures = ("Qwen2VLForConditionalGeneration",)
+    processors = ("Qwen2VLProcessor",)
+    limits = ("shortest_edge", "longest_edge")
+    pads_images = False
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "medium",
         "image_grid_thw": "medium",
@@ -107,6 +110,14 @@ class Qwen2VL:
     def processor(self, directory: Path) -> Any:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _qwen2_vl_processor.load(directory), directory, "Qwen2-VL", files)
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        return frozenset({processor.image_token_id, processor.video_token_id, *ends})
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        images = processor.image_processor
+        return int(images.get_number_of_image_patches(height, width)) // int(images.merge_size) ** 2
 
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
         patches = image_processor.get_number_of_image_patches(height, width)

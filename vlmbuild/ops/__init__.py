@@ -5,9 +5,9 @@ Each has a schema, shape rules for tensors without data, a plain-torch reference
 
 from __future__ import annotations
 
-from vlmbuild.ops import attention, attention_lowered, linear_4bit, linear_8bit, mrope
+from vlmbuild.ops import attention, attention_lowered, linear_4bit, linear_8bit, lora, mrope
 
-__all__ = ["OPERATORS", "attention", "attention_lowered", "linear_4bit", "linear_8bit", "mrope"]
+__all__ = ["OPERATORS", "attention", "attention_lowered", "linear_4bit", "linear_8bit", "lora", "mrope"]
 
 OPERATORS: tuple[str, ...] = (
     "vlmbuild::attention",
@@ -25,6 +25,8 @@ OPERATORS: tuple[str, ...] = (
     "vlmbuild::linear_4bit_backward",
     "vlmbuild::linear_8bit",
     "vlmbuild::linear_8bit_backward",
+    "vlmbuild::lora",
+    "vlmbuild::lora_backward",
     "vlmbuild::mrope_cos_sin",
     "vlmbuild::mrope_rotate",
 )

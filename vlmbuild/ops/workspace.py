@@ -77,10 +77,24 @@ def _promoted(args: Sequence[Any], result: Any) -> int:
     return sum(other) * result.dtype.itemsize
 
 
+def _wide_sum(args: Sequence[Any], result: Any) -> int:
+    """Of 16-bit floats: the sum in float32, and the layer's input."""
+    base, values = args[:2]
+    return 0 if base.dtype == torch.float32 else int(4 * base.numel() + max(0, 4 * values.numel() - result.nbytes))
+
+
+def _wide_gradients(args: Sequence[Any], _: Any) -> int:
+    """Of 16-bit floats: gradient, input and the input's gradient in float32."""
+    grad, values = args[:2]
+    return 0 if values.dtype == torch.float32 else int(4 * grad.numel() + 8 * values.numel())
+
+
 _OPS = torch.ops.vlmbuild
 _EVERYWHERE: dict[Any, Workspace] = {
     _OPS.linear_4bit.default: _dequantized,
     _OPS.linear_4bit_backward.default: _dequantized,
+    _OPS.lora.default: _wide_sum,
+    _OPS.lora_backward.default: _wide_gradients,
     _OPS.attention_sdpa_forward.default: _attention_parts,
     _OPS.attention_sdpa_backward.default: _attention_gradient_parts,
 }

@@ -67,6 +67,7 @@ def load(
         family = family_named(program.family)
         model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
         model.processor = family.processor(reader.path)
+        model.path, model.source = reader.path, str(path)
     return model.eval().to(chosen_device), model.processor
 
 
@@ -101,16 +102,17 @@ def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) 
     tensors: dict[str, Tensor] = {}
     for region in program.regions.values():
         for instance in region.instances:
-            tensors.update(_instance_tensors(region, instance, family, weights))
+            tensors.update(instance_tensors(region, instance, family, weights))
     for name, slot in program.slots():
         if slot.kind != "constant":
             _check(name, slot, tensors.get(name))
     return tensors
 
 
-def _instance_tensors(
+def instance_tensors(
     region: Region, instance: str, family: Family, weights: CheckpointWeights
 ) -> list[tuple[str, Tensor]]:
+    """(module name, tensor) of an instance's stored slots, mapped from an artifact's files."""
     found = [
         (join(instance, slot.name), weights.map(family.stored_name(join(instance, slot.name))))
         for slot in region.slots

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch
-from vlmbuild.program import Call, Program, Role, Slot, Variant, join
+from vlmbuild.lora import Lora, linear_features, linear_nodes
+from vlmbuild.program import Program, Slot
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
+from vlmbuild.runtime.conventions import Backbone, LossOutput, TrainerConventions, head_module
+from vlmbuild.runtime.execution import Execution
 from vlmbuild.runtime.generation import WithoutCache
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
+from vlmbuild.runtime.state import module_at
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A LoRA adapter's rank and alpha."""
+    """What is trained.
 
-    r: int
-    alpha: float
+    Attributes:
+        loras: Module name -> its LoRA adapter.
+        modules: Names of the modules that are trained whole.
+        trained: Names of their parameters.
+    """
+
+    loras: Mapping[str, Lora]
+    modules: tuple[str, ...] = ()
+    trained: frozenset[str] = frozenset()
 
 
-class VisionLanguageModel(nn.Module, WithoutCache):
+class VisionLanguageModel(TrainerConventions, WithoutCache):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -40,7 +51,6 @@ class VisionLanguageModel(nn.Module, WithoutCache):
 
     main_input_name = "input_ids"
     _is_stateful = False
-    accepts_loss_kwargs = True
 
     def __init__(
         self, program: Program, family: Family, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype
@@ -60,71 +70,64 @@ class VisionLanguageModel(nn.Module, WithoutCache):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.processor: Any = None
         """Belongs to the model; batches are held against its pixel limits."""
-        self.checkpointing = False
+        self.path: Path | None = None
+        """The artifact that it was loaded from."""
+        self.source: str | None = None
+        """What its user called that."""
         self.adapter: AdapterSpec | None = None
+        self.vocabulary = _vocabulary(program)
         self._dtype = dtype
-        self._bound = {
-            name: BoundRegion(region, dtype, carried_activations(region, program.variants))
-            for name, region in program.regions.items()
-        }
-        self._add_instances()
+        self.bound: dict[str, BoundRegion] = {}
+        """The program's regions in the compute dtype, by name."""
+        self._bind_regions()
         constants = family.constants(config)
         for name, slot in program.slots():
             self.set_tensor(name, slot, constants[name] if slot.kind == "constant" else tensors[name])
-        self._tie()
+        self.tie_weights()
 
     # Tensors ------------------------------------------------------------------------------------------------------
 
     def set_tensor(self, name: str, slot: Slot, tensor: Tensor) -> None:
         """Register a slot's tensor under its name; floating weights follow the compute dtype."""
         path, _, leaf = name.rpartition(".")
-        owner = _module_at(self, path)
+        owner = module_at(self, path)
         tensor = tensor.to(self._dtype if is_compute(slot) else slot.dtype)
         if slot.kind == "parameter":
             owner.register_parameter(leaf, nn.Parameter(tensor))
         else:
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
 
-    def adopt_adapter(self, spec: AdapterSpec, regions: Iterable[str]) -> None:
-        """Take over the graphs of regions to which a pass has added LoRA slots, and start the adapter at zero: A as PEFT
-        does it (He et al., arXiv:1502.01852, uniform), B zero."""
-        for name in regions:
-            region = self.program.regions[name]
-            for instance in region.instances:
-                for slot in region.slots:
-                    if ".lora_" in slot.name:
-                        tensor = torch.zeros(slot.shape, device=self.device)
-                        if ".lora_A." in slot.name:
-                            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-                        self.set_tensor(join(instance, slot.name), slot, tensor)
-            self._bound[name].rebind(self._dtype)
+    def adopt_adapter(self, spec: AdapterSpec) -> None:
+        """Take over what passes have added to the program for an adapter: LoRA matrices, which start as PEFT's do (A uniform
+        by He et al., arXiv:1502.01852; B zero), and parameters that are trained whole, in float32."""
+        for name, slot in self.program.slots():
+            if ".lora_" in slot.name:
+                tensor = torch.zeros(slot.shape, device=self.device)
+                if ".lora_A." in slot.name:
+                    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+                self.set_tensor(name, slot, tensor)
+            elif name in spec.trained:
+                self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
+        self.tie_weights()
+        self._bind_regions()
         self.adapter = spec
 
-    def roles_of(self, modules: Collection[str]) -> tuple[Role, ...]:
-        """The roles of the weights of these modules."""
-        return tuple(
-            sorted({slot.role for name, slot in self.program.slots() if name.removesuffix(".weight") in modules})
-        )
-
-    def _add_instances(self) -> None:
+    def _bind_regions(self) -> None:
+        """Bind every region of the program anew, and hand each instance its region's."""
         for name, region in self.program.regions.items():
+            carried = carried_activations(region, self.program.variants)
+            self.bound[name] = BoundRegion(region, self._dtype, carried)
             for instance in region.instances:
                 if instance:
                     path, _, leaf = instance.rpartition(".")
-                    _module_at(self, path).add_module(leaf, RegionInstance(self._bound[name]))
-
-    def _tie(self) -> None:
-        for alias, name in self.program.ties.items():
-            path, _, leaf = alias.rpartition(".")
-            _module_at(self, path).register_parameter(leaf, self.get_parameter(name))
+                    parent = module_at(self, path)
+                    if leaf not in parent._modules:
+                        parent.add_module(leaf, RegionInstance(self.bound[name]))
+                    self.get_submodule(instance).bound = self.bound[name]  # type: ignore[assignment]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to`, `.half`, `.cuda`, ...: tensors with a dtype of their own (frequencies, scales, adapters) keep it."""
-        fixed = {
-            self.get_parameter(name) if slot.kind == "parameter" else self.get_buffer(name)
-            for name, slot in self.program.slots()
-            if not is_compute(slot)
-        }
+        fixed = {self.tensor(name) for name, slot in self.program.slots() if not is_compute(slot)}
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -136,7 +139,7 @@ class VisionLanguageModel(nn.Module, WithoutCache):
         dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
         if dtype != self._dtype:
             self._dtype = dtype
-            for bound in self._bound.values():
+            for bound in self.bound.values():
                 bound.rebind(dtype)
         return self
 
@@ -158,69 +161,74 @@ class VisionLanguageModel(nn.Module, WithoutCache):
         Raises:
             BatchError: The batch contradicts itself; the message names the sample.
         """
-        compiler = swap_compiler(None)
+        compiler = swap_compiler(None)  # before anything that a compiler would look into
         try:
-            self.check_names("model", batch)
-            checked = batch if labels is None else {**batch, "labels": labels}
-            prepared = self.family.prepare(checked, self.config, self.processor)
-            return self._forward(prepared, batch["input_ids"].shape, labels, num_items_in_batch, compiler)
+            with self._own_precision():
+                execution = self._execution(batch, labels, compiler)
+                hidden = execution.hidden()
+                if labels is None:
+                    return CausalLMOutputWithPast(logits=execution.logits(hidden))
+                output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
+                if self.training:
+                    eager = replace(execution, compiler=None)  # one product: not worth a compilation
+                    return output.on_demand(lambda: self._late_logits(eager, hidden))
+                output.logits = execution.logits(hidden)
+                return output
         finally:
             swap_compiler(compiler)
 
-    def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> CausalLMOutputWithPast:
-        """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids."""
-        return self._forward(prepared, shape, labels, None, None)
+    def _late_logits(self, execution: Execution, hidden: Tensor) -> Tensor:
+        with self._own_precision():
+            return execution.logits(hidden)
 
-    def _forward(
-        self,
-        prepared: HostBatch,
-        shape: torch.Size,
-        labels: Tensor | None,
-        items: Tensor | int | None,
-        compiler: Compiler,
-    ) -> CausalLMOutputWithPast:
-        variant = self.program.variants[prepared.variant]
-        tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in prepared.tensors.items()}
-        logits = self._run(variant, tensors, compiler).squeeze(0)
-        loss = None if labels is None else self._loss(logits, labels, prepared.places, items)
-        return CausalLMOutputWithPast(loss=loss, logits=_unpack(logits, prepared.places, shape))
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
+        return off
 
-    def _loss(self, logits: Tensor, labels: Tensor, places: Tensor, items: Tensor | int | None) -> Tensor:
-        """Cross-entropy of every token's successor in its own row, as transformers has it. A padding place predicts
-        nothing here (transformers lets the last place of left padding predict the first token)."""
-        following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
-        chosen = following[places.to(labels.device)].to(logits.device)
-        count = torch.as_tensor(items) if isinstance(items, int) else items
-        loss: Tensor = ForCausalLMLoss(logits, None, logits.shape[-1], count, shift_labels=chosen)
-        return loss
+    def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
+        """After the host prologue of what a trainer passes."""
+        self.check_names("model", batch)
+        checked = batch if labels is None else {**batch, "labels": labels}
+        prepared = self.family.prepare(checked, self.config, self.processor)
+        return Execution(self, prepared, batch["input_ids"].shape, compiler)
 
-    def _run(self, variant: Variant, values: dict[str, Tensor], compiler: Compiler) -> Tensor:
-        """Call the regions in order; a value is let go after its last reader."""
-        checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
-        last = {name: number for number, call in enumerate(variant.calls) for name in call.inputs}
-        for number, call in enumerate(variant.calls):
-            arguments = tuple(values[name] for name in call.inputs)
-            for name in set(call.inputs):
-                if last[name] == number:
-                    del values[name]
-            results = self._call(call, compiler, arguments, checkpointing)
-            del arguments
-            values.update(zip(call.outputs, results, strict=True))
-            del results
-        return values[variant.output]
+    def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
+        """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids.
 
-    def _call(
-        self, call: Call, compiler: Compiler, arguments: tuple[Tensor, ...], checkpointing: bool
-    ) -> tuple[Tensor, ...]:
-        if not call.instance:
-            return self._bound[call.region](self, compiler, arguments)
-        instance = self.get_submodule(call.instance)
-        results: tuple[Tensor, ...]
-        if checkpointing:
-            results = checkpoint(instance, compiler, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            results = instance(compiler, *arguments)
-        return results
+        Returns:
+            The loss when labels are given, else the logits.
+        """
+        execution = Execution(self, prepared, shape)
+        hidden = execution.hidden()
+        return execution.logits(hidden) if labels is None else execution.loss(hidden, labels, None)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """For DistributedDataParallel: stored buffers (quantized weights and scales) and constants are the same in all
+        processes, so that nothing need be sent before every forward pass."""
+        return [name for name, _ in self.named_buffers()]
+
+    @property
+    def base_model(self) -> Backbone:
+        """The model without its head: takes a batch, gives `.last_hidden_state` (batch, sequence, hidden)."""
+
+        def hidden_states(batch: dict[str, Any]) -> Tensor:
+            compiler = swap_compiler(None)
+            try:
+                with self._own_precision():
+                    execution = self._execution(batch, None, compiler)
+                    return execution.unpack(execution.hidden())
+            finally:
+                swap_compiler(compiler)
+
+        return Backbone(hidden_states, self.get_output_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head: `weight` (vocabulary, hidden) and `bias`."""
+        return head_module(self)
 
     # transformers' conventions --------------------------------------------------------------------------------------
 
@@ -234,18 +242,16 @@ class VisionLanguageModel(nn.Module, WithoutCache):
         """The compute dtype."""
         return self._dtype
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep only the inputs of every block for backward, and compute the rest again. Options are not needed."""
-        self.checkpointing = True
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
-        self.checkpointing = False
+        Raises:
+            UsageError: The model has no adapter.
+            OutputError: The directory cannot be written.
+        """
+        from vlmbuild.runtime.adapter_files import save_adapter
 
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are computed again in backward."""
-        return self.checkpointing
+        save_adapter(self, save_directory)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""
@@ -253,30 +259,24 @@ class VisionLanguageModel(nn.Module, WithoutCache):
 
 
 def unwrap(model: nn.Module) -> VisionLanguageModel:
-    """The model itself, also of a compiled one.
+    """The model itself, also of one that is compiled or wrapped for several processes.
 
     Raises:
         UsageError: It is not a vlmbuild model.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = model
+    while not isinstance(inner, VisionLanguageModel):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if wrapped is None:
+            break
+        inner = wrapped
     if not isinstance(inner, VisionLanguageModel):
         raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
     return inner
 
 
-def _unpack(logits: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
-    """Packed logits (tokens, vocabulary) as (batch, sequence, vocabulary); zero at padding."""
-    if len(places) == shape.numel():
-        return logits.view(*shape, -1)
-    padded = logits.new_zeros(shape.numel(), logits.shape[-1])
-    return padded.index_copy(0, places.to(logits.device), logits).view(*shape, -1)
-
-
-def _module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path; missing ones on the way are made."""
-    module = root
-    for part in path.split(".") if path else ():
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    return module
+def _vocabulary(program: Program) -> int:
+    """How many logits a token has."""
+    head = program.regions[next(iter(program.variants.values())).calls[-1].region]
+    node, _ = linear_nodes(head)[-1]
+    return linear_features(head, node)[0]

@@ -14,9 +14,12 @@ from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
 from vlmbuild.runtime.compiler import Compiler, mark_dynamic
 from vlmbuild.runtime.compiler import apply as run_compiled
 
+_DROPOUT = torch.ops.aten.dropout.default
+
 
 class BoundRegion:
-    """A region with a compute dtype: one graph module for all instances, so that it is compiled once.
+    """A region with a compute dtype: one graph module for all instances, so that it is compiled once. A region with dropout
+    has another one for evaluation, without it.
 
     Args:
         region: From a program.
@@ -31,15 +34,9 @@ class BoundRegion:
 
     def rebind(self, dtype: torch.dtype) -> None:
         """Build the graph module anew, after a pass or for another dtype."""
-        graph = Graph()
-        values: dict[Node, Node] = {}
-        for node in self.region.graph.graph.nodes:
-            copied = graph.node_copy(node, values.__getitem__)
-            copied.args = _with_dtype(copied.args, dtype)
-            copied.kwargs = _with_dtype(copied.kwargs, dtype)
-            copied.meta = {}
-            values[node] = copied
-        self.graph = GraphModule(nn.Module(), graph, class_name="Region")
+        self.graph = _module(self.region, dtype, dropout=True)
+        self.random = any(node.target is _DROPOUT for node in self.graph.graph.nodes)
+        self.evaluation = _module(self.region, dtype, dropout=False) if self.random else self.graph
         names = [slot.name for slot in self.region.slots]
         self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = _getter(names)
 
@@ -55,10 +52,17 @@ class BoundRegion:
                 value.detach().requires_grad_() if index in self.carried and not value.requires_grad else value
                 for index, value in enumerate(activations)
             )
+        return self.run(tensors, compiler, activations, owner.training)
+
+    def run(
+        self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
+    ) -> tuple[Tensor, ...]:
+        """Run the graph with these tensors in the places of its slots; `training` applies dropout."""
         if compiler is not None:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
-        return run_compiled(compiler, self.graph.forward, (*tensors, *activations))
+        graph = self.graph if training else self.evaluation
+        return run_compiled(compiler, graph.forward, (*tensors, *activations))
 
 
 class RegionInstance(nn.Module):
@@ -76,6 +80,22 @@ class RegionInstance(nn.Module):
 
     def extra_repr(self) -> str:
         return f"region={self.bound.region.name}"
+
+
+def _module(region: Region, dtype: torch.dtype, *, dropout: bool) -> GraphModule:
+    """A region's graph in a compute dtype, with or without its dropout."""
+    graph = Graph()
+    values: dict[Node, Node] = {}
+    for node in region.graph.graph.nodes:
+        if node.target is _DROPOUT and not dropout:
+            values[node] = values[node.args[0]]
+            continue
+        copied = graph.node_copy(node, values.__getitem__)
+        copied.args = _with_dtype(copied.args, dtype)
+        copied.kwargs = _with_dtype(copied.kwargs, dtype)
+        copied.meta = {}
+        values[node] = copied
+    return GraphModule(nn.Module(), graph, class_name="Region")
 
 
 def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[int, ...]:

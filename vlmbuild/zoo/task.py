@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.collator import VisionDataCollator
 from vlmbuild.zoo.digits import Sample
 
 
@@ -26,24 +27,24 @@ LARGEST = Task("What is the largest digit?", lambda digits: str(max(digits)))
 
 def prompt(processor: Any, task: Task) -> str:
     """The chat prompt of one image and the task's question."""
-    content = [{"type": "image"}, {"type": "text", "text": task.question}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text: str = processor.apply_chat_template(_question(task), add_generation_prompt=True)
     return text
+
+
+def _question(task: Task) -> list[dict[str, Any]]:
+    """The messages of one image and the task's question."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.question}]}]
 
 
 def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Prompts with answers, padded on the right, and `labels`: the answer and its end token, -100 elsewhere."""
-    start = prompt(processor, task)
-    answers = [task.answer(sample.digits) + processor.tokenizer.eos_token for sample in samples]
-    texts = [f"{start}{answer}\n" for answer in answers]
-    images = [[sample.image] for sample in samples]
-    batch = dict(processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt"))
-    labels = torch.full_like(batch["input_ids"], -100)
-    for row, answer in enumerate(answers):
-        end = int(batch["attention_mask"][row].sum()) - 1  # the newline is no part of the answer
-        span = slice(end - len(processor.tokenizer(answer).input_ids), end)
-        labels[row, span] = batch["input_ids"][row, span]
-    return {**batch, "labels": labels}
+    return VisionDataCollator(processor)([_example(task, sample) for sample in samples])
+
+
+def _example(task: Task, sample: Sample) -> dict[str, Any]:
+    """One chat sample, in the collator's form."""
+    answer = {"role": "assistant", "content": task.answer(sample.digits)}
+    return {"images": [sample.image], "messages": [*_question(task), answer]}
 
 
 @torch.no_grad()

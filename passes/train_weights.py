@@ -1,0 +1,76 @@
+"""Make weights trainable beside an adapter: embeddings, a head, a projector, norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlmbuild.divide import divide_by
+from vlmbuild.pipeline import PassOutcome
+from vlmbuild.program import COMPUTE_DTYPE, Program, Region, join
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class TrainWeights:
+    """Keep the named parameters in float32, so that small updates are not rounded away, and cast them where they are read.
+
+    Before: y = linear(x, weight)                       weight: compute[out, in]
+    After:  y = linear(x, to(weight, compute))          weight: f32[out, in]
+
+    Before: y = embedding(weight, ids)
+    After:  y = to(embedding(weight, ids), compute)     # casts the rows that are read, not the table
+
+    Legal because the cast gives the values that were there before.
+
+    Attributes:
+        names: Of parameters, "lm_head.weight".
+    """
+
+    names: frozenset[str]
+
+    name: ClassVar[str] = "train_weights"
+    exact: ClassVar[bool] = True
+
+    def __call__(self, program: Program) -> PassOutcome:
+        outcome = PassOutcome()
+        for name in list(program.regions):
+            slots = program.regions[name].slots
+
+            def named(instance: str) -> tuple[bool, ...]:
+                return tuple(join(instance, slot.name) in self.names for slot in slots)  # noqa: B023
+
+            for part, chosen in divide_by(program, name, named):
+                outcome.add_part(part.name, name)
+                places = [place for place, wanted in enumerate(chosen) if wanted]
+                outcome.add(part.name, sum(_widen(part, place) for place in places))
+        return outcome
+
+
+def _widen(region: Region, place: int) -> bool:
+    """Whether there was anything to change."""
+    slot, node = region.slots[place], region.placeholders()[place]
+    if slot.kind != "parameter" or slot.dtype != COMPUTE_DTYPE:
+        return False
+    region.slots = (*region.slots[:place], replace(slot, dtype=torch.float32), *region.slots[place + 1 :])
+    if "val" in node.meta:
+        node.meta["val"] = node.meta["val"].float()
+    graph = region.graph.graph
+    for reader in list(node.users):
+        if reader.target is aten.embedding.default:
+            _cast_result(region, reader)
+        else:
+            with graph.inserting_before(reader):
+                reader.replace_input_with(node, graph.call_function(aten.to.dtype, (node, COMPUTE_DTYPE)))
+    return True
+
+
+def _cast_result(region: Region, node: Node) -> None:
+    graph = region.graph.graph
+    with graph.inserting_after(node):
+        cast = graph.call_function(aten.to.dtype, (node, COMPUTE_DTYPE))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)

@@ -1,0 +1,37 @@
+"""Adapters on disk that do something, for the tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import vlmbuild
+
+
+def write_adapter(artifact: Path, directory: Path, std: float = 0.05, **options) -> Path:
+    """A LoRA adapter of an artifact whose B and modules trained whole are away from where they start."""
+    model, _ = vlmbuild.load(artifact)
+    vlmbuild.add_lora(model, **{"r": 4, "alpha": 12, **options})
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_A" not in name:
+                parameter.add_(torch.randn_like(parameter) * std)
+    vlmbuild.save_adapter(model, directory)
+    return directory
+
+
+def edit_adapter_config(directory: Path, **changes) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_adapter(directory: Path, change) -> None:
+    """`change` takes the tensors by name, and changes them in place or returns others in a new dict."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    changed = change(tensors)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")

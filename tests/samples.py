@@ -1,0 +1,41 @@
+"""Chat samples about real photographs, in the forms that users have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from processors import photographs
+
+Example = dict[str, Any]
+
+
+def turn(role: str, *parts: Any) -> dict[str, Any]:
+    """A message; what is no text is an image in its content."""
+    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
+    return {"role": role, "content": content}
+
+
+def text_only(question: str = "Name three planets.", answer: str = "Mars, Venus and Earth.") -> Example:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def one_image(name: str = "chelsea", answer: str = "A cat.") -> Example:
+    """As Unsloth's users have it: the image in the content."""
+    return {"messages": [turn("user", photographs()[name], "What is this?"), turn("assistant", answer)]}
+
+
+def two_images(first: str = "coffee", second: str = "tall") -> Example:
+    """As TRL's users have it: images in a column of their own; two turns."""
+    content = [
+        {"type": "text", "text": "Compare"},
+        {"type": "image"},
+        {"type": "text", "text": "with"},
+        {"type": "image"},
+    ]
+    messages = [
+        {"role": "user", "content": content},
+        turn("assistant", "One is a cup."),
+        {"role": "user", "content": "And the other?"},
+        turn("assistant", "The sky at night."),
+    ]
+    return {"messages": messages, "images": [photographs()[first], photographs()[second]]}

@@ -1,0 +1,229 @@
+"""Other people's trainers, unmodified: transformers' Trainer, TRL's SFTTrainer, accelerate, and a plain loop."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+import torch
+import trl
+from accelerate import Accelerator
+from tiny import make_batch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from transformers import Trainer, TrainingArguments
+
+import vlmbuild
+from vlmbuild.errors import UsageError
+
+LAYOUTS = (
+    [[5, (1, 4, 6), 7]], [[1, (1, 8, 8), 2]], [[5], [9]], [[3, (1, 2, 6), 2], [4, (1, 6, 2), 11]],
+    [[9, (1, 2, 10)]], [[7]], [[6, (1, 4, 4), 3]], [[2, (1, 2, 2), 8]],
+)  # fmt: skip
+BATCHES = [{**batch, "labels": labels} for batch, labels in map(make_batch, LAYOUTS)]
+"""Ready batches, text-only ones among them."""
+
+
+def first(examples):
+    return examples[0]
+
+
+def chosen(examples):
+    return BATCHES[examples[0]["number"]]
+
+
+@pytest.fixture
+def adapted(nf4):
+    def load():
+        torch.manual_seed(0)
+        model, _ = vlmbuild.load(nf4.path)
+        vlmbuild.add_lora(model.train(), r=4, vision=True)
+        return model
+
+    return load
+
+
+@pytest.fixture
+def full(plain):
+    return lambda: vlmbuild.load(plain.path)[0].train()
+
+
+OPTIONS = {
+    "max_steps": 6, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 1, "save_steps": 3,
+    "learning_rate": 1e-3, "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+
+
+def trainer(model, path, data=BATCHES, callbacks=None, **options):
+    arguments = TrainingArguments(str(path), **{**OPTIONS, **options})
+    return Trainer(model, arguments, first, data, data, callbacks=callbacks)
+
+
+def losses(trainer, **options):
+    trainer.train(**options)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("what", ["adapted", "full"])
+def test_resumed_training_has_the_losses_of_uninterrupted_training(what, request, tmp_path):
+    make = request.getfixturevalue(what)
+    whole = losses(trainer(make(), tmp_path))
+    assert len(set(whole)) == 6
+    again = losses(trainer(make(), tmp_path / "again"), resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again == whole
+
+
+def test_accumulated_batches_are_one_large_batch(adapted, tmp_path):
+    both = [[5, (1, 4, 6), 7]], [[1, (1, 8, 8), 2]]
+    parts = [{**batch, "labels": labels} for batch, labels in map(make_batch, both)]
+    whole, labels = make_batch([*both[0], *both[1]])
+    lengths = [len(part["input_ids"][0]) for part in parts]
+    for row, part in enumerate(parts):  # the same tokens and pixels
+        part["input_ids"] = whole["input_ids"][row : row + 1, : lengths[row]]
+        part["labels"] = labels[row : row + 1, : lengths[row]]
+    counts = [len(part["pixel_values"]) for part in parts]
+    for part, pixels in zip(parts, whole["pixel_values"].split(counts), strict=True):
+        part["pixel_values"] = pixels
+    options = {"max_steps": 3, "save_strategy": "no", "train_sampling_strategy": "sequential"}
+    one, other = adapted(), adapted()
+    large = losses(trainer(one, tmp_path, [{**whole, "labels": labels}], **options))
+    small = losses(trainer(other, tmp_path, parts, gradient_accumulation_steps=2, **options))
+    assert small == pytest.approx(large, rel=1e-5)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_layers": 2}, {"offload": True}])
+def test_gradient_checkpointing_changes_nothing(options, adapted, tmp_path):
+    expected = losses(trainer(adapted(), tmp_path, max_steps=3))
+    found = trainer(
+        adapted(), tmp_path, max_steps=3, gradient_checkpointing=True, gradient_checkpointing_kwargs=options
+    )
+    assert losses(found) == expected
+    assert found.model.checkpointing.every == options.get("every_n_layers", 1)
+    assert found.model.checkpointing.offload == options.get("offload", False)
+
+
+def test_autocast_is_close(adapted, tmp_path):
+    expected = losses(trainer(adapted(), tmp_path, max_steps=3))
+    assert losses(trainer(adapted(), tmp_path, max_steps=3, bf16=True)) == pytest.approx(expected, rel=0.02)
+
+
+def test_evaluation(adapted, tmp_path):
+    found = trainer(adapted(), tmp_path, data=BATCHES[:2], prediction_loss_only=False)
+    model = found.model.eval()
+    with torch.no_grad():
+        outputs = [model(**batch) for batch in BATCHES[:2]]
+    assert found.evaluate()["eval_loss"] == pytest.approx(float(sum(o.loss for o in outputs)) / 2, rel=1e-6)
+    logits = found.predict(BATCHES[:1]).predictions
+    assert torch.equal(torch.from_numpy(logits), outputs[0].logits)
+    found.args.prediction_loss_only = True
+    assert found.evaluate()["eval_loss"] == pytest.approx(float(sum(o.loss for o in outputs)) / 2, rel=1e-6)
+
+
+def test_log_and_adapters_beside_checkpoints(adapted, nf4, tmp_path, capsys):
+    log = vlmbuild.TrainingLog(tmp_path / "log.jsonl")
+    options = {"train_sampling_strategy": "sequential", "save_steps": 2, "max_steps": 2}
+    found = trainer(adapted(), tmp_path, callbacks=[vlmbuild.TrainingCallback(log)], **options)
+    expected = losses(found)
+    assert [entry.loss for entry in log.entries] == expected
+    assert [entry.tokens for entry in log.entries] == [int(batch["attention_mask"].sum()) for batch in BATCHES[:2]]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+    assert "step      2  loss" in capsys.readouterr().out
+    again, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(again, tmp_path / "checkpoint-2")
+    for name, tensor in found.model.state_dict().items():
+        assert torch.equal(again.tensor(name), tensor), name
+
+
+def sft(model, processor, path, **options):
+    arguments = trl.SFTConfig(
+        str(path), **{**OPTIONS, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False, "bf16": False, **options}
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"number": list(range(len(BATCHES)))})
+    return trl.SFTTrainer(model, arguments, chosen, data, processing_class=processor)
+
+
+def test_sft_trainer_has_the_losses_of_trainer(adapted, nf4, tmp_path):
+    processor = vlmbuild.load(nf4.path)[1]
+    expected = losses(trainer(adapted(), tmp_path / "a", save_strategy="no"))
+    found = losses(sft(adapted(), processor, tmp_path / "b"))
+    assert found == pytest.approx(expected, rel=1e-5)
+    again = sft(adapted(), processor, tmp_path / "c")
+    assert losses(again, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3")) == found
+
+
+def test_a_loss_that_would_overlook_the_heads_adapter_is_refused(plain, tmp_path):
+    model, processor = vlmbuild.load(plain.path)
+    vlmbuild.add_lora(model, r=4, target=["q_proj"])
+    torch.nn.Module.register_module(model.lm_head, "lora_A", torch.nn.Module())
+    with pytest.raises(UsageError, match=r"The head is quantized or has an adapter.*transformers\.Trainer"):
+        sft(model, processor, tmp_path).train()
+
+
+def plain_loop(model, batches, optimizer, backward):
+    found = []
+    for batch in batches:
+        loss = model(**batch).loss
+        backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(loss))
+    return found
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_plain_loop_and_accelerate(adapted, tmp_path):
+    model = adapted()
+    expected = plain_loop(model, BATCHES[:4], torch.optim.AdamW(trained(model), lr=1e-3), lambda loss: loss.backward())
+    accelerator = Accelerator(cpu=True)
+    model = adapted()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained(model), lr=1e-3))
+    found = plain_loop(model, BATCHES[:2], optimizer, accelerator.backward)
+    accelerator.save_state(str(tmp_path))
+    found += plain_loop(model, BATCHES[2:4], optimizer, accelerator.backward)
+    assert found == expected
+    accelerator.load_state(str(tmp_path))
+    assert plain_loop(model, BATCHES[2:4], optimizer, accelerator.backward) == expected[2:]
+
+
+@pytest.mark.parametrize("what", ["adapted", "full"])
+def test_distributed_checkpoints_own_state_dict(what, request):
+    make = request.getfixturevalue(what)
+    model, other = make(), make()
+    with torch.no_grad():
+        for parameter in trained(model):
+            parameter.add_(0.1)
+    state = get_model_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    set_model_state_dict(other, state)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_load_into_compiled_models_and_ties_stay(full, assign):
+    model, other = full(), torch.compile(full(), backend="eager")
+    with torch.no_grad():
+        model.model.visual.patch_embed.proj.weight.add_(1)
+    other.load_state_dict({f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}, assign=assign)
+    inner = vlmbuild.VisionLanguageModel.get_submodule(other._orig_mod, "lm_head")
+    assert inner.weight is other._orig_mod.get_input_embeddings().weight
+    assert torch.equal(other._orig_mod.model.visual.patch_embed.proj.weight, model.model.visual.patch_embed.proj.weight)
+
+
+def test_compiled_under_trainer_each_region_once(adapted, tmp_path):
+    images = [batch for batch in BATCHES if "pixel_values" in batch]
+    expected = losses(trainer(adapted(), tmp_path, images, max_steps=3, save_strategy="no"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    log = vlmbuild.TrainingLog(show=None)
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3, "save_strategy": "no"}
+    model = adapted()
+    found = losses(trainer(model, tmp_path, images, [vlmbuild.TrainingCallback(log)], **options))
+    torch._dynamo.reset()
+    assert found == pytest.approx(expected, rel=1e-5)
+    regions = {call.region for call in model.program.variants["image"].calls}
+    assert [entry.compilations for entry in log.entries] == [len(regions)] * 3

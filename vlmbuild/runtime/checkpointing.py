@@ -1,0 +1,49 @@
+"""Gradient checkpointing of repeated blocks (arXiv:1604.06174): which blocks, and where their inputs wait for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from vlmbuild.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpointing:
+    """What is computed again in backward.
+
+    Attributes:
+        every: Checkpoint every so many blocks of each list; the others keep their activations.
+        offload: Keep the blocks' inputs in the memory of the host, pinned where the model is on a GPU, and copy them back
+            for backward. On a CPU it costs a copy and saves nothing.
+    """
+
+    every: int = 1
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise UsageError(f"every_n_layers must be a whole number of at least 1, got {self.every!r}.")
+
+    def covers(self, instance: str) -> bool:
+        """Whether the block of this name ("model.language_model.layers.7") is one of those."""
+        leaf = instance.rpartition(".")[2]
+        return bool(instance) and (not leaf.isdigit() or int(leaf) % self.every == 0)
+
+    def run(self, block: Callable[..., Any], compiler: Any, tensors: tuple[Tensor, ...], *, random: bool) -> Any:
+        """Call a block, and again in backward; `random` when it draws numbers, which must then be the same.
+
+        What checkpointing itself saves are the block's inputs, so hooks on saved tensors move just these.
+        """
+        waiting: AbstractContextManager[Any] = nullcontext()
+        if self.offload:
+            waiting = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)
+        with waiting:
+            return checkpoint(block, compiler, *tensors, use_reentrant=False, preserve_rng_state=random)

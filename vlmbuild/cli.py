@@ -24,7 +24,7 @@ from vlmbuild.cli_graphs import inspect
 from vlmbuild.cli_locks import COMMANDS
 from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
-from vlmbuild.errors import UsageError, VlmbuildError
+from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _terminable():
         try:
             cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
+        except GraphDiffersError as error:  # its command has printed the differences, which are the JSON document
+            _say(f"error: {error}", err=True)
+            return error.exit_code
         except VlmbuildError as error:
             return _fail(arguments, type(error).__name__, str(error), error.exit_code)
         except click.UsageError as error:

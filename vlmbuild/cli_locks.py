@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,7 @@ from vlmbuild.errors import GraphDiffersError
 from vlmbuild.recipe import Recipe
 
 if TYPE_CHECKING:
+    from vlmbuild.locks.bisection import Parity
     from vlmbuild.locks.checking import Checked
 
 _SEVERITIES = ("interface", "numerics", "fusion", "cost", "cosmetic")
@@ -106,6 +108,7 @@ def check(
         vlmbuild check artifacts/locks/ --format markdown --junit check.xml
         vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
     """
+    from vlmbuild.locks.bisection import bisect_locks, parity_lines
     from vlmbuild.locks.checking import check as run_check
     from vlmbuild.locks.rendering import check_document, check_lines
     from vlmbuild.locks.rendering import junit as junit_text
@@ -115,13 +118,18 @@ def check(
     if junit is not None:
         with output_errors(junit):
             junit.write_text(junit_text(results), encoding="utf-8")
-    parity = _bisected(locks, as_json) if bisect else {}
-    document = check_document(results) | ({"parity": parity} if bisect else {})
-    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(check_lines(results, style)))
+    parities = bisect_locks(locks) if bisect else {}
+    if as_json:
+        parity = {"parity": {str(path): found.to_json() for path, found in parities.items()}} if bisect else {}
+        click.echo(json.dumps(check_document(results) | parity, indent=2))
+    else:
+        tables = [line for path, found in parities.items() for line in parity_lines(str(path), found)]
+        click.echo("\n".join([*tables, *check_lines(results, style)]))
     if update:
         _update([result for result in results if result.difference.findings], kernels)
         results = tuple(result for result in results if result.error)
     _fail([result for result in results if _counts(result, fail_on)])
+    _fail_parity(parities)
 
 
 def _counts(result: Checked, fail_on: str) -> bool:
@@ -145,20 +153,12 @@ def _update(changed: list[Checked], kernels: bool) -> None:
         click.echo(f"{path}: written anew", err=True)
 
 
-def _bisected(locks: tuple[Path, ...], as_json: bool) -> dict[str, Any]:
-    from vlmbuild.locks.bisection import bisect_locks, parity_lines
-
-    parities = bisect_locks(locks)
+def _fail_parity(parities: Mapping[Path, Parity]) -> None:
     for path, parity in parities.items():
-        if not as_json:
-            click.echo("\n".join(parity_lines(str(path), parity)))
-    broken = {path: parity.broken_by for path, parity in parities.items() if parity.broken_by}
-    if broken:
-        path, name = next(iter(broken.items()))
-        raise GraphDiffersError(
-            f"{path}: pass {name} changes values, and it promises not to. See the table for how far."
-        )
-    return {str(path): parity.to_json() for path, parity in parities.items()}
+        if parity.broken_by:
+            raise GraphDiffersError(
+                f"{path}: pass {parity.broken_by} changes values, and it promises not to. The table says how far."
+            )
 
 
 @click.command()

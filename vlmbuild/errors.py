@@ -73,6 +73,6 @@ class IncompatibleError(ArtifactError):
 
 
 class GraphDiffersError(VlmbuildError):
-    """What is compiled now is not what a lock says."""
+    """What is compiled now is not what a lock says. Raised by commands that have printed the differences."""
 
     exit_code = 6

@@ -11,6 +11,7 @@ import torch
 
 from vlmbuild.builder import exact_passes
 from vlmbuild.cli import main
+from vlmbuild.locks import bisection
 from vlmbuild.locks.bisection import bisect
 from vlmbuild.locks.making import trace
 from vlmbuild.locks.sources import trace_source
@@ -72,5 +73,26 @@ def test_a_model_that_is_too_large_is_refused(capsys):
     from make_locks import LOCKS
 
     code = main(["check", str(LOCKS / "llama-3.2-90b-vision-none-sdpa.lock"), "--bisect", "--no-kernels"])
-    assert code == 2
-    assert "Bisect with a smaller model of the family" in capsys.readouterr().err
+    assert code == 6
+    captured = capsys.readouterr()
+    assert "Bisect with a smaller model of the family" in captured.out
+    assert "no difference" in captured.out  # the rest of the report stands
+    assert "parity was not computed" in captured.err
+
+
+@pytest.mark.parametrize("spoiled", ["text logits", "a gradient"])
+def test_a_value_that_is_not_a_number_is_no_parity(spoiled, monkeypatch):
+    computed = bisection._values
+    calls = []
+
+    def spoil(*arguments):
+        values = computed(*arguments)
+        calls.append(values)
+        if len(calls) == 2:
+            name = next(key for key in values if key.endswith("logits") == (spoiled == "text logits") and "text" in key)
+            values[name] = values[name] * float("nan")
+        return values
+
+    monkeypatch.setattr(bisection, "_values", spoil)
+    parity = bisect(trace(tiny.config_values(layers=1, depth=1), "tiny"), PASSES[:2])
+    assert parity.broken_by == PASSES[0].name

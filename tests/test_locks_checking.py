@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,6 +13,8 @@ from make_locks import CONFIGS, LOCKS, RECIPES
 from vlmbuild.cli import main
 from vlmbuild.locks.checking import check, lock_files
 from vlmbuild.locks.document import read_lock
+
+ONE = lock_files([LOCKS])[0]
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_every_published_config_is_locked():
 
 def test_committed_locks_hold():
     results = check([LOCKS])
-    assert not [(result.path.name, result.error, result.difference) for result in results if result.differs]
+    assert not [(result.path.name, result.error, result.difference) for result in results if result.fails()]
 
 
 def test_a_model_is_traced_once(locks, monkeypatch):
@@ -103,13 +106,64 @@ def test_update_writes_the_lock_anew(run, locks, tmp_path):
     assert bad.read_text() == good
 
 
+def test_update_keeps_kernels_that_were_not_compiled(run, locks, tmp_path):
+    row = '{ registers = 8, spilled = 0, shared = 0, tensor_core = "none", cubin = 9 }'
+    kernels = f'[kernels."rotate_kernel bf16"]\nregions = ["visual.blocks"]\nsm_90 = {row}\n'
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "instances = 3", "instances = 4")
+    bad.write_text(bad.read_text().replace('[kernels]\nskipped = "not asked for"\n', kernels))
+    assert run("check", bad, "--no-kernels", "--update")[0] == 0
+    assert read_lock(bad).kernels.table["rotate_kernel bf16"].targets["sm_90"]["registers"] == 8
+
+
+def test_update_writes_locks_of_other_versions_anew(run, locks, tmp_path):
+    bad = tmp_path / "bad.lock"
+    bad.write_text(re.sub(r'\ntorch = ".*"', '\ntorch = "2.0.0"', (locks / "digits-none.lock").read_text()))
+    code, out, _ = run("check", bad, "--no-kernels")
+    assert (code, "torch 2.0.0 →" in out) == (0, True)
+    assert run("check", bad, "--no-kernels", "--update")[0] == 0
+    assert bad.read_text() == (locks / "digits-none.lock").read_text()
+
+
+def test_update_into_a_place_that_takes_nothing(run, locks, tmp_path, monkeypatch):
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "instances = 3", "instances = 4")
+    before = bad.read_text()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    code, _, err = run("check", bad, "--no-kernels", "--update")
+    assert (code, "bad.lock cannot be written: Permission denied" in err) == (1, True)
+    assert (bad.read_text(), sorted(tmp_path.iterdir())) == (before, [bad])
+
+
+def test_one_lock_that_is_spoiled_leaves_the_report_of_the_others(run, locks, tmp_path):
+    (tmp_path / "a.lock").write_text("<<<<<<< HEAD\n")
+    (tmp_path / "b.lock").write_text((locks / "digits-none.lock").read_text())
+    report = tmp_path / "reports" / "check.xml"
+    code, out, err = run("check", tmp_path, "--no-kernels", "--junit", report)
+    assert code == 6
+    assert "a.lock: cannot be compared" in out
+    assert "b.lock: no difference" in out
+    assert "1 lock no longer holds: a." in err
+    suite = ElementTree.parse(report).getroot()
+    assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
+
+
+def test_the_report_for_ci_servers_fails_where_the_command_does(run, locks, tmp_path):
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", 'flops = "', 'flops = "1')
+    report = tmp_path / "check.xml"
+    assert run("check", bad, "--no-kernels", "--junit", report, "--fail-on", "interface")[0] == 0
+    assert ElementTree.parse(report).getroot().get("failures") == "0"
+
+
 def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_path):
     bad = spoiled(
         locks / "digits-none.lock", tmp_path / "bad.lock", "Qwen2VLForConditionalGeneration", "UnknownForGeneration"
     )
     code, out, _ = run("check", bad, "--no-kernels")
     assert code == 6
-    assert "cannot be made again: zoo:qwen2-vl-digits: unknown architecture UnknownForGeneration" in out
+    assert "cannot be compared: zoo:qwen2-vl-digits: unknown architecture UnknownForGeneration" in out
 
 
 @pytest.mark.parametrize(
@@ -117,6 +171,8 @@ def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_p
     [
         (("check", "{tmp}"), 2, "holds no lock"),
         (("check", "{tmp}/missing.lock"), 2, "holds no lock"),
+        (("diff", str(ONE), str(ONE), "--quantize", "nf4"), 2, "have recipes of their own"),
+        (("inspect", "qwen2-vl-digits", "--json", "--format", "dot"), 2, "Give one of them"),
         (("check",), 2, "LOCKS"),
         (("diff", "{tmp}/missing.lock", "qwen2-vl-digits"), 2, "cannot be read"),
         (("lock", "qwen2-vl-digits"), 2, "--output"),

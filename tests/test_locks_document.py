@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from make_locks import LOCKS
 
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.document import Lock, read_lock
@@ -73,3 +74,24 @@ def test_what_is_no_lock_is_said(tmp_path, text, message):
         read_lock(file)
     with pytest.raises(UsageError, match="cannot be read"):
         read_lock(tmp_path / "missing.lock")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[dimensions]\n", "[dimensions_]\n", "'dimensions' is missing"),
+        ("spilled = 0, ", "", "'spilled' is missing"),
+        ('tensor_core = "none"', 'tensor_core = "foo"', "tensor_core is 'foo'"),
+        ("instances = ", "instances = 1.", "instances is 1"),
+        ("exact = true", 'exact = "yes"', "exact is 'yes', and not a bool"),
+        ('attention = "sdpa"', 'attention = "foo"', "attention cannot be 'foo'"),
+        ("refusals = [", "more = [", "has more, which no lock has"),
+    ],
+)
+def test_a_spoiled_lock_is_said(tmp_path, old, new, message):
+    text = (LOCKS / "qwen2-vl-2b-none-sdpa.lock").read_text()
+    assert old in text
+    file = tmp_path / "x.lock"
+    file.write_text(text.replace(old, new))
+    with pytest.raises(UsageError, match=message):
+        read_lock(file)

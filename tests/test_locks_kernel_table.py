@@ -76,12 +76,31 @@ def test_thresholds(table, change, severity, words):
     assert words in text
 
 
+def test_a_kernel_that_is_tiled_anew_is_held_against_the_one_that_it_replaces(table):
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    row = kernel.targets["sm_90"] | {"tensor_core": "mma", "registers": 255}
+    others = {name: entry for name, entry in table.table.items() if name != label}
+    new = Kernels(table=others | {f"{label} ROWS=7": replace(kernel, targets=kernel.targets | {"sm_90": row})})
+    findings, _ = kernel_findings(table, new)
+    assert ("cosmetic", f"{label} ROWS=7", f"takes the place of {label}") in findings
+    assert ("cost", f"{label} ROWS=7", "loses its tensor-core path on sm_90: wgmma → mma") in findings
+    assert all(place == f"{label} ROWS=7" for _, place, _ in findings)
+
+
+def test_a_target_that_is_gone_is_found(table):
+    label = next(iter(table.table))
+    rows = {target: row for target, row in table.table[label].targets.items() if target != "sm_80"}
+    new = Kernels(table=table.table | {label: replace(table.table[label], targets=rows)})
+    assert kernel_findings(table, new)[0] == [("cost", label, "sm_80 is in one of the tables alone")]
+
+
 def test_without_triton_the_table_says_why(pristine_built, monkeypatch):
     monkeypatch.setitem(sys.modules, "vlmbuild.ops._triton", None)
     kernels = kernel_table(pristine_built, torch.bfloat16)
     assert kernels == Kernels("triton is not installed")
     assert kernel_findings(kernels, Kernels()) == (
-        [], ["Kernels were not compared: the first lock has no table, since: triton is not installed."],
+        [], ["Kernels were not compared: the old lock has no table, since: triton is not installed."],
     )  # fmt: skip
 
 

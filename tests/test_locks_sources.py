@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlmbuild import diff, lock
+from vlmbuild.cli_options import RecipeOptions
 from vlmbuild.locks.making import lock_artifact
 from vlmbuild.recipe import QuantSpec, Recipe
 
@@ -30,6 +31,14 @@ def test_a_lock_and_a_checkpoint(checkpoint, tmp_path):
     assert diff(path, checkpoint, kernels=False).findings == ()
     found = diff(path, checkpoint, Recipe(dtype="float32"), kernels=False)
     assert "dtype: float16 → float32" in [finding.text for finding in found.findings]
+
+
+def test_options_stand_over_the_other_sides_recipe(checkpoint, tmp_path):
+    path = tmp_path / "x.lock"
+    path.write_text(lock(checkpoint, Recipe(dtype="float16", attention="sdpa"), kernels=False).to_text())
+    found = diff(path, checkpoint, RecipeOptions(None, {}, {"dtype": "bfloat16"}).over, kernels=False)
+    recipe = [finding.text for finding in found.findings if finding.place == "recipe"]
+    assert recipe == ["dtype: float16 → bfloat16"]
 
 
 def test_a_quantized_source_is_locked_from_its_config(nf4):

@@ -10,6 +10,7 @@ import click
 from vlmbuild.artifact.output import output_errors
 from vlmbuild.cli_options import json_option
 from vlmbuild.cli_output import StageProgress
+from vlmbuild.errors import UsageError
 
 
 @click.command()
@@ -36,9 +37,11 @@ def inspect(artifact: Path, html: Path | None, style: str, as_json: bool) -> Non
         vlmbuild inspect qwen2-vl-nf4 --html report.html
         vlmbuild inspect qwen2-vl-nf4 --format dot > graph.dot
     """
+    if (html is not None) + (style != "text") + as_json > 1:
+        raise UsageError("inspect: --html, --format and --json are three forms of one thing. Give one of them.")
     if html is not None:
         _write_page(artifact, html)
-    elif style in ("dot", "model-explorer") and not as_json:
+    elif style in ("dot", "model-explorer"):
         click.echo(_graph_file(artifact, style), nl=False)
     else:
         from vlmbuild.report import inspect_report
@@ -56,7 +59,7 @@ def _write_page(artifact: Path, html: Path) -> None:
         text = page(artifact, progress)
     with output_errors(html):
         html.write_text(text, encoding="utf-8")
-    click.echo(f"{html}: {len(text):,} bytes")
+    click.echo(f"{html}: {len(text.encode()):,} bytes")
 
 
 def _graph_file(artifact: Path, style: str) -> str:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vlmbuild.artifact.output import output_errors
-from vlmbuild.cli_options import json_option, recipe_options
+from vlmbuild.cli_options import RecipeOptions, json_option, recipe_option_values, recipe_options
 from vlmbuild.cli_output import StageProgress
 from vlmbuild.errors import GraphDiffersError
+from vlmbuild.locks.difference import SEVERITIES, Severity
 from vlmbuild.recipe import Recipe
 
 if TYPE_CHECKING:
     from vlmbuild.locks.bisection import Parity
     from vlmbuild.locks.checking import Checked
-
-_SEVERITIES = ("interface", "numerics", "fusion", "cost", "cosmetic")
 
 format_option = click.option(
     "--format",
@@ -37,7 +36,8 @@ kernels_option = click.option(
 )
 fail_option = click.option(
     "--fail-on",
-    type=click.Choice(_SEVERITIES),
+    "limit",
+    type=click.Choice(SEVERITIES),
     default="cosmetic",
     show_default=True,
     help="The least severe difference that exits with 6; cosmetic is any.",
@@ -62,13 +62,12 @@ def lock(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str
         vlmbuild lock Qwen/Qwen2-VL-2B-Instruct --quantize nf4 -o artifacts/locks/qwen2-vl-nf4.lock
         vlmbuild lock ./my-checkpoint --recipe recipe.toml -o my-model.lock
     """
+    from vlmbuild.locks.document import write_lock
     from vlmbuild.locks.sources import lock as make
 
     with StageProgress(lines=not as_json) as progress:
         made = make(source, recipe, revision=revision, kernels=kernels, progress=progress)
-    with output_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(made.to_text(), encoding="utf-8")
+    write_lock(output, made)
     summary = {
         "path": str(output), "regions": len(made.regions), "kernels": len(made.kernels.table),
         "kernels_skipped": made.kernels.skipped, "passes": {name: entry.matches for name, entry in made.passes.items()},
@@ -86,14 +85,18 @@ def lock(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str
 @click.option(
     "--junit", type=click.Path(path_type=Path), metavar="FILE.xml", help="Also write a report for CI servers."
 )
-@click.option("--update", is_flag=True, help="Write locks anew where they differ; the exit code is then 0.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Write locks anew where they differ, or were made with other versions; differences are then no failure.",
+)
 @click.option(
     "--bisect", is_flag=True, help="Also run each model forward and backward, and name the pass that broke it."
 )
 @click.option("--processes", type=click.IntRange(min=1), help="How many at once.  [default: one a core]")
 @json_option
 def check(
-    locks: tuple[Path, ...], style: str, kernels: bool, fail_on: str, junit: Path | None, update: bool, bisect: bool,
+    locks: tuple[Path, ...], style: str, kernels: bool, limit: Severity, junit: Path | None, update: bool, bisect: bool,
     processes: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold locks against the code.
@@ -113,28 +116,27 @@ def check(
     from vlmbuild.locks.rendering import check_document, check_lines
     from vlmbuild.locks.rendering import junit as junit_text
 
+    if junit is not None:  # before minutes of work are lost
+        with output_errors(junit):
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            junit.touch()
     with StageProgress(lines=False) as progress:
         results = run_check(locks, kernels=kernels, processes=processes, progress=progress)
+    parities = bisect_locks(locks) if bisect else {}
     if junit is not None:
         with output_errors(junit):
-            junit.write_text(junit_text(results), encoding="utf-8")
-    parities = bisect_locks(locks) if bisect else {}
+            junit.write_text(junit_text(results, limit), encoding="utf-8")
     if as_json:
         parity = {"parity": {str(path): found.to_json() for path, found in parities.items()}} if bisect else {}
-        click.echo(json.dumps(check_document(results) | parity, indent=2))
+        click.echo(json.dumps(check_document(results, limit) | parity, indent=2))
     else:
         tables = [line for path, found in parities.items() for line in parity_lines(str(path), found)]
         click.echo("\n".join([*tables, *check_lines(results, style)]))
     if update:
-        _update([result for result in results if result.difference.findings], kernels)
+        _update(results)
         results = tuple(result for result in results if result.error)
-    _fail([result for result in results if _counts(result, fail_on)])
+    _fail([result for result in results if result.fails(limit)])
     _fail_parity(parities)
-
-
-def _counts(result: Checked, fail_on: str) -> bool:
-    worst = result.difference.worst
-    return bool(result.error) or (worst is not None and _SEVERITIES.index(worst) <= _SEVERITIES.index(fail_on))
 
 
 def _fail(failed: list[Checked]) -> None:
@@ -146,15 +148,20 @@ def _fail(failed: list[Checked]) -> None:
         )
 
 
-def _update(changed: list[Checked], kernels: bool) -> None:
-    from vlmbuild.locks.checking import update_locks
+def _update(results: Iterable[Checked]) -> None:
+    """Also those that were made with other versions: only then can all of them be compared."""
+    from vlmbuild.locks.document import write_lock
 
-    for path in update_locks([result.path for result in changed], kernels=kernels):
-        click.echo(f"{path}: written anew", err=True)
+    for result in results:
+        if result.now is not None and (result.difference.findings or result.difference.notes):
+            write_lock(result.path, result.now)
+            click.echo(f"{result.path}: written anew", err=True)
 
 
 def _fail_parity(parities: Mapping[Path, Parity]) -> None:
     for path, parity in parities.items():
+        if parity.refused:
+            raise GraphDiffersError(f"{path}: parity was not computed; the table says why.")
         if parity.broken_by:
             raise GraphDiffersError(
                 f"{path}: pass {parity.broken_by} changes values, and it promises not to. The table says how far."
@@ -164,16 +171,16 @@ def _fail_parity(parities: Mapping[Path, Parity]) -> None:
 @click.command()
 @click.argument("old")
 @click.argument("new")
-@recipe_options
+@recipe_option_values
 @format_option
 @kernels_option
 @fail_option
 @json_option
-def diff(old: str, new: str, recipe: Recipe, style: str, kernels: bool, fail_on: str, as_json: bool) -> None:
+def diff(old: str, new: str, options: RecipeOptions, style: str, kernels: bool, limit: Severity, as_json: bool) -> None:
     """Say what differs between two compiled models.
 
     OLD and NEW are locks, artifacts or checkpoints, in any combination. A checkpoint is compiled by the other side's
-    recipe, or by the one that is given. Exits with 6 if they differ.
+    recipe, with what is given here in its place. Exits with 6 if they differ.
 
     \b
     Examples:
@@ -184,11 +191,12 @@ def diff(old: str, new: str, recipe: Recipe, style: str, kernels: bool, fail_on:
     from vlmbuild.locks.rendering import document, markdown, text
     from vlmbuild.locks.sources import diff as compare_sources
 
-    found = compare_sources(old, new, None if recipe == Recipe() else recipe, kernels=kernels)
+    found = compare_sources(old, new, options.over if options.given() else None, kernels=kernels)
     show = markdown if style == "markdown" else text
     click.echo(json.dumps(document(found), indent=2) if as_json else "\n".join(show(f"{old} → {new}", found)))
-    if found.worst is not None and _SEVERITIES.index(found.worst) <= _SEVERITIES.index(fail_on):
-        raise GraphDiffersError(f"{old} and {new} differ: {len(found.findings)} findings, the worst: {found.worst}.")
+    if found.worst is not None and SEVERITIES.index(found.worst) <= SEVERITIES.index(limit):
+        count = f"{len(found.findings)} finding{'s' * (len(found.findings) > 1)}"
+        raise GraphDiffersError(f"{old} and {new} differ: {count}, the worst: {found.worst}.")
 
 
 COMMANDS: tuple[click.Command, ...] = (lock, check, diff)

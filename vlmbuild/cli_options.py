@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,49 @@ Command = Callable[..., Any]
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 
 
+@dataclass(frozen=True, slots=True)
+class RecipeOptions:
+    """What was given on the command line of a recipe.
+
+    Attributes:
+        file: A recipe file, or None.
+        spec: Of quantization.
+        others: The rest.
+    """
+
+    file: Path | None
+    spec: Mapping[str, Any]
+    others: Mapping[str, Any]
+
+    def given(self) -> bool:
+        """Whether there is any."""
+        return bool(self.file is not None or self.spec or self.others)
+
+    def over(self, base: Recipe) -> Recipe:
+        """A recipe with what was given in its place; a file replaces it whole, a format keeps its other settings."""
+        recipe = replace(base if self.file is None else Recipe.from_toml(self.file), **self.others)
+        if not self.spec:
+            return recipe
+        known = recipe.quantize or QuantSpec("source")
+        form = self.spec.get("format", known.format)
+        _check_used(self.spec, form)
+        if known.budget is not None and form != "auto":
+            known = replace(known, format="nf4", budget=None)
+        return replace(recipe, quantize=replace(known, **self.spec))
+
+
 def recipe_options(command: Command) -> Command:
     """The options that make a recipe; the command is called with `recipe`."""
+
+    @functools.wraps(command)
+    def with_recipe(options: RecipeOptions, **others: Any) -> Any:
+        return command(recipe=options.over(Recipe()), **others)
+
+    return recipe_option_values(with_recipe)
+
+
+def recipe_option_values(command: Command) -> Command:
+    """The same options; the command is called with `options`, `RecipeOptions`."""
 
     @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
     @click.option(
@@ -72,10 +113,10 @@ def recipe_options(command: Command) -> Command:
         help="Read options from a file; those given here win.",
     )
     @functools.wraps(command)
-    def with_recipe(
+    def with_options(
         target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None, roles: tuple[str, ...],
         overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
-        require: tuple[str, ...], file: Path | None, **options: Any,
+        require: tuple[str, ...], file: Path | None, **others: Any,
     ) -> Any:  # fmt: skip
         details = _given({"blocksize": blocksize, "double_quant": double_quant})
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
@@ -83,9 +124,9 @@ def recipe_options(command: Command) -> Command:
             "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
             "overrides": tuple(_override(text, details) for text in overrides) or None, "skip": skip or None, "budget": budget,
         }  # fmt: skip
-        return command(recipe=_recipe(file, _given(spec), _given(given)), **options)
+        return command(options=RecipeOptions(file, _given(spec), _given(given)), **others)
 
-    return with_recipe
+    return with_options
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,19 +138,6 @@ def _override(text: str, details: Mapping[str, Any]) -> Override:
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
     return Override(pattern, form, **(details if form in FOUR_BIT else {}))  # type: ignore[arg-type]
-
-
-def _recipe(file: Path | None, spec: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-    """The file's recipe with what was given on the command line in its place; a format keeps the file's other settings."""
-    recipe = replace(Recipe() if file is None else Recipe.from_toml(file), **given)
-    if not spec:
-        return recipe
-    base = recipe.quantize or QuantSpec("source")
-    form = spec.get("format", base.format)
-    _check_used(spec, form)
-    if base.budget is not None and form != "auto":
-        base = replace(base, format="nf4", budget=None)
-    return replace(recipe, quantize=replace(base, **spec))
 
 
 def _check_used(spec: Mapping[str, Any], form: str) -> None:

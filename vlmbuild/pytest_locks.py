@@ -9,6 +9,7 @@ Nothing of torch is imported before a test asks for the fixture.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def graph_lock(request: pytest.FixtureRequest) -> GraphLock:
     """Call it with a lock's name and a recipe; the test fails with the differences in words.
 
-    Options: `source` (as for `vlmbuild.build`) is needed to make a lock; `folder`, beside the test, is "locks";
-    `kernels=False` leaves kernels out.
+    Options: `source` (as for `vlmbuild.build`) is needed to make a lock, and read by nothing else; `folder`, beside the test,
+    is "locks"; `kernels=False` leaves kernels out.
     """
     update = bool(request.config.getoption("--update-locks"))
     beside = Path(str(request.path)).parent
@@ -52,25 +53,29 @@ def _held(path: Path, recipe: Recipe, source: str | Path | None, *, update: bool
     """What is wrong, or ""; writes the lock if it is to be updated."""
     import click
 
+    from vlmbuild.errors import UsageError
+    from vlmbuild.locks.checking import keep_kernels
     from vlmbuild.locks.difference import compare
-    from vlmbuild.locks.document import read_lock
+    from vlmbuild.locks.document import read_lock, write_lock
     from vlmbuild.locks.making import lock_traced, trace
     from vlmbuild.locks.rendering import text
     from vlmbuild.locks.sources import trace_source
 
     if not path.exists() and not update:
         return f"{path} does not exist. Run pytest with --update-locks to write it, look at it, and commit it."
-    old = read_lock(path) if path.exists() else None
-    if source is None and old is None:
-        return f"{path} does not exist, and no source is given to make it from. Pass source=..."
-    traced = trace_source(source) if source is not None or old is None else trace(old.config, old.source)  # type: ignore[arg-type]
-    new = lock_traced(traced, recipe, kernels=kernels)
-    if update:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(new.to_text(), encoding="utf-8")
+    try:
+        old = read_lock(path) if path.exists() else None
+    except UsageError as error:
+        return str(error)
+    if update or old is None:
+        if source is None and old is None:
+            return f"{path} does not exist, and no source is given to make it from. Pass source=..."
+        traced = trace_source(source) if source is not None else trace(old.config, old.source)  # type: ignore[union-attr]
+        write_lock(path, keep_kernels(lock_traced(traced, recipe, kernels=kernels), old))
         return ""
-    assert old is not None
-    difference = compare(old, new)
+    difference = compare(old, lock_traced(trace(old.config, old.source), recipe, kernels=kernels))
+    for note in difference.notes:
+        warnings.warn(f"{path.name}: {note}", stacklevel=2)
     if not difference.findings:
         return ""
     return click.unstyle("\n".join(text(path.stem, difference))) + "\nIf it is meant: pytest --update-locks."

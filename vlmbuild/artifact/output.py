@@ -86,11 +86,11 @@ def cannot_write(where: Path, error: OSError) -> OutputError:
     """The error of a place that does not take what is written to it."""
     if error.errno in FULL_DISK:
         return OutputError(
-            f"{where} cannot be written: {error.strerror}. Nothing was published. Free space, raise the quota or file "
+            f"{where} cannot be written: {error.strerror}. Nothing was left there. Free space, raise the quota or file "
             "size limit, or choose an output on another disk."
         )
     return OutputError(
-        f"{where} cannot be written: {error.strerror or error}. Nothing was published. Check the disk and permissions, "
+        f"{where} cannot be written: {error.strerror or error}. Nothing was left there. Check the disk and permissions, "
         "or choose another output."
     )
 

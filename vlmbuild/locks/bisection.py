@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from vlmbuild.builder import exact_passes
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.checking import lock_files
 from vlmbuild.locks.document import read_lock
 from vlmbuild.locks.making import Traced, trace
@@ -51,14 +51,20 @@ class Step:
     @property
     def holds(self) -> bool:
         """Whether values are the same."""
-        return self.forward <= TOLERANCE and self.gradient <= GRADIENT_TOLERANCE  # false for NaN
+        return self.forward <= TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """One step a pass, in order."""
+    """One step a pass, in order.
+
+    Attributes:
+        steps: What was computed.
+        refused: Why nothing was, or "".
+    """
 
     steps: tuple[Step, ...]
+    refused: str = ""
 
     @property
     def broken_by(self) -> str:
@@ -67,29 +73,31 @@ class Parity:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        steps = [
-            {"pass": step.name, "forward": f"{step.forward:.1e}", "gradient": f"{step.gradient:.1e}"}
-            for step in self.steps
-        ]
-        return {"steps": steps, "broken_by": self.broken_by}
+        steps = [{"pass": step.name, "forward": step.forward, "gradient": step.gradient} for step in self.steps]
+        return {"steps": steps, "broken_by": self.broken_by, "refused": self.refused}
 
 
 def bisect_locks(paths: Iterable[str | Path]) -> dict[Path, Parity]:
-    """`bisect` for each lock's model and recipe; those with equal passes are computed once.
+    """`bisect` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be computed, the
+    result says why.
 
     Raises:
-        UsageError: A model takes more memory than a check may.
+        UsageError: A path holds no lock.
     """
     known: dict[str, Parity] = {}
-    found = {}
-    for file in lock_files(paths):
+    return {file: _bisect_lock(file, known) for file in lock_files(paths)}
+
+
+def _bisect_lock(file: Path, known: dict[str, Parity]) -> Parity:
+    try:
         lock = read_lock(file)
         passes = exact_passes(replace(lock.recipe, attention="auto"))  # Triton's kernels need a GPU; "auto" runs here
         key = f"{sorted(lock.config.items(), key=str)}{passes}"
         if key not in known:
             known[key] = bisect(trace(lock.config, lock.source), passes)
-        found[file] = known[key]
-    return found
+        return known[key]
+    except VlmbuildError as error:
+        return Parity((), str(error))
 
 
 def bisect(traced: Traced, passes: Sequence[Pass]) -> Parity:
@@ -116,6 +124,8 @@ def bisect(traced: Traced, passes: Sequence[Pass]) -> Parity:
 
 def parity_lines(name: str, parity: Parity) -> list[str]:
     """A table for people."""
+    if parity.refused:
+        return [f"{name}: parity was not computed: {parity.refused}"]
     limits = f"(at most {TOLERANCE:.0e}, gradients {GRADIENT_TOLERANCE:.0e})"
     lines = [f"{name}: captured = after each exact pass, float32, relative errors {limits}"]
     lines += [f"  {step.name:<20} forward {step.forward:.1e}  gradient {step.gradient:.1e}" for step in parity.steps]
@@ -224,6 +234,8 @@ def _seed(name: str) -> int:
 
 
 def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
-    """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`."""
+    """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`. What is not finite
+    is infinitely far off, since comparisons would pass over NaN."""
     difference = expected if actual is None else actual - expected  # a gradient that is gone is zero
-    return float(difference.norm().item() / max(expected.norm().item(), floor))
+    error = float(difference.norm().item() / max(expected.norm().item(), floor))
+    return error if math.isfinite(error) else math.inf

@@ -10,12 +10,12 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlmbuild.cores import available_cores
 from vlmbuild.errors import UsageError, VlmbuildError
-from vlmbuild.locks.difference import Difference, compare
+from vlmbuild.locks.difference import SEVERITIES, Difference, Severity, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.locks.making import lock_traced, trace
 
@@ -29,19 +29,21 @@ class Checked:
     Attributes:
         path: Of the lock.
         difference: What differs.
-        error: Why it could not be made again, or "".
+        error: Why it could not be read or made again, or "".
         seconds: Time taken, tracing not counted for all but the first of a model.
+        now: The lock that the code makes, with the old table of kernels where none was made; None after an error.
     """
 
     path: Path
     difference: Difference
     error: str
     seconds: float
+    now: Lock | None = None
 
-    @property
-    def differs(self) -> bool:
-        """Whether the check failed."""
-        return bool(self.error or self.difference.findings)
+    def fails(self, limit: Severity = "cosmetic") -> bool:
+        """Whether it could not be compared, or differs by something that is at least so severe."""
+        worst = self.difference.worst
+        return bool(self.error) or (worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(limit))
 
 
 def check(
@@ -63,11 +65,14 @@ def check(
     """
     files = lock_files(paths)
     groups: dict[str, list[Path]] = {}
+    done: dict[Path, Checked] = {}
     for file in files:
-        groups.setdefault(json.dumps(read_lock(file).config, sort_keys=True), []).append(file)
+        try:
+            groups.setdefault(json.dumps(read_lock(file).config, sort_keys=True), []).append(file)
+        except UsageError as error:
+            done[file] = _failed(file, error, 0.0)
     work = [(group, kernels) for group in groups.values()]
     count = min(len(work), processes or available_cores())
-    done: dict[Path, Checked] = {}
     for results in _run(work, count):
         done |= {result.path: result for result in results}
         if progress is not None:
@@ -83,7 +88,7 @@ def lock_files(paths: Iterable[str | Path]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
-        found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        found = sorted(file for file in path.glob(f"*{SUFFIX}") if file.is_file()) if path.is_dir() else [path]
         if not found or not found[0].is_file():
             raise UsageError(f"{path} holds no lock (*{SUFFIX}). Make one with vlmbuild lock.")
         files |= dict.fromkeys(found)
@@ -116,7 +121,7 @@ def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:
     try:
         traced = trace(locks[0].config, locks[0].source)
     except VlmbuildError as error:
-        return [Checked(file, Difference(()), str(error), time.perf_counter() - started) for file in files]
+        return [_failed(file, error, time.perf_counter() - started) for file in files]
     results = []
     for file, lock in zip(files, locks, strict=True):
         results.append(_checked(file, lock, lambda recipe: lock_traced(traced, recipe, kernels=kernels), started))
@@ -126,22 +131,17 @@ def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:
 
 def _checked(file: Path, lock: Lock, make: Callable[..., Lock], started: float) -> Checked:
     try:
-        difference, error = compare(lock, make(lock.recipe)), ""
-    except VlmbuildError as failure:
-        difference, error = Difference(()), str(failure)
-    return Checked(file, difference, error, time.perf_counter() - started)
+        now = make(lock.recipe)
+    except VlmbuildError as error:
+        return _failed(file, error, time.perf_counter() - started)
+    difference = compare(lock, now)
+    return Checked(file, difference, "", time.perf_counter() - started, keep_kernels(now, lock))
 
 
-def update_locks(files: Iterable[Path], *, kernels: bool = True) -> list[Path]:
-    """Write locks anew from the configs and recipes that they carry; returns those that were written.
+def _failed(file: Path, error: VlmbuildError, seconds: float) -> Checked:
+    return Checked(file, Difference(()), str(error), seconds)
 
-    Raises:
-        VlmbuildError: As `vlmbuild.lock`.
-    """
-    written = []
-    for file in files:
-        old = read_lock(file)
-        new = lock_traced(trace(old.config, old.source), old.recipe, kernels=kernels)
-        file.write_text(new.to_text(), encoding="utf-8")
-        written.append(file)
-    return written
+
+def keep_kernels(now: Lock, old: Lock | None) -> Lock:
+    """A new lock with the old one's kernels, if it was made without any."""
+    return replace(now, kernels=old.kernels) if old is not None and now.kernels.skipped else now

@@ -20,7 +20,7 @@ TITLES: dict[Severity, str] = {
     "cost": "Costs more",
     "cosmetic": "Cosmetic, or better",
 }
-COMPARED_TOOLS = ("torch", "transformers", "triton")
+_LISTING_TOOLS, _KERNEL_TOOLS = ("torch", "transformers"), ("torch", "transformers", "triton")
 _MOST_CHANGES = 3
 _NUMERIC_OPTIONS = ("dtype", "quantize")
 
@@ -67,15 +67,15 @@ class Difference:
 def compare(old: Lock, new: Lock) -> Difference:
     """What changed from one lock to another.
 
-    Where they were made with different versions of torch, transformers or triton, listings, costs and kernels differ by
-    themselves, so that only the interface, matches, weights and operator counts are compared, and a note says so.
+    Where they were made with different versions of torch or transformers, listings and costs differ by themselves, so that
+    only the interface, matches, weights and operator counts are compared, and a note says so; kernels also with triton's.
     """
-    versions = _version_changes(old, new)
+    versions, of_kernels = _version_changes(old, new, _LISTING_TOOLS), _version_changes(old, new, _KERNEL_TOOLS)
     findings = [*_interface(old, new), *_model(old, new), *_recipe(old, new), *_passes(old, new)]
     lost = {finding.place for finding in findings if finding.severity == "fusion"}
     findings += _regions(old, new, lost, listings=not versions)
-    notes = [_version_note(versions)] if versions else []
-    if not versions:
+    notes = [_version_note(versions or of_kernels, listings=not versions)] if of_kernels else []
+    if not of_kernels:
         kernels, skipped = kernel_findings(old.kernels, new.kernels)
         findings += [Finding(severity, place, text) for severity, place, text in kernels]
         notes += skipped
@@ -83,15 +83,17 @@ def compare(old: Lock, new: Lock) -> Difference:
     return Difference(tuple(sorted(findings, key=lambda finding: order[finding.severity])), tuple(notes))
 
 
-def _version_changes(old: Lock, new: Lock) -> list[str]:
+def _version_changes(old: Lock, new: Lock, tools: tuple[str, ...]) -> list[str]:
     return [
         f"{tool} {old.versions.get(tool, 'none')} → {new.versions.get(tool, 'none')}"
-        for tool in COMPARED_TOOLS
+        for tool in tools
         if old.versions.get(tool) != new.versions.get(tool)
     ]
 
 
-def _version_note(versions: list[str]) -> str:
+def _version_note(versions: list[str], *, listings: bool) -> str:
+    if listings:
+        return f"Versions differ ({', '.join(versions)}): kernels were not compared."
     return (
         f"Versions differ ({', '.join(versions)}): the interface, matches, weights and operator counts were compared; "
         "listings, costs and kernels were not."
@@ -121,9 +123,8 @@ def _interface(old: Lock, new: Lock) -> Iterator[Finding]:
         for entry, was, now in _changes(before, after):
             what = f"what variant {name} returns" if entry == "returns" else f"input {entry} of variant {name}"
             yield Finding("interface", "interface", _worded(what, was, now))
-    if old.dimensions and new.dimensions:
-        for name, was, now in _changes(old.dimensions, new.dimensions):
-            yield Finding("interface", "interface", _worded(f"the range of {name}", was, now))
+    for name, was, now in _changes(old.dimensions, new.dimensions):
+        yield Finding("interface", "interface", _worded(f"the range of {name}", was, now))
     for name, was, now in _changes(old.prologue, new.prologue):
         yield Finding("interface", "host prologue", _worded(name, was, now))
 
@@ -132,8 +133,8 @@ def _model(old: Lock, new: Lock) -> Iterator[Finding]:
     for name, was, now in _changes(_flat(old.config), _flat(new.config)):
         yield Finding("cosmetic", "config.json", _worded(name, was, now))
     for name, was, now in _changes(old.variants, new.variants):
-        if was and now and name in old.interface and name in new.interface:
-            calls = compare_listings(was, now)
+        if name in old.interface and name in new.interface:
+            calls = compare_listings(was or "", now or "")
             yield Finding("cosmetic", f"variant {name}", "regions are called otherwise", calls.lines)
 
 
@@ -157,7 +158,8 @@ def _passes(old: Lock, new: Lock) -> Iterator[Finding]:
         if before is None or after is None:
             state = "is new" if before is None else "did not run"
             known: Any = before or after
-            severity: Severity = "numerics" if not known.exact else "cosmetic" if before is None else "fusion"
+            lost: Severity = "fusion" if known.fuses else "cosmetic"
+            severity: Severity = "numerics" if not known.exact else "cosmetic" if before is None else lost
             yield Finding(severity, name, f"pass {name} {state}")
             continue
         if before.exact and not after.exact:
@@ -185,7 +187,7 @@ def _matches(name: str, before: LockedPass, after: LockedPass, old: Lock, new: L
 def _severity(step: LockedPass, before: int, after: int) -> Severity:
     if not step.exact:
         return "numerics"
-    return "fusion" if after < before else "cosmetic"
+    return "fusion" if step.fuses and after < before else "cosmetic"
 
 
 def _count_text(name: str, before: LockedPass, after: LockedPass) -> str:

@@ -7,12 +7,14 @@ it was made from. What names a machine or a tool in config.json is left out.
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vlmbuild.artifact.output import output_errors
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.toml_text import Row, to_toml
 from vlmbuild.recipe import Recipe
@@ -23,6 +25,10 @@ _HEAD = """\
 # What vlmbuild compiles from a model and a recipe. Made by `vlmbuild lock`, held against the code by `vlmbuild check`.
 # FLOPs and bytes are those of one instance, as formulas of the dimensions; attention counts a packed row as one segment.
 """
+TENSOR_CORES = ("none", "mma", "wgmma", "tcgen05")
+"""Instructions for products of tiles, the slowest first."""
+
+_KERNEL_ROW = {"registers": int, "spilled": int, "shared": int, "tensor_core": str, "cubin": int}
 _TABLES = ("versions", "interface", "dimensions", "prologue", "variants")
 
 
@@ -52,6 +58,7 @@ class LockedPass:
 
     Attributes:
         exact: Whether it keeps values.
+        fuses: Whether it replaces patterns by operators of ours, so that fewer matches are a loss; else it tidies up.
         matches: Sites in the whole model.
         sites: Region -> sites of its graph; None where only the sum is known, as of an artifact.
         refusals: "region: reason" for sites that were left alone.
@@ -59,6 +66,7 @@ class LockedPass:
     """
 
     exact: bool
+    fuses: bool
     matches: int
     sites: dict[str, int] | None
     refusals: tuple[str, ...]
@@ -141,17 +149,23 @@ class Lock:
             )
         try:
             return cls(
-                source=values["source"],
-                family=values["family"],
-                recipe=Recipe.from_mapping(_tuples(values["recipe"]), where),
-                **{name: values.get(name, {}) for name in _TABLES},
-                regions={name: _region(entry) for name, entry in values["regions"].items()},
-                passes={name: _pass(entry) for name, entry in values["passes"].items()},
-                kernels=_kernels(values.get("kernels", {})),
-                config=json.loads(values["model"]["config"]),
+                source=_typed("source", values["source"], str),
+                family=_typed("family", values["family"], str),
+                recipe=Recipe.from_mapping(values["recipe"], where),
+                **{name: _typed(name, values[name], dict) for name in _TABLES},
+                regions={name: _region(name, entry) for name, entry in values["regions"].items()},
+                passes={name: _pass(name, entry) for name, entry in values["passes"].items()},
+                kernels=_kernels(values["kernels"]),
+                config=_typed("model.config", json.loads(values["model"]["config"]), dict),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{where} is not a whole lock: {error!r}. Make it again with vlmbuild lock.") from error
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
+        except KeyError as error:
+            raise UsageError(
+                f"{where} is not a whole lock: {error} is missing. Make it again with vlmbuild lock."
+            ) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{where} is not a whole lock: {error}. Make it again with vlmbuild lock.") from error
 
 
 def read_lock(path: Path) -> Lock:
@@ -166,6 +180,22 @@ def read_lock(path: Path) -> Lock:
         raise UsageError(f"{path} cannot be read: {error}. Give a file that vlmbuild lock has made.") from error
 
 
+def write_lock(path: Path, lock: Lock) -> None:
+    """Write a lock file, in one step: a reader sees the old one or the new one.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(lock.to_text(), encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def _without_none(values: Any) -> Any:
     """TOML has no null; options that are None are left out."""
     if isinstance(values, Mapping):
@@ -175,10 +205,6 @@ def _without_none(values: Any) -> Any:
 
 def _row(item: Any) -> Any:
     return Row(_without_none(item)) if isinstance(item, Mapping) else item
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _record(entry: Any) -> dict[str, Any]:
@@ -201,20 +227,41 @@ def _kernel_values(kernels: Kernels) -> dict[str, Any]:
     }
 
 
-def _region(values: Mapping[str, Any]) -> LockedRegion:
-    return LockedRegion(**{"operators": {}, "weights": {}, **values})
+def _region(name: str, values: Mapping[str, Any]) -> LockedRegion:
+    known = {"operators": {}, "weights": {}, **values}
+    types = {"instances": int, "flops": str, "bytes": str, "operators": dict, "weights": dict, "graph": str}
+    return LockedRegion(**_fields(f"regions.{name}", known, types))
 
 
-def _pass(values: Mapping[str, Any]) -> LockedPass:
+def _pass(name: str, values: Mapping[str, Any]) -> LockedPass:
     known = {"sites": {}, "misses": {}, **values}
-    return LockedPass(**{**known, "refusals": tuple(known["refusals"])})
+    types = {"exact": bool, "fuses": bool, "matches": int, "sites": dict, "refusals": list, "misses": dict}
+    checked = _fields(f"passes.{name}", known, types)
+    return LockedPass(**{**checked, "refusals": tuple(checked["refusals"])})
 
 
 def _kernels(values: Mapping[str, Any]) -> Kernels:
     if "skipped" in values:
-        return Kernels(values["skipped"])
-    table = {
-        label: LockedKernel(tuple(entry["regions"]), {key: dict(row) for key, row in entry.items() if key != "regions"})
-        for label, entry in values.items()
-    }
-    return Kernels(table=table)
+        return Kernels(_typed("kernels.skipped", values["skipped"], str))
+    return Kernels(table={label: _kernel(f"kernels.{label}", entry) for label, entry in values.items()})
+
+
+def _kernel(name: str, values: Mapping[str, Any]) -> LockedKernel:
+    rows = {key: row for key, row in values.items() if key != "regions"}
+    for target, row in rows.items():
+        if _fields(f"{name}.{target}", row, _KERNEL_ROW)["tensor_core"] not in TENSOR_CORES:
+            raise TypeError(f"{name}.{target}.tensor_core is {row['tensor_core']!r}")
+    return LockedKernel(tuple(_typed(f"{name}.regions", values["regions"], list)), rows)
+
+
+def _fields(name: str, values: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
+    """Exactly these values, of these types."""
+    if unknown := sorted(values.keys() - types.keys()):
+        raise TypeError(f"{name} has {', '.join(unknown)}, which no lock has")
+    return {key: _typed(f"{name}.{key}", values[key], kind) for key, kind in types.items()}
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r}, and not a {kind.__name__}")
+    return value

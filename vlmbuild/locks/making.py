@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder import missed_patterns, published_name, rewrite, trace_program
+from vlmbuild.builder import exact_passes, missed_patterns, published_name, rewrite, trace_program
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
 from vlmbuild.families._family import IGNORED_CONFIG_KEYS
@@ -23,7 +23,8 @@ from vlmbuild.locks.cost import region_cost
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
 from vlmbuild.locks.shapes import propagate_shapes
-from vlmbuild.pipeline import PassReport
+from vlmbuild.passes import passes_for
+from vlmbuild.pipeline import PassReport, PatternPass
 from vlmbuild.planner import announced_formats
 from vlmbuild.program import Program, Region, Variant, returned_nodes
 from vlmbuild.quantization import decide
@@ -83,10 +84,12 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
             "auto measures weights, and a lock is made without any. Lock the recipe with nf4, or with overrides."
         )
     program, reports = apply_recipe(traced, recipe)
+    fusing = _fusing_passes(recipe)
     misses = missed_patterns(program, recipe, reports)
     passes = {
         report.name: LockedPass(
             report.exact,
+            report.name in fusing,
             report.matches,
             dict(sorted(report.sites.items())),
             report.refusals,
@@ -120,13 +123,13 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     values.pop("quantization_config", None)
     program = read_program(reader)
     propagate_shapes(program)
+    recipe = Recipe.from_mapping(manifest.recipe, str(path))
+    fusing, exact = _fusing_passes(recipe), {step.name for step in exact_passes(recipe)}
     passes = {
-        record["name"]: LockedPass(
-            record["name"] != "quantize_linear", record["matches"], None, tuple(record["refusals"]), {}
-        )
+        name: LockedPass(name in exact, name in fusing, record["matches"], None, tuple(record["refusals"]), {})
         for record in manifest.passes
+        for name in [record["name"]]
     }
-    recipe = Recipe.from_mapping({key: _tuple(value) for key, value in manifest.recipe.items()}, str(path))
     lock = lock_program(
         program, family_of(values, str(path)), portable(values), recipe, passes, "artifact", kernels=kernels
     )
@@ -243,8 +246,8 @@ def _locked_region(region: Region, itemsize: int) -> LockedRegion:
     )
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _fusing_passes(recipe: Recipe) -> set[str]:
+    return {step.name for step in passes_for(recipe) if isinstance(step, PatternPass)}
 
 
 def _untold(_stage: str, _done: int, _total: int) -> None:

@@ -59,12 +59,13 @@ def document(difference: Difference) -> dict[str, Any]:
     return {"findings": [asdict(finding) for finding in difference.findings], "notes": list(difference.notes)}
 
 
-def check_document(results: Sequence[Checked]) -> dict[str, Any]:
+def check_document(results: Sequence[Checked], limit: Severity) -> dict[str, Any]:
     """Plain values of a whole check."""
     return {
         "locks": [
             {
-                "path": str(result.path), "error": result.error, "seconds": round(result.seconds, 2),
+                "path": str(result.path), "fails": result.fails(limit), "error": result.error,
+                "seconds": round(result.seconds, 2),
                 **document(result.difference),
             }
             for result in results
@@ -72,9 +73,9 @@ def check_document(results: Sequence[Checked]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def junit(results: Sequence[Checked]) -> str:
-    """JUnit XML: one test case a lock, as CI servers show them."""
-    failures = sum(bool(result.difference.findings) and not result.error for result in results)
+def junit(results: Sequence[Checked], limit: Severity) -> str:
+    """JUnit XML: one test case a lock, as CI servers show them; one fails from a severity on."""
+    failures = sum(result.fails(limit) and not result.error for result in results)
     errors = sum(bool(result.error) for result in results)
     suite = ElementTree.Element(
         "testsuite", name="vlmbuild check", tests=str(len(results)), failures=str(failures), errors=str(errors),
@@ -86,7 +87,7 @@ def junit(results: Sequence[Checked]) -> str:
         )
         if result.error:
             ElementTree.SubElement(case, "error", message=_first_line(result.error)).text = result.error
-        elif result.difference.findings:
+        elif result.fails(limit):
             body = click.unstyle("\n".join(text(result.path.stem, result.difference)))
             message = result.difference.findings[0]
             failure = ElementTree.SubElement(case, "failure", message=f"{message.place}: {message.text}")
@@ -99,7 +100,8 @@ def check_lines(results: Iterable[Checked], style: str) -> Iterator[str]:
     """The report of a check, as "text" or "markdown"."""
     for result in results:
         if result.error:
-            yield f"{result.path}: cannot be made again: {result.error}"
+            heading = f"### `{result.path.stem}`\n\n" if style == "markdown" else ""
+            yield f"{heading}{result.path}: cannot be compared: {result.error}"
         elif style == "markdown":
             yield from markdown(result.path.stem, result.difference)
         else:
@@ -117,8 +119,11 @@ def _coloured(line: str) -> str:
 
 
 def _escaped(words: str) -> str:
-    """Markdown must not take what code has for its own marks."""
-    return words.replace("*", "\\*").replace("_", "\\_")
+    """Markdown must not take what code has for its own marks; between backticks it does not."""
+    parts = words.split("`")
+    return "`".join(
+        part if number % 2 else part.replace("*", "\\*").replace("_", "\\_") for number, part in enumerate(parts)
+    )
 
 
 def _first_line(message: str) -> str:

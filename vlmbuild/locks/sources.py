@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from vlmbuild.artifact.paths import MANIFEST_NAME
+from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.locks.making import Traced, lock_artifact, lock_traced, trace
@@ -43,21 +45,34 @@ def trace_source(source: str | Path, *, revision: str | None = None, progress: P
     return trace(found.config(), found.uri, progress)
 
 
-def diff(old: str | Path, new: str | Path, recipe: Recipe | None = None, *, kernels: bool = True) -> Difference:
+def diff(
+    old: str | Path,
+    new: str | Path,
+    recipe: Recipe | Callable[[Recipe], Recipe] | None = None,
+    *,
+    kernels: bool = True,
+) -> Difference:
     """What differs between two locks, artifacts or checkpoints, in any combination.
 
     Args:
         old, new: A lock file, an artifact, or what `vlmbuild.build` takes.
-        recipe: Of checkpoints; None takes that of the other side, so that an artifact is held against what would be built.
+        recipe: Of checkpoints, or what makes it from the other side's; None takes the other side's, so that an artifact is
+            held against what would be built.
         kernels: False leaves kernels out.
 
     Raises:
+        UsageError: Both sides have a recipe of their own, and one is given.
         VlmbuildError: As of reading a lock or an artifact, and of tracing a checkpoint.
     """
     sides = [_read(side, kernels) for side in (old, new)]
+    if recipe is not None and None not in sides:
+        raise UsageError(
+            "diff: locks and artifacts have recipes of their own. Give none, or compare with a checkpoint."
+        )
     known = next((side.recipe for side in sides if side is not None), Recipe())
+    of_checkpoints = known if recipe is None else recipe if isinstance(recipe, Recipe) else recipe(known)
     locks = [
-        side if side is not None else lock(source, recipe or known, kernels=kernels)
+        side if side is not None else lock(source, of_checkpoints, kernels=kernels)
         for side, source in zip(sides, (old, new), strict=True)
     ]
     return compare(locks[0], locks[1])

@@ -18,13 +18,14 @@ class Row(dict[str, Any]):
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """A TOML document. Tables, `Row`s, strings, integers, booleans and lists of strings; empty tables are left out."""
+    """A TOML document of tables, `Row`s, strings, integers, booleans and lists of strings. Empty tables within tables are
+    left out."""
     return "\n".join(_table(values, ())).strip() + "\n"
 
 
 def _table(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
     plain = {key: value for key, value in values.items() if not _is_table(value)}
-    if plain and path:
+    if path and (plain or (len(path) == 1 and not values)):
         yield ""
         yield f"[{'.'.join(map(_key, path))}]"
     for key, value in plain.items():

@@ -60,10 +60,7 @@ def stages_of(path: Path, progress: Progress | None = None) -> Staged:
     reader = ArtifactReader(path, verify=False)
     values: dict[str, Any] = json.loads(reader.read("config.json"))
     values.pop("quantization_config", None)
-    recipe = Recipe.from_mapping(
-        {key: tuple(value) if isinstance(value, list) else value for key, value in reader.manifest.recipe.items()},
-        str(path),
-    )
+    recipe = Recipe.from_mapping(reader.manifest.recipe, str(path))
     traced = trace(values, "artifact", progress)
     stages = {CAPTURED: traced.program}
     program = copy.deepcopy(traced.program)

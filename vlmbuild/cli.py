@@ -22,6 +22,7 @@ import click
 
 from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
+from vlmbuild.cli_run import run
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
 
@@ -126,6 +127,7 @@ def cli() -> None:
         vlmbuild plan   Qwen/Qwen2-VL-2B-Instruct --quantize nf4
         vlmbuild build  Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
         vlmbuild verify qwen2-vl-nf4
+        vlmbuild run    qwen2-vl-nf4 --image photo.jpg --prompt "What is in the picture?"
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 integrity, 4 trust, 5 incompatible, 130 and 143 interrupted.
@@ -305,3 +307,6 @@ def demo(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
     result = run_demo(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         click.echo(_json(asdict(result)))
+
+
+cli.add_command(run)

@@ -64,10 +64,10 @@ def _write_page(artifact: Path, html: Path) -> None:
 
 def _graph_file(artifact: Path, style: str) -> str:
     from vlmbuild.artifact.reader import ArtifactReader
-    from vlmbuild.locks.shapes import propagate_shapes
     from vlmbuild.pages.exchange import to_dot, to_model_explorer
     from vlmbuild.runtime.loader import read_program
+    from vlmbuild.shapes import annotate_shapes
 
     program = read_program(ArtifactReader(artifact, verify=False))
-    propagate_shapes(program)
+    annotate_shapes(program)
     return to_dot(program) if style == "dot" else json.dumps(to_model_explorer(program), indent=1) + "\n"

@@ -22,7 +22,6 @@ from vlmbuild.locks.canonical_order import canonical
 from vlmbuild.locks.cost import region_cost
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
-from vlmbuild.locks.shapes import propagate_shapes
 from vlmbuild.passes import passes_for
 from vlmbuild.pipeline import PassReport, PatternPass
 from vlmbuild.planner import announced_formats
@@ -30,6 +29,7 @@ from vlmbuild.program import Program, Region, Variant, returned_nodes
 from vlmbuild.quantization import decide
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.loader import read_program
+from vlmbuild.shapes import annotate_shapes
 from vlmbuild.source import Progress
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
@@ -122,7 +122,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     values = json.loads(reader.read("config.json"))
     values.pop("quantization_config", None)
     program = read_program(reader)
-    propagate_shapes(program)
+    annotate_shapes(program)
     recipe = Recipe.from_mapping(manifest.recipe, str(path))
     fusing, exact = _fusing_passes(recipe), {step.name for step in exact_passes(recipe)}
     passes = {

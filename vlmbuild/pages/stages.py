@@ -13,11 +13,11 @@ from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder import exact_passes
 from vlmbuild.graph_text import digest
 from vlmbuild.locks.making import Traced, trace
-from vlmbuild.locks.shapes import propagate_shapes
 from vlmbuild.pipeline import run
 from vlmbuild.program import Program, Region
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.loader import read_program
+from vlmbuild.shapes import annotate_shapes
 from vlmbuild.source import Progress
 
 CAPTURED, STORED = "captured", "stored"
@@ -68,7 +68,7 @@ def stages_of(path: Path, progress: Progress | None = None) -> Staged:
         run([step], program)
         stages[step.name] = copy.deepcopy(program)
     stored = read_program(reader)
-    propagate_shapes(stored)
+    annotate_shapes(stored)
     return Staged(reader.manifest, recipe, traced, {**stages, STORED: stored})
 
 

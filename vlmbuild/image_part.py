@@ -88,7 +88,7 @@ def divide_region(region: Region, places: frozenset[int]) -> Divided | None:
     activations = region.placeholders()[len(region.slots) :]
     if not 0 < len(places) < len(activations):
         return None
-    whole = set(_follow(region, {activations[place] for place in places}, set(activations)))
+    whole = dict.fromkeys(_follow(region, {activations[place] for place in places}, set(activations)))  # in graph order
     readers = {node: [user for user in node.users if user not in whole] for node in whole}
     crossing = tuple(node for node, users in readers.items() if users and not _is_size(node))
     if not crossing:

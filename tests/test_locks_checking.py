@@ -172,7 +172,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_p
         (("check", "{tmp}"), 2, "holds no lock"),
         (("check", "{tmp}/missing.lock"), 2, "holds no lock"),
         (("diff", str(ONE), str(ONE), "--quantize", "nf4"), 2, "have recipes of their own"),
-        (("inspect", "qwen2-vl-digits", "--json", "--format", "dot"), 2, "Give one of them"),
+        (("inspect", "art", "--html", "x.html", "--format", "dot"), 2, "Give one of them"),
         (("check",), 2, "LOCKS"),
         (("diff", "{tmp}/missing.lock", "qwen2-vl-digits"), 2, "cannot be read"),
         (("lock", "qwen2-vl-digits"), 2, "--output"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmbuild.ops import linear_4bit_triton
 from vlmbuild.ops._triton import Launch
 from vlmbuild.ops.attention import Masks
-from vlmbuild.ops.attention_triton import backward_launches, forward_launch, one_row_launches
+from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
 from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
 from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
 from vlmbuild.ops.mrope_triton import rotate_launch
@@ -99,12 +99,13 @@ def attention_launches(dim: int, mode: str, dtype: torch.dtype, target: int) -> 
     out, logsumexp = _meta(1, _ROWS, 8, dim, dtype=dtype), _meta(1, 8, _ROWS, dtype=torch.float32)
     grads = (_meta(*query.shape, dtype=dtype), *(_meta(*key.shape, dtype=dtype) for _ in range(2)))
     causal = "causal" in mode
-    return (
-        forward_launch(query, key, value, masks, out, logsumexp, causal, 0.125, target),
+    launches = (
+        *forward_launches(query, key, value, masks, out, logsumexp, causal, 0.125, target),
         *backward_launches(
             out, query, key, value, masks, out, logsumexp, logsumexp, grads, causal, 0.125, target
         ),
     )  # fmt: skip
+    return tuple(launch for launch in launches if "GQA" in launch.constants)  # not those that make masks ready
 
 
 def linear_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | None = None) -> Launch:

@@ -69,7 +69,7 @@ def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tupl
 
 
 def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    from vlmbuild.ops.attention_triton import backward_launches, forward_launch
+    from vlmbuild.ops.attention_triton import backward_launches, forward_launches
 
     *masks, causal, scale = rest
     batch, heads, length, dim = query.shape
@@ -78,7 +78,7 @@ def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, t
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     seen = Masks(*masks)
     return (
-        forward_launch(query, key, value, seen, out, logsumexp, causal, scale, target),
+        *forward_launches(query, key, value, seen, out, logsumexp, causal, scale, target),
         *backward_launches(out, query, key, value, seen, out, logsumexp, logsumexp, grads, causal, scale, target),
     )
 

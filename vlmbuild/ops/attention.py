@@ -94,41 +94,6 @@ def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return start.to(torch.int32), end.to(torch.int32)
 
 
-def group_keys(key_groups: Tensor, many: int) -> tuple[Tensor, Tensor]:
-    """First and last-plus-one key of each of `many` groups, int64 `[many]`; (T, 0) of one without keys."""
-    groups, keys = key_groups.to(torch.int64), torch.arange(key_groups.shape[0], device=key_groups.device)
-    unseen = groups.new_full((many,), groups.shape[0])
-    first = unseen.scatter_reduce(0, groups, keys, "amin")
-    return first, torch.zeros_like(unseen).scatter_reduce(0, groups, keys + 1, "amax")
-
-
-def group_ranges(key_groups: Tensor, visible_groups: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """First and last-plus-one key that a row sees, `[S]`, and first and last-plus-one row that sees a key, `[T]`; int32.
-    (first, last + 1) with last < first where there is none."""
-    visible, groups = visible_groups != 0, key_groups.to(torch.int64)
-    rows = torch.arange(visible.shape[0], device=groups.device)
-    first_key, last_key = group_keys(groups, visible.shape[1])
-    starts = torch.where(visible, first_key, groups.shape[0]).amin(1)
-    ends = torch.where(visible, last_key, 0).amax(1)
-    first_row = torch.where(visible, rows[:, None], visible.shape[0]).amin(0)[groups]
-    last_row = torch.where(visible, rows[:, None] + 1, 0).amax(0)[groups]
-    return (starts.int(), ends.int()), (first_row.int(), last_row.int())
-
-
-def group_words(key_groups: Tensor, visible_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups as bits of 32-bit words, group g as bit g % 32 of word g // 32: what every row sees, int32 `[words, S]`, and the
-    first and last-plus-one key of each word's groups, int32 `[words]`."""
-    length, groups = visible_groups.shape
-    words = max(1, -(-groups // 32))
-    bits = torch.nn.functional.pad((visible_groups != 0).to(torch.int64), (0, 32 * words - groups))
-    place = torch.arange(32, device=visible_groups.device)
-    # The top bit is the sign, so that 32 bits stay 32 bits.
-    value = torch.where(place == 31, -(2**31), 1 << place)
-    packed = (bits.view(length, words, 32) * value).sum(2).T.to(torch.int32).contiguous()
-    first, last = group_keys(key_groups, 32 * words)
-    return packed, first.view(words, 32).amin(1).int(), last.view(words, 32).amax(1).int()
-
-
 def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: torch.device) -> Tensor:
     """Boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of what the operator's arguments say."""
     i = torch.arange(length, device=device).unsqueeze(1)

@@ -28,7 +28,7 @@ from vlmbuild.ops.attention_kernels import (
 @triton.jit  # type: ignore[untyped-decorator]
 def _pass_keys(  # type: ignore[no-untyped-def]
     q, q_tail, do, do_tail, lse, row_delta, dq, dq_tail, key, value, key_mask, key_groups, visible_bits,
-    word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+    group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
     rows, row_ok, start, end, low, high, first, below, gap, blocks, word, words, length, keys, scale,
     DIM: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr,
     EDGE: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
@@ -37,7 +37,7 @@ def _pass_keys(  # type: ignore[no-untyped-def]
     next_key = first
     last_key = first
     if GROUPED:
-        next_key, last_key = word_keys(word_starts, word_ends, word, low, high, keys, KEYS)
+        next_key, last_key = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
     for number in range(blocks):
         first_key = next_key if GROUPED else first + number * KEYS
         if EDGE and not GROUPED:
@@ -68,14 +68,14 @@ def _pass_keys(  # type: ignore[no-untyped-def]
             dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
         if GROUPED:
             next_key, last_key, word = next_block(
-                next_key, last_key, word, word_starts, word_ends, words, low, high, keys, KEYS
+                next_key, last_key, word, group_starts, group_ends, words, low, high, keys, KEYS
             )
     return dq, dq_tail
 
 
 @triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
 def grad_query_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, key_groups, visible_bits, word_starts, word_ends, starts, ends,
+    query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends,
     out, logsumexp, grad, delta, grad_query,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
@@ -117,11 +117,11 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
     low, high, whole_low, whole_high = span(start, end, row_ok, KEYS, not (MASKED or GROUPED))
     if GROUPED:
         word, blocks = word_span(
-            visible_bits, word_starts, word_ends, words, rows, row_ok, low, high, length, keys, KEYS
+            visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, KEYS
         )
         dq, dq_tail = _pass_keys(
             q, q_tail, do, do_tail, lse, row_delta, dq, dq_tail, key, value, key_mask, key_groups, visible_bits,
-            word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+            group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
             rows, row_ok, start, end, low, high, low, 0, 0, blocks, word, words, length, keys, scale,
             DIM, LANES, TAIL, KEYS, True, False, True, PRECISION,
         )  # fmt: skip
@@ -130,14 +130,14 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
             blocks = (whole_high - whole_low) // KEYS
             dq, dq_tail = _pass_keys(
                 q, q_tail, do, do_tail, lse, row_delta, dq, dq_tail, key, value, key_mask, key_groups, visible_bits,
-                word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+                group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
                 rows, row_ok, start, end, low, high, whole_low, 0, 0, blocks, 0, words, length, keys, scale,
                 DIM, LANES, TAIL, KEYS, False, False, False, PRECISION,
             )  # fmt: skip
         below, edges = edge_blocks(low, high, whole_low, whole_high, KEYS)
         dq, dq_tail = _pass_keys(
             q, q_tail, do, do_tail, lse, row_delta, dq, dq_tail, key, value, key_mask, key_groups, visible_bits,
-            word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+            group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
             rows, row_ok, start, end, low, high, low, below, whole_high - whole_low, edges, 0, words, length, keys, scale,
             DIM, LANES, TAIL, KEYS, True, MASKED, False, PRECISION,
         )  # fmt: skip
@@ -235,7 +235,10 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     col_ok = in_range
     if MASKED:
         col_ok = tl.load(key_mask + batch * mask_batch + cols * mask_key, mask=in_range, other=0) != 0
-    start, end = key_bounds(starts, ends, cols, in_range, length, keys, KEYS, RANGED, CAUSAL)
+    group = cols
+    if GROUPED:
+        group = tl.load(key_groups + cols, mask=in_range, other=-1)
+    start, end = key_bounds(starts, ends, group, in_range, cols, length, keys, KEYS, RANGED, CAUSAL)
     low, high, whole_low, whole_high = span(start, end, in_range, ROWS, not (MASKED or GROUPED))
     head = kv_head * GQA
     query += batch * query_batch + head * query_head
@@ -244,7 +247,6 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     delta += (batch * heads + head) * length
     below, edges = edge_blocks(low, high, whole_low, whole_high, ROWS)
     if GROUPED:
-        group = tl.load(key_groups + cols, mask=in_range, other=-1)
         first_word = tl.min(tl.where(in_range, group, 2147483647), 0) >> 5
         span_words = (tl.max(group, 0) >> 5) - first_word + 1
         dk, dk_tail, dv, dv_tail = _pass_rows(

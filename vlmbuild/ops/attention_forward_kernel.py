@@ -26,7 +26,7 @@ from vlmbuild.ops.attention_kernels import (
 @triton.jit  # type: ignore[untyped-decorator]
 def pass_keys(  # type: ignore[no-untyped-def]
     q, q_tail, top, total, mixed, mixed_tail, key, value, key_mask, key_groups, visible_bits,
-    word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+    group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
     rows, row_ok, start, end, low, high, first, below, gap, blocks, word, words, length, keys, scale,
     DIM: tl.constexpr, LANES: tl.constexpr, TAIL: tl.constexpr, KEYS: tl.constexpr,
     EDGE: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,7 +35,7 @@ def pass_keys(  # type: ignore[no-untyped-def]
     next_key = first
     last_key = first
     if GROUPED:
-        next_key, last_key = word_keys(word_starts, word_ends, word, low, high, keys, KEYS)
+        next_key, last_key = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
     for number in range(blocks):
         first_key = next_key if GROUPED else first + number * KEYS
         if EDGE and not GROUPED:
@@ -72,14 +72,14 @@ def pass_keys(  # type: ignore[no-untyped-def]
         top = new_top
         if GROUPED:
             next_key, last_key, word = next_block(
-                next_key, last_key, word, word_starts, word_ends, words, low, high, keys, KEYS
+                next_key, last_key, word, group_starts, group_ends, words, low, high, keys, KEYS
             )
     return top, total, mixed, mixed_tail
 
 
 @triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, key_groups, visible_bits, word_starts, word_ends, starts, ends, out, logsumexp,
+    query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends, out, logsumexp,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
     value_batch, value_head, value_row, value_lane,
@@ -111,11 +111,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([ROWS], tl.float32)
     if GROUPED:
         word, blocks = word_span(
-            visible_bits, word_starts, word_ends, words, rows, row_ok, low, high, length, keys, KEYS
+            visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, KEYS
         )
         top, total, mixed, mixed_tail = pass_keys(
             q, q_tail, top, total, mixed, mixed_tail, key, value, key_mask, key_groups, visible_bits,
-            word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+            group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
             rows, row_ok, start, end, low, high, low, 0, 0, blocks, word, words, length, keys, scale,
             DIM, LANES, TAIL, KEYS, True, False, True, PRECISION,
         )  # fmt: skip
@@ -124,14 +124,14 @@ def forward_kernel(  # type: ignore[no-untyped-def]
             blocks = (whole_high - whole_low) // KEYS
             top, total, mixed, mixed_tail = pass_keys(
                 q, q_tail, top, total, mixed, mixed_tail, key, value, key_mask, key_groups, visible_bits,
-                word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+                group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
                 rows, row_ok, start, end, low, high, whole_low, 0, 0, blocks, 0, words, length, keys, scale,
                 DIM, LANES, TAIL, KEYS, False, False, False, PRECISION,
             )  # fmt: skip
         below, edges = edge_blocks(low, high, whole_low, whole_high, KEYS)
         top, total, mixed, mixed_tail = pass_keys(
             q, q_tail, top, total, mixed, mixed_tail, key, value, key_mask, key_groups, visible_bits,
-            word_starts, word_ends, key_row, key_lane, value_row, value_lane, mask_key,
+            group_starts, group_ends, key_row, key_lane, value_row, value_lane, mask_key,
             rows, row_ok, start, end, low, high, low, below, whole_high - whole_low, edges, 0, words, length, keys, scale,
             DIM, LANES, TAIL, KEYS, True, MASKED, False, PRECISION,
         )  # fmt: skip

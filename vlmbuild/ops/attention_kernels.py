@@ -61,12 +61,12 @@ def row_bounds(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def key_bounds(  # type: ignore[no-untyped-def]
-    starts, ends, cols, col_ok, length, keys, KEYS: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
+    starts, ends, place, col_ok, cols, length, keys, KEYS: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Rows [start, end) that may see each key of a block."""
+    """Rows [start, end) that may see each key of a block; `place` is where they stand: at the key, or at its group."""
     if RANGED:
-        start = tl.load(starts + cols, mask=col_ok, other=0)
-        end = tl.load(ends + cols, mask=col_ok, other=0)
+        start = tl.load(starts + place, mask=col_ok, other=0)
+        end = tl.load(ends + place, mask=col_ok, other=0)
     else:
         start = tl.zeros([KEYS], tl.int32)
         end = tl.zeros([KEYS], tl.int32) + length
@@ -109,15 +109,17 @@ def group_bit(group, word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def word_keys(word_starts, word_ends, word, low, high, keys, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+def word_keys(group_starts, group_ends, word, low, high, keys, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Keys [first, last) of a word's groups inside of [low, high), first in blocks of KEYS: one block at least."""
-    first = tl.minimum(tl.maximum(low, tl.load(word_starts + word)) // KEYS * KEYS, keys)
-    return first, tl.maximum(tl.minimum(high, tl.load(word_ends + word)), first + 1)
+    groups = word * 32 + tl.arange(0, 32)
+    first = tl.maximum(low, tl.min(tl.load(group_starts + groups), 0))
+    first = tl.minimum(first // KEYS * KEYS, keys)
+    return first, tl.maximum(tl.minimum(high, tl.max(tl.load(group_ends + groups), 0)), first + 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def word_span(  # type: ignore[no-untyped-def]
-    visible_bits, word_starts, word_ends, words, rows, row_ok, low, high, length, keys, KEYS: tl.constexpr
+    visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, KEYS: tl.constexpr
 ):
     """The first word of groups that a block of rows sees, and how many blocks of keys the words up to the last one have."""
     first_word = words
@@ -129,7 +131,7 @@ def word_span(  # type: ignore[no-untyped-def]
             last_word = word
     blocks = 0
     for word in range(first_word, last_word + 1):
-        first, last = word_keys(word_starts, word_ends, word, low, high, keys, KEYS)
+        first, last = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
         blocks += tl.cdiv(last - first, KEYS)
     return tl.minimum(first_word, words - 1), blocks
 
@@ -152,11 +154,11 @@ def seen_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def next_block(  # type: ignore[no-untyped-def]
-    first_key, last_key, word, word_starts, word_ends, words, low, high, keys, KEYS: tl.constexpr
+    first_key, last_key, word, group_starts, group_ends, words, low, high, keys, KEYS: tl.constexpr
 ):
     """The block of keys after this one: of the same word, or the first of the next."""
     first_key += KEYS
     if first_key >= last_key:
         word = tl.minimum(word + 1, words - 1)
-        first_key, last_key = word_keys(word_starts, word_ends, word, low, high, keys, KEYS)
+        first_key, last_key = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
     return first_key, last_key, word

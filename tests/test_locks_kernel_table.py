@@ -12,7 +12,9 @@ import torch
 from vlmbuild.locks.document import Kernels
 from vlmbuild.locks.kernel_difference import THRESHOLD, kernel_findings
 from vlmbuild.locks.kernel_table import TARGETS, kernel_table
+from vlmbuild.quant_spec import QuantSpec
 
+ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
 triton = pytest.importorskip("triton", reason="triton is Linux only")
 
 
@@ -23,13 +25,14 @@ def table(pristine_program):
 
 def test_every_kernel_is_compiled_for_every_target(table):
     names = {label.split()[0] for label in table.table}
-    assert names == {"forward_kernel", "grad_query_kernel", "grad_key_kernel", "rotate_kernel"}
+    assert names == {*ATTENTION, "rotate_kernel", "cross_entropy_kernel"}
     for label, kernel in table.table.items():
         assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
         for row in kernel.targets.values():
             assert 16 <= row["registers"] <= 255
             assert row["cubin"] > 1000
-            assert (row["tensor_core"] == "none") == label.startswith("rotate_kernel")
+            assert row["spilled"] == 0
+            assert (row["tensor_core"] != "none") == label.startswith(ATTENTION)
     forward = next(kernel for label, kernel in table.table.items() if label.startswith("forward") and "CAUSAL" in label)
     assert [forward.targets[f"sm_{target}"]["tensor_core"] for target in TARGETS] == ["mma", "wgmma", "tcgen05"]
     assert forward.regions == ("language_model.layers",)
@@ -37,7 +40,24 @@ def test_every_kernel_is_compiled_for_every_target(table):
 
 def test_sdpa_launches_no_attention_kernel(pristine_program):
     program = tiny.build(pristine_program, attention="sdpa")
-    assert {label.split()[0] for label in kernel_table(program, torch.bfloat16).table} == {"rotate_kernel"}
+    table = kernel_table(program, torch.bfloat16).table
+    assert {label.split()[0] for label in table} == {"rotate_kernel", "cross_entropy_kernel"}
+
+
+def test_a_quantized_program_launches_the_4bit_kernels(pristine_program):
+    program = tiny.build(pristine_program, quantize=QuantSpec())
+    found = {
+        label: kernel for label, kernel in kernel_table(program, torch.bfloat16).table.items() if "BLOCKSIZE" in label
+    }
+    names = {label.split()[0] for label in found}
+    assert names == {"linear_kernel", "vector_kernel", "grad_input_kernel", "dequantize_kernel"}
+    assert not any(row["spilled"] for kernel in found.values() for row in kernel.targets.values())
+
+
+def test_kernels_are_compiled_once_for_all_sizes(table):
+    """The program is run with large and with small sizes, none of them a multiple of 16: had one been compiled for a size,
+    there would be a second one with the same constants."""
+    assert not [label for label in table.table if "#" in label]
 
 
 def test_a_kernel_that_has_too_few_registers_spills(pristine_program, table):
@@ -45,8 +65,8 @@ def test_a_kernel_that_has_too_few_registers_spills(pristine_program, table):
     from vlmbuild.locks.kernel_table import compile_launch
 
     program = tiny.build(pristine_program, attention="triton")
-    launch = next(launch for _, launch in launches(program, torch.bfloat16) if "forward" in launch.kernel.__name__)
-    row = compile_launch(launch._replace(constants=launch.constants | {"maxnreg": 64}), 90)
+    launch = next(found for *_, found in launches(program, torch.bfloat16, (90,)) if "forward" in found.kernel.__name__)
+    row = compile_launch(launch._replace(tile=launch.tile | {"maxnreg": 64}), 90)
     assert row["spilled"] > 0
     label = next(label for label in table.table if label.startswith("forward"))
     kernel = table.table[label]
@@ -114,9 +134,9 @@ def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):
     from vlmbuild.locks.kernel_table import _signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
-    for _, launch in launches(tiny.build(pristine_program, attention="triton"), torch.bfloat16):
+    for *_, launch in launches(tiny.build(pristine_program, attention="triton"), torch.bfloat16, TARGETS):
         kernel = launch.kernel
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-        bound, specialization, options = binder(*launch.arguments, **launch.constants, debug=False)
+        bound, specialization, options = binder(*launch.arguments, **launch.constants, **launch.tile, debug=False)
         _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
         assert _signature(launch) == (signature, constants, {key: value for key, value in attributes.items() if value})

@@ -13,7 +13,6 @@ from torch.library import opcheck
 
 import vlmbuild.ops  # noqa: F401
 from vlmbuild.errors import DeviceError, UsageError
-from vlmbuild.ops.attention import Masks, allowed_keys, group_ranges
 from vlmbuild.ops.attention_sdpa import runs
 
 OPS = torch.ops.vlmbuild
@@ -123,20 +122,6 @@ def test_a_query_depends_on_every_group_that_it_sees_and_on_no_other() -> None:
         after = OPS.attention_auto(query, key, changed, None, None, key_groups, visible, False, SCALE)
         moved = (after != before).any(-1).any(-1)[0]
         assert torch.equal(moved, visible[:, group])
-
-
-def test_ranges_bound_what_groups_say() -> None:
-    for case in GROUPS:
-        key_groups, visible = groups_of(case)
-        rows, keys = group_ranges(key_groups, visible)
-        dense = allowed_keys(
-            len(visible), len(key_groups), Masks(None, None, key_groups, visible), False, torch.device("cpu")
-        )
-        dense = dense[0, 0]
-        for (start, end), seen in ((rows, dense), (keys, dense.T)):
-            for first, last, row in zip(start.tolist(), end.tolist(), seen, strict=True):
-                where = row.nonzero().flatten().tolist()
-                assert (first, last) == (where[0], where[-1] + 1) if where else first >= last
 
 
 @given(

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).parent / "gpu" / "test_kernels.py"
+CHECKS = Path(__file__).parent / "gpu"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_kernels.py runs the kernels on the GPU itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU itself")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is Linux only")
     done = subprocess.run(

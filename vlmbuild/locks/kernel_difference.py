@@ -85,6 +85,8 @@ def _row(
             "cost" if lost else "cosmetic",
             f"{'loses its' if lost else 'has a new'} tensor-core path on {target}: {change}",
         )
+    if after["tile"] != before["tile"]:
+        yield "cosmetic", f"takes another tile on {target}: {before['tile']} → {after['tile']}"
     for figure, words in _FIGURES.items():
         if after[figure] != before[figure]:
             worse = after[figure] > before[figure] * (1 + THRESHOLD)

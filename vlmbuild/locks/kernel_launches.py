@@ -6,7 +6,7 @@ once, since a launcher may choose its blocks by them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,21 +25,26 @@ _OPS = torch.ops.vlmbuild
 _ATTENTION = (_OPS.attention_triton.default, _OPS.attention_auto.default)
 
 
-def launches(program: Program, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """(region, launch) of a finished program with shapes, in order; needs triton.
+def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> Iterator[tuple[str, int, Launch]]:
+    """(region, target, launch) of a finished program with shapes, in order; needs triton.
 
     Args:
         program: After the passes.
         dtype: The compute dtype.
+        targets: Compute capabilities, 90 for sm_90: tiles depend on them.
     """
     for name, region in program.regions.items():
         for sizes in (_LARGE, _SMALL):
             recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
             with torch.no_grad():
                 recorder.run(*_tensors(region, sizes, dtype))
-            for target, arguments in recorder.calls:
-                for launch in _launches_of(target, arguments):
-                    yield name, launch
+            for operator, arguments in recorder.calls:
+                for target in targets:
+                    for launch in _launches_of(operator, arguments, target):
+                        yield name, target, launch
+    for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
+        for target in targets:
+            yield head, target, _loss_launch(program.regions[head], dtype)
 
 
 class _Recorder(Interpreter):
@@ -50,19 +55,21 @@ class _Recorder(Interpreter):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (*_ATTENTION, _OPS.mrope_rotate.default):
+        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default):
             self.calls.append((target, args))
         return super().call_function(target, args, kwargs)
 
 
-def _launches_of(target: Any, arguments: tuple[Any, ...]) -> tuple[Launch, ...]:
-    if target in _ATTENTION:
-        return _attention_launches(*arguments)
+def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tuple[Launch, ...]:
+    if operator in _ATTENTION:
+        return _attention_launches(*arguments, target=target)
+    if operator is _OPS.linear_4bit.default:
+        return _linear_launches(*arguments, target=target)
     return _rotate_launches(*arguments)
 
 
-def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Launch, ...]:
-    from vlmbuild.ops.attention_triton import backward_launches, forward_launch
+def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
+    from vlmbuild.ops.attention_triton import backward_launches, forward_launches
 
     *masks, causal, scale = rest
     batch, heads, length, dim = query.shape
@@ -71,8 +78,8 @@ def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     seen = Masks(*masks)
     return (
-        forward_launch(query, key, value, seen, out, logsumexp, causal, scale),
-        *backward_launches(out, query, key, value, seen, out, logsumexp, logsumexp, grads, causal, scale),
+        *forward_launches(query, key, value, seen, out, logsumexp, causal, scale, target),
+        *backward_launches(out, query, key, value, seen, out, logsumexp, logsumexp, grads, causal, scale, target),
     )
 
 
@@ -83,8 +90,36 @@ def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
     grads = (query.new_empty(query.shape), key.new_empty(key.shape))
     return (
         rotate_launch(query, key, cos, sin, torch.empty_like(query), torch.empty_like(key)),
-        rotate_launch(*grads, cos, -sin, torch.empty_like(grads[0]), torch.empty_like(grads[1])),
+        rotate_launch(*grads, cos, sin, torch.empty_like(grads[0]), torch.empty_like(grads[1]), back=True),
     )
+
+
+def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
+    """Every kernel that the layer launches for some number of rows, and its backward; none where torch's are used."""
+    from vlmbuild.ops import linear_4bit_triton as kernels
+    from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
+
+    *buffers, bias = rest[:5]
+    geometry = rest[5:]
+    if not kernels.fits(geometry, input.dtype):
+        return ()
+    weight = input.new_empty((geometry[1], geometry[0]), dtype=geometry[4])
+    found = [kernels.dequantize_launch(tuple(buffers), weight, geometry)]
+    for rows in (1, *ROW_SIDES):
+        x, out = input.new_empty((rows, geometry[0])), input.new_empty((rows, geometry[1]))
+        found.append(kernels.linear_launch(x, tuple(buffers), bias, out, geometry, target))
+        if rows > 1:
+            found.append(kernels.grad_input_launch(out, tuple(buffers), x, geometry, target))
+    return tuple(found)
+
+
+def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:
+    """Of the loss, which is taken outside of the graph."""
+    from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
+
+    logits = torch.empty((_LARGE[0], head.results()[0].meta["val"].shape[-1]), dtype=dtype, device="meta")
+    targets = logits.new_empty(logits.shape[:1], dtype=torch.int64)
+    return cross_entropy_launch(logits, targets, logits.new_empty(targets.shape, dtype=torch.float32), logits)
 
 
 def _tensors(region: Region, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -54,68 +55,73 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
         return Kernels("TRITON_INTERPRET is set, and interpreted kernels are not compiled")
     labels: dict[tuple[Any, ...], str] = {}
     regions: dict[str, dict[str, None]] = {}
-    chosen: dict[str, Launch] = {}
-    for region, launch in launches(program, dtype):
-        key = _key(launch)
-        if key not in labels:
-            labels[key] = _label(launch, chosen)
-            chosen[labels[key]] = launch
-        regions.setdefault(labels[key], {})[region] = None
-    rows = _compile_all(
-        {(*key, target): (chosen[label], target) for key, label in labels.items() for target in TARGETS}
-    )
-    keys = {label: key for key, label in labels.items()}
+    chosen: dict[tuple[str, int], Launch] = {}
+    for region, target, launch in launches(program, dtype, TARGETS):
+        meaning = _meaning(launch)
+        label = labels.setdefault(meaning, _label(launch, labels.values()))
+        regions.setdefault(label, {})[region] = None
+        chosen.setdefault((label, target), launch)
+    rows = _compile_all({place: (launch, place[1]) for place, launch in chosen.items()})
     return Kernels(
         table={
-            label: LockedKernel(
-                tuple(regions[label]), {f"sm_{target}": rows[*keys[label], target] for target in TARGETS}
-            )
-            for label in sorted(keys)
+            label: LockedKernel(tuple(regions[label]), {f"sm_{target}": rows[label, target] for target in TARGETS})
+            for label in sorted(regions)
         }
     )
 
 
-def _compile_all(wanted: dict[tuple[Any, ...], tuple[Launch, int]]) -> dict[tuple[Any, ...], Row]:
+def _compile_all(wanted: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], Row]:
     """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels."""
     import triton  # type: ignore[import-untyped]
 
-    missing = {key: task for key, task in wanted.items() if key not in _compiled}
+    keys = {place: _key(*task) for place, task in wanted.items()}
+    missing = {keys[place]: task for place, task in wanted.items() if keys[place] not in _compiled}
     with triton.knobs.compilation.scope(), ThreadPoolExecutor(available_cores()) as pool:
         triton.knobs.compilation.disable_line_info = True  # it names files, and sizes must not depend on where they lie
         _compiled.update(zip(missing, pool.map(lambda task: compile_launch(*task), missing.values()), strict=True))
-    return {key: _compiled[key] for key in wanted}
+    return {place: _compiled[key] for place, key in keys.items()}
 
 
-def _label(launch: Launch, taken: dict[str, Any]) -> str:
-    """ "forward_kernel bf16 GQA=6 DIM=128 ... 8 warps"; a number tells apart what differs in strides only."""
+def _label(launch: Launch, taken: Iterable[str]) -> str:
+    """ "forward_kernel bf16 GQA=6 DIM=128 ... CAUSAL"; a number tells apart what differs in strides only."""
     dtype = _POINTERS[launch.arguments[0].dtype].removeprefix("*")
     parts = [launch.kernel.__name__.strip("_"), dtype]
     for name, value in launch.constants.items():
-        if isinstance(value, bool) and name not in _OPTIONS:
-            parts += [name] if value else []
+        if isinstance(value, bool):
+            parts += [name] if value and name not in _OPTIONS else []
         elif name not in _OPTIONS:
             parts.append(f"{name}={value}")
-    parts.append(f"{launch.constants['num_warps']} warps")
     label = " ".join(parts)
     same = sum(other == label or other.startswith(f"{label} #") for other in taken)
     return f"{label} #{same + 1}" if same else label
 
 
-def _key(launch: Launch) -> tuple[Any, ...]:
-    """What decides the machine code: the kernel's source, its constants, and what is known of each argument."""
-    return (launch.kernel.cache_key, *map(_specialized, launch.arguments), *sorted(launch.constants.items()))
+def _meaning(launch: Launch) -> tuple[Any, ...]:
+    """What decides the machine code, but for the tile: the kernel's source, its constants, and what is known of each
+    argument."""
+    known = map(_specialized, launch.arguments, _may_specialize(launch))
+    return (launch.kernel.cache_key, *known, *sorted(launch.constants.items()))
 
 
-def _specialized(argument: Any) -> str:
+def _key(launch: Launch, target: int) -> tuple[Any, ...]:
+    return (*_meaning(launch), *sorted(launch.tile.items()), target)
+
+
+def _may_specialize(launch: Launch) -> Iterator[bool]:
+    """Whether Triton compiles a kernel for the value of each argument."""
+    return (not parameter.do_not_specialize for parameter in launch.kernel.params)
+
+
+def _specialized(argument: Any, may: bool) -> str:
     """Type of an argument, and what Triton's launcher compiles a kernel for: integers that are 1 or multiples of 16."""
     if isinstance(argument, torch.Tensor):
         return _POINTERS[argument.dtype]
     if isinstance(argument, float):
         return "fp32"
-    if argument == 1:
-        return "1"
     kind = "i32" if argument < 2**31 else "i64"
-    return f"{kind} aligned" if argument % _ALIGNMENT == 0 else kind
+    if argument == 1 and may:
+        return "1"
+    return f"{kind} aligned" if argument % _ALIGNMENT == 0 and may else kind
 
 
 def compile_launch(launch: Launch, target: int) -> Row:
@@ -129,12 +135,13 @@ def compile_launch(launch: Launch, target: int) -> Row:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 
     source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
-    options = {name: value for name, value in launch.constants.items() if name in _OPTIONS}
+    options = {name: value for name, value in (launch.constants | launch.tile).items() if name in _OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     units = [name for name, pattern in _TENSOR_CORE.items() if re.search(pattern, ptx)]
     return {
+        "tile": _tile_text(launch),
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
@@ -143,16 +150,23 @@ def compile_launch(launch: Launch, target: int) -> Row:
     }
 
 
+def _tile_text(launch: Launch) -> str:
+    """ "ROWS=128 KEYS=64, 8 warps, 2 stages"."""
+    sides = " ".join(f"{name}={value}" for name, value in launch.tile.items() if name not in _OPTIONS)
+    return f"{sides}, {launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
+
+
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
     """Types of all parameters, values of the constant ones, and alignment: as Triton's launcher has them."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for place, name in enumerate(launch.kernel.arg_names):
+    fixed = launch.constants | launch.tile
+    for place, (name, may) in enumerate(zip(launch.kernel.arg_names, _may_specialize(launch), strict=True)):
         if place >= len(launch.arguments):
-            signature[name], constants[place,] = "constexpr", launch.constants[name]
+            signature[name], constants[place,] = "constexpr", fixed[name]
             continue
-        known = _specialized(launch.arguments[place])
+        known = _specialized(launch.arguments[place], may)
         if known == "1":
             signature[name], constants[place,] = "constexpr", 1
             continue

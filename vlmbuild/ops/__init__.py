@@ -29,5 +29,6 @@ OPERATORS: tuple[str, ...] = (
     "vlmbuild::lora_backward",
     "vlmbuild::mrope_cos_sin",
     "vlmbuild::mrope_rotate",
+    "vlmbuild::mrope_rotate_backward",
 )
 """Every registered operator, by qualified name: what a loaded graph may call besides torch's own."""

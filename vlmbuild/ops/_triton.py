@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from vlmbuild.errors import DeviceError
 
 # Decided by TRITON_INTERPRET when triton is first imported; the interpreter runs kernels on CPU tensors.
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+
+OLDEST = 80
+"""The least compute capability that kernels are made for: bfloat16 on tensor cores, asynchronous copies."""
 
 
 def require_device(operator: str, tensor: Tensor) -> None:
@@ -28,20 +32,30 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 class Launch(NamedTuple):
-    """A launch of a kernel, to be run or only compiled (`vlmbuild.kernel_table`).
+    """A launch of a kernel, to be run or only compiled (`vlmbuild.locks.kernel_table`).
 
     Attributes:
         kernel: The Triton function.
         grid: Programs in each dimension.
         arguments: Tensors and numbers, in order.
-        constants: Compile-time constants and compiler options, by name.
+        constants: Compile-time constants that say what is computed, by name.
+        tile: Those that say how: sides of tiles and compiler options. They depend on the GPU.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    tile: dict[str, Any]
 
     def run(self) -> None:
         """Launch it on the current device."""
-        self.kernel[self.grid](*self.arguments, **self.constants)
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.tile)
+
+
+def target_of(tensor: Tensor) -> int:
+    """The compute capability of the tensor's GPU, 90 for sm_90; the oldest one for the interpreter."""
+    if not tensor.is_cuda:
+        return OLDEST
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor

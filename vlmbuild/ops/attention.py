@@ -94,21 +94,6 @@ def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return start.to(torch.int32), end.to(torch.int32)
 
 
-def group_ranges(key_groups: Tensor, visible_groups: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """First and last-plus-one key that a row sees, `[S]`, and first and last-plus-one row that sees a key, `[T]`; int32.
-    (first, last + 1) with last < first where there is none."""
-    visible, groups = visible_groups != 0, key_groups.to(torch.int64)
-    keys, rows = (torch.arange(n, device=groups.device) for n in (groups.shape[0], visible.shape[0]))
-    unseen = groups.new_full((visible.shape[1],), groups.shape[0])
-    first_key = unseen.scatter_reduce(0, groups, keys, "amin")
-    last_key = torch.zeros_like(unseen).scatter_reduce(0, groups, keys + 1, "amax")
-    starts = torch.where(visible, first_key, groups.shape[0]).amin(1)
-    ends = torch.where(visible, last_key, 0).amax(1)
-    first_row = torch.where(visible, rows[:, None], visible.shape[0]).amin(0)[groups]
-    last_row = torch.where(visible, rows[:, None] + 1, 0).amax(0)[groups]
-    return (starts.int(), ends.int()), (first_row.int(), last_row.int())
-
-
 def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: torch.device) -> Tensor:
     """Boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of what the operator's arguments say."""
     i = torch.arange(length, device=device).unsqueeze(1)

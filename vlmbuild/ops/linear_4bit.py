@@ -7,7 +7,6 @@ bitsandbytes' dynamic map, scaled per 256 and shifted by one offset.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,29 +15,12 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops import linear_4bit_cpu
+from vlmbuild.ops.linear_4bit_tables import code_4bit, code_8bit
 from vlmbuild.weight_format import BLOCK_SIZES, NESTED_BLOCKSIZE
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WEIGHT = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, ScalarType weight_dtype"
-
-
-@cache
-def code_4bit(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 float32 values of "nf4" or "fp4"."""
-    from bitsandbytes.functional import get_4bit_type
-
-    code: Tensor = get_4bit_type(quant_type, device=device)  # type: ignore[no-untyped-call]
-    return code
-
-
-@cache
-def code_8bit(device: torch.device) -> Tensor:
-    """The 256 float32 values that double-quantized scales index."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    code: Tensor = create_dynamic_map().to(device)  # type: ignore[no-untyped-call]
-    return code
 
 
 def check_weight(
@@ -186,6 +168,31 @@ def linear_4bit(
     return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
+@linear_4bit.register_kernel("cuda")
+def _(
+    input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
+    bias: Tensor | None, in_features: int, out_features: int, blocksize: int, quant_type: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_input(input, bias, in_features, out_features)
+    buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
+    check_weight(*buffers, *geometry, quant_type, weight_dtype)
+    if kernels := _triton(input.dtype, (*geometry, quant_type, weight_dtype)):
+        product: Tensor = kernels.linear_4bit_triton(input, buffers, bias, (*geometry, quant_type, weight_dtype))
+        return product
+    dense = _dequantize(*buffers, *geometry, quant_type, weight_dtype)
+    return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
+def _triton(dtype: torch.dtype, geometry: tuple[int, int, int, str, torch.dtype]) -> Any:
+    """The module of Triton kernels, or None where they do not take the layer or Triton is missing (it is Linux only)."""
+    try:
+        from vlmbuild.ops import linear_4bit_triton
+    except ModuleNotFoundError:
+        return None
+    return linear_4bit_triton if linear_4bit_triton.fits(geometry, dtype) else None
+
+
 @linear_4bit.register_fake
 def _(
     input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
@@ -211,6 +218,20 @@ def linear_4bit_backward(
     check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
     linear_4bit_cpu.forget(weight)
     dense = _dequantize(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
+    return (grad @ dense.to(grad.dtype)).contiguous()
+
+
+@linear_4bit_backward.register_kernel("cuda")
+def _(
+    grad: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
+    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
+    check_weight(*buffers, *geometry, quant_type, weight_dtype)
+    if kernels := _triton(grad.dtype, (*geometry, quant_type, weight_dtype)):
+        product: Tensor = kernels.grad_input_triton(grad, buffers, (*geometry, quant_type, weight_dtype))
+        return product
+    dense = _dequantize(*buffers, *geometry, quant_type, weight_dtype)
     return (grad @ dense.to(grad.dtype)).contiguous()
 
 

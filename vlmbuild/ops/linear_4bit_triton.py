@@ -1,85 +1,42 @@
-"""Triton kernels on 4-bit weights: dequantization, and a product that never writes the dequantized weight."""
+"""Launches the Triton kernels on 4-bit weights: what `vlmbuild::linear_4bit` and its backward run on a GPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.errors import UsageError
-from vlmbuild.ops._triton import INTERPRET, power_of_two, require_device
-from vlmbuild.ops.linear_4bit import check_weight, code_4bit, code_8bit
+from vlmbuild.ops._triton import INTERPRET, Launch, require_device, target_of
+from vlmbuild.ops.linear_4bit_kernels import dequantize_kernel, grad_input_kernel, linear_kernel, vector_kernel
+from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, PROGRAMS, ROW_SIDES, has_whole_units, unit_of
+from vlmbuild.ops.linear_4bit_tables import code_4bit, code_8bit
+from vlmbuild.ops.tiles import tile_of
+
+_DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+Buffers = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""weight, absmax, nested_absmax, nested_offset; see `vlmbuild.ops.linear_4bit.dequantize_4bit`."""
+Geometry = tuple[int, int, int, str, torch.dtype]
+"""in_features, out_features, blocksize, quant_type, weight_dtype."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _values(  # type: ignore[no-untyped-def]
-    weight, absmax, nested_absmax, nested_offset, code, nested_code, at, ok,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-):  # fmt: skip
-    """float32 weights at flat positions `at`: table value times the scale of its block."""
-    byte = tl.load(weight + at // 2, mask=ok, other=0).to(tl.int32)
-    nibble = tl.where(at % 2 == 0, byte >> 4, byte & 15)
-    value = tl.load(code + nibble)
-    block = at // BLOCKSIZE
-    scale = tl.load(absmax + block, mask=ok, other=0)
-    if NESTED:
-        outer = tl.load(nested_absmax + block // 256, mask=ok, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(nested_offset)
-    return value * scale
+def fits(geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Whether the kernels take a layer: its rows are whole units, and inputs are of 16 bits, which tensor cores multiply. The
+    interpreter cannot multiply bfloat16, but float32."""
+    in_features, _, blocksize, _, weight_dtype = geometry
+    if INTERPRET and torch.bfloat16 in (dtype, weight_dtype):
+        return False
+    known = dtype in (torch.float16, torch.bfloat16) or (INTERPRET and dtype == torch.float32)
+    return known and has_whole_units(in_features, blocksize)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _dequantize_kernel(  # type: ignore[no-untyped-def]
-    weight, absmax, nested_absmax, nested_offset, code, nested_code, out, size,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    ok = at < size
-    value = _values(weight, absmax, nested_absmax, nested_offset, code, nested_code, at, ok, BLOCKSIZE, NESTED)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=ok)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, absmax, nested_absmax, nested_offset, code, nested_code, bias, out, rows, wide, narrow,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    feature = tl.program_id(1).to(tl.int64) * OUTS + tl.arange(0, OUTS)
-    row_ok = row < rows
-    feature_ok = feature < wide
-    total = tl.zeros([ROWS, OUTS], tl.float32)
-    for first in range(0, narrow, INS):
-        lane = first + tl.arange(0, INS)
-        lane_ok = lane < narrow
-        a = tl.load(x + row[:, None] * narrow + lane[None, :], mask=row_ok[:, None] & lane_ok[None, :], other=0.0)
-        at = feature[None, :] * narrow + lane[:, None]
-        ok = feature_ok[None, :] & lane_ok[:, None]
-        w = _values(weight, absmax, nested_absmax, nested_offset, code, nested_code, at, ok, BLOCKSIZE, NESTED)
-        # Rounded to the checkpoint's dtype first, as the two-step form does.
-        w = tl.where(ok, w, 0.0).to(WEIGHT_DTYPE).to(a.dtype)
-        total += tl.dot(a, w, input_precision=PRECISION)
-    if BIAS:
-        total += tl.load(bias + feature, mask=feature_ok, other=0.0).to(tl.float32)[None, :]
-    target = out + row[:, None] * wide + feature[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=row_ok[:, None] & feature_ok[None, :])
-
-
-_TRITON_DTYPES: dict[torch.dtype, Any] = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
-
-
-def _buffers(
-    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, quant_type: str
-) -> tuple[Tensor, ...]:
+def _pointers(buffers: Buffers, quant_type: str) -> tuple[Tensor, ...]:
     """The pointers a kernel takes; where scales are not quantized, any tensor stands for those it will not read."""
+    weight, absmax, nested_absmax, nested_offset = buffers
     code = code_4bit(quant_type, weight.device)
     if nested_absmax is None or nested_offset is None:
         return weight.contiguous(), absmax.contiguous(), absmax, absmax, code, code
@@ -87,61 +44,124 @@ def _buffers(
     return weight.contiguous(), absmax.contiguous(), nested_absmax.contiguous(), nested_offset, code, nested_code
 
 
-def dequantize_4bit_triton(
-    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`vlmbuild.ops.linear_4bit.dequantize_4bit` in one launch, double-quantized scales included.
+def _constants(buffers: Buffers, geometry: Geometry) -> dict[str, Any]:
+    _, _, blocksize, _, weight_dtype = geometry
+    return {
+        "BLOCKSIZE": blocksize, "NESTED": buffers[2] is not None, "UNIT": unit_of(blocksize),
+        "WEIGHT_DTYPE": _DTYPES[weight_dtype],
+    }  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+
+
+def _row_side(rows: int) -> int:
+    return ROW_SIDES[0] if INTERPRET else next((side for side in ROW_SIDES if side >= rows), ROW_SIDES[-1])
+
+
+def _unfused(tile: dict[str, Any]) -> dict[str, Any]:
+    """A scale's product and sum round one by one, as bitsandbytes' two steps do."""
+    return tile | {"enable_fp_fusion": False}
+
+
+def linear_launch(
+    x: Tensor, buffers: Buffers, bias: Tensor | None, out: Tensor, geometry: Geometry, target: int
+) -> Launch:
+    """The launch of the product of `x` `[rows, in]` into `out`: `[rows, out]`, or `[parts, rows, out]` in float32."""
+    rows, (in_features, out_features, *_, quant_type, _) = x.shape[0], geometry
+    tensors = (x, *_pointers(buffers, quant_type), buffers[1] if bias is None else bias, out)
+    constants = _constants(buffers, geometry) | {"BIAS": bias is not None}
+    if rows == 1 and out.dim() == 2:
+        tile = tile_of("linear_4bit_vector", 1, x.dtype, target)
+        programs = triton.cdiv(out_features, tile["OUTS"])
+        return Launch(vector_kernel, (programs,), (*tensors, out_features, in_features), constants, _unfused(tile))
+    side = _row_side(rows)
+    tile = tile_of("linear_4bit", side, x.dtype, target)
+    parts = out.shape[0] if out.dim() == 3 else 1
+    split = triton.cdiv(triton.cdiv(in_features, parts), tile["INS"]) * tile["INS"]
+    grid = (triton.cdiv(rows, side), triton.cdiv(out_features, tile["OUTS"]), parts)
+    sizes = (rows, out_features, in_features, split)
+    constants |= _precision(x.dtype) | {"ROWS": side}
+    return Launch(linear_kernel, grid, (*tensors, *sizes), constants, _unfused(tile))
+
+
+def linear_parts(rows: int, geometry: Geometry, dtype: torch.dtype, target: int) -> int:
+    """Into how many parts a product is split, so that a layer with few rows and features fills the GPU."""
+    if rows == 1:
+        return 1
+    side = _row_side(rows)
+    tile = tile_of("linear_4bit", side, dtype, target)
+    programs = triton.cdiv(rows, side) * triton.cdiv(geometry[1], tile["OUTS"])
+    return int(max(1, min(PROGRAMS // programs, geometry[0] // (4 * tile["INS"]))))
+
+
+def grad_input_launch(grad: Tensor, buffers: Buffers, out: Tensor, geometry: Geometry, target: int) -> Launch:
+    """The launch of the gradient for the input, from `grad` `[rows, out]` into `out` `[rows, in]`."""
+    rows, (in_features, out_features, *_, quant_type, _) = grad.shape[0], geometry
+    side = _row_side(rows)
+    tile = tile_of("linear_4bit_grad", side, grad.dtype, target)
+    grid = (triton.cdiv(rows, side), triton.cdiv(in_features, tile["INS"]))
+    arguments = (grad, *_pointers(buffers, quant_type), out, rows, out_features, in_features)
+    constants = _constants(buffers, geometry) | _precision(grad.dtype) | {"ROWS": side}
+    return Launch(grad_input_kernel, grid, arguments, constants, _unfused(tile))
+
+
+def dequantize_launch(buffers: Buffers, out: Tensor, geometry: Geometry) -> Launch:
+    """The launch of dequantization into `out` `[out, in]`."""
+    constants = _constants(buffers, geometry)
+    units = out.numel() // constants["UNIT"]
+    tile = {"UNITS": 32, "num_warps": 4, "num_stages": 1}
+    arguments = (*_pointers(buffers, geometry[3]), out, units)
+    return Launch(dequantize_kernel, (triton.cdiv(units, tile["UNITS"]),), arguments, constants, _unfused(tile))
+
+
+def dequantize_4bit_triton(buffers: Buffers, geometry: Geometry) -> Tensor:
+    """`vlmbuild.ops.linear_4bit.dequantize_4bit` of a layer that `fits`, in one launch, double-quantized scales included.
 
     Raises:
-        UsageError: a buffer's size or dtype does not fit.
         DeviceError: the tensors are not where Triton runs.
     """
-    check_weight(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
-    require_device("linear_4bit", weight)
-    out = torch.empty((out_features, in_features), dtype=weight_dtype, device=weight.device)
-    tile = 1024
-    # Without fusion of products and sums: the scale must round as bitsandbytes' two steps do.
-    _dequantize_kernel[(triton.cdiv(out.numel(), tile),)](
-        *_buffers(weight, absmax, nested_absmax, nested_offset, quant_type), out, out.numel(),
-        BLOCKSIZE=blocksize, NESTED=nested_absmax is not None, TILE=tile, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    require_device("linear_4bit", buffers[0])
+    out = torch.empty((geometry[1], geometry[0]), dtype=geometry[4], device=buffers[0].device)
+    dequantize_launch(buffers, out, geometry).run()
     return out
 
 
-def linear_4bit_triton(
-    input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    bias: Tensor | None, in_features: int, out_features: int, blocksize: int, quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`vlmbuild::linear_4bit` with the weight dequantized tile by tile, in registers: for few rows (decoding).
+def linear_4bit_triton(input: Tensor, buffers: Buffers, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """`vlmbuild::linear_4bit` of a layer that `fits`: on decoded tiles for up to `FUSED_ROWS` rows, else on a dense weight.
 
     Raises:
-        UsageError: shapes, sizes or dtypes do not fit.
         DeviceError: the tensors are not where Triton runs.
     """
-    check_weight(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
-    require_device("linear_4bit", weight)
-    if input.shape[-1] != in_features or input.dtype not in _TRITON_DTYPES:
-        raise UsageError(f"linear_4bit: input of shape {tuple(input.shape)} and {input.dtype}; wanted {in_features}")
-    if INTERPRET and torch.bfloat16 in (input.dtype, weight_dtype):
-        raise UsageError("linear_4bit: Triton's interpreter cannot multiply bfloat16; use float32 or float16")
-    flat = input.reshape(-1, in_features).contiguous()
-    rows = flat.shape[0]
-    out = input.new_empty((*input.shape[:-1], out_features))
+    require_device("linear_4bit", input)
+    flat = input.reshape(-1, geometry[0]).contiguous()
+    out = input.new_empty((*input.shape[:-1], geometry[1]))
     if out.numel() == 0:
         return out
-    tile_rows = min(64, power_of_two(rows, 16))
-    grid = (triton.cdiv(rows, tile_rows), triton.cdiv(out_features, 64))
-    _linear_kernel[grid](
-        flat, *_buffers(weight, absmax, nested_absmax, nested_offset, quant_type),
-        absmax if bias is None else bias, out, rows, out_features, in_features,
-        BLOCKSIZE=blocksize, NESTED=nested_absmax is not None, BIAS=bias is not None,
-        PRECISION="ieee" if input.dtype == torch.float32 else "tf32", WEIGHT_DTYPE=_TRITON_DTYPES[weight_dtype],
-        ROWS=tile_rows, OUTS=64, INS=64, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    if len(flat) > FUSED_ROWS:
+        dense = dequantize_4bit_triton(buffers, geometry)
+        return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    target = target_of(input)
+    parts = linear_parts(len(flat), geometry, input.dtype, target)
+    if parts == 1:
+        linear_launch(flat, buffers, bias, out.view(len(flat), -1), geometry, target).run()
+        return out
+    partial = out.new_empty((parts, len(flat), geometry[1]), dtype=torch.float32)
+    linear_launch(flat, buffers, None, partial, geometry, target).run()
+    total = partial.sum(0) if bias is None else partial.sum(0).add_(bias)
+    return out.copy_(total.view(out.shape))
+
+
+def grad_input_triton(grad: Tensor, buffers: Buffers, geometry: Geometry) -> Tensor:
+    """`vlmbuild::linear_4bit_backward` of a layer that `fits`, without a dequantized weight in memory.
+
+    Raises:
+        DeviceError: the tensors are not where Triton runs.
+    """
+    require_device("linear_4bit", grad)
+    flat = grad.reshape(-1, geometry[1]).contiguous()
+    out = grad.new_empty((*grad.shape[:-1], geometry[0]))
+    if out.numel():
+        grad_input_launch(flat, buffers, out.view(len(flat), -1), geometry, target_of(grad)).run()
     return out

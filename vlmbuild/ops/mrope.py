@@ -6,6 +6,7 @@ M-RoPE is from section 2.1 of arXiv:2409.12191, the rotation from arXiv:2104.098
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
     Raises:
         UsageError: shapes do not fit.
     """
-    _check_rotate(query, key, cos, sin)
+    check_rotate(query, key, cos, sin)
     full_cos = torch.cat((cos, cos), dim=-1).unsqueeze(1)
     full_sin = torch.cat((sin, sin), dim=-1).unsqueeze(1)
 
@@ -83,7 +84,8 @@ def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
     return turn(query), turn(key)
 
 
-def _check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise UsageError unless the tables fit query and key, as in `rotate_reference`."""
     for name, x in (("query", query), ("key", key)):
         rows = (x.shape[0], *x.shape[2:-1])
         if x.dim() not in (3, 4) or cos.shape != sin.shape or tuple(cos.shape) != (*rows, x.shape[-1] // 2):
@@ -97,7 +99,7 @@ def _check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def rotate_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`rotate_reference`, bit for bit, with each half written once into the result."""
-    _check_rotate(query, key, cos, sin)
+    check_rotate(query, key, cos, sin)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _turn(query, cos, sin), _turn(key, cos, sin)
 
@@ -159,19 +161,33 @@ def mrope_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return rotate_cpu(query, key, cos, sin)
 
 
-@mrope_rotate.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "vlmbuild::mrope_rotate_backward",
+    mutates_args=(),
+    schema="(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+)
+def mrope_rotate_backward(grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `mrope_rotate`. A rotation is orthogonal: its transpose turns the other way."""
+    return rotate_cpu(grad_query, grad_key, cos, -sin)
+
+
+def _on_cuda(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
     try:
         from vlmbuild.ops.mrope_triton import rotate_triton
     except ModuleNotFoundError:  # triton is Linux only; the plain form is the same function on any device
-        return rotate_cpu(query, key, cos, sin)
-    return rotate_triton(query, key, cos, sin)
+        return rotate_cpu(query, key, cos, -sin if back else sin)
+    return rotate_triton(query, key, cos, sin, back=back)
 
 
-@mrope_rotate.register_fake
-def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    _check_rotate(query, key, cos, sin)
+def _rotate_fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    check_rotate(query, key, cos, sin)
     return torch.empty_like(query), torch.empty_like(key)
+
+
+mrope_rotate.register_kernel("cuda")(partial(_on_cuda, back=False))
+mrope_rotate_backward.register_kernel("cuda")(partial(_on_cuda, back=True))
+mrope_rotate.register_fake(_rotate_fake)
+mrope_rotate_backward.register_fake(_rotate_fake)
 
 
 def _rotate_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -180,10 +196,13 @@ def _rotate_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, 
 
 
 def _rotate_backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor, Tensor, None, None]:
-    cos, sin = ctx.saved_tensors
-    # A rotation is orthogonal: its transpose turns the other way.
-    grad_query, grad_key = torch.ops.vlmbuild.mrope_rotate(grad_query, grad_key, cos, -sin)
-    return grad_query, grad_key, None, None
+    grads = torch.ops.vlmbuild.mrope_rotate_backward(grad_query, grad_key, *ctx.saved_tensors)
+    return *grads, None, None
+
+
+def _backward_backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    return *torch.ops.vlmbuild.mrope_rotate(query, key, *ctx.saved_tensors), None, None
 
 
 mrope_rotate.register_autograd(_rotate_backward, setup_context=_rotate_context)
+mrope_rotate_backward.register_autograd(_backward_backward, setup_context=_rotate_context)

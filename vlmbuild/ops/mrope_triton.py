@@ -1,6 +1,8 @@
-"""The Triton kernel of `vlmbuild::mrope_rotate`: query and key in one launch, each table row read once."""
+"""The Triton kernel of `vlmbuild::mrope_rotate` and its backward: query and key in one launch, each table row read once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -8,53 +10,57 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vlmbuild.ops._triton import Launch, power_of_two, require_device
-from vlmbuild.ops.mrope import _check_rotate
+from vlmbuild.ops.mrope import check_rotate
+
+_TILE = 1024
+"""Values of half heads that a program turns at a time: 16 bytes of bfloat16 a thread, of both halves."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _turn_heads(  # type: ignore[no-untyped-def]
-    x, out, x_head, x_lane, out_head, out_lane, x_rows, out_rows, cos, sin, mask, lanes,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    x, out, x_head, x_lane, out_head, out_lane, cos, sin, lanes,
+    HEADS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    for head in range(HEADS):
-        source = x + x_rows[:, None] + head * x_head + lanes[None, :] * x_lane
-        target = out + out_rows[:, None] + head * out_head + lanes[None, :] * out_lane
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + HALF * x_lane, mask=mask, other=0.0).to(tl.float32)
-        tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
-        tl.store(target + HALF * out_lane, (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
+    """All heads of one row, TILE of them at a time."""
+    for first_head in tl.static_range(0, HEADS, TILE):
+        heads = first_head + tl.arange(0, TILE)
+        ok = (heads < HEADS)[:, None] & (lanes < HALF)[None, :]
+        source = x + heads[:, None] * x_head + lanes[None, :] * x_lane
+        target = out + heads[:, None] * out_head + lanes[None, :] * out_lane
+        first = tl.load(source, mask=ok, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF * x_lane, mask=ok, other=0.0).to(tl.float32)
+        tl.store(target, (first * cos - second * sin).to(out.dtype.element_ty), mask=ok)
+        tl.store(target + HALF * out_lane, (second * cos + first * sin).to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["seq"])  # type: ignore[untyped-decorator]
 def _rotate_kernel(  # type: ignore[no-untyped-def]
-    query, key, cos, sin, out_query, out_key, rows, seq,
+    query, key, cos, sin, out_query, out_key, seq,
     query_batch, query_head, query_row, query_lane,
     key_batch, key_head, key_row, key_lane,
     outq_batch, outq_head, outq_row, outq_lane,
     outk_batch, outk_head, outk_row, outk_lane,
     cos_batch, cos_row, cos_lane,
     sin_batch, sin_row, sin_lane,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr,
+    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
     # 64-bit offsets: batch * heads * sequence * head_dim can pass 2**31.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(0) // seq).to(tl.int64)
+    place = (tl.program_id(0) % seq).to(tl.int64)
     lanes = tl.arange(0, LANES)
-    mask = (row < rows)[:, None] & (lanes < HALF)[None, :]
-    batch, place = row // seq, row % seq
-    cos_at = (batch * cos_batch + place * cos_row)[:, None] + lanes[None, :] * cos_lane
-    sin_at = (batch * sin_batch + place * sin_row)[:, None] + lanes[None, :] * sin_lane
-    c = tl.load(cos + cos_at, mask=mask, other=0.0).to(tl.float32)
-    s = tl.load(sin + sin_at, mask=mask, other=0.0).to(tl.float32)
+    lane_ok = lanes < HALF
+    c = tl.load(cos + batch * cos_batch + place * cos_row + lanes * cos_lane, mask=lane_ok, other=0.0)[None, :]
+    s = tl.load(sin + batch * sin_batch + place * sin_row + lanes * sin_lane, mask=lane_ok, other=0.0)[None, :]
+    if BACK:
+        s = -s
     _turn_heads(
-        query, out_query, query_head, query_lane, outq_head, outq_lane,
-        batch * query_batch + place * query_row, batch * outq_batch + place * outq_row,
-        c, s, mask, lanes, QUERY_HEADS, HALF,
+        query + batch * query_batch + place * query_row, out_query + batch * outq_batch + place * outq_row,
+        query_head, query_lane, outq_head, outq_lane, c, s, lanes, QUERY_HEADS, HALF, QUERY_TILE,
     )  # fmt: skip
     _turn_heads(
-        key, out_key, key_head, key_lane, outk_head, outk_lane,
-        batch * key_batch + place * key_row, batch * outk_batch + place * outk_row,
-        c, s, mask, lanes, KEY_HEADS, HALF,
+        key + batch * key_batch + place * key_row, out_key + batch * outk_batch + place * outk_row,
+        key_head, key_lane, outk_head, outk_lane, c, s, lanes, KEY_HEADS, HALF, KEY_TILE,
     )  # fmt: skip
 
 
@@ -67,35 +73,41 @@ def _table_strides(x: Tensor) -> tuple[int, ...]:
     return x.stride() if x.dim() == 3 else (0, *x.stride())
 
 
-def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`vlmbuild.ops.mrope.rotate_reference` on the GPU (or in Triton's interpreter), without copying strided inputs.
+def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
+    """`vlmbuild.ops.mrope.rotate_reference` on the GPU (or in Triton's interpreter), without copying strided inputs; `back`
+    turns the other way.
 
     Raises:
         UsageError: shapes do not fit.
         DeviceError: the tensors are not where Triton runs.
     """
-    _check_rotate(query, key, cos, sin)
+    check_rotate(query, key, cos, sin)
     require_device("mrope_rotate", query)
     out_query, out_key = torch.empty_like(query), torch.empty_like(key)
     if cos.numel():
-        rotate_launch(query, key, cos, sin, out_query, out_key).run()
+        rotate_launch(query, key, cos, sin, out_query, out_key, back=back).run()
     return out_query, out_key
 
 
-def rotate_launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, out_query: Tensor, out_key: Tensor) -> Launch:
+def rotate_launch(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, out_query: Tensor, out_key: Tensor, *, back: bool = False
+) -> Launch:
     """The launch of the kernel into `out_query` and `out_key`."""
     half = query.shape[-1] // 2
+    lanes = power_of_two(half)
     seq = cos.shape[-2]
     rows = cos.shape[0] * seq if cos.dim() == 3 else seq
-    block = 4 if rows >= 512 else 1
     arguments = (
-        query, key, cos, sin, out_query, out_key, rows, seq,
+        query, key, cos, sin, out_query, out_key, seq,
         *_strides(query), *_strides(key), *_strides(out_query), *_strides(out_key),
         *_table_strides(cos), *_table_strides(sin),
     )  # fmt: skip
-    # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
-    constants = {
-        "QUERY_HEADS": query.shape[1], "KEY_HEADS": key.shape[1], "HALF": half, "LANES": power_of_two(half),
-        "ROWS": block, "num_warps": 4, "enable_fp_fusion": False,
+    heads = {"QUERY": query.shape[1], "KEY": key.shape[1]}
+    most = max(1, _TILE // lanes)
+    constants: dict[str, Any] = {
+        **{f"{name}_HEADS": many for name, many in heads.items()}, "HALF": half, "LANES": lanes, "BACK": back,
     }  # fmt: skip
-    return Launch(_rotate_kernel, (triton.cdiv(rows, block),), arguments, constants)
+    tile: dict[str, Any] = {f"{name}_TILE": min(most, power_of_two(many)) for name, many in heads.items()}
+    # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    return Launch(_rotate_kernel, (rows,), arguments, constants, tile | options)

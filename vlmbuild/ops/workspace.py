@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, PROGRAMS, ROW_SIDES, has_whole_units
 from vlmbuild.ops.linear_8bit import GROUP_VALUES
 
 Workspace = Callable[[Sequence[Any], Any], int]
@@ -23,6 +24,25 @@ def _dequantized(args: Sequence[Any], _: Any) -> int:
     nested, (in_features, out_features, blocksize, _type, dtype) = args[3], args[-5:]
     values = in_features * out_features
     return int(values * dtype.itemsize + (0 if nested is None else 2 * 4 * math.ceil(values / blocksize)))
+
+
+def _decoded(args: Sequence[Any], result: Any) -> int:
+    """With Triton: the dense weight for many rows, float32 tiles of parts of the result for few."""
+    rows, (in_features, out_features, _size, _type, dtype) = args[0].numel() // args[0].shape[-1], args[-5:]
+    if not _decodes(args):
+        return _dequantized(args, result)
+    if rows > FUSED_ROWS:
+        return int(in_features * out_features * dtype.itemsize)
+    return int(PROGRAMS * 128 * min(rows, ROW_SIDES[-1]) * 4)
+
+
+def _decoded_backward(args: Sequence[Any], result: Any) -> int:
+    return 0 if _decodes(args) else _dequantized(args, result)
+
+
+def _decodes(args: Sequence[Any]) -> bool:
+    in_features, _out, blocksize, *_ = args[-5:]
+    return args[0].dtype.itemsize == 2 and has_whole_units(in_features, blocksize)
 
 
 def _integers_cpu(args: Sequence[Any], result: Any) -> int:
@@ -101,6 +121,8 @@ _EVERYWHERE: dict[Any, Workspace] = {
 WORKSPACES: dict[str, dict[Any, Workspace]] = {
     "cuda": {
         **_EVERYWHERE,  # `auto` is Triton there, whose kernels need nothing, and so is the rotation
+        _OPS.linear_4bit.default: _decoded,
+        _OPS.linear_4bit_backward.default: _decoded_backward,
         _OPS.linear_8bit.default: _integers_cuda,
         _OPS.linear_8bit_backward.default: _dequantized_8bit,
     },
@@ -111,6 +133,7 @@ WORKSPACES: dict[str, dict[Any, Workspace]] = {
         _OPS.attention_auto_forward.default: _attention_parts,
         _OPS.attention_auto_backward.default: _attention_gradient_parts,
         _OPS.mrope_rotate.default: _turned_halves,
+        _OPS.mrope_rotate_backward.default: _turned_halves,
         torch.Tag.pointwise: _promoted,
     },
 }

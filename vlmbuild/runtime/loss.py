@@ -107,7 +107,10 @@ def _piece_sizes(rows: int, vocabulary: int) -> list[int]:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss, summed, and its gradient by the logits (softmax minus one-hot), in place in a float32 copy."""
+    """Loss, summed, and its gradient by the logits (softmax minus one-hot); without Triton in place in a float32 copy."""
+    if (kernel := _kernel(logits)) is not None:
+        losses, gradient = kernel(logits, targets, with_gradient=with_gradient)
+        return losses.sum(), gradient
     values = logits.to(torch.float32, copy=True)
     counted = (targets != IGNORED).unsqueeze(1)
     places = targets.clamp(min=0).unsqueeze(1)
@@ -120,3 +123,14 @@ def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tupl
     probabilities = values.div_(sums)
     probabilities.scatter_add_(1, places, probabilities.new_full(places.shape, -1.0))
     return loss, probabilities.mul_(counted).to(logits.dtype)
+
+
+def _kernel(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """The Triton kernel, for logits on a GPU, where Triton is installed (it is Linux only)."""
+    if not logits.is_cuda or logits.dtype == torch.float64:
+        return None
+    try:
+        from vlmbuild.ops.cross_entropy_triton import cross_entropy_triton
+    except ModuleNotFoundError:
+        return None
+    return cross_entropy_triton

@@ -1,0 +1,134 @@
+"""Launches of kernels on tensors without data: every constant that programs use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from vlmbuild.ops import linear_4bit_triton
+from vlmbuild.ops._triton import Launch
+from vlmbuild.ops.attention import Masks
+from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
+from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
+from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
+from vlmbuild.ops.mrope_triton import rotate_launch
+from vlmbuild.ops.tiles import SIDES
+
+MODES = ("dense", "dense causal", "padded causal", "packed", "packed causal", "groups")
+"""What masks: nothing, causal order, padding, segments, groups of keys."""
+_KERNELS = ("attention_forward", "attention_grad_query", "attention_grad_key")
+_ROTARY = ((12, 2, 128), (16, 16, 80), (16, 16, 64))
+_ROWS = 1009  # prime, so that nothing is compiled for a lucky size
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel in one configuration.
+
+    Attributes:
+        name: Which.
+        launch: Compute capability -> its launch.
+        attention: Kernel and head dimension, where the share of the limit can be estimated.
+    """
+
+    name: str
+    launch: Callable[[int], Launch]
+    attention: tuple[str, int] | None = None
+
+
+def resource_cases() -> list[Case]:
+    """Every kernel, in bfloat16."""
+    half = torch.bfloat16
+    cases = [
+        Case(f"{kernel} {dim} {mode}", partial(attention_launch, kernel, dim, mode, half), (kernel, dim))
+        for kernel in _KERNELS for dim in (64, 80, 96, 128) for mode in ("packed causal", "groups")
+    ]  # fmt: skip
+    cases += [Case(f"attention_decode {dim}", partial(decode_launch, dim)) for dim in (64, 80, 96, 128)]
+    cases += [
+        Case(f"{kernel} {rows} rows", partial(linear_launch, kernel, rows))
+        for kernel, sides in (("linear_4bit_vector", (1,)), ("linear_4bit", ROW_SIDES), ("linear_4bit_grad", ROW_SIDES))
+        for rows in sides
+    ]  # fmt: skip
+    cases += [
+        Case(f"rotation {heads}/{kv} x {dim}", partial(rotate_case, heads, kv, dim)) for heads, kv, dim in _ROTARY
+    ]
+    return [*cases, Case("cross_entropy 151936", cross_entropy_case)]
+
+
+def decode_launch(dim: int, target: int) -> Launch:
+    """One query row of 12 heads on 2 heads of 4001 keys."""
+    half = torch.bfloat16
+    query, key = _meta(1, 12, 1, dim, dtype=half), _meta(1, 2, 4001, dim, dtype=half)
+    logsumexp = _meta(1, 12, 1, dtype=torch.float32)
+    return one_row_launches(query, key, key, None, query.transpose(1, 2), logsumexp, 0.125, target)[0]
+
+
+def rotate_case(heads: int, kv_heads: int, dim: int, _target: int) -> Launch:
+    """Rows first, as a projection leaves them."""
+    query, key = (_meta(1, _ROWS, many, dim, dtype=torch.bfloat16).transpose(1, 2) for many in (heads, kv_heads))
+    angle = _meta(1, _ROWS, dim // 2, dtype=torch.float32)
+    return rotate_launch(query, key, angle, angle, query, key)
+
+
+def cross_entropy_case(_target: int) -> Launch:
+    """With gradient."""
+    logits = _meta(7, 151936, dtype=torch.bfloat16)
+    return cross_entropy_launch(logits, _meta(7, dtype=torch.int64), _meta(7, dtype=torch.float32), logits)
+
+
+def attention_launch(
+    kernel: str, dim: int, mode: str, dtype: torch.dtype, target: int, tile: tuple[int, ...] | None = None
+) -> Launch:
+    """A kernel's launch for a head dimension and a mode of `MODES`, with its own tile or the one given."""
+    launch = attention_launches(dim, mode, dtype, target)[_KERNELS.index(kernel)]
+    return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def attention_launches(dim: int, mode: str, dtype: torch.dtype, target: int) -> tuple[Launch, ...]:
+    """Forward, query gradient, key gradient: in `[B, S, H, D]` memory order, four query heads a key head."""
+    query, key, value = (_meta(1, _ROWS, heads, dim, dtype=dtype).transpose(1, 2) for heads in (8, 2, 2))
+    masks = Masks(
+        _meta(1, _ROWS, dtype=torch.bool) if "padded" in mode else None,
+        _meta(5, dtype=torch.int32) if "packed" in mode else None,
+        *((_meta(_ROWS, dtype=torch.int32), _meta(_ROWS, 7, dtype=torch.bool)) if mode == "groups" else (None, None)),
+    )
+    out, logsumexp = _meta(1, _ROWS, 8, dim, dtype=dtype), _meta(1, 8, _ROWS, dtype=torch.float32)
+    grads = (_meta(*query.shape, dtype=dtype), *(_meta(*key.shape, dtype=dtype) for _ in range(2)))
+    causal = "causal" in mode
+    launches = (
+        *forward_launches(query, key, value, masks, out, logsumexp, causal, 0.125, target),
+        *backward_launches(
+            out, query, key, value, masks, out, logsumexp, logsumexp, grads, causal, 0.125, target
+        ),
+    )  # fmt: skip
+    return tuple(launch for launch in launches if "GQA" in launch.constants)  # not those that make masks ready
+
+
+def linear_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | None = None) -> Launch:
+    """A 4-bit kernel's launch on an NF4 layer of 8960 by 1536 with double quantization and a bias."""
+    wide, narrow, half = 1536, 8960, torch.bfloat16
+    blocks = wide * narrow // 64
+    buffers = (
+        _meta(wide * narrow // 2, dtype=torch.uint8), _meta(blocks, dtype=torch.uint8),
+        _meta(-(-blocks // 256), dtype=torch.float32), _meta(dtype=torch.float32),
+    )  # fmt: skip
+    geometry = (narrow, wide, 64, "nf4", half)
+    x, out = _meta(rows, narrow, dtype=half), _meta(rows, wide, dtype=half)
+    if kernel == "linear_4bit_grad":
+        launch = linear_4bit_triton.grad_input_launch(out, buffers, x, geometry, target)
+    else:
+        launch = linear_4bit_triton.linear_launch(x, buffers, _meta(wide, dtype=half), out, geometry, target)
+    return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def with_tile(launch: Launch, kernel: str, tile: tuple[int, ...]) -> Launch:
+    """The launch with another tile, to be compiled only: its grid stays as it was."""
+    return launch._replace(tile=launch.tile | dict(zip((*SIDES[kernel], "num_warps", "num_stages"), tile, strict=True)))
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,72 @@
+"""Which tile a kernel takes on which GPU: measured on the chip, or estimated for its architecture.
+
+`tiles.json` holds both: {chip or architecture: {kernel: {size: [sides..., warps, stages]}}}. The estimates are those of
+`python -m tests.bench.kernels --choose`, from what compilers say of registers and shared memory; a chip's name goes before its
+architecture, so that figures of a real chip can be added without a change of code.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmbuild.ops._triton import INTERPRET
+
+FILE = Path(__file__).parent / "tiles.json"
+SIDES: dict[str, tuple[str, ...]] = {
+    "attention_forward": ("ROWS", "KEYS"),
+    "attention_grad_query": ("ROWS", "KEYS"),
+    "attention_grad_key": ("ROWS", "KEYS"),
+    "attention_decode": ("KEYS",),
+    "linear_4bit": ("OUTS", "INS"),
+    "linear_4bit_vector": ("OUTS", "INS"),
+    "linear_4bit_grad": ("OUTS", "INS"),
+}
+"""Kernel -> what its tile's sides are called."""
+
+_INTERPRETED = {"INS": 64}
+"""A side in the interpreter, else 16: small, so that small tests have many blocks, but a whole unit of quantized weights."""
+
+
+@cache
+def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    table: dict[str, dict[str, dict[str, list[int]]]] = json.loads(FILE.read_text(encoding="utf-8"))
+    return table
+
+
+def architecture(target: int) -> str:
+    """The architecture whose tiles a GPU takes: its own, or the nearest one before it that has no more shared memory."""
+    return "sm_90" if target == 90 else "sm_100" if 100 <= target < 120 else "sm_80"
+
+
+@cache
+def tile_of(kernel: str, size: int, dtype: torch.dtype, target: int) -> dict[str, Any]:
+    """The tile for problems of a size (a head dimension, say): sides, `num_warps` and `num_stages`.
+
+    Args:
+        kernel: A key of `SIDES`.
+        size: Takes the entry of the next larger size that has one, or the largest.
+        dtype: Of what is multiplied; float32 has entries of its own.
+        target: Compute capability, 90 for sm_90.
+    """
+    sides = SIDES[kernel]
+    if INTERPRET:
+        return {side: _INTERPRETED.get(side, 16) for side in sides} | {"num_warps": 4, "num_stages": 1}
+    name = f"{kernel} float32" if dtype == torch.float32 else kernel
+    entries: dict[str, list[int]] = {}
+    for chip in (*_chip(target), architecture(target)):
+        entries = entries or _table().get(chip, {}).get(name, {})
+    sizes = sorted(map(int, entries))
+    chosen = entries[str(next((known for known in sizes if known >= size), sizes[-1]))]
+    return dict(zip((*sides, "num_warps", "num_stages"), chosen, strict=True))
+
+
+def _chip(target: int) -> tuple[str, ...]:
+    """The name of the GPU that is here, if it is of that capability."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != divmod(target, 10):
+        return ()
+    return (torch.cuda.get_device_name(),)

@@ -107,7 +107,7 @@ def test_update_writes_the_lock_anew(run, locks, tmp_path):
 
 
 def test_update_keeps_kernels_that_were_not_compiled(run, locks, tmp_path):
-    row = '{ registers = 8, spilled = 0, shared = 0, tensor_core = "none", cubin = 9 }'
+    row = '{ tile = "", registers = 8, spilled = 0, shared = 0, tensor_core = "none", cubin = 9 }'
     kernels = f'[kernels."rotate_kernel bf16"]\nregions = ["visual.blocks"]\nsm_90 = {row}\n'
     bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "instances = 3", "instances = 4")
     bad.write_text(bad.read_text().replace('[kernels]\nskipped = "not asked for"\n', kernels))

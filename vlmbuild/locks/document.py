@@ -28,7 +28,7 @@ _HEAD = """\
 TENSOR_CORES = ("none", "mma", "wgmma", "tcgen05")
 """Instructions for products of tiles, the slowest first."""
 
-_KERNEL_ROW = {"registers": int, "spilled": int, "shared": int, "tensor_core": str, "cubin": int}
+_KERNEL_ROW = {"tile": str, "registers": int, "spilled": int, "shared": int, "tensor_core": str, "cubin": int}
 _TABLES = ("versions", "interface", "dimensions", "prologue", "variants")
 
 
@@ -79,7 +79,7 @@ class LockedKernel:
 
     Attributes:
         regions: That launch it.
-        targets: Target ("sm_90") -> registers, spilled, shared, tensor_core, cubin; memory in bytes.
+        targets: Target ("sm_90") -> tile, registers, spilled, shared, tensor_core, cubin; memory in bytes.
     """
 
     regions: tuple[str, ...]

@@ -25,11 +25,11 @@ def table(pristine_program):
 
 def test_every_kernel_is_compiled_for_every_target(table):
     names = {label.split()[0] for label in table.table}
-    assert names == {*ATTENTION, "rotate_kernel", "cross_entropy_kernel"}
+    assert names == {*ATTENTION, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
     for label, kernel in table.table.items():
         assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
         for row in kernel.targets.values():
-            assert 16 <= row["registers"] <= 255
+            assert 8 <= row["registers"] <= 255
             assert row["cubin"] > 1000
             assert row["spilled"] == 0
             assert (row["tensor_core"] != "none") == label.startswith(ATTENTION)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vlmbuild.passes.add_cache import AddCache
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.normalize import Normalize
@@ -17,8 +18,8 @@ from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
 __all__ = [
-    "AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes", "passes_for",
-    "quantization_passes",
+    "AddCache", "AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes",
+    "passes_for", "quantization_passes",
 ]  # fmt: skip
 
 

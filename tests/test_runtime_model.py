@@ -253,10 +253,10 @@ def test_beams_and_several_answers_equal_transformers(layout, options, model, re
     assert torch.equal(*answers)
 
 
-def test_beams_for_several_samples_with_images_are_refused(model):
+def test_beams_for_several_samples_with_images_need_a_cache(model):
     batch, _ = make_batch([[5, (1, 4, 6), 3], [4, (1, 2, 2)]], "left")
     with pytest.raises(UsageError, match="2 beams or answers for each of 2 samples with images"):
-        model.eval().generate(**batch, max_new_tokens=2, num_beams=2, pad_token_id=0)
+        model.eval().generate(**batch, max_new_tokens=2, num_beams=2, pad_token_id=0, use_cache=False)
 
 
 def test_misspelled_generation_options_are_refused(model):

@@ -96,7 +96,7 @@ def variant_text(variant: Variant) -> str:
         repeat = f" x {run}" if run > 1 else ""
         lines.append(f"  {', '.join(last.outputs)} = {first.region}({', '.join(first.inputs)}){repeat}")
         calls = calls[run:]
-    lines.append(f"  return {variant.output}")
+    lines.append(f"  return {', '.join((variant.output, *variant.presents))}")
     return "\n".join(lines)
 
 

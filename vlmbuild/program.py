@@ -138,11 +138,19 @@ def parse_size(size: str) -> tuple[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A straight line of region calls, for one kind of batch ("image": with images, "text": without)."""
+    """A straight line of region calls, for one kind of batch ("image": with images, "text": without).
+
+    Attributes:
+        inputs: What it takes.
+        calls: In order.
+        output: The logits.
+        presents: Further values that it returns: the grown key-value cache.
+    """
 
     inputs: tuple[Input, ...]
     calls: tuple[Call, ...]
     output: str
+    presents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

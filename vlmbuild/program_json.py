@@ -37,12 +37,12 @@ SCHEMA = "vlmbuild.program/2"
 
 _ATEN = (
     "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default",
-    "expand.default", "flatten.using_ints", "ge.Scalar", "gelu.default", "index.Tensor", "layer_norm.default",
-    "linear.default", "mean.dim", "movedim.int", "mul.Tensor", "neg.default", "new_zeros.default", "permute.default",
-    "pow.Tensor_Scalar", "reshape.default", "rsqrt.default", "rsub.Scalar", "select.int", "sigmoid.default",
-    "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default", "squeeze.dim", "stack.default",
-    "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int", "unbind.int", "unsqueeze.default",
-    "view.default", "where.self",
+    "expand.default", "flatten.using_ints", "ge.Scalar", "gelu.default", "index.Tensor", "index_copy_.default",
+    "layer_norm.default", "linear.default", "mean.dim", "movedim.int", "mul.Tensor", "neg.default",
+    "new_zeros.default", "permute.default", "pow.Tensor_Scalar", "reshape.default", "rsqrt.default", "rsub.Scalar",
+    "select.int", "sigmoid.default", "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default",
+    "squeeze.dim", "stack.default", "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int",
+    "unbind.int", "unflatten.int", "unsqueeze.default", "view.default", "where.self",
 )  # fmt: skip
 OPERATORS: dict[str, Any] = {
     "getitem": operator.getitem,
@@ -135,8 +135,8 @@ def _check_names(program: Program) -> None:
             if call.instance not in program.regions[call.region].instances or not known.issuperset(call.inputs):
                 raise ValueError(f"a call of {call.region} does not fit the program")
             known.update(call.outputs)
-        if variant.output not in known:
-            raise ValueError(f"{variant.output!r} is never computed")
+        if lost := sorted({variant.output, *variant.presents} - known):
+            raise ValueError(f"{lost[0]!r} is never computed")
 
 
 def _variant_json(variant: Variant) -> dict[str, Any]:
@@ -155,13 +155,14 @@ def _variant_json(variant: Variant) -> dict[str, Any]:
             for call in variant.calls
         ],
         "output": variant.output,
+        **({"presents": list(variant.presents)} if variant.presents else {}),
     }
 
 
 def _variant(values: Mapping[str, Any]) -> Variant:
     inputs = tuple(Input(e["name"], _DTYPES[e["dtype"]], tuple(e["shape"])) for e in values["inputs"])
     calls = tuple(Call(c["region"], c["instance"], tuple(c["inputs"]), tuple(c["outputs"])) for c in values["calls"])
-    return Variant(inputs, calls, values["output"])
+    return Variant(inputs, calls, values["output"], tuple(values.get("presents", ())))
 
 
 def _region_json(region: Region) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families._family import BatchRow, Family, HostBatch, ImageCost, KeyGroups
+from vlmbuild.families._packing import check_ids
 from vlmbuild.families.mllama import Mllama
 from vlmbuild.families.pixtral import Pixtral
 from vlmbuild.families.qwen2_vl import Qwen2VL
@@ -82,6 +83,7 @@ __all__ = [
     "HostBatch",
     "ImageCost",
     "KeyGroups",
+    "check_ids",
     "family_named",
     "family_of",
     "family_of_processor",

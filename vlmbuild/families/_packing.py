@@ -71,7 +71,7 @@ def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str], vocabul
             "The batch has no input_ids of shape (batch, sequence); call the model with the processor's output, made "
             'with return_tensors="pt".'
         )
-    _check_ids(ids, vocabulary)
+    check_ids(ids, vocabulary)
     for key in ("attention_mask", "labels"):
         _check_like(key, batch.get(key), ids)
     mask = batch.get("attention_mask")
@@ -83,7 +83,8 @@ def read_tokens(batch: Mapping[str, Tensor], special: Mapping[int, str], vocabul
     return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
 
 
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Raise BatchError unless there are embeddings for all ids (batch, sequence)."""
     if ids.is_floating_point() or ids.dtype == torch.bool:
         raise BatchError(f"input_ids are {ids.dtype}; token ids are integers.")
     wrong = ((ids < 0) | (ids >= vocabulary)).any(1).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,25 +40,19 @@ class Execution:
         """What the head reads: (tokens, hidden), packed. A value is let go after its last reader."""
         check_same_variant(self.model, self.prepared.variant)
         gather_unreached(self.model)
-        calls = self._calls()[:-1]
         device = self.model.device
         values = {name: tensor.to(device, non_blocking=True) for name, tensor in self.prepared.tensors.items()}
-        last = {name: number for number, call in enumerate(calls) for name in call.inputs}
-        for number, call in enumerate(calls):
-            arguments = tuple(values[name] for name in call.inputs)
-            for name in set(call.inputs):
-                if last[name] == number:
-                    del values[name]
-            results = self._call(call, arguments)
-            del arguments
-            values.update(zip(call.outputs, results, strict=True))
-            del results
+        run_calls(self._calls()[:-1], values, self._call)
         return values[self._head().inputs[0]].squeeze(0)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(batch, sequence, vocabulary) from packed hidden states."""
-        (logits,) = self._call(self._head(), (hidden.unsqueeze(0),))
-        return self.unpack(logits.squeeze(0))
+    def logits(self, hidden: Tensor, keep: int = 0) -> Tensor:
+        """(batch, sequence, vocabulary) from packed hidden states; of the last `keep` places alone if that is not 0."""
+        if not keep:
+            (logits,) = self._call(self._head(), (hidden.unsqueeze(0),))
+            return self.unpack(logits.squeeze(0))
+        last = self.unpack(hidden)[:, -keep:]
+        (logits,) = self._call(self._head(), (last.flatten(0, 1).unsqueeze(0),))
+        return logits.view(*last.shape[:2], -1)
 
     def loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         """Cross-entropy of every token's successor in its own row, as transformers has it, over the number of labels or of
@@ -116,3 +111,23 @@ class Execution:
         used = {join(call.instance, slot.name) for call in self._calls() for slot in program.regions[call.region].slots}
         unused = (p for name, p in self.model.trainable_parameters() if name not in used)
         return sum((parameter.sum() * 0 for parameter in unused), start=0.0)
+
+
+def run_calls(
+    calls: Sequence[Call],
+    values: dict[str, Tensor],
+    run: Callable[[Call, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    keep: Collection[str] = (),
+) -> None:
+    """Run calls in order on named values, and add what they return. A value is let go after its last reader, but for those
+    to keep."""
+    last = {name: number for number, call in enumerate(calls) for name in call.inputs}
+    for number, call in enumerate(calls):
+        arguments = tuple(values[name] for name in call.inputs)
+        for name in set(call.inputs):
+            if last[name] == number and name not in keep:
+                del values[name]
+        results = run(call, arguments)
+        del arguments
+        values.update(zip(call.outputs, results, strict=True))
+        del results

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from vlmbuild.cached_block import CacheForm
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch
+from vlmbuild.kv_cache import cached_inputs
 from vlmbuild.lora import Lora, linear_features, linear_nodes
 from vlmbuild.program import Program, Slot
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
 from vlmbuild.runtime.conventions import Backbone, LossOutput, TrainerConventions, head_module
+from vlmbuild.runtime.decoding import CachedProgram, Decoding
 from vlmbuild.runtime.execution import Execution
-from vlmbuild.runtime.generation import WithoutCache
+from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 from vlmbuild.runtime.state import module_at
 
@@ -41,7 +45,7 @@ class AdapterSpec:
     trained: frozenset[str] = frozenset()
 
 
-class VisionLanguageModel(TrainerConventions, WithoutCache):
+class VisionLanguageModel(TrainerConventions, Generation):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -79,6 +83,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         self._dtype = dtype
         self.bound: dict[str, BoundRegion] = {}
         """The program's regions in the compute dtype, by name."""
+        self._cached: dict[CacheForm, CachedProgram] = {}
         self._bind_regions()
         constants = family.constants(config)
         for name, slot in program.slots():
@@ -114,6 +119,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
 
     def _bind_regions(self) -> None:
         """Bind every region of the program anew, and hand each instance its region's."""
+        self._cached.clear()
         for name, region in self.program.regions.items():
             carried = carried_activations(region, self.program.variants)
             self.bound[name] = BoundRegion(region, self._dtype, carried)
@@ -139,6 +145,7 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
         if dtype != self._dtype:
             self._dtype = dtype
+            self._cached.clear()
             for bound in self.bound.values():
                 bound.rebind(dtype)
         return self
@@ -147,12 +154,21 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def forward(
-        self, *, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
+        self,
+        *,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: KeyValueCache | None = None,
+        logits_to_keep: int = 0,
+        **batch: Any,
     ) -> CausalLMOutputWithPast:
         """
         Args:
             labels: (batch, sequence) token ids; -100 is ignored. The shift by one place is done here.
             num_items_in_batch: Divides the summed loss, for gradient accumulation; None averages over the labels.
+            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
+                that follow, and `attention_mask` is that of all.
+            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
             **batch: The processor's output.
 
         Returns:
@@ -164,10 +180,14 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         compiler = swap_compiler(None)  # before anything that a compiler would look into
         try:
             with self._own_precision():
+                if past_key_values is not None and labels is None:
+                    self.check_names("model", batch)
+                    logits = Decoding(self, past_key_values, logits_to_keep, compiler).logits(batch)
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
                 execution = self._execution(batch, labels, compiler)
                 hidden = execution.hidden()
                 if labels is None:
-                    return CausalLMOutputWithPast(logits=execution.logits(hidden))
+                    return CausalLMOutputWithPast(logits=execution.logits(hidden, logits_to_keep))
                 output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
                 if self.training:
                     eager = replace(execution, compiler=None)  # one product: not worth a compilation
@@ -194,6 +214,16 @@ class VisionLanguageModel(TrainerConventions, WithoutCache):
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
+
+    def cached(self, form: CacheForm) -> CachedProgram:
+        """Its program with a key-value cache; derived once."""
+        if form not in self._cached:
+            self._cached[form] = CachedProgram.of(self, form)
+        return self._cached[form]
+
+    def new_cache(self, length: int | None = None) -> KeyValueCache:
+        program = self.cached("growing").program
+        return KeyValueCache(cached_inputs(program.variants["text"]), length)
 
     def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
         """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids.

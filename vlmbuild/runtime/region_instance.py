@@ -25,11 +25,13 @@ class BoundRegion:
         region: From a program.
         dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
         carried: Which activations are results of another instance of the region.
+        dynamic: Whether a compiler is to expect other sizes in the next call.
     """
 
-    def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...]) -> None:
+    def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...], *, dynamic: bool = True) -> None:
         self.region = region
         self.carried = carried
+        self.dynamic = dynamic
         self.rebind(dtype)
 
     def rebind(self, dtype: torch.dtype) -> None:
@@ -58,7 +60,7 @@ class BoundRegion:
         self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
     ) -> tuple[Tensor, ...]:
         """Run the graph with these tensors in the places of its slots; `training` applies dropout."""
-        if compiler is not None:
+        if compiler is not None and self.dynamic:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
         graph = self.graph if training else self.evaluation
@@ -75,8 +77,9 @@ class RegionInstance(nn.Module):
         super().__init__()
         self.bound = bound
 
-    def forward(self, compiler: Compiler, *activations: Tensor) -> tuple[Tensor, ...]:
-        return self.bound(self, compiler, activations)
+    def forward(self, compiler: Compiler, *activations: Tensor, bound: BoundRegion | None = None) -> tuple[Tensor, ...]:
+        """Run its graph, or another one of the same parameters."""
+        return (bound or self.bound)(self, compiler, activations)
 
     def extra_repr(self) -> str:
         return f"region={self.bound.region.name}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from vlmbuild.passes.add_cache import AddCache
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
+from vlmbuild.passes.fuse_rms_norm import FuseRmsNorm
 from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
@@ -18,7 +19,7 @@ from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
 __all__ = [
-    "AddCache", "AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes",
+    "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes",
     "passes_for", "quantization_passes",
 ]  # fmt: skip
 
@@ -28,6 +29,7 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
     return (
         Normalize(),  # first: patterns are written for clean graphs
         FuseMrope(),  # before attention is lowered: rotated queries and keys still meet the semantic operator
+        *([FuseRmsNorm()] if recipe.target == "onnx" else []),  # only there is an operator for it that is faster
         SwapAttention(recipe.attention),  # after every pass that would look for the semantic operator
     )
 

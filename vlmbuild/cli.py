@@ -24,6 +24,7 @@ from vlmbuild.cli_graphs import inspect
 from vlmbuild.cli_locks import COMMANDS
 from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
+from vlmbuild.cli_run import run
 from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
 
@@ -131,6 +132,7 @@ def cli() -> None:
         vlmbuild plan   Qwen/Qwen2-VL-2B-Instruct --quantize nf4
         vlmbuild build  Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
         vlmbuild verify qwen2-vl-nf4
+        vlmbuild run    qwen2-vl-nf4 --image photo.jpg --prompt "What is in the picture?"
 
     \b
     Exit codes: 0 done, 1 failed, 2 usage, 3 integrity, 4 trust, 5 incompatible, 6 the graph differs,
@@ -296,5 +298,5 @@ def demo(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
         click.echo(_json(asdict(result)))
 
 
-for command in (inspect, *COMMANDS):
+for command in (inspect, run, *COMMANDS):
     cli.add_command(command)

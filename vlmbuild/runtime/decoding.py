@@ -128,18 +128,22 @@ class Decoding:
         mask = whole_mask(batch.get(MASK), rows, past + new, device)
         attended = mask[:, past:]
         positions = (cache.positions[:, None] + attended.cumsum(1) - 1).clamp(min=0)
-        cache.positions = cache.positions + attended.sum(1)
         values = {name: tensor.repeat_interleave(new, 0) for name, tensor in cache.rows.items()} | cache.images
         values |= {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), MASK: mask}
         assert cache.variant is not None
         if cache.length is None or new > 1:
-            return self._grow(cache.variant, values)[0]
-        return self._write(cache.variant, values, past)
+            logits, _ = self._grow(cache.variant, values)
+        else:
+            logits = self._write(cache.variant, values, past)
+        cache.positions = cache.positions + attended.sum(1)
+        return logits
 
     def _grow(self, name: str, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits, and what the variant returns besides the grown cache."""
         model, cache = self.model, self.cache
-        past = cache.past(len(values[MASK]), model.dtype, model.device)
+        batch, tokens = values[MASK].shape
+        _check_room(cache, tokens)
+        past = cache.past(batch, model.dtype, model.device)
         logits, presents = self._run("growing", name, values | past)
         cache.keep({name: presents.pop(present_name(name)) for name in past})
         return logits, presents
@@ -148,8 +152,7 @@ class Decoding:
         """One token of every row, into the buffers of a static cache."""
         cache, length = self.cache, self.cache.length
         assert length is not None
-        if past >= length:
-            raise UsageError(f"The static cache has room for {length} tokens, and they are there. Generate fewer.")
+        _check_room(cache, past + 1)
         mask = torch.nn.functional.pad(values[MASK], (0, length - past - 1))
         position = torch.full((1,), past, device=mask.device)
         logits, _ = self._run("static", name, values | cache.buffers() | {MASK: mask, POSITION: position})
@@ -209,6 +212,14 @@ def whole_mask(mask: Tensor | None, batch: int, length: int, device: torch.devic
             "tokens. Pass the mask of all of them."
         )
     return mask.to(device).long()
+
+
+def _check_room(cache: KeyValueCache, tokens: int) -> None:
+    if cache.length is not None and tokens > cache.length:
+        raise UsageError(
+            f"The static cache has room for {cache.length} tokens, but there are {tokens}. Make a longer one: "
+            "generate(..., max_cache_len=...) or new_cache(length)."
+        )
 
 
 def _as_input(tensor: Tensor, entry: Input) -> Tensor:

@@ -16,6 +16,9 @@ from vlmbuild.runtime.key_value_cache import KeyValueCache
 # What callers of transformers' models pass as a habit, and what `prepare` refuses with a reason of its own.
 _PASSED_ALONG = {"return_dict", "use_cache", "position_ids", "inputs_embeds", "past_key_values", "logits_to_keep"}
 
+_LENGTHS = 64
+"""Static caches have room for a multiple of so many tokens, so that few lengths are compiled for."""
+
 
 class Generation(GenerationMixin):
     """Greedy search, sampling, beams and assisted decoding; `use_cache=False` runs the whole sequence for every token."""
@@ -82,7 +85,9 @@ class Generation(GenerationMixin):
                 raise UsageError(
                     f"generate: cache_implementation {form!r} is not supported; use 'dynamic' or 'static'."
                 )
-            cache = model_kwargs["past_key_values"] = self.new_cache(max_cache_length if form == "static" else None)
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            rounded = -(-length // _LENGTHS) * _LENGTHS
+            cache = model_kwargs["past_key_values"] = self.new_cache(rounded if form == "static" else None)
         if cache is not None:
             cache.copies = copies
 

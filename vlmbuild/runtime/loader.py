@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from vlmbuild.artifact.bitsandbytes_4bit import STATE_PREFIX, parse_quant_state
 from vlmbuild.artifact.checkpoint import CheckpointWeights
@@ -24,6 +25,8 @@ from vlmbuild.program_json import from_json
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.model import VisionLanguageModel
 from vlmbuild.weight_format import EightBit
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 def load(
@@ -68,12 +71,24 @@ def load(
         model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
         model.processor = family.processor(reader.path)
         model.path, model.source = reader.path, str(path)
+        if reader.manifest.entry(GENERATION_CONFIG) is not None:
+            model.generation_config = _generation_config(reader)
     return model.eval().to(chosen_device), model.processor
 
 
 def read_program(reader: ArtifactReader) -> Program:
     """The program of an artifact."""
     return from_json(parse_canonical(reader.read("graph/program.json"), where="graph/program.json"))
+
+
+def _generation_config(reader: ArtifactReader) -> GenerationConfig:
+    """The checkpoint's own ends and defaults of generation."""
+    try:
+        return GenerationConfig.from_dict(json.loads(reader.read(GENERATION_CONFIG)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"{GENERATION_CONFIG} of {reader.path} cannot be used: {error}. Build it again."
+        ) from error
 
 
 def _bind(reader: ArtifactReader, program: Program, family: Family, dtype: torch.dtype) -> VisionLanguageModel:

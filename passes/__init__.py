@@ -19,8 +19,8 @@ from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
 __all__ = [
-    "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes",
-    "passes_for", "quantization_passes",
+    "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights",
+    "adapter_passes", "passes_for", "quantization_passes",
 ]  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
 def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Pass, ...]:
     """Last, since it is the only pass that changes values."""
     asked = recipe.quantize is not None and recipe.quantize.format not in ("none", "source")
-    return (QuantizeLinear(decisions),) if asked or any(item.format for item in decisions.values()) else ()
+    packed = recipe.target == "onnx"
+    return (QuantizeLinear(decisions, packed),) if asked or any(item.format for item in decisions.values()) else ()
 
 
 def adapter_passes(adapters: Mapping[str, Lora], trained: frozenset[str]) -> tuple[Pass, ...]:

@@ -67,7 +67,8 @@ def _site(root: Node) -> _Site | None:
     result = narrow and _only_user(narrow, aten.mul.Tensor)
     if not (epsilon and mean and square and wide and scaled and narrow and result):
         return None
-    literals = (square.args[1], list(mean.args[1]), mean.args[2:], narrow.args[1:])  # type: ignore[call-overload]
+    axes: Any = mean.args[1]
+    literals = (square.args[1], list(axes), mean.args[2:], narrow.args[1:])
     weight: Any = result.args[0]
     if literals != (2, [-1], (True,), (COMPUTE_DTYPE,)) or scaled.args != (wide, root) or result.args[1] is not narrow:
         return None

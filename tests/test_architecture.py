@@ -27,7 +27,7 @@ LAYERS = (
     ("program",),
     ("graph_text", "clean"),
     ("ops",),
-    ("program_json", "divide", "quantization", "lora"),
+    ("program_json", "divide", "quantization", "lora", "packed_weight"),
     ("shapes", "image_part"),
     ("cached_block",),
     ("kv_cache",),

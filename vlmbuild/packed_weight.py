@@ -63,7 +63,9 @@ def packed_weight(form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype
         count = rows * columns
         parts = (PackedPart("", torch.uint8, (count // 2,)), PackedPart("_absmax", dtype, (count // form.blocksize,)))
         return PackedWeight("MatMulBnb4", attributes, parts)
-    bits, size, symmetric = (4, form.blocksize, form.symmetric) if isinstance(form, BlockInt4) else (8, INT8_BLOCK, True)
+    bits, size, symmetric = (
+        (4, form.blocksize, form.symmetric) if isinstance(form, BlockInt4) else (8, INT8_BLOCK, True)
+    )
     blocks = -(-columns // size)
     level = EXACT if bits == 4 else INTEGER
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": level}
@@ -75,11 +77,11 @@ def packed_weight(form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype
     return PackedWeight("MatMulNBits", attributes, parts)
 
 
-def pack_int4(rows: Tensor, form: BlockInt4, dtype: torch.dtype) -> list[Tensor]:
-    """Quantize float32 [rows, in] in blocks: value = (code - zero point) * scale, codes 0 to 15, two a byte, the first one low.
+def pack_int4(rows: Tensor, form: BlockInt4, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parts, by suffix, of float32 [rows, in] in blocks: value = (code - zero point) * scale.
 
-    Symmetric blocks have the zero point 8, and the value of greatest magnitude becomes -8 scales. Scales are rounded to
-    `dtype` first, so that codes fit what is stored.
+    Codes are 0 to 15, two a byte, the first one low. Symmetric blocks have the zero point 8, and the value of greatest
+    magnitude becomes -8 scales. Scales are rounded to `dtype` first, so that codes fit what is stored.
     """
     blocks = _in_blocks(rows, form.blocksize)
     if form.symmetric:
@@ -91,30 +93,37 @@ def pack_int4(rows: Tensor, form: BlockInt4, dtype: torch.dtype) -> list[Tensor]
         scales = ((highest - lowest) / 15).to(dtype)
         zero = (-lowest / _divisor(scales)).round().clamp(0, 15)
     codes = (blocks / _divisor(scales)[..., None] + zero[..., None]).round().clamp(0, 15).to(torch.uint8)
-    parts = [_two_a_byte(codes), scales.flatten()]
-    return parts if form.symmetric else [*parts, _two_a_byte(_even(zero.to(torch.uint8))).flatten()]
+    parts = {"": _two_a_byte(codes), "_scales": scales.flatten()}
+    return parts if form.symmetric else {**parts, "_zero_points": _two_a_byte(_even(zero.to(torch.uint8))).flatten()}
 
 
-def pack_int8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """bitsandbytes' int8 [rows, in] with a scale for each row: codes are shifted by 128, scales repeated for every block."""
+def pack_int8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The parts of bitsandbytes' int8 [rows, in], which has a scale for each row: codes shifted by 128, and the scale
+    of the row for each of its blocks."""
     blocks = _in_blocks(values, INT8_BLOCK)
-    return [(blocks.int() + 128).to(torch.uint8), (scales / 127).to(dtype).repeat_interleave(blocks.shape[1])]
+    codes = (blocks.int() + 128).to(torch.uint8)
+    return {"": codes, "_scales": (scales / 127).to(dtype).repeat_interleave(blocks.shape[1])}
 
 
 def unpacked(weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
-    """The float32 values [out, in] that stored tensors stand for; `parts` by suffix."""
-    attributes = weight.attributes
-    rows, columns, size = attributes["N"], attributes["K"], attributes["block_size"]
+    """The float32 values [out, in] that a stored weight stands for; `parts` by suffix."""
+    given = weight.attributes
+    rows, columns, size = given["N"], given["K"], given["block_size"]
     if weight.operator == "MatMulBnb4":
-        kind = "nf4" if attributes["quant_type"] else "fp4"
+        kind = "nf4" if given["quant_type"] else "fp4"
         return dequantize_reference(parts[""], parts["_absmax"].float(), columns, rows, size, kind, torch.float32)
-    codes, scales = parts[""], parts["_scales"].float().view(rows, -1, 1)
-    zero = torch.tensor(128 if attributes["bits"] == 8 else 8)
-    if attributes["bits"] == 4:
+    return unpacked_rows(given["bits"], parts, columns)
+
+
+def unpacked_rows(bits: int, parts: Mapping[str, Tensor], columns: int) -> Tensor:
+    """The float32 values of some rows of MatMulNBits' weight."""
+    codes, zero = parts[""], torch.tensor(2.0 ** (bits - 1))
+    if bits == 4:
         codes = _apart(codes)
-        if "_zero_points" in parts:
-            zero = _apart(parts["_zero_points"].view(rows, -1))[:, : scales.shape[1], None]
-    return ((codes.float() - zero) * scales).flatten(1)[:, :columns]
+    rows, blocks = codes.shape[:2]
+    if "_zero_points" in parts:
+        zero = _apart(parts["_zero_points"].view(rows, -1))[:, :blocks, None]
+    return ((codes.float() - zero) * parts["_scales"].float().view(rows, blocks, 1)).flatten(1)[:, :columns]
 
 
 def _in_blocks(rows: Tensor, size: int) -> Tensor:

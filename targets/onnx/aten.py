@@ -110,7 +110,9 @@ def _unflatten(site: Site, x: Value, dim: int, sizes: Sequence[Any]) -> str:
 
 
 def _expand(site: Site, x: Value, sizes: Sequence[Any], *_: Any) -> str:
-    parts = [site.builder.constant([1 if size == -1 else size]) if isinstance(size, int) else size.name for size in sizes]
+    parts = [
+        site.builder.constant([1 if size == -1 else size]) if isinstance(size, int) else size.name for size in sizes
+    ]
     return str(site.builder.op("Expand", x.name, site.builder.op("Concat", *parts, axis=0)))
 
 
@@ -184,7 +186,9 @@ def _index(site: Site, x: Value, indices: Sequence[Value | None]) -> str:
     if len(indices) == 1 and indices[0] is not None:
         return str(site.builder.op("Gather", x.name, indices[0].name, axis=0))
     if any(index is None for index in indices):
-        raise PassError("Indexing that skips an axis has no translation to ONNX. This is a limit of vlmbuild; report it.")
+        raise PassError(
+            "Indexing that skips an axis has no translation to ONNX. This is a limit of vlmbuild; report it."
+        )
     rows = [site.builder.op("Unsqueeze", index.name, site.builder.constant([-1])) for index in indices if index]
     return str(site.builder.op("GatherND", x.name, site.builder.op("Concat", *rows, axis=-1)))
 

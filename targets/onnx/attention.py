@@ -65,7 +65,8 @@ def _penalty(builder: GraphBuilder, seen: str) -> str:
 def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_seqlens: Value, scale: float) -> str:
     """A loop over segments; each attends to itself. [1, H, N, D] -> [1, N, H, D]."""
     heads, dim = states[0].static(1), states[0].static(3)
-    assert heads is not None and dim is not None
+    assert heads is not None
+    assert dim is not None
     rows = [
         builder.reshape(builder.op("Transpose", x.name, perm=[0, 2, 1, 3]), [1, -1, heads * dim]) for x in states
     ]  # fmt: skip
@@ -95,12 +96,14 @@ def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str,
         own = body.op("Slice", query, start, end, body.constant([2]))
         mask = body.op("Slice", seen, start, end, body.constant([0]))
         by_key = body.op("Gather", mask, groups, axis=1)
-        places = body.op("NonZero", body.op("ReduceMax", body.cast(by_key, torch.int32), body.constant([0]), keepdims=0))
+        places = body.op(
+            "NonZero", body.op("ReduceMax", body.cast(by_key, torch.int32), body.constant([0]), keepdims=0)
+        )
         first = body.op("ReduceMin", places, body.constant([1]), keepdims=0)
         last = body.op("Add", body.op("ReduceMax", places, body.constant([1]), keepdims=0), body.constant([1]))
         bias = _penalty(body, body.op("Slice", by_key, first, last, body.constant([1])))
-        used = [body.op("Slice", x, first, last, body.constant([2])) for x in (key, value)]
-        return _attend(body, own, *used, bias, scale)
+        keys, values = (body.op("Slice", x, first, last, body.constant([2])) for x in (key, value))
+        return _attend(body, own, keys, values, bias, scale)
 
     return loop(builder, count, part, axis=1)
 

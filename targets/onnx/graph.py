@@ -65,7 +65,7 @@ class GraphBuilder:
 
     def __init__(self, compute: torch.dtype, outer: GraphBuilder | None = None) -> None:
         self.compute = compute
-        self.scope = outer.scope if outer else ""
+        self.scope: str = outer.scope if outer else ""
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self._outer = outer
@@ -169,7 +169,9 @@ class GraphBuilder:
     def model(self, name: str) -> onnx.ModelProto:
         """The graph as a model."""
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
-        return helper.make_model(self.graph(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmbuild")
+        return helper.make_model(
+            self.graph(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmbuild"
+        )
 
     def _root(self) -> GraphBuilder:
         return self if self._outer is None else self._outer._root()

@@ -19,6 +19,16 @@ _PAGE, _LINE = 4096, 64
 """Large tensors begin on a page, so that a runtime may map them; small ones on a cache line."""
 
 
+def packed_formats(program: Program) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
+    """Module name -> (format, shape) of the parameters that are quantized."""
+    return {
+        join(instance, recipe.source): (recipe.format, recipe.shape)
+        for region in program.regions.values()
+        for instance in region.instances
+        for recipe in region.recipes
+    }
+
+
 @dataclass(slots=True)
 class DataFile:
     """One data file.
@@ -49,26 +59,17 @@ class Weights:
         packed: Module name -> how a quantized parameter is stored.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        formats: Mapping[str, WeightFormat],
-        constants: Mapping[str, Tensor],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, program: Program, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """
         Args:
-            program: Says which parameters there are.
-            formats: Module name -> format of the parameters that are quantized.
+            program: Says which parameters there are, and the format of those that are quantized.
             constants: What follows from the config.
             dtype: Of the others.
         """
         self._constants = constants
         self._dtype = dtype
         self.packed: dict[str, PackedWeight] = {
-            name: packed_weight(formats[name], slot.shape, dtype, name)
-            for name, slot in program.slots()
-            if name in formats
+            name: packed_weight(form, shape, dtype, name) for name, (form, shape) in packed_formats(program).items()
         }
 
     def declare(

@@ -13,16 +13,15 @@ import torch
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.layout import DataFile, Weights
 from vlmbuild.targets.onnx.operators import table
-from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens, image_values
+from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens
 from vlmbuild.targets.onnx.prologue import add_prologue
 from vlmbuild.targets.onnx.translate import Translator
 
 from vlmbuild.families import ClientVision
-from vlmbuild.kv_cache import CROSS, MASK, STEP
+from vlmbuild.kv_cache import CROSS, STEP
 from vlmbuild.program import COMPUTE_DTYPE, Input, Program, Variant
+from vlmbuild.runtime.onnx_decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
 
-VISION, EMBED, DECODER, TEXT_DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_text"
-FEATURES, EMBEDS, LOGITS, KEEP = "image_features", "inputs_embeds", "logits", "num_logits_to_keep"
 _TOKENS = "batch*new"
 _NAMES = {
     "batch": "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache
@@ -41,7 +40,9 @@ class OnnxModel:
     data: DataFile
 
 
-def onnx_models(program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype) -> list[OnnxModel]:
+def onnx_models(
+    program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype
+) -> list[OnnxModel]:
     """All models of a program.
 
     Args:
@@ -69,7 +70,7 @@ class _Maker:
 
     def vision(self, client: ClientVision | None) -> OnnxModel:
         variant = self.program.variants["image"]
-        wanted = image_values(variant)
+        wanted = variant.image_values()
         part = cut(self.program, variant, (), wanted)
         builder, data = GraphBuilder(self.compute), DataFile(f"{VISION}.onnx_data")
         if client is not None:
@@ -79,8 +80,8 @@ class _Maker:
             values = {entry.name: builder.take_input(entry.name, entry.dtype, _shape(entry.shape)) for entry in inputs}
         self._translate(builder, data, part, values)
         for name in wanted:
-            rank = 4 if name.startswith(CROSS) else 2
-            self._give(builder, name if name.startswith(CROSS) else FEATURES, values[name], [None] * rank)
+            shown = name if name.startswith(CROSS) else FEATURES
+            self._give(builder, shown, values[name], self._result_shape(variant, name))
         return OnnxModel(VISION, builder.model(VISION), data)
 
     def embed(self) -> OnnxModel:
@@ -154,8 +155,15 @@ class _Maker:
         last = builder.op("Slice", rows, start, builder.constant([2**63 - 1]), builder.constant([1]))
         return builder.reshape(last, [1, -1, width])
 
-    def _give(self, builder: GraphBuilder, name: str, value: str, shape: Sequence[int | str | None]) -> None:
+    def _give(self, builder: GraphBuilder, name: str, value: str, shape: Sequence[int | str]) -> None:
         builder.give_output(name, value, self.compute, shape)
+
+    def _result_shape(self, variant: Variant, name: str) -> list[int | str]:
+        """A computed value's shape; sizes that change are named by their axis."""
+        call = next(call for call in variant.calls if name in call.outputs)
+        node = self.program.regions[call.region].results()[call.outputs.index(name)]
+        shape = enumerate(node.meta["val"].shape)
+        return [size if isinstance(size, int) else f"features_{axis}" for axis, size in shape]
 
     def _width(self) -> int:
         """Of the token embeddings."""

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from vlmbuild.targets.onnx.attention import attention
 from vlmbuild.targets.onnx.aten import ATEN
+from vlmbuild.targets.onnx.attention import attention
 from vlmbuild.targets.onnx.graph import CONTRIB
-from vlmbuild.packed_weight import PackedWeight
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.packed_weight import PackedWeight
 
 aten = torch.ops.aten
 ours = torch.ops.vlmbuild
@@ -21,23 +21,22 @@ ours = torch.ops.vlmbuild
 def table(packed: Mapping[str, PackedWeight]) -> dict[Any, Handler]:
     """Operator -> its translation; `packed` are the weights that are not stored plain, by name."""
 
-    def linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> str:
-        if weight.name in packed:
-            return _packed_linear(site, x, weight.name, packed[weight.name], bias)
-        return _linear(site, x, weight, bias)
+    def linear_packed(site: Site, x: Value, weight: Value, bias: Value | None, _format: str) -> str:
+        return _packed_linear(site, x, weight.name, packed[weight.name], bias)
 
     return {
         **ATEN,
-        aten.linear.default: linear,
+        aten.linear.default: _linear,
         ours.attention.default: attention,
         ours.attention_auto.default: attention,
         ours.attention_sdpa.default: attention,
+        ours.linear_packed.default: linear_packed,
         ours.mrope_cos_sin.default: _cos_sin,
         ours.mrope_rotate.default: _rotate,
     }
 
 
-def _linear(site: Site, x: Value, weight: Value, bias: Value | None) -> str:
+def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> str:
     """Gemm on the weight as it is stored; a MatMul, no faster, would need another copy of it, transposed."""
     flat = x.name if x.rank == 2 else site.builder.reshape(x.name, [-1, weight.meta.shape[1]])
     product = str(site.builder.op("Gemm", flat, weight.name, bias.name if bias else None, transB=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -75,21 +75,3 @@ def embedded_tokens(program: Program, variant: Variant) -> str:
             (name,) = names
             return name
     raise AssertionError("a variant reads input_ids")
-
-
-def image_values(variant: Variant) -> tuple[str, ...]:
-    """The values that are computed from images alone and that tokens read, in order."""
-    still = {entry.name for entry in variant.inputs if not _is_about_tokens(entry.shape)}
-    computed: dict[str, None] = {}
-    read: set[str] = set()
-    for call in variant.calls:
-        if still.issuperset(call.inputs):
-            still.update(call.outputs)
-            computed.update(dict.fromkeys(call.outputs))
-        else:
-            read.update(call.inputs)
-    return tuple(name for name in computed if name in read)
-
-
-def _is_about_tokens(shape: Sequence[int | str]) -> bool:
-    return any("new" in str(size) or "batch" in str(size) for size in shape)

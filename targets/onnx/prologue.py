@@ -1,4 +1,4 @@
-"""The host prologue of the vision tower, where a client passes what a processor returns: traced, and translated like a region."""
+"""The vision tower's host prologue, where a client passes what a processor returns: traced, then translated like a region."""
 
 from __future__ import annotations
 

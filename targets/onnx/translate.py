@@ -114,9 +114,12 @@ class Translator:
                 f"{where}: the operator {node.target} has no translation to ONNX. This is a limit of vlmbuild; report it with "
                 "the config.json, or build another target."
             )
-        arguments, options = torch.fx.map_arg(
-            (node.args, dict(node.kwargs)), lambda other: Value(names[other], other.meta.get("val"))
-        )
+
+        def value(other: Node) -> Any:
+            return Value(names[other], other.meta.get("val"))
+
+        arguments: Any = torch.fx.map_arg(node.args, value)
+        options: Any = torch.fx.map_arg(dict(node.kwargs), value)
         return handler(Site(self.builder, node.meta.get("val")), *arguments, **options)
 
 

@@ -58,7 +58,9 @@ def client_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def client_files(values: Mapping[str, Any], files: ClientFiles, template: str | None) -> dict[str, Mapping[str, Any]]:
     """Patch sizes as numbers, and what transformers.js has other defaults for."""
     settings = image_settings(files)
-    processor = {key: value for key, value in files.get("processor_config.json", {}).items() if key != "image_processor"}
+    processor = {
+        key: value for key, value in files.get("processor_config.json", {}).items() if key != "image_processor"
+    }
     patch = settings.get("patch_size", processor.get("patch_size"))
     patch = patch["height"] if isinstance(patch, Mapping) else patch
     merge = processor.get("spatial_merge_size", 1)

@@ -67,7 +67,10 @@ def client_files(values: Mapping[str, Any], files: ClientFiles, template: str | 
     rope = text.get("rope_parameters", values.get("rope_parameters"))
     flat = {**text, **{key: value for key, value in values.items() if key not in ("text_config", "rope_parameters")}}
     if rope is not None:
-        flat |= {"rope_theta": rope.get("rope_theta"), "rope_scaling": {**rope, "type": "mrope", "rope_type": "default"}}
+        flat |= {
+            "rope_theta": rope.get("rope_theta"),
+            "rope_scaling": {**rope, "type": "mrope", "rope_type": "default"},
+        }
         flat.pop("rope_parameters", None)
     flat["model_type"] = "qwen2_vl"
     images = {

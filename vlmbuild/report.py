@@ -88,7 +88,8 @@ def inspect_report(document: Mapping[str, Any]) -> list[str]:
 def verify_report(document: Mapping[str, Any]) -> list[str]:
     """That an artifact is what it says."""
     found = f"{document['files']} files, {human_size(document['bytes'])}"
-    return [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+    lines = [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+    return [*lines, *_section(parity_lines(document["numerics"]))]
 
 
 def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ from vlmbuild.runtime.decoding import rectangle, whole_mask
 from vlmbuild.runtime.execution import run_calls
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx_decoding import FEATURES, OnnxDecoding, OnnxModels
-from vlmbuild.runtime.onnx_probe import Case, cases, extended
+from vlmbuild.runtime.onnx_probe import SEED, Case, cases, extended
 from vlmbuild.runtime.onnx_weights import OnnxWeights
 from vlmbuild.runtime.region_instance import BoundRegion
 
@@ -58,8 +58,8 @@ def measure_apart(directory: Path, dtype: str, progress: Callable[[str, int, int
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise ParityError(
-            f"The ONNX models could not be run beside the program: {lines[-1]} Nothing was published. Free memory "
-            "if there was too little, else report it."
+            f"The ONNX models could not be run beside the program: {lines[-1]} Free memory if there was too little, "
+            "else report it; an artifact that is being built is not published."
         )
     records: list[Record] = json.loads(done.stdout.splitlines()[-1])
     check_records(records)
@@ -74,8 +74,8 @@ def check_records(records: list[Record]) -> None:
         if not math.isfinite(error) or error > limit:
             raise ParityError(
                 f"The ONNX models differ from the program: case {record['case']!r}, output {record['output']}: relative error "
-                f"{record['error']}, and at most {record['tolerance']} is allowed. Nothing was published. Build with --dtype "
-                "float32 or without --quantize; if that fails too, report it."
+                f"{record['error']}, and at most {record['tolerance']} is allowed. An artifact that is being built is not "
+                "published. Build with --dtype float32 or without --quantize; if that fails too, report it."
             )
 
 
@@ -94,7 +94,7 @@ def measure(directory: Path, dtype: str) -> list[Record]:
         records += _compare(case, models, reference, family, config, processor)
     rounds = any(weight.attributes.get("accuracy_level") == INTEGER for weight in weights.packed.values())
     tolerance = max(TOLERANCES[dtype], ROUNDED_INPUTS if rounds else 0)
-    return [{**record, "dtype": dtype, "tolerance": f"{tolerance:.0e}"} for record in records]
+    return [{**record, "dtype": dtype, "seed": SEED, "tolerance": f"{tolerance:.0e}"} for record in records]
 
 
 class _Reference:

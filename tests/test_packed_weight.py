@@ -69,7 +69,9 @@ def test_int8_keeps_the_values_of_bitsandbytes():
     parts = pack_int8(codes, scales, torch.float32)
     exact = dequantize_rows(codes, scales, torch.float32, name="w")
     torch.testing.assert_close(unpacked(weight, parts), exact, rtol=1e-6, atol=0)
-    exact_product = product(weight.__class__(weight.operator, {**weight.attributes, "accuracy_level": EXACT}, weight.parts), parts, x)
+    exact_product = product(
+        weight.__class__(weight.operator, {**weight.attributes, "accuracy_level": EXACT}, weight.parts), parts, x
+    )
     torch.testing.assert_close(exact_product, x @ exact.T, rtol=1e-5, atol=1e-5)
     rounded_inputs = product(weight, parts, x)
     assert float((rounded_inputs - x @ exact.T).norm() / (x @ exact.T).norm()) < 2e-2
@@ -89,5 +91,3 @@ def test_bitsandbytes_bytes_are_read_as_they_are(kind):
 def test_a_block_that_does_not_divide_a_row_is_refused():
     with pytest.raises(UsageError, match=r"layers\.0\.up.*100 columns.*int4"):
         packed_weight(FourBit("nf4", 64), (ROWS, 100), torch.float32, "layers.0.up")
-
-

@@ -19,7 +19,9 @@ def run(arguments, causal, dtype=torch.float32):
     values = []
     for name, tensor in zip(names, arguments, strict=True):
         if tensor is not None:
-            shape = [tensor.shape[1] if axis == 1 and tensor.ndim == 4 else f"{name}{axis}" for axis in range(tensor.ndim)]
+            shape = [
+                tensor.shape[1] if axis == 1 and tensor.ndim == 4 else f"{name}{axis}" for axis in range(tensor.ndim)
+            ]
             builder.take_input(name, tensor.dtype, shape)
         values.append(None if tensor is None else Value(name, tensor))
     result = attention(Site(builder, None), *values, causal, SCALE)
@@ -40,7 +42,9 @@ def states(queries, keys, batch=1, kv_heads=HEADS, dtype=torch.float32):
 def test_segments(lengths):
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     arguments = (*states(sum(lengths), sum(lengths)), None, bounds, None, None)
-    torch.testing.assert_close(run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("new", [1, 3, 9])
@@ -64,7 +68,9 @@ def test_groups_of_keys(rows):
     visible[torch.arange(rows), torch.arange(rows) * 5 // max(rows, 1)] = True
     visible[::3, 2] = True
     arguments = (*states(rows, 20), None, None, groups, visible)
-    torch.testing.assert_close(run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_rows_that_see_no_group_stay_finite():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from vlmbuild.passes.add_cache import AddCache
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
+from vlmbuild.passes.fuse_rms_norm import FuseRmsNorm
 from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
@@ -18,8 +19,8 @@ from vlmbuild.quantization import Decision
 from vlmbuild.recipe import Recipe
 
 __all__ = [
-    "AddCache", "AddLora", "FuseMrope", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights", "adapter_passes",
-    "passes_for", "quantization_passes",
+    "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights",
+    "adapter_passes", "passes_for", "quantization_passes",
 ]  # fmt: skip
 
 
@@ -28,6 +29,7 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
     return (
         Normalize(),  # first: patterns are written for clean graphs
         FuseMrope(),  # before attention is lowered: rotated queries and keys still meet the semantic operator
+        *([FuseRmsNorm()] if recipe.target == "onnx" else []),  # only there is an operator for it that is faster
         SwapAttention(recipe.attention),  # after every pass that would look for the semantic operator
     )
 
@@ -35,7 +37,8 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
 def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Pass, ...]:
     """Last, since it is the only pass that changes values."""
     asked = recipe.quantize is not None and recipe.quantize.format not in ("none", "source")
-    return (QuantizeLinear(decisions),) if asked or any(item.format for item in decisions.values()) else ()
+    packed = recipe.target == "onnx"
+    return (QuantizeLinear(decisions, packed),) if asked or any(item.format for item in decisions.values()) else ()
 
 
 def adapter_passes(adapters: Mapping[str, Lora], trained: frozenset[str]) -> tuple[Pass, ...]:

@@ -29,15 +29,19 @@ class QuantizeLinear:
     After, 8 bits (LLM.int8, arXiv:2208.07339, section 3):
             linear_8bit(x, weight, weight_scb, bias, threshold)
                                                             weight: i8[out, in]
+    After, for a target with operators of its own (`packed`):
+            linear_packed(x, weight, bias, format)          weight: compute[out, in], what the stored one stands for
 
     Not exact: values are rounded. A layer's inputs and outputs stay in the compute dtype. Where the instances of a region
     are not all to be quantized alike, the region is divided.
 
     Attributes:
         decisions: Module name -> decision. Linear layers that are not in it keep their dtype.
+        packed: Only mark the layers; the target stores their weights and multiplies by them.
     """
 
     decisions: Mapping[str, Decision]
+    packed: bool = False
 
     name: ClassVar[str] = QUANTIZE
     exact: ClassVar[bool] = False
@@ -78,7 +82,7 @@ class QuantizeLinear:
                 place = f"{slot.name.removesuffix('.weight')}: " if slot is not None else ""
                 outcome.add(region.name, 0, [place + decision.reason])
             else:
-                _quantize(region, node, slot, decision.format)
+                (_mark if self.packed else _quantize)(region, node, slot, decision.format)
                 outcome.add(region.name, 1)
 
 
@@ -94,6 +98,14 @@ def _linear_nodes(region: Region) -> list[Node]:
     return [node for node in region.graph.graph.nodes if node.target is LINEAR]
 
 
+def _mark(region: Region, node: Node, slot: Slot, weight_format: WeightFormat) -> None:
+    arguments: Any = node.args
+    bias = arguments[2] if len(arguments) > 2 else None
+    node.target = torch.ops.vlmbuild.linear_packed.default
+    node.args = (*arguments[:2], bias, weight_format.describe())
+    region.recipes += (WeightRecipe(slot.name, slot.shape, weight_format),)
+
+
 def _quantize(region: Region, node: Node, slot: Slot, weight_format: WeightFormat) -> None:
     arguments: Any = node.args
     values, weight = arguments[:2]
@@ -105,6 +117,7 @@ def _quantize(region: Region, node: Node, slot: Slot, weight_format: WeightForma
         geometry = (in_features, out_features, weight_format.blocksize, weight_format.name, COMPUTE_DTYPE)
         node.target, node.args = torch.ops.vlmbuild.linear_4bit.default, (values, *tensors, bias, *geometry)
     else:
+        assert isinstance(weight_format, EightBit)  # other formats are for targets that only want a mark
         stored = {suffix: region.add_slot(new) for suffix, new in _eight_bit_slots(slot, weight_format).items()}
         node.target = torch.ops.vlmbuild.linear_8bit.default
         node.args = (values, stored["weight"], stored["scb"], bias, weight_format.threshold)

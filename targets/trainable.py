@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from vlmbuild.targets.records import artifact_config, pass_record, source_records
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.targets.weights import stored_specs, write_weights
 
@@ -20,15 +21,11 @@ from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.families import Family
 from vlmbuild.graph_text import program_text
-from vlmbuild.pipeline import PassReport
 from vlmbuild.program import Program, Region, join
 from vlmbuild.program_json import to_json
-from vlmbuild.quantization import QUANTIZE
 from vlmbuild.recipe import TOOLS, Recipe
 from vlmbuild.source import SIDE_FILES
 from vlmbuild.weight_format import FourBit, WeightFormat
-
-_NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
@@ -44,7 +41,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     side_files = request.source.files(SIDE_FILES)
     specs = [spec for group in stored_specs(request, parameters) for spec in group]
     writer.require_space(sum(spec.nbytes for spec in specs) + sum(file.stat().st_size for file in side_files))
-    config = _artifact_config(request.config, program, recipe)
+    config = _config(request.config, program, recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in side_files:
         writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")
@@ -55,21 +52,12 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     return writer.publish(
         name="-".join([program.family, *_format_names(program), *([] if _format_names(program) else [recipe.dtype])]),
         target="trainable",
-        source=_source_records(request),
+        source=source_records(request),
         recipe=recipe.to_mapping(),
-        passes=[_pass_record(report, request) for report in request.reports],
+        passes=[pass_record(report, request) for report in request.reports],
         toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS},
         numerics=numerics,
     )
-
-
-def _pass_record(report: PassReport, request: Request) -> dict[str, Any]:
-    """What the manifest says of a pass; of quantization also each layer's decision."""
-    record = report.record()
-    if report.name != QUANTIZE:
-        return record
-    decisions = [decision.record(module) for module, decision in request.decisions.items()]
-    return {**record, "decisions": decisions, "calibration": request.calibration}
 
 
 def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
@@ -100,6 +88,10 @@ def _specs(
     return eight_bit.stored_specs(stored.removesuffix(".weight"), shape)
 
 
+def _format_names(program: Program) -> list[str]:
+    return list(dict.fromkeys(form.name for form in _formats(program)))
+
+
 def _formats(program: Program) -> list[WeightFormat]:
     """Those that occur, the most frequent first."""
     counts = Counter(recipe.format for region in program.regions.values() for recipe in region.recipes
@@ -107,18 +99,9 @@ def _formats(program: Program) -> list[WeightFormat]:
     return [form for form, _ in counts.most_common()]
 
 
-def _format_names(program: Program) -> list[str]:
-    return list(dict.fromkeys(form.name for form in _formats(program)))
-
-
-def _artifact_config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, Any]:
-    """The source's config with our dtype and quantization, and without anything that names code."""
-    config = {key: value for key, value in values.items() if key not in _NOT_COPIED}
-    for key, part in config.items():
-        if isinstance(part, Mapping) and key.endswith("_config"):
-            config[key] = {inner: value for inner, value in part.items() if inner not in _NOT_COPIED}
-    config["dtype"] = recipe.dtype
-    config.pop("quantization_config", None)
+def _config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, Any]:
+    """The artifact's config.json, which says what is quantized."""
+    config = artifact_config(values, recipe)
     if formats := _formats(program):
         config["quantization_config"] = quantization_config(
             formats, skip_modules=_kept_modules(program), compute_dtype=recipe.dtype
@@ -148,16 +131,3 @@ def _widest_prefix(module: str, quantized: set[str]) -> str:
     parts = module.split(".")
     prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return next(prefix for prefix in prefixes if not any(f"{name}.".startswith(f"{prefix}.") for name in quantized))
-
-
-def _source_records(request: Request) -> list[Mapping[str, Any]]:
-    """The files that went into the artifact. Digests of the checkpoint's were begun when the build was."""
-    entries = [
-        {"path": name, "size": (request.source.directory / name).stat().st_size, "digest": digest.result()}
-        for name, digest in sorted(request.digests.items())
-    ]
-    records: list[Mapping[str, Any]] = [{"uri": request.source.uri, "files": entries}]
-    if request.merge is not None:
-        request.merge.check_unchanged()
-        records.append(request.merge.record)
-    return records

@@ -30,7 +30,7 @@ _PIECE = 2**22
 def stored_specs(request: Request, parameters: Sequence[StoredParameter]) -> list[tuple[TensorSpec, ...]]:
     """The specs of parameters, exactly as in the source for those that are passed through."""
     return [
-        _passed_specs(request, parameter) if _is_passed(request, parameter) else parameter.specs
+        _passed_specs(request, parameter) if is_passed(request, parameter) else parameter.specs
         for parameter in parameters
     ]
 
@@ -97,7 +97,7 @@ class _Job:
         for parameter in self.parameters:
             self.progress.add(0)
             source = self.request.tensors[parameter.name]
-            if _is_passed(self.request, parameter):
+            if is_passed(self.request, parameter):
                 self._pass(source, parameter)
             elif parameter.format is None:
                 for piece in self._pieces(source, parameter.name):
@@ -121,23 +121,10 @@ class _Job:
 
     def _pieces(self, source: SourceTensor, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """A parameter in the recipe's dtype, flat, in pieces of a multiple of so many elements."""
-        step = max(1, _PIECE // multiple) * multiple
         dtype = getattr(torch, self.request.recipe.dtype)
-        for piece in self._values(source, name, dtype, step):
+        for piece in parameter_values(self.request, name, dtype, multiple):
             yield piece.to(dtype)
             self.progress.add(source.nbytes * piece.numel() // math.prod(source.shape))
-
-    def _values(self, source: SourceTensor, name: str, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
-        """What the source has, or what becomes of it with an adapter."""
-        weights, merge = self.request.weights, self.request.merge
-        if merge is None or not merge.changes(name):
-            yield from source_values(weights, source, dtype, step)
-            return
-        trained, first = merge.trained(name), 0
-        base = source_values(weights, source, torch.float32, step) if trained is None else trained.flatten().split(step)
-        for values in base:
-            yield merge.merged(name, values, first)
-            first += values.numel()
 
     def _quantize_4bit(self, source: SourceTensor, parameter: StoredParameter, form: FourBit) -> None:
         absmax = []
@@ -164,9 +151,25 @@ class _Job:
         self.output.add(weight_format, torch.tensor(ROW_FORMAT, dtype=torch.uint8))
 
 
-def _is_passed(request: Request, parameter: StoredParameter) -> bool:
+def is_passed(request: Request, parameter: StoredParameter) -> bool:
+    """Whether the source has the parameter in the format that it is stored in, and no adapter changes it."""
     changed = request.merge is not None and request.merge.changes(parameter.name)
     return not changed and parameter.format is not None and request.tensors[parameter.name].format == parameter.format
+
+
+def parameter_values(request: Request, name: str, dtype: torch.dtype, multiple: int = 1) -> Iterator[Tensor]:
+    """What the source has of a parameter, or what becomes of it with an adapter: flat, in pieces of a multiple of so many
+    elements. `dtype` is of what int8 stands for."""
+    step = max(1, _PIECE // multiple) * multiple
+    source, weights, merge = request.tensors[name], request.weights, request.merge
+    if merge is None or not merge.changes(name):
+        yield from source_values(weights, source, dtype, step)
+        return
+    trained, first = merge.trained(name), 0
+    base = source_values(weights, source, torch.float32, step) if trained is None else trained.flatten().split(step)
+    for values in base:
+        yield merge.merged(name, values, first)
+        first += values.numel()
 
 
 def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorSpec, ...]:

@@ -101,3 +101,18 @@ def nf4(checkpoint, tmp_path_factory):
 def plain(checkpoint, tmp_path_factory):
     """Its unquantized artifact in float32."""
     return build(checkpoint, tmp_path_factory.mktemp("artifact") / "plain", Recipe(dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def onnx_artifact(tmp_path_factory):
+    """(zoo checkpoint, **recipe) -> its ONNX artifact, built once; nobody may write to it."""
+    built = {}
+
+    def artifact(zoo, **recipe):
+        key = (zoo, repr(sorted(recipe.items())))
+        if key not in built:
+            output = tmp_path_factory.mktemp("onnx") / "artifact"
+            built[key] = build(zoo, output, Recipe(target="onnx", **recipe))
+        return built[key]
+
+    return artifact

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlmbuild.runtime.adapter_files import save_adapter
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.runtime.onnx_model import OnnxVisionLanguageModel
     from vlmbuild.runtime.sharding import shard
     from vlmbuild.training_callback import TrainingCallback
     from vlmbuild.training_log import TrainingLog
@@ -41,6 +42,7 @@ _HOMES = {
     "GradientAudit": "gradient_audit",
     "Lock": "locks.document",
     "Manifest": "artifact.manifest",
+    "OnnxVisionLanguageModel": "runtime.onnx_model",
     "PackedDataset": "packing",
     "Plan": "planner",
     "QuantSpec": "recipe",
@@ -76,6 +78,7 @@ __all__ = [
     "GradientAudit",
     "Lock",
     "Manifest",
+    "OnnxVisionLanguageModel",
     "PackedDataset",
     "Plan",
     "QuantSpec",

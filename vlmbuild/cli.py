@@ -25,6 +25,7 @@ from vlmbuild.cli_locks import COMMANDS
 from vlmbuild.cli_options import build_options, json_option, limit_options, recipe_options, workload_options
 from vlmbuild.cli_output import StageProgress, quiet_libraries
 from vlmbuild.cli_run import run
+from vlmbuild.cli_verify import verify
 from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
 from vlmbuild.recipe import Recipe
 
@@ -229,35 +230,6 @@ def _image(text: str) -> str | tuple[int, int]:
 
 
 @cli.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless it is this very artifact.")
-@json_option
-def verify(artifact: Path, expected_id: str | None, as_json: bool) -> None:
-    """Check every file of an artifact.
-
-    All files must be as the manifest says, and there must be no other. Names all files that are changed, missing, extra
-    or swapped, and exits with 3.
-
-    \b
-    Example:
-        vlmbuild verify qwen2-vl-nf4
-    """
-    from vlmbuild.artifact.reader import verify as run_verify
-
-    if expected_id is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", expected_id):
-        raise UsageError(
-            f"--id {expected_id!r} is not sha256: and 64 hexadecimal digits. `vlmbuild inspect` shows one."
-        )
-    with StageProgress(lines=False) as progress:
-        manifest = run_verify(artifact, expected_id=expected_id, progress=functools.partial(progress, "verify"))
-    document = {
-        "path": str(artifact), "id": manifest.id, "name": manifest.name, "files": len(manifest.files) + 2,
-        "bytes": manifest.total_bytes,
-    }  # fmt: skip
-    _show(document, as_json, "verify_report")
-
-
-@cli.command()
 @click.option(
     "-o",
     "--output",
@@ -298,5 +270,5 @@ def demo(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
         click.echo(_json(asdict(result)))
 
 
-for command in (inspect, run, *COMMANDS):
+for command in (inspect, run, verify, *COMMANDS):
     cli.add_command(command)

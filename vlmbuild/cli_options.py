@@ -39,7 +39,7 @@ class RecipeOptions:
 
     def over(self, base: Recipe) -> Recipe:
         """A recipe with what was given in its place; a file replaces it whole, a format keeps its other settings."""
-        recipe = replace(base if self.file is None else Recipe.from_toml(self.file), **self.others)
+        recipe = replace(base, **self.others) if self.file is None else Recipe.from_toml(self.file, **self.others)
         if not self.spec:
             return recipe
         known = recipe.quantize or QuantSpec("source")
@@ -74,6 +74,11 @@ def recipe_option_values(command: Command) -> Command:
         "--double-quant/--no-double-quant", default=None, help="Scales of 4-bit weights in 8 bits.  [default: yes]"
     )
     @click.option(
+        "--symmetric/--asymmetric",
+        default=None,
+        help="For int4: blocks without a zero point, or with.  [default: without]",
+    )
+    @click.option(
         "--quantize-role",
         "roles",
         multiple=True,
@@ -100,7 +105,9 @@ def recipe_option_values(command: Command) -> Command:
         help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]",
     )
     @click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Of unquantized weights and of the computation.  [default: bfloat16]"
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Of plain weights and of the computation.  [default: bfloat16; onnx: float32]",
     )
     @click.option(
         "--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable."
@@ -114,15 +121,17 @@ def recipe_option_values(command: Command) -> Command:
     )
     @functools.wraps(command)
     def with_options(
-        target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None, roles: tuple[str, ...],
+        target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None,
+        symmetric: bool | None, roles: tuple[str, ...],
         overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
         require: tuple[str, ...], file: Path | None, **others: Any,
     ) -> Any:  # fmt: skip
-        details = _given({"blocksize": blocksize, "double_quant": double_quant})
+        details = _given({"blocksize": blocksize, "double_quant": double_quant, "symmetric": symmetric})
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
         spec = {
             "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
             "overrides": tuple(_override(text, details) for text in overrides) or None, "skip": skip or None, "budget": budget,
+            "symmetric": symmetric,
         }  # fmt: skip
         return command(options=RecipeOptions(file, _given(spec), _given(given)), **others)
 
@@ -137,14 +146,16 @@ def _override(text: str, details: Mapping[str, Any]) -> Override:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
-    return Override(pattern, form, **(details if form in FOUR_BIT else {}))  # type: ignore[arg-type]
+    own = {**dict.fromkeys(FOUR_BIT, ("blocksize", "double_quant")), "int4": ("blocksize", "symmetric")}.get(form, ())
+    return Override(pattern, form, **{name: details[name] for name in own if name in details})  # type: ignore[arg-type]
 
 
 def _check_used(spec: Mapping[str, Any], form: str) -> None:
     """Refuse options that would change nothing."""
     formats = {form, *(item.format for item in spec.get("overrides", ()))}
     uses = {
-        "blocksize": formats & {*FOUR_BIT, "auto"},
+        "blocksize": formats & {*FOUR_BIT, "int4", "auto"},
+        "symmetric": formats & {"int4"},
         "double_quant": formats & {*FOUR_BIT, "auto"},
         "roles": formats & {*FORMATS, "auto"},
         "skip": formats & {*FORMATS, "auto"},
@@ -153,7 +164,7 @@ def _check_used(spec: Mapping[str, Any], form: str) -> None:
     names = {"roles": "--quantize-role", "double_quant": "--double-quant"}
     for name, used in uses.items():
         if name in spec and not used:
-            remedy = "auto" if name == "budget" else "nf4"
+            remedy = {"budget": "auto", "symmetric": "int4"}.get(name, "nf4")
             raise UsageError(
                 f"{names.get(name, f'--{name}')} changes nothing without a format for it. Add --quantize {remedy}, or drop it."
             )

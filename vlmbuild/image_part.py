@@ -21,9 +21,6 @@ from torch.fx import Graph, GraphModule, Node
 from vlmbuild.graph_text import dataflow_order
 from vlmbuild.program import Call, Program, Region
 
-TOKEN_DIMENSIONS = frozenset({"sequence", "samples"})
-"""An input whose shape names one of these is about tokens; every other one is about images."""
-
 aten = torch.ops.aten
 
 
@@ -58,7 +55,7 @@ def divide_images(program: Program) -> tuple[Program, dict[str, frozenset[str]]]
     parts: dict[tuple[str, frozenset[int]], Divided | None] = {}
     images = {}
     for name, variant in program.variants.items():
-        still = {entry.name for entry in variant.inputs if not TOKEN_DIMENSIONS & set(map(str, entry.shape))}
+        still = {entry.name for entry in variant.inputs if not entry.is_about_tokens()}
         calls: list[Call] = []
         for call in variant.calls:
             line = _divide_call(program.regions[call.region], call, still, parts)

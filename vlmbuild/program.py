@@ -129,6 +129,15 @@ class Input:
     dtype: torch.dtype
     shape: tuple[int | str, ...]
 
+    def is_about_tokens(self) -> bool:
+        """Whether a dimension counts tokens or samples; every other input is about images."""
+        words = {word for size in self.shape if isinstance(size, str) for word in size.replace("*", " ").split()}
+        return bool(words & TOKEN_DIMENSIONS)
+
+
+TOKEN_DIMENSIONS = frozenset({"sequence", "samples", "batch", "new", "past", "length"})
+"""Names of sizes that follow from the text."""
+
 
 def parse_size(size: str) -> tuple[int, str]:
     """ "4*merged" -> (4, "merged"); "samples" -> (1, "samples")."""
@@ -151,6 +160,19 @@ class Variant:
     calls: tuple[Call, ...]
     output: str
     presents: tuple[str, ...] = ()
+
+    def image_values(self) -> tuple[str, ...]:
+        """The values that are computed from images alone and that tokens read, in order."""
+        still = {entry.name for entry in self.inputs if not entry.is_about_tokens()}
+        computed: dict[str, None] = {}
+        read: set[str] = set()
+        for call in self.calls:
+            if still.issuperset(call.inputs):
+                still.update(call.outputs)
+                computed.update(dict.fromkeys(call.outputs))
+            else:
+                read.update(call.inputs)
+        return tuple(name for name in computed if name in read)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ from typing import Any, Literal, Self
 
 from vlmbuild.checks import number, one_of, strings
 from vlmbuild.errors import UsageError
-from vlmbuild.weight_format import BLOCK_SIZES, EightBit, FourBit, WeightFormat
+from vlmbuild.weight_format import BLOCK_SIZES, BlockInt4, EightBit, FourBit, WeightFormat
 
 FOUR_BIT = ("nf4", "fp4")
-FORMATS = (*FOUR_BIT, "int8")
+FORMATS = (*FOUR_BIT, "int8", "int4")
+INT4_BLOCK_SIZES = (32, 64, 128, 256)
+"""Those of ONNX Runtime's MatMulNBits that are block sizes here."""
 QUANTIZE = ("source", "none", *FORMATS, "auto")
 ROLES = ("language", "vision", "projector", "head")
 
@@ -22,15 +24,16 @@ class Override:
 
     Attributes:
         pattern: fnmatch pattern of module names, "*.mlp.down_proj".
-        format: "nf4", "fp4", "int8", or "none".
-        blocksize, double_quant, threshold: As in `QuantSpec`.
+        format: "nf4", "fp4", "int8", "int4", or "none".
+        blocksize, double_quant, threshold, symmetric: As in `QuantSpec`.
     """
 
     pattern: str
-    format: Literal["none", "nf4", "fp4", "int8"]
+    format: Literal["none", "nf4", "fp4", "int8", "int4"]
     blocksize: int = 64
     double_quant: bool = True
     threshold: float = 6.0
+    symmetric: bool | None = None
 
     def __post_init__(self) -> None:
         where = "quantize.overrides"
@@ -46,22 +49,24 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class QuantSpec:
-    """Quantization of linear layers in bitsandbytes' layouts; which ones is decided by what they do in the model.
+    """Quantization of linear layers; which ones is decided by what they do in the model.
 
     Attributes:
-        format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "none" (also dequantizes a source), "source" (as it has them, but
-            for skips and overrides), or "auto": the layers that lose most keep their dtype, the others become NF4, within
-            `budget`.
+        format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "none" (also
+            dequantizes a source), "source" (as it has them, but for skips and overrides), or "auto": the layers that lose
+            most keep their dtype, the others become NF4, within `budget`.
         blocksize: Weights per scale; 4 bits only.
         double_quant: Store the scales of 4-bit weights in 8 bits (blocks of 256).
         skip: fnmatch patterns of module names that keep their dtype.
         roles: Whose linear layers: "language", "vision", "projector", "head" (one with a weight of its own).
         overrides: Other formats for modules by name, whatever their role; the first pattern that matches holds.
-        threshold: int8 only: columns of an input with a value above it are multiplied in 16 bits.
+        threshold: int8 only: columns of an input with a value above it are multiplied in 16 bits. The target
+            onnx has no such columns, and rounds inputs to 8 bits in blocks of 32.
+        symmetric: int4 only: False gives every block a zero point of its own; None is symmetric.
         budget: "auto" only: bits per weight, with scales, on average over these layers.
     """
 
-    format: Literal["source", "none", "nf4", "fp4", "int8", "auto"] = "nf4"
+    format: Literal["source", "none", "nf4", "fp4", "int8", "int4", "auto"] = "nf4"
     blocksize: int = 64
     double_quant: bool = True
     skip: tuple[str, ...] = ()
@@ -69,6 +74,7 @@ class QuantSpec:
     overrides: tuple[Override, ...] = ()
     threshold: float = 6.0
     budget: float | None = None
+    symmetric: bool | None = None
 
     def __post_init__(self) -> None:
         one_of("quantize.format", self.format, QUANTIZE)
@@ -101,6 +107,10 @@ class QuantSpec:
             )
         return cls(**options)
 
+    def formats(self) -> frozenset[str]:
+        """All that layers may get."""
+        return frozenset({self.format, *(item.format for item in self.overrides)})
+
     def weight_format(self) -> WeightFormat | None:
         """The format of the layers that are quantized; "auto" quantizes to NF4, "none" and "source" add nothing."""
         return _weight_format(self)
@@ -111,6 +121,8 @@ def _weight_format(spec: QuantSpec | Override) -> WeightFormat | None:
         return None
     if spec.format == "int8":
         return EightBit(spec.threshold)
+    if spec.format == "int4":
+        return BlockInt4(spec.blocksize, spec.symmetric is not False)
     return FourBit("nf4" if spec.format == "auto" else spec.format, spec.blocksize, spec.double_quant)
 
 
@@ -120,6 +132,12 @@ def _check_details(spec: QuantSpec | Override, where: str) -> None:
     one_of(f"{where}.blocksize", spec.blocksize, BLOCK_SIZES)
     if not isinstance(spec.double_quant, bool):
         raise UsageError(f"{where}.double_quant must be true or false; got {spec.double_quant!r}.")
+    if spec.format == "int4":
+        one_of(f"{where}.blocksize of int4", spec.blocksize, INT4_BLOCK_SIZES)
+    elif spec.symmetric is not None:
+        raise UsageError(f"{where}.symmetric is for int4; {spec.format} has no such choice. Leave it out.")
+    if not isinstance(spec.symmetric, bool | None):
+        raise UsageError(f"{where}.symmetric must be true or false; got {spec.symmetric!r}.")
     threshold = number(spec.threshold, f"{where}.threshold")
     if threshold < 0:
         raise UsageError(f"{where}.threshold must not be negative; got {spec.threshold!r}.")
@@ -147,6 +165,6 @@ def _override(value: object) -> Override:
     if not isinstance(value, Mapping) or not {"pattern", "format"} <= set(value) <= known:
         raise UsageError(
             f"quantize.overrides: {value!r} is not a table with pattern and format, and perhaps "
-            "blocksize, double_quant, threshold."
+            "blocksize, double_quant, threshold, symmetric."
         )
     return Override(**value)

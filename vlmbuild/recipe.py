@@ -19,9 +19,10 @@ __all__ = ["ATTENTIONS", "DTYPES", "TARGETS", "TOOLS", "QuantSpec", "Recipe"]
 TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
 
-TARGETS = ("trainable",)
+TARGETS = ("trainable", "onnx")
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
+_DEFAULT_DTYPES = {"trainable": "bfloat16", "onnx": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +33,14 @@ class Recipe:
         target: What is written.
         quantize: None leaves every weight as the source has it, in `dtype` or quantized.
         attention: The kernel behind the attention operator; "auto" is Triton on CUDA tensors and SDPA elsewhere.
-        dtype: Dtype of the stored unquantized weights and of the computation.
+        dtype: Dtype of the stored unquantized weights and of the computation; None is bfloat16, and float32 for onnx.
         require: Names of passes that must match at least once, else the build fails.
     """
 
-    target: Literal["trainable"] = "trainable"
+    target: Literal["trainable", "onnx"] = "trainable"
     quantize: QuantSpec | None = None
     attention: Literal["auto", "triton", "sdpa"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = None  # type: ignore[assignment]  # is set below
     require: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,8 +48,23 @@ class Recipe:
             raise UsageError(f"quantize must be a QuantSpec or None; got {self.quantize!r}.")
         object.__setattr__(self, "require", strings(self.require, "require"))
         one_of("target", self.target, TARGETS)
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", _DEFAULT_DTYPES[self.target])
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        """Refuse what the target has no form for."""
+        formats = self.quantize.formats() if self.quantize is not None else frozenset()
+        if self.target == "trainable" and "int4" in formats:
+            raise UsageError("quantize: int4 is ONNX Runtime's, for --target onnx. To train, choose nf4.")
+        if self.target == "onnx" and self.dtype == "bfloat16":
+            raise UsageError(
+                "dtype: ONNX Runtime computes in no bfloat16 on a CPU. Choose float32 or float16 for --target onnx."
+            )
+        if self.target == "onnx" and self.attention == "triton":
+            raise UsageError("attention: triton is for the trainable target. Leave it out for --target onnx.")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "recipe") -> Self:

@@ -88,11 +88,15 @@ def inspect_report(document: Mapping[str, Any]) -> list[str]:
 def verify_report(document: Mapping[str, Any]) -> list[str]:
     """That an artifact is what it says."""
     found = f"{document['files']} files, {human_size(document['bytes'])}"
-    return [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+    lines = [f"{document['path']}: {found}, all as the manifest says", document["id"]]
+    return [*lines, *_section(parity_lines(document["numerics"]))]
 
 
 def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What was measured on the weights before they were published."""
+    """What was measured before the artifact was published."""
+    numerics = list(numerics)
+    if any("output" in record for record in numerics):
+        return _onnx_parity_lines(numerics)
     rows = [
         [
             record["case"], record["error"], record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
@@ -102,6 +106,20 @@ def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
     ]  # fmt: skip
     heads = ["Parity of logits", "relative error", "allowed", "adapter's effect", "same best token"]
     return table(heads, rows, "<>>>>") if rows else []
+
+
+def _onnx_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How far ONNX models are from the program."""
+    rows = [
+        [
+            record["case"], record["output"], record["error"], record["tolerance"],
+            f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
+            f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
+        ]
+        for record in numerics
+    ]  # fmt: skip
+    heads = ["ONNX against the program", "output", "relative error", "allowed", "same best token", "same generated"]
+    return table(heads, rows, "<<>>>>")
 
 
 def regions_table(document: Mapping[str, Any]) -> list[str]:

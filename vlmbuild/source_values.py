@@ -12,7 +12,7 @@ from vlmbuild.artifact.bitsandbytes_8bit import dequantize_rows
 from vlmbuild.artifact.checkpoint import CheckpointWeights
 from vlmbuild.ops.linear_4bit import dequantize_4bit, scales_reference
 from vlmbuild.source_tensors import SourceTensor
-from vlmbuild.weight_format import EightBit, FourBit
+from vlmbuild.weight_format import FourBit
 
 
 def source_values(weights: CheckpointWeights, source: SourceTensor, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
@@ -30,10 +30,10 @@ def source_values(weights: CheckpointWeights, source: SourceTensor, dtype: torch
     if source.format is None:
         for first, count in ranges(math.prod(source.shape), step):
             yield weights.read_part(source.name, first, count)
-    elif isinstance(source.format, EightBit):
-        yield from _eight_bit(weights, source, dtype, step)
-    else:
+    elif isinstance(source.format, FourBit):
         yield from _four_bit(weights, source, source.format, step)
+    else:
+        yield from _eight_bit(weights, source, dtype, step)
 
 
 def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:

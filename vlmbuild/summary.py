@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +16,7 @@ from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Role, join
 from vlmbuild.quantization import QUANTIZE
 from vlmbuild.runtime.loader import read_program
+from vlmbuild.runtime.onnx_weights import OnnxWeights
 from vlmbuild.weight_format import WeightFormat
 
 
@@ -96,7 +97,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     program = read_program(reader)
     family = family_named(program.family)
     passes = [dict(record) for record in manifest.passes]
-    weights = _stored_weights(program, family, CheckpointWeights(reader.path))
+    if manifest.target == "onnx":
+        sizes = OnnxWeights(reader.path).sizes()
+    else:
+        sizes = _checkpoint_sizes(CheckpointWeights(reader.path), family)
+    weights = _stored_weights(program, family, sizes)
     return {
         "path": str(path),
         "id": manifest.id,
@@ -117,15 +122,20 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _stored_weights(program: Program, family: Family, checkpoint: CheckpointWeights) -> Iterable[StoredWeight]:
-    """A program's weights with the bytes that they take in a checkpoint; a quantized one has several tensors."""
+def _checkpoint_sizes(checkpoint: CheckpointWeights, family: Family) -> dict[str, int]:
+    """Module name -> bytes that a weight takes in a checkpoint; a quantized one has several tensors."""
     sizes: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         owner, separator, _ = name.partition(".weight.")
         if not separator:
             owner, separator, _ = re.sub(r"\.(SCB|weight_format)$", ".weight.", name).partition(".weight.")
-        owner += ".weight" if separator else ""
+        owner = family.module_name(owner + (".weight" if separator else ""))
         sizes[owner] = sizes.get(owner, 0) + info.nbytes
+    return sizes
+
+
+def _stored_weights(program: Program, family: Family, sizes: Mapping[str, int]) -> Iterable[StoredWeight]:
+    """A program's weights with the bytes that they take."""
     seen = set()
     for region in program.regions.values():
         for instance in region.instances:
@@ -133,11 +143,12 @@ def _stored_weights(program: Program, family: Family, checkpoint: CheckpointWeig
                 name = join(instance, relative)
                 if name not in seen:
                     seen.add(name)
-                    stored = sizes.get(family.stored_name(name), 0)
-                    yield StoredWeight(name, family.role(name), math.prod(shape), stored, form)
+                    yield StoredWeight(name, family.role(name), math.prod(shape), sizes.get(name, 0), form)
 
 
 def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], WeightFormat | None]]:
     """(relative name, source shape, format) of a region's weights."""
+    quantized = {recipe.source for recipe in region.recipes}
     yield from ((recipe.source, recipe.shape, recipe.format) for recipe in region.recipes)
-    yield from ((slot.name, slot.shape, None) for slot in region.slots if slot.kind == "parameter")
+    kept = (slot for slot in region.slots if slot.kind == "parameter" and slot.name not in quantized)
+    yield from ((slot.name, slot.shape, None) for slot in kept)

@@ -1,4 +1,4 @@
-"""How the weight of a linear layer may be stored in fewer bits: the layouts of bitsandbytes."""
+"""How the weight of a linear layer may be stored in fewer bits: the layouts of bitsandbytes, and of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -71,13 +71,46 @@ class EightBit:
         return {"name": self.name, "threshold": self.threshold.hex()}
 
 
-WeightFormat = FourBit | EightBit
+@dataclass(frozen=True, slots=True)
+class BlockInt4:
+    """Two integers in a byte, with a scale for each block of a row, as ONNX Runtime's MatMulNBits reads them.
+
+    Attributes:
+        blocksize: Weights of a row per scale.
+        symmetric: Whether the middle code is zero; else every block has a zero point of its own.
+    """
+
+    blocksize: int = 32
+    symmetric: bool = True
+
+    @property
+    def name(self) -> str:
+        """As recipes have it."""
+        return "int4"
+
+    def bits(self, shape: tuple[int, ...]) -> int:
+        """Bits that a weight of this shape takes with its scales, which are counted in float32."""
+        blocks = shape[0] * math.ceil(shape[1] / self.blocksize)
+        return blocks * (4 * self.blocksize + 32 + (0 if self.symmetric else 4))
+
+    def describe(self) -> str:
+        """For people: "int4, blocks of 32"."""
+        return f"int4, blocks of {self.blocksize}{'' if self.symmetric else ' with zero points'}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name, "blocksize": self.blocksize, "symmetric": self.symmetric}
+
+
+WeightFormat = FourBit | EightBit | BlockInt4
 
 
 def format_from_json(values: dict[str, Any]) -> WeightFormat:
     """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
     if values["name"] == "int8":
         return EightBit(float.fromhex(values["threshold"]))
+    if values["name"] == "int4":
+        return BlockInt4(values["blocksize"], values["symmetric"])
     if values["name"] not in ("nf4", "fp4"):
         raise ValueError(f"the weight format {values['name']!r} is unknown")
     return FourBit(values["name"], values["blocksize"], values["double_quant"])

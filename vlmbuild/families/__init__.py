@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
+from vlmbuild.families._client import ClientVision
 from vlmbuild.families._family import BatchRow, Family, HostBatch, ImageCost, KeyGroups
 from vlmbuild.families._packing import check_ids
 from vlmbuild.families.mllama import Mllama
@@ -79,6 +80,7 @@ def family_of_processor(processor: Any) -> Family:
 __all__ = [
     "FAMILIES",
     "BatchRow",
+    "ClientVision",
     "Family",
     "HostBatch",
     "ImageCost",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
+from vlmbuild.families._client import ClientFiles, ClientVision
 from vlmbuild.program import Geometry, Input, Role
 
 BatchRow = Literal["sample", "token", "medium"]
@@ -145,6 +146,27 @@ class Family(Protocol):
 
         Raises:
             BatchError: The batch contradicts itself, or training on it would be silently wrong.
+        """
+
+    @property
+    def spare_embeddings(self) -> int:
+        """How many rows the table of embeddings has beyond the vocabulary."""
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        """The vision prologue as a graph, from what clients pass; None where no client knows the family."""
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The inputs of `client_vision` from a processor's output; None where there is none."""
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """The JSON files of a checkpoint as clients read them.
+
+        Args:
+            values: Of config.json.
+            files: Of the tokenizer and the processors.
+            template: The chat template.
         """
 
     def processor(self, directory: Path) -> Any:

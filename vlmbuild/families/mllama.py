@@ -13,6 +13,7 @@ from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.errors import SourceError
+from vlmbuild.families._client import ClientFiles, ClientVision, with_template
 from vlmbuild.families._core import TextCore, embed_patches, meta_module
 from vlmbuild.families._family import (
     BatchRow,
@@ -47,6 +48,7 @@ class Mllama:
     processors = ("MllamaProcessor",)
     limits = ()  # the size of a tile is the model's
     pads_images = True
+    spare_embeddings = 8
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "sample",
         "aspect_ratio_ids": "sample",
@@ -109,6 +111,17 @@ class Mllama:
             return MllamaProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **backend)
 
         return load_processor(load, directory, "Llama 3.2 Vision", "preprocessor_config.json or processor_config.json")
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        return None
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return None
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        return {"config.json": values, "tokenizer_config.json": with_template(files, template)}
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
         return frozenset({int(processor.image_token_id)})

@@ -16,7 +16,8 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families import _pixtral_processor
+from vlmbuild.families import _pixtral_client, _pixtral_processor
+from vlmbuild.families._client import ClientFiles, ClientVision
 from vlmbuild.families._core import TextCore, embed_patches, meta_module, place_features
 from vlmbuild.families._family import (
     BatchRow,
@@ -50,6 +51,7 @@ class Pixtral:
     processors = ("PixtralProcessor",)
     limits = ("longest_edge",)
     pads_images = False
+    spare_embeddings = 0
     batch_rows: Mapping[str, BatchRow] = {"pixel_values": "medium", "image_sizes": "medium"}
 
     def config(self, values: Mapping[str, Any]) -> LlavaConfig:
@@ -107,6 +109,17 @@ class Pixtral:
     def processor(self, directory: Path) -> Any:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _pixtral_processor.load(directory), directory, "Pixtral", files)
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        return _pixtral_client.client_vision(config)
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return _pixtral_client.client_batch(batch)
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        return _pixtral_client.client_files(values, files, template)
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
         return frozenset(processor.image_token_ids)

@@ -12,7 +12,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families import _qwen2_vl_processor
+from vlmbuild.families import _qwen2_vl_client, _qwen2_vl_processor
+from vlmbuild.families._client import ClientFiles, ClientVision
 from vlmbuild.families._core import TextCore, meta_module, place_features
 from vlmbuild.families._family import (
     BatchRow,
@@ -41,6 +42,7 @@ class Qwen2VL:
     processors = ("Qwen2VLProcessor",)
     limits = ("shortest_edge", "longest_edge")
     pads_images = False
+    spare_embeddings = 0
     batch_rows: Mapping[str, BatchRow] = {
         "pixel_values": "medium",
         "image_grid_thw": "medium",
@@ -110,6 +112,17 @@ class Qwen2VL:
     def processor(self, directory: Path) -> Any:
         files = "preprocessor_config.json or processor_config.json"
         return load_processor(lambda: _qwen2_vl_processor.load(directory), directory, "Qwen2-VL", files)
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        return _qwen2_vl_client.client_vision(config)
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return _qwen2_vl_client.client_batch(batch)
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        return _qwen2_vl_client.client_files(values, files, template)
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
         ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])

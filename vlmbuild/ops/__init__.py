@@ -1,13 +1,23 @@
 """The project's own operators: importing this package registers them with torch.
 
-Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels.
+Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed`
+has no gradients: it is for targets that cannot train.
 """
 
 from __future__ import annotations
 
-from vlmbuild.ops import attention, attention_lowered, linear_4bit, linear_8bit, lora, mrope
+from vlmbuild.ops import attention, attention_lowered, linear_4bit, linear_8bit, linear_packed, lora, mrope
 
-__all__ = ["OPERATORS", "attention", "attention_lowered", "linear_4bit", "linear_8bit", "lora", "mrope"]
+__all__ = [
+    "OPERATORS",
+    "attention",
+    "attention_lowered",
+    "linear_4bit",
+    "linear_8bit",
+    "linear_packed",
+    "lora",
+    "mrope",
+]
 
 OPERATORS: tuple[str, ...] = (
     "vlmbuild::attention",
@@ -25,6 +35,7 @@ OPERATORS: tuple[str, ...] = (
     "vlmbuild::linear_4bit_backward",
     "vlmbuild::linear_8bit",
     "vlmbuild::linear_8bit_backward",
+    "vlmbuild::linear_packed",
     "vlmbuild::lora",
     "vlmbuild::lora_backward",
     "vlmbuild::mrope_cos_sin",

@@ -18,13 +18,14 @@ from vlmbuild.artifact.manifest import Manifest, parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.checks import one_of
 from vlmbuild.devices import available_device
-from vlmbuild.errors import IncompatibleError, SourceError
+from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.program_json import from_json
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.model import VisionLanguageModel
-from vlmbuild.weight_format import EightBit
+from vlmbuild.runtime.onnx_session import check_provider
+from vlmbuild.weight_format import EightBit, FourBit
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -36,7 +37,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
     trust: Collection[str] = (),
-) -> tuple[VisionLanguageModel, Any]:
+) -> tuple[Any, Any]:
     """Open an artifact.
 
     Weights on a CPU stay mapped from the artifact's files while the model lives. To replace an artifact in use, build with
@@ -50,7 +51,7 @@ def load(
         trust: ("code",) allows targets that hold compiled code. A trainable artifact holds none, and loads without it.
 
     Returns:
-        The model, in evaluation mode, and the processor.
+        The model, a `VisionLanguageModel` in evaluation mode or an `OnnxVisionLanguageModel`, and the processor.
 
     Raises:
         IntegrityError: A file is not what the manifest says.
@@ -62,8 +63,12 @@ def load(
     if dtype is not None:
         one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
     reader = ArtifactReader(path, verify=False)
+    if reader.manifest.target == "onnx":
+        return _load_onnx(reader, chosen_device, dtype, verify=verify)
     if reader.manifest.target != "trainable":
-        raise IncompatibleError(f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable'.")
+        raise IncompatibleError(
+            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable' and 'onnx'."
+        )
     # Files are hashed by other threads meanwhile. Nothing is run from them, and nothing returned before they are proven.
     with reader.verifying() if verify else nullcontext():
         program = read_program(reader)
@@ -74,6 +79,26 @@ def load(
         if reader.manifest.entry(GENERATION_CONFIG) is not None:
             model.generation_config = _generation_config(reader)
     return model.eval().to(chosen_device), model.processor
+
+
+def _load_onnx(
+    reader: ArtifactReader, device: torch.device, dtype: str | torch.dtype | None, *, verify: bool
+) -> tuple[Any, Any]:
+    """The models of an ONNX artifact, which other code parses: so only once all files are proven."""
+    from vlmbuild.runtime.onnx_model import open_model
+
+    built = reader.manifest.recipe.get("dtype")
+    if dtype is not None and str(dtype).removeprefix("torch.") != built:
+        raise UsageError(f"An ONNX artifact computes in the dtype that it was built with, {built}. Leave dtype out.")
+    check_provider(device.type)
+    if verify:
+        reader = ArtifactReader(reader.path)
+    model = open_model(reader.path, device.type)
+    if verify:
+        reader.check_unchanged()
+    if reader.manifest.entry(GENERATION_CONFIG) is not None:
+        model.generation_config = _generation_config(reader)
+    return model, model.processor
 
 
 def read_program(reader: ArtifactReader) -> Program:
@@ -144,6 +169,8 @@ def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: Checkpo
     if isinstance(recipe.format, EightBit):
         scales = weights.map(f"{stored.removesuffix('.weight')}.SCB")
         return [(name, weights.map(stored)), (f"{name}_scb", scales.flatten())]
+    if not isinstance(recipe.format, FourBit):
+        raise IncompatibleError(f"{stored} is stored as {recipe.format.describe()}, which this target has no form for.")
     found = [(name, weights.map(stored)), (f"{name}_absmax", weights.map(f"{stored}.absmax"))]
     state = parse_quant_state(weights.read(f"{stored}{STATE_PREFIX}{recipe.format.name}"), name=stored)
     if state["blocksize"] != recipe.format.blocksize or state["shape"] != recipe.shape:

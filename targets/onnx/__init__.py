@@ -1,0 +1,10 @@
+"""The ONNX target: a program's graphs as ONNX models.
+
+Start with `models.py`, which says what goes into which model, then `translate.py` and the tables `aten.py` and `operators.py`.
+"""
+
+from __future__ import annotations
+
+from vlmbuild.targets.onnx.write import stored_parameters, write
+
+__all__ = ["stored_parameters", "write"]

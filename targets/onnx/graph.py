@@ -1,0 +1,177 @@
+"""An ONNX graph while it is built: nodes, shared constants, and weights that lie in a file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+OPSET = 23
+"""The first with Attention, RotaryEmbedding and RMSNormalization."""
+IR_VERSION = 11
+CONTRIB = "com.microsoft"
+"""ONNX Runtime's own operators."""
+
+ELEMENT_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+Shape = Sequence[int | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A weight in a data file.
+
+    Attributes:
+        dtype: Of its elements.
+        shape: Static.
+        location: Name of the file, beside the graph's.
+        offset, length: In bytes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+
+    def proto(self, name: str) -> TensorProto:
+        """The initializer that refers to it."""
+        tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[self.dtype], dims=self.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.location), ("offset", self.offset), ("length", self.length)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+class GraphBuilder:
+    """Values are names. A builder inside of another one makes the body of a Loop, which may read the outer values.
+
+    Attributes:
+        compute: Takes the place of the compute dtype.
+        scope: Leading part of the names of values, for people: the block that is being built.
+    """
+
+    def __init__(self, compute: torch.dtype, outer: GraphBuilder | None = None) -> None:
+        self.compute = compute
+        self.scope: str = outer.scope if outer else ""
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._outer = outer
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._shared: dict[Any, Any] = {}
+        self._names: dict[str, int] = outer._names if outer else {}
+
+    def op(
+        self, operator: str, *inputs: str | None, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:  # a name, or a tuple of them
+        """Append a node. None is an input that is left out."""
+        names = [self.scoped(operator) for _ in range(outputs)]
+        given = [name or "" for name in inputs]
+        while given and not given[-1]:
+            given.pop()
+        self._nodes.append(helper.make_node(operator, given, names, name=names[0], domain=domain, **attributes))
+        return names[0] if outputs == 1 else tuple(names)
+
+    def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
+        """A small constant of the graph, made once; a number is a scalar."""
+        tensor = torch.as_tensor(values, dtype=dtype)
+        key = (dtype, tuple(tensor.shape), tuple(tensor.flatten().tolist()))
+
+        def make() -> str:
+            name = self.scoped("const")
+            self._root()._initializers[name] = onnx.numpy_helper.from_array(tensor.numpy(), name)
+            return name
+
+        return str(self._root().once(key, make))
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What several nodes share, made when the first one asks."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    def weight(self, name: str, stored: Stored) -> str:
+        """A weight in a data file."""
+        self._root()._initializers[name] = stored.proto(name)
+        return name
+
+    def cast(self, value: str, dtype: torch.dtype) -> str:
+        """A value in another dtype."""
+        return str(self.op("Cast", value, to=ELEMENT_TYPES[dtype]))
+
+    def size(self, value: str, axis: int) -> str:
+        """One size of a value, int64 [1]."""
+        return str(self.op("Shape", value, start=axis, end=axis + 1))
+
+    def reshape(self, value: str, sizes: Sequence[int | str]) -> str:
+        """Reshape; a size is a number, or the name of an int64 [1]."""
+        parts = [self.constant([size]) if isinstance(size, int) else size for size in sizes]
+        fixed = [size for size in sizes if isinstance(size, int)]
+        shape = self.constant(fixed) if len(fixed) == len(sizes) else self.op("Concat", *parts, axis=0)
+        return str(self.op("Reshape", value, shape))
+
+    def take_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
+        """Declare an input."""
+        self.inputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
+        return name
+
+    def default_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
+        """Declare an input that may be left out: it is empty then."""
+        self.take_input(name, dtype, shape)
+        sizes = [size if isinstance(size, int) else 0 for size in shape]
+        self._initializers[name] = helper.make_tensor(name, ELEMENT_TYPES[dtype], sizes, [])
+        return name
+
+    def give_output(self, name: str, value: str, dtype: torch.dtype, shape: Shape) -> None:
+        """Return a value under a name."""
+        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output {name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
+
+    def take_scalar(self, name: str, dtype: torch.dtype) -> None:
+        """Declare a number that a Loop hands to its body."""
+        self.take_input(name, dtype, [])
+
+    def take_sequence(self, name: str, element: int) -> None:
+        """Declare the list that a Loop hands from one turn to the next."""
+        self.inputs.append(helper.make_tensor_sequence_value_info(name, element, None))
+
+    def give_scalar(self, value: str, dtype: torch.dtype) -> None:
+        """Return a number to a Loop."""
+        self.outputs.append(helper.make_tensor_value_info(value, ELEMENT_TYPES[dtype], []))
+
+    def give_sequence(self, value: str, element: int) -> None:
+        """Return the list to a Loop."""
+        self.outputs.append(helper.make_tensor_sequence_value_info(value, element, None))
+
+    def scoped(self, kind: str) -> str:
+        """A new name in the scope."""
+        stem = f"{self.scope}/{kind}" if self.scope else kind
+        number = self._names[stem] = self._names.get(stem, 0) + 1
+        return stem if number == 1 else f"{stem}_{number}"
+
+    def graph(self, name: str) -> onnx.GraphProto:
+        """What was built."""
+        return helper.make_graph(self._nodes, name, self.inputs, self.outputs, list(self._initializers.values()))
+
+    def model(self, name: str) -> onnx.ModelProto:
+        """The graph as a model."""
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+        return helper.make_model(
+            self.graph(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmbuild"
+        )
+
+    def _root(self) -> GraphBuilder:
+        return self if self._outer is None else self._outer._root()

@@ -1,0 +1,97 @@
+"""Where each weight lies in the data files beside the graphs: decided before any is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from vlmbuild.targets.onnx.graph import GraphBuilder, Stored
+
+from vlmbuild.packed_weight import PackedWeight, packed_weight
+from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Slot, join
+from vlmbuild.weight_format import WeightFormat
+
+_PAGE, _LINE = 4096, 64
+"""Large tensors begin on a page, so that a runtime may map them; small ones on a cache line."""
+
+
+def packed_formats(program: Program) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
+    """Module name -> (format, shape) of the parameters that are quantized."""
+    return {
+        join(instance, recipe.source): (recipe.format, recipe.shape)
+        for region in program.regions.values()
+        for instance in region.instances
+        for recipe in region.recipes
+    }
+
+
+@dataclass(slots=True)
+class DataFile:
+    """One data file.
+
+    Attributes:
+        location: Its name.
+        parameters: Module name -> its tensors by suffix, in the order of the file.
+        size: In bytes.
+    """
+
+    location: str
+    parameters: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    size: int = 0
+
+    def place(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+        """The next free place for a tensor."""
+        length = math.prod(shape) * dtype.itemsize
+        unit = _PAGE if length >= _PAGE else _LINE
+        offset = -(-self.size // unit) * unit
+        self.size = offset + length
+        return Stored(dtype, shape, self.location, offset, length)
+
+
+class Weights:
+    """The parameters of a program as graphs read them.
+
+    Attributes:
+        packed: Module name -> how a quantized parameter is stored.
+    """
+
+    def __init__(self, program: Program, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        """
+        Args:
+            program: Says which parameters there are, and the format of those that are quantized.
+            constants: What follows from the config.
+            dtype: Of the others.
+        """
+        self._constants = constants
+        self._dtype = dtype
+        self.packed: dict[str, PackedWeight] = {
+            name: packed_weight(form, shape, dtype, name) for name, (form, shape) in packed_formats(program).items()
+        }
+
+    def declare(
+        self, builder: GraphBuilder, data: DataFile, region: Region, instance: str, nodes: frozenset[Node]
+    ) -> dict[Node, str]:
+        """Make the needed slots of an instance initializers of a graph: placeholder -> name."""
+        return {
+            node: self._declare_slot(builder, data, join(instance, slot.name), slot)
+            for node, slot in region.slot_nodes().items()
+            if node in nodes
+        }
+
+    def _declare_slot(self, builder: GraphBuilder, data: DataFile, name: str, slot: Slot) -> str:
+        if slot.kind == "constant":
+            return builder.constant(self._constants[name], slot.dtype)
+        if name not in data.parameters:
+            data.parameters[name] = self._place(data, name, slot)
+        for suffix, stored in data.parameters[name].items():
+            builder.weight(name + suffix, stored)
+        return name
+
+    def _place(self, data: DataFile, name: str, slot: Slot) -> dict[str, Stored]:
+        if name in self.packed:
+            return {part.suffix: data.place(part.dtype, part.shape) for part in self.packed[name].parts}
+        return {"": data.place(self._dtype if slot.dtype == COMPUTE_DTYPE else slot.dtype, slot.shape)}

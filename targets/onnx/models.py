@@ -1,0 +1,195 @@
+"""A program as ONNX models: the vision encoder, the token embeddings, and the decoder with its key-value cache.
+
+Names of inputs and outputs are those of transformers.js; where it knows no such model, they go on in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+import torch
+from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.layout import DataFile, Weights
+from vlmbuild.targets.onnx.operators import table
+from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens
+from vlmbuild.targets.onnx.prologue import add_prologue
+from vlmbuild.targets.onnx.translate import Translator
+
+from vlmbuild.families import ClientVision
+from vlmbuild.kv_cache import CROSS, STEP
+from vlmbuild.program import COMPUTE_DTYPE, Input, Program, Variant
+from vlmbuild.runtime.onnx_decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
+
+_TOKENS = "batch*new"
+_NAMES = {
+    "batch": "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache
+    "new": "sequence_length",
+    "past": "past_sequence_length",
+    "past + new": "total_sequence_length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """One file's graph, and where its weights lie. Several may share a data file."""
+
+    stem: str
+    proto: onnx.ModelProto
+    data: DataFile
+
+
+def onnx_models(
+    program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype
+) -> list[OnnxModel]:
+    """All models of a program.
+
+    Args:
+        program: With a growing key-value cache.
+        weights: Its parameters.
+        client: The vision prologue that a client's inputs need; None leaves the program's own inputs.
+        compute: The compute dtype.
+
+    Raises:
+        PassError: An operator has no translation.
+    """
+    maker = _Maker(program, weights, compute)
+    step = STEP if STEP in program.variants else "text"
+    models = [maker.vision(client), maker.embed(), maker.decoder(DECODER, step, DataFile(f"{DECODER}.onnx_data"))]
+    if step == STEP:  # without images, blocks that read them are left out
+        models.append(maker.decoder(TEXT_DECODER, "text", models[-1].data))
+    return models
+
+
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    program: Program
+    weights: Weights
+    compute: torch.dtype
+
+    def vision(self, client: ClientVision | None) -> OnnxModel:
+        variant = self.program.variants["image"]
+        wanted = variant.image_values()
+        part = cut(self.program, variant, (), wanted)
+        builder, data = GraphBuilder(self.compute), DataFile(f"{VISION}.onnx_data")
+        if client is not None:
+            values = add_prologue(builder, client)
+        else:
+            inputs = [entry for entry in variant.inputs if entry.name in part.inputs]
+            values = {entry.name: builder.take_input(entry.name, entry.dtype, _shape(entry.shape)) for entry in inputs}
+        self._translate(builder, data, part, values)
+        for name in wanted:
+            shown = name if name.startswith(CROSS) else FEATURES
+            self._give(builder, shown, values[name], self._result_shape(variant, name))
+        return OnnxModel(VISION, builder.model(VISION), data)
+
+    def embed(self) -> OnnxModel:
+        variant = self.program.variants["text"]
+        name = embedded_tokens(self.program, variant)
+        builder, data = GraphBuilder(self.compute), DataFile(f"{EMBED}.onnx_data")
+        tokens = ["batch_size", "sequence_length"]
+        values = {"input_ids": _one_row(builder, builder.take_input("input_ids", torch.int64, tokens))}
+        self._translate(builder, data, cut(self.program, variant, (), [name]), values)
+        batch = builder.size("input_ids", 0)
+        width = self._width()
+        self._give(builder, EMBEDS, builder.reshape(values[name], [batch, -1, width]), [*tokens, width])
+        return OnnxModel(EMBED, builder.model(EMBED), data)
+
+    def decoder(self, stem: str, name: str, data: DataFile) -> OnnxModel:
+        variant = self.program.variants[name]
+        embedded = embedded_tokens(self.program, variant)
+        *_, head = variant.calls
+        (hidden,) = head.inputs
+        before = cut(self.program, variant, [embedded], [hidden, *variant.presents])
+        after = cut(self.program, variant, [hidden], [variant.output])
+        builder, width = GraphBuilder(self.compute), self._width()
+        embeds = builder.take_input(EMBEDS, self.compute, ["batch_size", "sequence_length", width])
+        values = {embedded: builder.reshape(embeds, [1, -1, width])}
+        for entry in variant.inputs:
+            if entry.name in before.inputs:
+                values[entry.name] = self._take(builder, entry)
+        builder.take_input(KEEP, torch.int64, [])
+        self._translate(builder, data, before, values)
+        batch = builder.size(EMBEDS, 0)
+        values[hidden] = self._last(builder, values[hidden], batch, width)
+        self._translate(builder, data, after, values)
+        vocabulary = self.program.regions[head.region].results()[0].meta["val"].shape[-1]
+        logits = builder.reshape(values[variant.output], [batch, -1, vocabulary])
+        self._give(builder, LOGITS, logits, ["batch_size", "kept_length", vocabulary])
+        shapes = {entry.name: entry.shape for entry in variant.inputs}
+        for present in variant.presents:
+            past = shapes[present.replace("present", "past_key_values", 1)]
+            sizes = ["past + new" if size == "past" else size for size in past]
+            self._give(builder, present, values[present], _shape(sizes))
+        return OnnxModel(stem, builder.model(stem), data)
+
+    def _translate(self, builder: GraphBuilder, data: DataFile, part: Part, values: dict[str, str]) -> None:
+        """Translate the calls of a part; `values` gets what they return."""
+        translator = Translator(builder, table(self.weights.packed))
+        for piece in part.calls:
+            region = self.program.regions[piece.call.region]
+            builder.scope = piece.call.instance or region.name
+            names = self.weights.declare(builder, data, region, piece.call.instance, piece.nodes)
+            activations = region.placeholders()[len(region.slots) :]
+            read = ((n, value) for n, value in zip(activations, piece.call.inputs, strict=True) if n in piece.nodes)
+            names |= {node: values[value] for node, value in read}
+            found = translator.run(region.graph.graph, names, piece.nodes, region.name)
+            made = zip(region.results(), piece.call.outputs, strict=True)
+            values |= {value: found[node] for node, value in made if node in piece.nodes}
+        builder.scope = ""
+
+    def _take(self, builder: GraphBuilder, entry: Input) -> str:
+        """Declare an input; one with a row for every token has (batch, sequence) rows outside, and one list inside."""
+        dtype = self.compute if entry.dtype == COMPUTE_DTYPE else entry.dtype
+        name = builder.take_input(entry.name, dtype, _shape(entry.shape))
+        if _TOKENS not in entry.shape:
+            return name
+        return builder.reshape(name, [-1 if size == _TOKENS else _kept(builder, name, entry, axis)
+                                      for axis, size in enumerate(entry.shape)])  # fmt: skip
+
+    def _last(self, builder: GraphBuilder, hidden: str, batch: str, width: int) -> str:
+        """The hidden states of the tokens whose logits are wanted: the last so many of every row, or all of them."""
+        rows = builder.reshape(hidden, [batch, -1, width])
+        start = builder.op("Unsqueeze", builder.op("Neg", KEEP), builder.constant([0]))
+        last = builder.op("Slice", rows, start, builder.constant([2**63 - 1]), builder.constant([1]))
+        return builder.reshape(last, [1, -1, width])
+
+    def _give(self, builder: GraphBuilder, name: str, value: str, shape: Sequence[int | str]) -> None:
+        builder.give_output(name, value, self.compute, shape)
+
+    def _result_shape(self, variant: Variant, name: str) -> list[int | str]:
+        """A computed value's shape; sizes that change are named by their axis."""
+        call = next(call for call in variant.calls if name in call.outputs)
+        node = self.program.regions[call.region].results()[call.outputs.index(name)]
+        shape = enumerate(node.meta["val"].shape)
+        return [size if isinstance(size, int) else f"features_{axis}" for axis, size in shape]
+
+    def _width(self) -> int:
+        """Of the token embeddings."""
+        return next(slot.shape[1] for _, slot in self.program.slots() if slot.role == "embedding")
+
+
+def _kept(builder: GraphBuilder, name: str, entry: Input, axis: int) -> int | str:
+    """A size beside the tokens', which stand at two places outside."""
+    size = entry.shape[axis]
+    if isinstance(size, int):
+        return size
+    return builder.size(name, len(_shape(entry.shape[:axis])))
+
+
+def _shape(sizes: Sequence[int | str]) -> list[int | str]:
+    """An input's shape outside: the tokens of all rows are (batch, sequence) there."""
+    shape: list[int | str] = []
+    for size in sizes:
+        if size == _TOKENS:
+            if shape and shape[-1] == 1:
+                shape.pop()
+            shape += ["batch_size", "sequence_length"]
+        else:
+            shape.append(size if isinstance(size, int) else _NAMES.get(size, size.replace("*", "_times_")))
+    return shape
+
+
+def _one_row(builder: GraphBuilder, value: str) -> str:
+    return builder.reshape(value, [1, -1])

@@ -1,0 +1,93 @@
+"""The project's own operators in ONNX, and torch's linear layers on weights in any format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from vlmbuild.targets.onnx.aten import ATEN
+from vlmbuild.targets.onnx.attention import attention
+from vlmbuild.targets.onnx.graph import CONTRIB
+from vlmbuild.targets.onnx.translate import Handler, Site, Value
+
+import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.packed_weight import PackedWeight
+
+aten = torch.ops.aten
+ours = torch.ops.vlmbuild
+
+
+def table(packed: Mapping[str, PackedWeight]) -> dict[Any, Handler]:
+    """Operator -> its translation; `packed` are the weights that are not stored plain, by name."""
+
+    def linear_packed(site: Site, x: Value, weight: Value, bias: Value | None, _format: str) -> str:
+        return _packed_linear(site, x, weight.name, packed[weight.name], bias)
+
+    return {
+        **ATEN,
+        aten.linear.default: _linear,
+        ours.attention.default: attention,
+        ours.attention_auto.default: attention,
+        ours.attention_sdpa.default: attention,
+        ours.linear_packed.default: linear_packed,
+        ours.mrope_cos_sin.default: _cos_sin,
+        ours.mrope_rotate.default: _rotate,
+    }
+
+
+def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> str:
+    """Gemm on the weight as it is stored; a MatMul, no faster, would need another copy of it, transposed."""
+    flat = x.name if x.rank == 2 else site.builder.reshape(x.name, [-1, weight.meta.shape[1]])
+    product = str(site.builder.op("Gemm", flat, weight.name, bias.name if bias else None, transB=1))
+    return product if x.rank == 2 else site.builder.reshape(product, site.sizes(()))
+
+
+def _packed_linear(site: Site, x: Value, name: str, weight: PackedWeight, bias: Value | None) -> str:
+    tensors = [f"{name}{part.suffix}" for part in weight.parts]
+    product = str(site.builder.op(weight.operator, x.name, *tensors, domain=CONTRIB, **weight.attributes))
+    return product if bias is None else str(site.builder.op("Add", product, bias.name))
+
+
+def _cos_sin(
+    site: Site, positions: Value, frequencies: Value, sections: Sequence[int], shared: bool, scaling: float
+) -> tuple[str, str]:
+    """Tables [*rest, sum(sections)] in float32: the angles of each axis side by side."""
+    builder = site.builder
+    starts = [0 if shared else sum(sections[:axis]) for axis in range(len(sections))]
+    angles = []
+    for axis, (start, lanes) in enumerate(zip(starts, sections, strict=True)):
+        place = builder.op("Gather", positions.name, builder.constant(axis), axis=0)
+        column = builder.op("Unsqueeze", builder.cast(place, torch.float32), builder.constant([-1]))
+        range_ = (builder.constant([start]), builder.constant([start + lanes]), builder.constant([0]))
+        angles.append(builder.op("Mul", column, builder.op("Slice", frequencies.name, *range_)))
+    angle = builder.op("Concat", *angles, axis=-1) if len(angles) > 1 else angles[0]
+    tables = (builder.op("Cos", angle), builder.op("Sin", angle))
+    if scaling == 1:
+        return tables
+    factor = builder.constant(scaling, torch.float32)
+    return builder.op("Mul", tables[0], factor), builder.op("Mul", tables[1], factor)
+
+
+def _rotate(site: Site, query: Value, key: Value, cos: Value, sin: Value) -> tuple[str, str]:
+    """RotaryEmbedding in float32, on [1, H, S, D]; packed [N, H, D] is brought to that form and back."""
+    tables = [_rows(site, value) for value in (cos, sin)]
+    return _turned(site, query, tables), _turned(site, key, tables)
+
+
+def _rows(site: Site, table: Value) -> str:
+    return table.name if table.rank == 3 else str(site.builder.op("Unsqueeze", table.name, site.builder.constant([0])))
+
+
+def _turned(site: Site, states: Value, tables: Sequence[str]) -> str:
+    builder, packed = site.builder, states.rank == 3
+    x = states.name
+    if packed:
+        x = builder.op("Unsqueeze", builder.op("Transpose", x, perm=[1, 0, 2]), builder.constant([0]))
+    half = builder.compute != torch.float32
+    turned = builder.op("RotaryEmbedding", builder.cast(x, torch.float32) if half else x, *tables)
+    if half:
+        turned = builder.cast(turned, builder.compute)
+    if packed:
+        turned = builder.op("Transpose", builder.op("Squeeze", turned, builder.constant([0])), perm=[1, 0, 2])
+    return str(turned)

@@ -1,0 +1,135 @@
+"""From a region's graph to ONNX nodes: one pass over it, each node by the table of its operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from vlmbuild.targets.onnx.graph import GraphBuilder
+
+from vlmbuild.errors import PassError
+from vlmbuild.program import COMPUTE_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of a graph.
+
+    Attributes:
+        name: In the ONNX graph.
+        meta: What tracing knows of it: a tensor without data, or a symbolic size (then it is an int64 [1] there).
+    """
+
+    name: str
+    meta: Any
+
+    @property
+    def rank(self) -> int:
+        """Of a tensor."""
+        return len(self.meta.shape)
+
+    def axis(self, dim: int) -> int:
+        """A dimension, counted from the front."""
+        return dim % self.rank
+
+    def static(self, dim: int) -> int | None:
+        """A size that is the same in every run."""
+        size = self.meta.shape[dim]
+        return size if isinstance(size, int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A node that is being translated.
+
+    Attributes:
+        builder: Takes the ONNX nodes.
+        meta: Of the node's result.
+    """
+
+    builder: GraphBuilder
+    meta: Any
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that one of the program's stands for."""
+        return self.builder.compute if dtype == COMPUTE_DTYPE else dtype
+
+    def sizes(self, given: Sequence[Any]) -> list[int | str]:
+        """The sizes of the result: numbers where it has the same in every run, the single other one as -1, else as given."""
+        known = [size if isinstance(size, int) else None for size in self.meta.shape]
+        if known.count(None) <= 1:
+            return [-1 if size is None else size for size in known]
+        asked = [size.name if isinstance(size, Value) else size for size in given]
+        return [ask if size is None else size for size, ask in zip(known, asked, strict=True)]
+
+
+Handler = Callable[..., Any]
+"""(site, the node's arguments) -> the name of its result, or a tuple of names."""
+
+
+class Translator:
+    """Translates graphs into one ONNX graph.
+
+    Args:
+        builder: Takes the nodes.
+        table: Operator -> handler.
+    """
+
+    def __init__(self, builder: GraphBuilder, table: dict[Any, Handler]) -> None:
+        self.builder = builder
+        self._table = table
+
+    def run(self, graph: Graph, inputs: dict[Node, str], needed: Collection[Node], where: str) -> dict[Node, Any]:
+        """Translate the needed nodes of a graph.
+
+        Args:
+            graph: Of a region.
+            inputs: Placeholder -> the name of its value.
+            needed: The nodes that are wanted, and all behind them.
+            where: To say in messages.
+
+        Returns:
+            Node -> the name of its value, or a tuple of names.
+
+        Raises:
+            PassError: An operator has no translation.
+        """
+        names: dict[Node, Any] = dict(inputs)
+        for node in graph.nodes:
+            if node.op == "call_function" and node in needed and node not in names:
+                names[node] = self._node(node, names, where)
+        return names
+
+    def _node(self, node: Node, names: dict[Node, Any], where: str) -> Any:
+        if node.target is operator.getitem:
+            source, place = node.args
+            return names[source][place]  # type: ignore[index]
+        handler = self._table.get(node.target)
+        if handler is None:
+            raise PassError(
+                f"{where}: the operator {node.target} has no translation to ONNX. This is a limit of vlmbuild; report it with "
+                "the config.json, or build another target."
+            )
+
+        def value(other: Node) -> Any:
+            return Value(names[other], other.meta.get("val"))
+
+        arguments: Any = torch.fx.map_arg(node.args, value)
+        options: Any = torch.fx.map_arg(dict(node.kwargs), value)
+        return handler(Site(self.builder, node.meta.get("val")), *arguments, **options)
+
+
+def needed_nodes(wanted: Collection[Node], given: Collection[Node] = ()) -> set[Node]:
+    """The wanted nodes and all behind them, as far as the given ones."""
+    found: set[Node] = set()
+    waiting = [node for node in wanted if node not in given]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [other for other in node.all_input_nodes if other not in given]
+    return found

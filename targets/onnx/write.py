@@ -1,0 +1,146 @@
+"""The ONNX target: models for ONNX Runtime and transformers.js, held against the program before they are published."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import onnxruntime
+import torch
+from vlmbuild.targets.onnx.data import write_data
+from vlmbuild.targets.onnx.layout import Weights, packed_formats
+from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
+from vlmbuild.targets.records import artifact_config, pass_record, source_records
+from vlmbuild.targets.request import Request, StoredParameter
+
+from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.weights import TensorSpec
+from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.errors import SourceError
+from vlmbuild.families import Family
+from vlmbuild.graph_text import program_text
+from vlmbuild.kv_cache import with_cache
+from vlmbuild.packed_weight import packed_weight
+from vlmbuild.program import Program
+from vlmbuild.program_json import to_json
+from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.runtime.onnx_numerics import measure_apart
+from vlmbuild.runtime.onnx_session import FOLDER
+from vlmbuild.source import SIDE_FILES
+
+
+def write(writer: ArtifactWriter, request: Request) -> Manifest:
+    """Write and publish an ONNX artifact.
+
+    Raises:
+        SourceError: A tensor cannot be read or quantized.
+        PassError: An operator has no translation.
+        ParityError: A model computes something else than the program.
+        OutputError: There is no space, or the output cannot be written.
+    """
+    recipe, program = request.recipe, request.program
+    config = request.family.config(request.config)
+    dtype = getattr(torch, recipe.dtype)
+    weights = Weights(program, request.family.constants(config), dtype)
+    models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype)
+    side_files = _side_files(request)
+    writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))
+    for name, data in side_files.items():
+        writer.write(name, data, "config" if name in ("config.json", "generation_config.json") else "processor")
+    writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
+    writer.write("graph/program.txt", program_text(program).encode(), "graph")
+    errors = _write_models(writer, models, request)
+    numerics = measure_apart(writer.staging, recipe.dtype, request.progress)
+    decisions = {
+        module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
+        for module, decision in request.decisions.items()
+    }
+    return writer.publish(
+        name="-".join([program.family, "onnx", *(_format_names(program) or [recipe.dtype])]),
+        target="onnx",
+        source=source_records(request),
+        recipe=recipe.to_mapping(),
+        passes=[pass_record(report, replace(request, decisions=decisions)) for report in request.reports],
+        toolchain=_toolchain(),
+        numerics=numerics,
+    )
+
+
+def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
+    """What becomes of every source tensor, each once. A tied table is stored for the embeddings and for the head: clients
+    read each model with a data file of its own."""
+    dtype, formats = getattr(torch, recipe.dtype), packed_formats(program)
+    for name, slot in program.slots():
+        if slot.kind != "parameter":
+            continue
+        form = formats.get(name, (None,))[0]
+        specs = [TensorSpec(family.stored_name(name), dtype, slot.shape)]
+        if form is not None:
+            parts = packed_weight(form, slot.shape, dtype, name).parts
+            specs = [TensorSpec(f"{name}{part.suffix}", part.dtype, part.shape) for part in parts]
+        yield StoredParameter(name, slot.shape, form, tuple(specs))
+
+
+def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Request) -> dict[str, float]:
+    """Write graphs and their data files; returns the rounding error of each quantized parameter."""
+    formats = {name: form for name, (form, _) in packed_formats(request.program).items()}
+    errors: dict[str, float] = {}
+    written: set[str] = set()
+    for model in models:
+        if model.data.location not in written:
+            written.add(model.data.location)
+            path = f"{FOLDER}/{model.data.location}"
+            errors |= write_data(writer, path, model.data, formats, request)
+        writer.write(f"{FOLDER}/{model.stem}.onnx", model.proto.SerializeToString(deterministic=True), "graph")
+    return errors
+
+
+def _toolchain() -> dict[str, str]:
+    """Versions; onnxruntime is installed under several names."""
+    found = {tool: importlib.metadata.version(tool).partition("+")[0] for tool in (*TOOLS, "onnx")}
+    return found | {"onnxruntime": onnxruntime.__version__}
+
+
+def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
+    return {model.data.location: model.data.size for model in models}
+
+
+def _format_names(program: Program) -> list[str]:
+    return list(dict.fromkeys(form.name for form, _ in packed_formats(program).values()))
+
+
+def _side_files(request: Request) -> dict[str, bytes]:
+    """config.json, tokenizer and processor files, with those that clients read in the form that they read."""
+    files = {file.name: file.read_bytes() for file in request.source.files(SIDE_FILES)}
+    values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
+    config = artifact_config(request.config, request.recipe)
+    config["transformers.js_config"] = {"use_external_data_format": True}
+    client = request.family.client_files(config, values, _template(files))
+    return files | {name: _json(content) for name, content in client.items()}
+
+
+def _object(name: str, data: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(data)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise SourceError(f"{name} of the checkpoint is not valid JSON: {error}. Repair it.") from error
+    return found
+
+
+def _template(files: Mapping[str, bytes]) -> str | None:
+    """The chat template, from wherever the checkpoint has it beside tokenizer_config.json."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    if "chat_template.json" in files:
+        template = _object("chat_template.json", files["chat_template.json"]).get("chat_template")
+        return template if isinstance(template, str) else None
+    return None
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,47 @@
+"""What artifacts of every target say of where they come from: config.json, the passes, the source's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmbuild.targets.request import Request
+
+from vlmbuild.pipeline import PassReport
+from vlmbuild.quantization import QUANTIZE
+from vlmbuild.recipe import Recipe
+
+_NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
+
+
+def pass_record(report: PassReport, request: Request) -> dict[str, Any]:
+    """What the manifest says of a pass; of quantization also each layer's decision."""
+    record = report.record()
+    if report.name != QUANTIZE:
+        return record
+    decisions = [decision.record(module) for module, decision in request.decisions.items()]
+    return {**record, "decisions": decisions, "calibration": request.calibration}
+
+
+def artifact_config(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The source's config with our dtype, without the source's quantization and without anything that names code."""
+    config = {key: value for key, value in values.items() if key not in _NOT_COPIED}
+    for key, part in config.items():
+        if isinstance(part, Mapping) and key.endswith("_config"):
+            config[key] = {inner: value for inner, value in part.items() if inner not in _NOT_COPIED}
+    config["dtype"] = recipe.dtype
+    config.pop("quantization_config", None)
+    return config
+
+
+def source_records(request: Request) -> list[Mapping[str, Any]]:
+    """The files that went into the artifact. Digests of the checkpoint's were begun when the build was."""
+    entries = [
+        {"path": name, "size": (request.source.directory / name).stat().st_size, "digest": digest.result()}
+        for name, digest in sorted(request.digests.items())
+    ]
+    records: list[Mapping[str, Any]] = [{"uri": request.source.uri, "files": entries}]
+    if request.merge is not None:
+        request.merge.check_unchanged()
+        records.append(request.merge.record)
+    return records

@@ -1,0 +1,82 @@
+"""Validation finds a model that computes something else, and a build publishes nothing then."""
+
+import json
+import shutil
+
+import onnx
+import pytest
+
+from vlmbuild.builder import build
+from vlmbuild.cli import main
+from vlmbuild.errors import ParityError
+from vlmbuild.recipe import Recipe
+from vlmbuild.runtime import onnx_numerics
+
+
+def change_first(file, kind, change):
+    model = onnx.load(file, load_external_data=False)
+    change(next(node for node in model.graph.node if node.op_type == kind))
+    file.write_bytes(model.SerializeToString())
+
+
+def larger_epsilon(node):
+    node.attribute[[a.name for a in node.attribute].index("epsilon")].f = 1.0
+
+
+def other_scale(node):
+    node.attribute[[a.name for a in node.attribute].index("scale")].f *= 1.001
+
+
+@pytest.fixture
+def copy(onnx_artifact, tmp_path):
+    return shutil.copytree(onnx_artifact("qwen2-vl-digits").path, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "change", "output"),
+    [
+        ("decoder_model_merged", "RMSNormalization", larger_epsilon, "logits"),
+        ("decoder_model_merged", "Attention", other_scale, "logits"),
+        ("vision_encoder", "LayerNormalization", larger_epsilon, "image_features"),
+    ],
+)
+def test_a_model_that_differs_is_found(copy, file, kind, change, output):
+    change_first(copy / "onnx" / f"{file}.onnx", kind, change)
+    records = onnx_numerics.measure(copy, "float32")
+    wrong = {record["output"] for record in records if float(record["error"]) > float(record["tolerance"])}
+    assert output in wrong
+    with pytest.raises(ParityError, match=r"differ from the program: case 'one image', output .* 1e-04 is allowed"):
+        onnx_numerics.check_records(records)
+
+
+def test_no_number_is_no_agreement():
+    record = {"case": "c", "output": "logits", "error": "nan", "tolerance": "1e-04"}
+    with pytest.raises(ParityError):
+        onnx_numerics.check_records([record])
+
+
+def test_a_build_that_differs_publishes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        onnx_numerics, "check_records", lambda _records: (_ for _ in ()).throw(ParityError("it differs"))
+    )
+    with pytest.raises(ParityError):
+        build("pixtral-digits", tmp_path / "out", Recipe(target="onnx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_runs_the_models_again(onnx_artifact, capsys):
+    artifact = onnx_artifact("qwen2-vl-digits")
+    assert main(["verify", str(artifact.path), "--numerics", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)["numerics"]
+    assert [record["case"] for record in records] == [record["case"] for record in artifact.manifest.numerics]
+
+
+def test_verify_names_what_is_for_onnx_alone(tmp_path, capsys):
+    build("pixtral-digits", tmp_path / "trainable", Recipe())
+    assert main(["verify", str(tmp_path / "trainable"), "--numerics"]) == 2
+    assert "target trainable" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    with pytest.raises(ParityError, match="could not be run"):
+        onnx_numerics.measure_apart(tmp_path, "float32", lambda *_: None)

@@ -1,0 +1,194 @@
+"""Hold an artifact's ONNX models against its program: the same batches through both, in a process of their own.
+
+`python -m vlmbuild.runtime.onnx_numerics DIRECTORY DTYPE` prints the records as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import ParityError
+from vlmbuild.families import Family, family_named
+from vlmbuild.kv_cache import CROSS, PAST, cached_inputs, with_cache
+from vlmbuild.packed_weight import INTEGER
+from vlmbuild.program import Call, Program, Variant
+from vlmbuild.program_json import from_json
+from vlmbuild.runtime.decoding import rectangle, whole_mask
+from vlmbuild.runtime.execution import run_calls
+from vlmbuild.runtime.key_value_cache import KeyValueCache
+from vlmbuild.runtime.onnx_decoding import FEATURES, OnnxDecoding, OnnxModels
+from vlmbuild.runtime.onnx_probe import SEED, Case, cases, extended
+from vlmbuild.runtime.onnx_weights import OnnxWeights
+from vlmbuild.runtime.region_instance import BoundRegion
+
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
+"""The relative error of each output up to which models are published, by compute dtype; both multiply by the same weights.
+In float32 only sums in another order differ; in float16 activations are rounded to 11 bits, some hundred times in a row."""
+ROUNDED_INPUTS = 1e-1
+"""The same where a weight of 8 bits is multiplied by inputs that are rounded to 8 bits too."""
+STEPS = 4
+"""Tokens that are generated for each case."""
+
+Record = dict[str, Any]
+
+
+def measure_apart(directory: Path, dtype: str, progress: Callable[[str, int, int], None]) -> list[Record]:
+    """The manifest's records about an artifact's models, measured in another process.
+
+    Args:
+        directory: With config.json, processor files, graph/program.json and onnx/.
+        dtype: Name of the compute dtype.
+        progress: Told of the beginning and of the end.
+
+    Raises:
+        ParityError: A model does not run, or computes something else than the program.
+    """
+    progress("numerics", 0, 1)
+    command = [sys.executable, "-m", __name__, str(directory), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own interpreter)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
+        raise ParityError(
+            f"The ONNX models could not be run beside the program: {lines[-1]} Free memory if there was too little, "
+            "else report it; an artifact that is being built is not published."
+        )
+    records: list[Record] = json.loads(done.stdout.splitlines()[-1])
+    check_records(records)
+    progress("numerics", 1, 1)
+    return records
+
+
+def check_records(records: list[Record]) -> None:
+    """Raise ParityError for an output whose error is above its tolerance, or is no number."""
+    for record in records:
+        error, limit = float(record["error"]), float(record["tolerance"])
+        if not math.isfinite(error) or error > limit:
+            raise ParityError(
+                f"The ONNX models differ from the program: case {record['case']!r}, output {record['output']}: relative error "
+                f"{record['error']}, and at most {record['tolerance']} is allowed. An artifact that is being built is not "
+                "published. Build with --dtype float32 or without --quantize; if that fails too, report it."
+            )
+
+
+def measure(directory: Path, dtype: str) -> list[Record]:
+    """As `measure_apart`, in this process and without judging."""
+    program = from_json(json.loads((directory / "graph/program.json").read_text(encoding="utf-8")))
+    family = family_named(program.family)
+    config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    processor = family.processor(directory)
+    weights = OnnxWeights(directory)
+    reference = _Reference(with_cache(program), family, config, weights)
+    # Kernels of packed weights depend on how they are laid out, and are checked as they will run.
+    models = OnnxModels.open(directory, economical=not weights.packed)
+    records = []
+    for case in cases(processor):
+        records += _compare(case, models, reference, family, config, processor)
+    rounds = any(weight.attributes.get("accuracy_level") == INTEGER for weight in weights.packed.values())
+    tolerance = max(TOLERANCES[dtype], ROUNDED_INPUTS if rounds else 0)
+    return [{**record, "dtype": dtype, "seed": SEED, "tolerance": f"{tolerance:.0e}"} for record in records]
+
+
+class _Reference:
+    """Runs the program in float32 with one block's weights in memory."""
+
+    def __init__(self, program: Program, family: Family, config: Any, weights: OnnxWeights) -> None:
+        self.program = program
+        self._family, self._config, self._weights = family, config, weights
+        self._constants = family.constants(config)
+        self._bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
+
+    def run(self, batch: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """The variant that a batch takes, and its values that clients see: logits (batch, sequence, vocabulary), the cache,
+        and what follows from images."""
+        prepared = self._family.prepare(batch, self._config)
+        variant = self.program.variants[prepared.variant]
+        shape = batch["input_ids"].shape
+        values = rectangle(prepared, variant, shape)
+        values = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in values.items()}
+        values["attention_mask"] = whole_mask(batch.get("attention_mask"), shape[0], shape[1], torch.device("cpu"))
+        for entry in cached_inputs(variant):
+            values[entry.name] = torch.zeros(shape[0], int(entry.shape[1]), 0, int(entry.shape[3]))
+        kept = self._seen(variant)
+        run_calls(variant.calls, values, self._call, keep=kept.values())
+        found = {name: values[value] for name, value in kept.items()}
+        found["logits"] = found["logits"].view(*shape, -1)
+        return prepared.variant, found
+
+    @torch.no_grad()
+    def _call(self, call: Call, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        region = self.program.regions[call.region]
+        slots = self._weights.slots(region, call.instance, self._constants)
+        return self._bound[call.region].run(slots, None, arguments, training=False)
+
+    def _seen(self, variant: Variant) -> dict[str, str]:
+        """Name that clients see -> name in the variant."""
+        images = variant.image_values()
+        return {
+            "logits": variant.output,
+            **{name: name for name in variant.presents},
+            **{value if value.startswith(CROSS) else FEATURES: value for value in images},
+        }
+
+
+def _compare(
+    case: Case, models: OnnxModels, reference: _Reference, family: Family, config: Any, processor: Any
+) -> list[Record]:
+    """The records of one case: a prompt, then some tokens on its cache, then all of that at once through the program."""
+    cache = KeyValueCache(models.cached())
+    decoding = OnnxDecoding(models, family, config, processor, cache)
+    logits, batch = [decoding.logits(case.batch)], dict(case.batch)
+    for _ in range(STEPS):
+        token = logits[-1][:, -1:].argmax(-1)
+        batch = extended(batch, token, family)
+        logits.append(decoding.logits({"input_ids": token, "attention_mask": batch["attention_mask"]}))
+    _, expected = reference.run(batch)
+    found = {"logits": torch.cat(logits, 1), **decoding.image_values(case.batch)}
+    found |= {
+        name.replace(PAST, "present", 1): x for name, x in cache.past(1, torch.float32, torch.device("cpu")).items()
+    }
+    shown = batch["attention_mask"].bool()
+    top = [values["logits"].argmax(-1) for values in (found, expected)]
+    record = _errors(case.name, "logits", found["logits"][shown], expected["logits"][shown])
+    record |= {
+        "tokens": int(shown.sum()), "top1": int((top[0] == top[1])[shown].sum()),
+        "generated": top[1][:, -STEPS - 1 : -1].numel(),
+        "greedy": int((top[1][:, -STEPS - 1 : -1] == batch["input_ids"][:, -STEPS:]).sum()),
+    }  # fmt: skip
+    others = []
+    for name, value in expected.items():
+        if name == "logits" or name not in found:
+            continue
+        mine, theirs = found[name], value
+        if name.startswith("present."):
+            mine, theirs = (x.transpose(1, 2)[shown] for x in (mine, theirs))
+        others.append(_errors(case.name, name, mine, theirs[: len(mine)] if name == FEATURES else theirs))
+    return [record, *_worst(others)]
+
+
+def _errors(case: str, output: str, found: Tensor, expected: Tensor) -> Record:
+    difference = found.double() - expected.double()
+    error = float(difference.norm() / expected.double().norm())
+    return {"case": case, "output": output, "error": f"{error:.1e}", "max": f"{float(difference.abs().max()):.1e}"}
+
+
+def _worst(records: list[Record]) -> list[Record]:
+    """Of outputs that there are one of for each layer, the worst."""
+    kinds: dict[str, Record] = {}
+    for record in records:
+        kind = record["output"].partition(".")[0]
+        if kind not in kinds or not float(record["error"]) <= float(kinds[kind]["error"]):
+            kinds[kind] = record
+    return list(kinds.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))

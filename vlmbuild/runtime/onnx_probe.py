@@ -1,0 +1,87 @@
+"""Batches to check ONNX models with: images of several sizes, and texts, made by the artifact's processor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmbuild.errors import SourceError
+from vlmbuild.families import Family
+
+SEED = 0
+_SAMPLES: dict[str, tuple[tuple[str, tuple[tuple[int, int], ...]], ...]] = {
+    "one image": (("What is in the picture?", ((112, 84),)),),
+    "several images, padded": (
+        ("Compare the two pictures.", ((168, 56), (56, 140))),
+        ("And this one?", ((84, 196),)),
+    ),
+    "some without image": (("Describe it.", ((140, 112),)), ("Count from one to five, then stop.", ())),
+    "text": (("Say something.", ()), ("Tell me which digits there are, and in which order.", ())),
+}
+"""Case -> samples: a question, and sizes of images (width, height)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One batch, padded on the left."""
+
+    name: str
+    batch: dict[str, Tensor]
+
+
+def cases(processor: Any) -> Iterator[Case]:
+    """All batches; pictures are noise of a fixed seed.
+
+    Raises:
+        SourceError: The processor cannot make them.
+    """
+    processor = copy.copy(processor)
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    noise = np.random.default_rng(SEED)
+    for name, samples in _SAMPLES.items():
+        pictures = [[_picture(noise, *size) for size in sizes] for _, sizes in samples]
+        texts = [_text(processor, question, len(sizes)) for question, sizes in samples]
+        try:
+            made = processor(
+                text=texts, **({"images": pictures} if any(pictures) else {}), padding=True, add_special_tokens=False,
+                return_tensors="pt",
+            )  # fmt: skip
+        except Exception as error:  # processors raise whatever they like
+            raise SourceError(
+                f"The processor cannot make the batch {name!r} that ONNX models are checked with: {error}. Put the model's "
+                "own processor files into the checkpoint."
+            ) from error
+        yield Case(name, {key: value for key, value in made.items() if isinstance(value, Tensor)})
+
+
+def extended(batch: Mapping[str, Tensor], token: Tensor, family: Family) -> dict[str, Tensor]:
+    """The batch with a token (batch, 1) more in each row, which looks where the last one looked."""
+    longer = dict(batch)
+    longer["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
+    longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+    for name, row in family.batch_rows.items():
+        if row == "token" and name in batch:
+            longer[name] = torch.cat([batch[name], batch[name][:, -1:]], dim=1)
+    return longer
+
+
+def _picture(noise: np.random.Generator, width: int, height: int) -> Image.Image:
+    return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _text(processor: Any, question: str, images: int) -> str:
+    if not getattr(processor, "chat_template", None):  # a base model's
+        return str(processor.image_token) * images + question
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

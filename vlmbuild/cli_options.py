@@ -39,7 +39,11 @@ class RecipeOptions:
 
     def over(self, base: Recipe) -> Recipe:
         """A recipe with what was given in its place; a file replaces it whole, a format keeps its other settings."""
-        recipe = replace(base, **self.others) if self.file is None else Recipe.from_toml(self.file, **self.others)
+        if self.file is None:
+            dtype = {"dtype": None} if "target" in self.others else {}  # a target has a default of its own
+            recipe = replace(base, **{**dtype, **self.others})
+        else:
+            recipe = Recipe.from_toml(self.file, **self.others)
         if not self.spec:
             return recipe
         known = recipe.quantize or QuantSpec("source")

@@ -126,11 +126,15 @@ def plan(
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
-        UsageError: An image cannot be read, or a size is not positive.
+        UsageError: An image cannot be read, a size is not positive, or the target is not one to train.
         SourceError: The source cannot be used, or images are given and it has no processor.
         CaptureError, PassError: The graph cannot be built as asked.
     """
     told = progress or (lambda _stage, _done, _total: None)
+    if recipe.target != "trainable":
+        raise UsageError(
+            f"A plan is about the memory to train, and the target {recipe.target} cannot. Leave --target out."
+        )
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
             "auto measures weights, and a plan reads none. Plan with nf4; a budget is the bits per weight of what is "

@@ -59,12 +59,12 @@ def load(
         DeviceError: The device is not available here.
         UsageError: The dtype is none that a model computes in.
     """
-    chosen_device = available_device(device)
     if dtype is not None:
         one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
     reader = ArtifactReader(path, verify=False)
     if reader.manifest.target == "onnx":
-        return _load_onnx(reader, chosen_device, dtype, verify=verify)
+        return _load_onnx(reader, torch.device(device or "cpu").type, dtype, verify=verify)
+    chosen_device = available_device(device)
     if reader.manifest.target != "trainable":
         raise IncompatibleError(
             f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable' and 'onnx'."
@@ -82,7 +82,7 @@ def load(
 
 
 def _load_onnx(
-    reader: ArtifactReader, device: torch.device, dtype: str | torch.dtype | None, *, verify: bool
+    reader: ArtifactReader, device: str, dtype: str | torch.dtype | None, *, verify: bool
 ) -> tuple[Any, Any]:
     """The models of an ONNX artifact, which other code parses: so only once all files are proven."""
     from vlmbuild.runtime.onnx_model import open_model
@@ -90,10 +90,10 @@ def _load_onnx(
     built = reader.manifest.recipe.get("dtype")
     if dtype is not None and str(dtype).removeprefix("torch.") != built:
         raise UsageError(f"An ONNX artifact computes in the dtype that it was built with, {built}. Leave dtype out.")
-    check_provider(device.type)
+    check_provider(device)
     if verify:
         reader = ArtifactReader(reader.path)
-    model = open_model(reader.path, device.type)
+    model = open_model(reader.path, device)
     if verify:
         reader.check_unchanged()
     if reader.manifest.entry(GENERATION_CONFIG) is not None:

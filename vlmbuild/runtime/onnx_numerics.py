@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import ParityError
+from vlmbuild.errors import ParityError, VlmbuildError
 from vlmbuild.families import Family, family_named
 from vlmbuild.kv_cache import CROSS, PAST, cached_inputs, with_cache
 from vlmbuild.packed_weight import INTEGER
@@ -58,8 +58,9 @@ def measure_apart(directory: Path, dtype: str, progress: Callable[[str, int, int
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
         raise ParityError(
-            f"The ONNX models could not be run beside the program: {lines[-1]} Free memory if there was too little, "
-            "else report it; an artifact that is being built is not published."
+            f"The ONNX models could not be run beside the program: {lines[-1]} An artifact that is being built is not "
+            "published. Free memory if there was too little, put the model's own processor into the checkpoint if batches do "
+            "not fit, else report it."
         )
     records: list[Record] = json.loads(done.stdout.splitlines()[-1])
     check_records(records)
@@ -190,5 +191,15 @@ def _worst(records: list[Record]) -> list[Record]:
     return list(kinds.values())
 
 
+def main(directory: str, dtype: str) -> int:
+    """Print the records, or on stderr why there are none; returns the exit code."""
+    try:
+        print(json.dumps(measure(Path(directory), dtype)))
+    except VlmbuildError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), sys.argv[2])))
+    sys.exit(main(*sys.argv[1:]))

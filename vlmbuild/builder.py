@@ -262,6 +262,11 @@ def exact_passes(recipe: Recipe) -> tuple[Pass, ...]:
     return tuple(step for step in passes_for(recipe) if step.exact)
 
 
+def fusing_passes(recipe: Recipe) -> frozenset[str]:
+    """Names of the recipe's passes that replace patterns, and can miss some."""
+    return frozenset(step.name for step in passes_for(recipe) if isinstance(step, PatternPass))
+
+
 def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassReport]) -> dict[str, dict[str, str]]:
     """Pass -> region -> how what comes closest to the pass's patterns differs from them, where it rewrote nothing."""
     sites = {report.name: report.sites for report in reports}

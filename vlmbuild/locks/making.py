@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder import exact_passes, missed_patterns, published_name, rewrite, trace_program
+from vlmbuild.builder import exact_passes, fusing_passes, missed_patterns, published_name, rewrite, trace_program
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
 from vlmbuild.families._family import IGNORED_CONFIG_KEYS
@@ -22,8 +22,7 @@ from vlmbuild.locks.canonical_order import canonical
 from vlmbuild.locks.cost import region_cost
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
-from vlmbuild.passes import passes_for
-from vlmbuild.pipeline import PassReport, PatternPass
+from vlmbuild.pipeline import PassReport
 from vlmbuild.planner import announced_formats
 from vlmbuild.program import Program, Region, Variant, returned_nodes
 from vlmbuild.quantization import decide
@@ -84,7 +83,7 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
             "auto measures weights, and a lock is made without any. Lock the recipe with nf4, or with overrides."
         )
     program, reports = apply_recipe(traced, recipe)
-    fusing = _fusing_passes(recipe)
+    fusing = fusing_passes(recipe)
     misses = missed_patterns(program, recipe, reports)
     passes = {
         report.name: LockedPass(
@@ -124,7 +123,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     program = read_program(reader)
     annotate_shapes(program)
     recipe = Recipe.from_mapping(manifest.recipe, str(path))
-    fusing, exact = _fusing_passes(recipe), {step.name for step in exact_passes(recipe)}
+    fusing, exact = fusing_passes(recipe), {step.name for step in exact_passes(recipe)}
     passes = {
         name: LockedPass(name in exact, name in fusing, record["matches"], None, tuple(record["refusals"]), {})
         for record in manifest.passes
@@ -244,10 +243,6 @@ def _locked_region(region: Region, itemsize: int) -> LockedRegion:
         weights=dict(sorted(weights.items())),
         graph=region_text(region) + "\n",
     )
-
-
-def _fusing_passes(recipe: Recipe) -> set[str]:
-    return {step.name for step in passes_for(recipe) if isinstance(step, PatternPass)}
 
 
 def _untold(_stage: str, _done: int, _total: int) -> None:

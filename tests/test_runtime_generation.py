@@ -101,6 +101,9 @@ def test_beams_and_sampling_equal_transformers(case, options, batches, ours, the
 def test_without_a_cache_it_is_the_same(case, batches, ours):
     options = WITH_LOGITS | {"max_new_tokens": 6}
     assert_same(*(ours.generate(**batches[case], **GREEDY | options, use_cache=use) for use in (True, False)))
+    if case != "counts differ, left":
+        options = GREEDY | {"max_new_tokens": 4, "num_beams": 2}
+        assert torch.equal(*(ours.generate(**batches[case], **options, use_cache=use) for use in (True, False)))
 
 
 def test_images_must_matter(batches, ours):

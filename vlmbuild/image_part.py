@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from vlmbuild.graph_text import dataflow_order
 from vlmbuild.program import Call, Program, Region
 
 aten = torch.ops.aten
@@ -85,7 +86,7 @@ def divide_region(region: Region, places: frozenset[int]) -> Divided | None:
     activations = region.placeholders()[len(region.slots) :]
     if not 0 < len(places) < len(activations):
         return None
-    whole = set(_follow(region, {activations[place] for place in places}, set(activations)))
+    whole = dict.fromkeys(_follow(region, {activations[place] for place in places}, set(activations)))
     readers = {node: [user for user in node.users if user not in whole] for node in whole}
     crossing = tuple(node for node, users in readers.items() if users and not _is_size(node))
     if not crossing:
@@ -100,7 +101,7 @@ def divide_region(region: Region, places: frozenset[int]) -> Divided | None:
 def _follow(region: Region, images: set[Node], activations: set[Node]) -> Iterator[Node]:
     """The nodes that read an activation of images, and none of tokens, however far back."""
     sources: dict[Node, set[Node]] = {}
-    for node in region.graph.graph.nodes:
+    for node in (*region.placeholders(), *dataflow_order(region)):  # the same of a program that was stored
         if node.op == "placeholder":
             sources[node] = {node} & activations
         elif node.op == "call_function":

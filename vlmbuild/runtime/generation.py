@@ -88,7 +88,9 @@ class Generation(GenerationMixin):
             length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
             rounded = -(-length // _LENGTHS) * _LENGTHS
             cache = model_kwargs["past_key_values"] = self.new_cache(rounded if form == "static" else None)
-        if cache is not None:
+        if cache is None:
+            repeat_images(self.family, model_kwargs, copies, batch_size)
+        else:
             cache.copies = copies
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
@@ -110,23 +112,32 @@ class Generation(GenerationMixin):
     def _expand_inputs_for_generation(  # type: ignore[override]
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat the samples, for beams and for several answers. With a cache the prompt is run once a sample, and what it
-        leaves is repeated, so that images stay as they are. Without, transformers would repeat every row of every tensor,
-        but rows of patches and grids are no samples: those of the only sample are repeated as a whole."""
-        cached = kwargs.get("use_cache") is not False and expand_size > 1
-        rows = ("medium", "sample", "token") if cached else ("medium",)
-        names = [name for name, row in self.family.batch_rows.items() if row in rows] if expand_size > 1 else []
-        media = {key: kwargs.pop(key) for key in names if kwargs.get(key) is not None}
-        if media and not cached and input_ids is not None and len(input_ids) > 1:
-            raise UsageError(
-                f"generate: {expand_size} beams or answers for each of {len(input_ids)} samples with images are not "
-                "supported without a cache. Leave use_cache=False out."
-            )
+        """Repeat the text, for beams and for several answers. Images stay as they are: with a cache the prompt is run once a
+        sample, and what it leaves is repeated."""
+        names = [name for name in self.family.batch_rows if kwargs.get(name) is not None]
+        media = {name: kwargs.pop(name) for name in names}
         expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
         ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if cached:
-            return ids, expanded | media | {"copies": expand_size}
-        return ids, expanded | {key: torch.cat([value] * expand_size) for key, value in media.items()}
+        return ids, {**expanded, **media, "copies": expand_size}
+
+
+def repeat_images(family: Family, batch: dict[str, Any], copies: int, samples: int) -> None:
+    """Repeat what a batch has besides text, in place. Rows of patches and grids are no samples: those of the only sample are
+    repeated as a whole.
+
+    Raises:
+        UsageError: There are several.
+    """
+    for name, row in family.batch_rows.items():
+        tensor = batch.get(name)
+        if tensor is None or copies == 1:
+            continue
+        if row == "medium" and samples > 1:
+            raise UsageError(
+                f"generate: {copies} beams or answers for each of {samples} samples with images are not supported without a "
+                "cache. Leave use_cache=False out."
+            )
+        batch[name] = torch.cat([tensor] * copies) if row == "medium" else tensor.repeat_interleave(copies, 0)
 
 
 def media_shapes(family: Family, batch: Mapping[str, Any]) -> dict[str, torch.Size]:

@@ -98,3 +98,8 @@ def test_published_image_settings_are_enough_without_a_tokenizer(name, family, c
     config = FAMILIES[family].config(json.loads((CONFIGS / name / "config.json").read_text()))
     image_processor = AutoImageProcessor.from_pretrained(CONFIGS / name, backend="pil")
     assert FAMILIES[family].image_cost(image_processor, config, 1024, 700) == cost
+
+
+def test_a_plan_is_for_training():
+    with pytest.raises(UsageError, match="Leave --target out"):
+        plan("qwen2-vl-digits", Recipe(target="onnx"))

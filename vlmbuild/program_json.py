@@ -37,12 +37,12 @@ SCHEMA = "vlmbuild.program/2"
 
 _ATEN = (
     "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default",
-    "expand.default", "flatten.using_ints", "ge.Scalar", "gelu.default", "index.Tensor",
-    "layer_norm.default", "linear.default", "mean.dim", "movedim.int", "mul.Tensor", "neg.default",
-    "new_zeros.default", "permute.default", "pow.Tensor_Scalar", "reshape.default", "rms_norm.default", "rsqrt.default",
+    "expand.default", "flatten.using_ints", "ge.Scalar", "gelu.default", "index.Tensor", "layer_norm.default",
+    "linear.default", "mean.dim", "movedim.int", "mul.Tensor", "neg.default", "new_zeros.default",
+    "permute.default", "pow.Tensor_Scalar", "reshape.default", "rms_norm.default", "rsqrt.default",
     "rsub.Scalar", "select.int", "sigmoid.default", "silu.default", "sin.default", "slice.Tensor", "split_with_sizes.default",
-    "squeeze.dim", "stack.default", "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int",
-    "unbind.int", "unflatten.int", "unsqueeze.default", "view.default", "where.self",
+    "squeeze.dim", "stack.default", "sub.Tensor", "sym_size.int", "tanh.default", "to.dtype", "transpose.int", "unbind.int",
+    "unflatten.int", "unsqueeze.default", "view.default", "where.self",
 )  # fmt: skip
 OPERATORS: dict[str, Any] = {
     "getitem": operator.getitem,

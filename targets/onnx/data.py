@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from vlmbuild.weight_format import BlockInt4, EightBit, FourBit, WeightFormat
 
 
 def write_data(
-    writer: ArtifactWriter, path: str, data: DataFile, formats: Mapping[str, WeightFormat], request: Request
-) -> dict[str, float]:
+    writer: ArtifactWriter, path: str, data: DataFile, formats: Mapping[str, WeightFormat], request: Request,
+    told: Callable[[int], None],
+) -> dict[str, float]:  # fmt: skip
     """Write one data file.
 
     Args:
@@ -33,6 +34,7 @@ def write_data(
         data: What lies where.
         formats: Module name -> format of the parameters that are quantized.
         request: Gives the source.
+        told: Called with the bytes of each parameter once it is written.
 
     Returns:
         Module name of a quantized parameter -> the relative error that rounding made: the norm of the difference over that of
@@ -51,6 +53,7 @@ def write_data(
                 _plain(sink, name, request)
             else:
                 errors[name] = _quantized(sink, name, form, request)
+            told(sum(stored.length for stored in places.values()))
     return errors
 
 

@@ -89,11 +89,19 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
     formats = {name: form for name, (form, _) in packed_formats(request.program).items()}
     errors: dict[str, float] = {}
     written: set[str] = set()
+    total = sum(_data_sizes(models).values())
+    done = 0
+
+    def told(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        request.progress("weights", done, total)
+
     for model in models:
         if model.data.location not in written:
             written.add(model.data.location)
             path = f"{FOLDER}/{model.data.location}"
-            errors |= write_data(writer, path, model.data, formats, request)
+            errors |= write_data(writer, path, model.data, formats, request, told)
         writer.write(f"{FOLDER}/{model.stem}.onnx", model.proto.SerializeToString(deterministic=True), "graph")
     return errors
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 
 from vlmbuild.builder import build
+from vlmbuild.cli import main
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.model import VisionLanguageModel
 
@@ -25,6 +26,18 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -18,17 +18,18 @@ RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention i
 
 def main() -> None:
     quiet_libraries()
-    from vlmbuild.locks.making import lock_many
+    from vlmbuild.locks.document import write_lock
+    from vlmbuild.locks.making import lock_traced
     from vlmbuild.recipe import QuantSpec, Recipe
+    from vlmbuild.tracing import trace
 
-    LOCKS.mkdir(exist_ok=True)
     for folder in sorted(CONFIGS.iterdir()):
         values = json.loads((folder / "config.json").read_text())
-        recipes = [Recipe(quantize=QuantSpec(format=form), attention=attention) for form, attention in RECIPES]
-        locks = lock_many(values, f"tests/configs/{folder.name}", recipes)
-        for (form, attention), lock in zip(RECIPES, locks, strict=True):
+        traced = trace(values, f"tests/configs/{folder.name}")
+        for form, attention in RECIPES:
+            lock = lock_traced(traced, Recipe(quantize=QuantSpec(format=form), attention=attention))
             path = LOCKS / f"{folder.name}-{form}-{attention}.lock"
-            path.write_text(lock.to_text(), encoding="utf-8")
+            write_lock(path, lock)
             print(f"{path.name}: {len(lock.regions)} regions, {len(lock.kernels.table)} kernels", file=sys.stderr)
 
 

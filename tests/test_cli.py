@@ -14,17 +14,6 @@ import pytest
 from checkpoints import copied, interruptible
 
 from vlmbuild import verify
-from vlmbuild.cli import main
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_build_inspect_verify(run, checkpoint, nf4, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 
 import vlmbuild
 from vlmbuild.builder import build
-from vlmbuild.cli import main
 from vlmbuild.recipe import Recipe
 from vlmbuild.zoo.digits import Digits
 from vlmbuild.zoo.task import READ
@@ -22,13 +22,9 @@ def digits(request, tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        code = main(["run", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+def run(run):
+    """The shared fixture with the command's name before the arguments."""
+    return functools.partial(run, "run")
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,6 @@ from vlmbuild.locks.document import read_lock
 ONE = lock_files([LOCKS])[0]
 
 
-@pytest.fixture
-def run(capsys):
-    def run(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def locks(tmp_path_factory):
     """Of a packaged checkpoint: without kernels, so that it takes seconds."""

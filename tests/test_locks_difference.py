@@ -10,9 +10,10 @@ import tiny
 import torch
 
 from vlmbuild.locks.difference import SEVERITIES, compare
-from vlmbuild.locks.making import lock_traced, trace
+from vlmbuild.locks.making import lock_traced
 from vlmbuild.program import Geometry, Input
 from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.tracing import trace
 
 aten = torch.ops.aten
 LAYERS = "language_model.layers"

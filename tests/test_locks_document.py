@@ -13,9 +13,10 @@ from make_locks import LOCKS
 
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.document import Lock, read_lock
-from vlmbuild.locks.making import lock_traced, trace
+from vlmbuild.locks.making import lock_traced
 from vlmbuild.quant_spec import Override, QuantSpec
 from vlmbuild.recipe import Recipe
+from vlmbuild.tracing import trace
 
 ROOT = Path(__file__).parents[1]
 RECIPES = [
@@ -38,7 +39,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests")
 import tiny
-from vlmbuild.locks.making import lock_traced, trace
+from vlmbuild.locks.making import lock_traced
+from vlmbuild.tracing import trace
 from vlmbuild.recipe import QuantSpec, Recipe
 recipe = Recipe(attention="triton", quantize=QuantSpec())
 print(lock_traced(trace(tiny.config_values(layers=1, depth=1) | {"_name_or_path": sys.argv[1]}, "tiny"), recipe).to_text())

@@ -17,8 +17,8 @@ from vlmbuild.locks.difference import SEVERITIES, Severity
 from vlmbuild.recipe import Recipe
 
 if TYPE_CHECKING:
-    from vlmbuild.locks.bisection import Parity
     from vlmbuild.locks.checking import Checked
+    from vlmbuild.pass_parity import Parity
 
 format_option = click.option(
     "--format",
@@ -111,10 +111,11 @@ def check(
         vlmbuild check artifacts/locks/ --format markdown --junit check.xml
         vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
     """
-    from vlmbuild.locks.bisection import bisect_locks, parity_lines
     from vlmbuild.locks.checking import check as run_check
+    from vlmbuild.locks.parity import lock_parities
     from vlmbuild.locks.rendering import check_document, check_lines
     from vlmbuild.locks.rendering import junit as junit_text
+    from vlmbuild.pass_parity import parity_lines
 
     if junit is not None:  # before minutes of work are lost
         with output_errors(junit):
@@ -122,7 +123,7 @@ def check(
             junit.touch()
     with StageProgress(lines=False) as progress:
         results = run_check(locks, kernels=kernels, processes=processes, progress=progress)
-    parities = bisect_locks(locks) if bisect else {}
+    parities = lock_parities(locks) if bisect else {}
     if junit is not None:
         with output_errors(junit):
             junit.write_text(junit_text(results, limit), encoding="utf-8")

@@ -10,7 +10,7 @@ alone stays with its readers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.graph_text import dataflow_order
-from vlmbuild.program import Call, Program, Region
+from vlmbuild.program import Call, Program, Region, needed_nodes
 
 aten = torch.ops.aten
 
@@ -119,7 +119,7 @@ def _copied(
 ) -> tuple[Region, tuple[int, ...]]:
     """The part of a region that makes these results from activations and from given values, and the places of the
     activations that it reads."""
-    needed = _needed(results, set(given))
+    needed = needed_nodes(results, set(given))
     graph = Graph()
     values: dict[Node, Node] = {}
     placeholders = region.placeholders()
@@ -139,18 +139,6 @@ def _copied(
     shapes: tuple[Any, ...] = tuple(region.activations[place] for place in read) + ((),) * len(given)
     module = GraphModule(nn.Module(), graph, class_name="Region")
     return Region(name, module, kept, region.instances, shapes, recipes, dict(region.dimensions)), read
-
-
-def _needed(results: Iterable[Node], given: set[Node]) -> set[Node]:
-    """All nodes behind the results, as far as the given ones."""
-    found: set[Node] = set()
-    waiting = [node for node in results if node not in given]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [other for other in node.all_input_nodes if other not in given]
-    return found
 
 
 def _calls(call: Call, region: Region, divided: Divided) -> tuple[Call, Call]:

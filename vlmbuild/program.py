@@ -6,7 +6,7 @@ cast is visible, and a bfloat16 literal in a graph means "the dtype the model co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -234,6 +234,18 @@ def returned_nodes(graph_module: GraphModule) -> list[Node]:
     """The nodes that a graph returns, one or several."""
     returned: Any = graph_module.graph.output_node().args[0]
     return [returned] if isinstance(returned, Node) else list(returned)
+
+
+def needed_nodes(wanted: Collection[Node], given: Collection[Node] = ()) -> set[Node]:
+    """The wanted nodes and all behind them, as far as the given ones."""
+    found: set[Node] = set()
+    waiting = [node for node in wanted if node not in given]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [other for other in node.all_input_nodes if other not in given]
+    return found
 
 
 def join(instance: str, name: str) -> str:

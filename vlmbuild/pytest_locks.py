@@ -57,9 +57,10 @@ def _held(path: Path, recipe: Recipe, source: str | Path | None, *, update: bool
     from vlmbuild.locks.checking import keep_kernels
     from vlmbuild.locks.difference import compare
     from vlmbuild.locks.document import read_lock, write_lock
-    from vlmbuild.locks.making import lock_traced, trace
+    from vlmbuild.locks.making import lock_traced
     from vlmbuild.locks.rendering import text
     from vlmbuild.locks.sources import trace_source
+    from vlmbuild.tracing import trace
 
     if not path.exists() and not update:
         return f"{path} does not exist. Run pytest with --update-locks to write it, look at it, and commit it."

@@ -6,9 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch.fx import Node
-from vlmbuild.targets.onnx.translate import needed_nodes
 
-from vlmbuild.program import Call, Program, Variant
+from vlmbuild.program import Call, Program, Variant, needed_nodes
 
 
 @dataclass(frozen=True, slots=True)

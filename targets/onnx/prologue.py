@@ -9,10 +9,10 @@ from torch.export import Dim
 from torch.fx import Graph
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.operators import table
-from vlmbuild.targets.onnx.translate import Translator, needed_nodes
+from vlmbuild.targets.onnx.translate import Translator
 
 from vlmbuild.families import ClientVision
-from vlmbuild.program import parse_size
+from vlmbuild.program import needed_nodes, parse_size
 from vlmbuild.rewrite import trace
 
 _EXAMPLE = (3, 5, 7, 11)

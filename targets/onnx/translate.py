@@ -121,15 +121,3 @@ class Translator:
         arguments: Any = torch.fx.map_arg(node.args, value)
         options: Any = torch.fx.map_arg(dict(node.kwargs), value)
         return handler(Site(self.builder, node.meta.get("val")), *arguments, **options)
-
-
-def needed_nodes(wanted: Collection[Node], given: Collection[Node] = ()) -> set[Node]:
-    """The wanted nodes and all behind them, as far as the given ones."""
-    found: set[Node] = set()
-    waiting = [node for node in wanted if node not in given]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [other for other in node.all_input_nodes if other not in given]
-    return found

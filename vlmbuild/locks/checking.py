@@ -17,7 +17,8 @@ from vlmbuild.cores import available_cores
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.difference import SEVERITIES, Difference, Severity, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
-from vlmbuild.locks.making import lock_traced, trace
+from vlmbuild.locks.making import lock_traced
+from vlmbuild.tracing import trace
 
 Told = Callable[[str, int, int], None]
 

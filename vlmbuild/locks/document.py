@@ -38,7 +38,7 @@ class LockedRegion:
 
     Attributes:
         instances: How often it occurs.
-        flops, bytes: Formulas of the dimensions, for one instance (`vlmbuild.locks.cost`).
+        flops, bytes: Formulas of the dimensions, for one instance (`vlmbuild.region_cost`).
         operators: Name -> how many in the graph.
         weights: Source tensor -> format, of those that are not stored as they are.
         graph: Its listing (`vlmbuild.graph_text.region_text`), in canonical order.

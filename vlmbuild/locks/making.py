@@ -2,68 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder import exact_passes, fusing_passes, missed_patterns, published_name, rewrite, trace_program
+from vlmbuild.builder import exact_passes, fusing_passes, missed_patterns
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
-from vlmbuild.families._family import IGNORED_CONFIG_KEYS
 from vlmbuild.graph_text import dtype_name, region_text, size_text, variant_text
 from vlmbuild.locks.canonical_order import canonical
-from vlmbuild.locks.cost import region_cost
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
-from vlmbuild.pipeline import PassReport
-from vlmbuild.planner import announced_formats
 from vlmbuild.program import Program, Region, Variant, returned_nodes
-from vlmbuild.quantization import decide
 from vlmbuild.recipe import Recipe
+from vlmbuild.region_cost import region_cost
 from vlmbuild.runtime.loader import read_program
 from vlmbuild.shapes import annotate_shapes
-from vlmbuild.source import Progress
+from vlmbuild.tracing import Traced, apply_recipe, portable
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
 """Distributions whose versions a lock names."""
-
-_MACHINE_KEYS = ("_name_or_path", "transformers_version", *IGNORED_CONFIG_KEYS)
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A model as captured, before any pass; recipes are applied to copies of its program."""
-
-    family: Family
-    config: Any
-    values: dict[str, Any]
-    program: Program
-    uri: str
-
-
-def trace(values: Mapping[str, Any], uri: str, progress: Progress | None = None) -> Traced:
-    """Capture a model from the values of its config.json.
-
-    Args:
-        values: Of config.json.
-        uri: How the lock names the source; says nothing about this machine.
-        progress: Called with a stage's name, the amount done, and the total.
-
-    Raises:
-        SourceError: No family reads the config, or a value is not valid.
-        CaptureError: The model cannot be traced.
-    """
-    family = family_of(values, uri)
-    config = family.config(values)
-    program = trace_program(family, config, progress or _untold)
-    return Traced(family, config, portable(values), program, uri)
 
 
 def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock:
@@ -97,17 +61,6 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
         for report in reports
     }
     return lock_program(program, traced.family, traced.values, recipe, passes, traced.uri, kernels=kernels)
-
-
-def apply_recipe(traced: Traced, recipe: Recipe) -> tuple[Program, tuple[PassReport, ...]]:
-    """A copy of the program after the recipe's passes, and what they did."""
-    program = copy.deepcopy(traced.program)
-    stored = announced_formats(traced.family, traced.values, program, traced.uri)
-    published = published_name(traced.family)
-    reports, _ = rewrite(
-        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published), _untold
-    )
-    return program, reports
 
 
 def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
@@ -163,15 +116,6 @@ def lock_program(
         kernels=kernel_table(program, dtype) if kernels else Kernels("not asked for"),
         config=values,
     )
-
-
-def portable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json that say something about the model, and not about where or by what it was written."""
-    return {
-        key: portable(value) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-        if key not in _MACHINE_KEYS
-    }
 
 
 def tool_versions() -> dict[str, str]:
@@ -243,15 +187,3 @@ def _locked_region(region: Region, itemsize: int) -> LockedRegion:
         weights=dict(sorted(weights.items())),
         graph=region_text(region) + "\n",
     )
-
-
-def _untold(_stage: str, _done: int, _total: int) -> None:
-    return None
-
-
-def lock_many(
-    values: Mapping[str, Any], uri: str, recipes: Iterable[Recipe], *, kernels: bool = True
-) -> Sequence[Lock]:
-    """Locks of one model under several recipes; it is traced once."""
-    traced = trace(values, uri)
-    return [lock_traced(traced, recipe, kernels=kernels) for recipe in recipes]

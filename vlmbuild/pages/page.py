@@ -12,15 +12,15 @@ from typing import Any
 from vlmbuild.artifact.output import human_size
 from vlmbuild.builder import exact_passes
 from vlmbuild.errors import UsageError
+from vlmbuild.formulas import EVERYDAY, evaluate
 from vlmbuild.graph_text import digest, region_text
-from vlmbuild.locks.bisection import GRADIENT_TOLERANCE, TOLERANCE, bisect
-from vlmbuild.locks.cost import region_cost
-from vlmbuild.locks.formulas import EVERYDAY, evaluate
 from vlmbuild.pages.charts import bars
 from vlmbuild.pages.drawing import draw
 from vlmbuild.pages.graph_view import ViewNode, view_nodes
 from vlmbuild.pages.stages import CAPTURED, STORED, Staged, stages_of
+from vlmbuild.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
 from vlmbuild.program import Region
+from vlmbuild.region_cost import region_cost
 from vlmbuild.source import Progress
 from vlmbuild.summary import inspect
 
@@ -133,7 +133,7 @@ def _folded(title: str, body: str, *, opened: bool = False) -> str:
 
 def _parity(staged: Staged) -> Iterator[str]:
     try:
-        parity = bisect(staged.traced, exact_passes(replace(staged.recipe, attention="auto")))
+        parity = pass_parity(staged.traced, exact_passes(replace(staged.recipe, attention="auto")))
     except UsageError as error:
         yield f"<p>Not computed: {escape(str(error))}</p>"
         return

@@ -12,13 +12,13 @@ from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder import exact_passes
 from vlmbuild.graph_text import digest
-from vlmbuild.locks.making import Traced, trace
 from vlmbuild.pipeline import run
 from vlmbuild.program import Program, Region
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.loader import read_program
 from vlmbuild.shapes import annotate_shapes
 from vlmbuild.source import Progress
+from vlmbuild.tracing import Traced, trace
 
 CAPTURED, STORED = "captured", "stored"
 

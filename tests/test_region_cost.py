@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from vlmbuild.locks.cost import region_cost
-from vlmbuild.locks.formulas import evaluate, growth
+from vlmbuild.formulas import evaluate, growth
+from vlmbuild.region_cost import region_cost
 
 
 def test_flops_of_a_layer_are_those_of_its_products(pristine_built):

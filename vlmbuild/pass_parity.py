@@ -11,23 +11,19 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from vlmbuild.builder import exact_passes
-from vlmbuild.errors import UsageError, VlmbuildError
-from vlmbuild.locks.checking import lock_files
-from vlmbuild.locks.document import read_lock
-from vlmbuild.locks.making import Traced, trace
+from vlmbuild.errors import UsageError
 from vlmbuild.pipeline import Pass, run
 from vlmbuild.program import Call, Input, Program, Region, Slot, Variant, join, parse_size
 from vlmbuild.runtime.region_instance import BoundRegion
+from vlmbuild.tracing import Traced
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 """Relative norms, float32: exact passes change the order of summation at most. With random weights the gradients of queries
@@ -77,30 +73,7 @@ class Parity:
         return {"steps": steps, "broken_by": self.broken_by, "refused": self.refused}
 
 
-def bisect_locks(paths: Iterable[str | Path]) -> dict[Path, Parity]:
-    """`bisect` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be computed, the
-    result says why.
-
-    Raises:
-        UsageError: A path holds no lock.
-    """
-    known: dict[str, Parity] = {}
-    return {file: _bisect_lock(file, known) for file in lock_files(paths)}
-
-
-def _bisect_lock(file: Path, known: dict[str, Parity]) -> Parity:
-    try:
-        lock = read_lock(file)
-        passes = exact_passes(replace(lock.recipe, attention="auto"))  # Triton's kernels need a GPU; "auto" runs here
-        key = f"{sorted(lock.config.items(), key=str)}{passes}"
-        if key not in known:
-            known[key] = bisect(trace(lock.config, lock.source), passes)
-        return known[key]
-    except VlmbuildError as error:
-        return Parity((), str(error))
-
-
-def bisect(traced: Traced, passes: Sequence[Pass]) -> Parity:
+def pass_parity(traced: Traced, passes: Sequence[Pass]) -> Parity:
     """Run a captured model after each of some exact passes.
 
     Raises:

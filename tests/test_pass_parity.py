@@ -9,21 +9,21 @@ import pytest
 import tiny
 import torch
 
+from vlmbuild import pass_parity as module
 from vlmbuild.builder import exact_passes
 from vlmbuild.cli import main
-from vlmbuild.locks import bisection
-from vlmbuild.locks.bisection import bisect
-from vlmbuild.locks.making import trace
 from vlmbuild.locks.sources import trace_source
+from vlmbuild.pass_parity import pass_parity
 from vlmbuild.pipeline import PassOutcome
 from vlmbuild.recipe import Recipe
+from vlmbuild.tracing import trace
 
 PASSES = exact_passes(Recipe())
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl-digits", "mllama-digits", "pixtral-digits"])
 def test_exact_passes_keep_values(name):
-    parity = bisect(trace_source(name), PASSES)
+    parity = pass_parity(trace_source(name), PASSES)
     assert [step.name for step in parity.steps] == ["normalize", "fuse_mrope", "swap_attention"]
     assert parity.broken_by == ""
     assert parity.steps[-1].gradient > 0  # the order of summation did change, so something was compared
@@ -54,7 +54,7 @@ class Break:
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_the_pass_that_breaks_parity_is_named(kind):
-    parity = bisect(trace(tiny.config_values(layers=2, depth=1), "tiny"), [PASSES[0], Break(kind), PASSES[2]])
+    parity = pass_parity(trace(tiny.config_values(layers=2, depth=1), "tiny"), [PASSES[0], Break(kind), PASSES[2]])
     assert parity.broken_by == "break"
     assert parity.steps[0].holds
     broken = parity.steps[1]
@@ -82,7 +82,7 @@ def test_a_model_that_is_too_large_is_refused(capsys):
 
 @pytest.mark.parametrize("spoiled", ["text logits", "a gradient"])
 def test_a_value_that_is_not_a_number_is_no_parity(spoiled, monkeypatch):
-    computed = bisection._values
+    computed = module._values
     calls = []
 
     def spoil(*arguments):
@@ -93,6 +93,6 @@ def test_a_value_that_is_not_a_number_is_no_parity(spoiled, monkeypatch):
             values[name] = values[name] * float("nan")
         return values
 
-    monkeypatch.setattr(bisection, "_values", spoil)
-    parity = bisect(trace(tiny.config_values(layers=1, depth=1), "tiny"), PASSES[:2])
+    monkeypatch.setattr(module, "_values", spoil)
+    parity = pass_parity(trace(tiny.config_values(layers=1, depth=1), "tiny"), PASSES[:2])
     assert parity.broken_by == PASSES[0].name

@@ -1,0 +1,37 @@
+"""Parity of each lock's model under the lock's recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from vlmbuild.builder import exact_passes
+from vlmbuild.errors import VlmbuildError
+from vlmbuild.locks.checking import lock_files
+from vlmbuild.locks.document import read_lock
+from vlmbuild.pass_parity import Parity, pass_parity
+from vlmbuild.tracing import trace
+
+
+def lock_parities(paths: Iterable[str | Path]) -> dict[Path, Parity]:
+    """`vlmbuild.pass_parity` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be
+    computed, the result says why.
+
+    Raises:
+        UsageError: A path holds no lock.
+    """
+    known: dict[str, Parity] = {}
+    return {file: _parity(file, known) for file in lock_files(paths)}
+
+
+def _parity(file: Path, known: dict[str, Parity]) -> Parity:
+    try:
+        lock = read_lock(file)
+        passes = exact_passes(replace(lock.recipe, attention="auto"))  # Triton's kernels need a GPU; "auto" runs here
+        key = f"{sorted(lock.config.items(), key=str)}{passes}"
+        if key not in known:
+            known[key] = pass_parity(trace(lock.config, lock.source), passes)
+        return known[key]
+    except VlmbuildError as error:
+        return Parity((), str(error))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,8 @@ import torch
 
 from vlmbuild.locks.document import Kernels
 from vlmbuild.locks.kernel_difference import THRESHOLD, kernel_findings
-from vlmbuild.locks.kernel_table import TARGETS, kernel_table
+from vlmbuild.locks.kernel_launches import launches
+from vlmbuild.locks.kernel_table import TARGETS, compile_launch, kernel_table
 from vlmbuild.quant_spec import QuantSpec
 
 ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
@@ -61,8 +65,6 @@ def test_kernels_are_compiled_once_for_all_sizes(table):
 
 
 def test_a_kernel_that_has_too_few_registers_spills(pristine_program, table):
-    from vlmbuild.locks.kernel_launches import launches
-    from vlmbuild.locks.kernel_table import compile_launch
 
     program = tiny.build(pristine_program, attention="triton")
     launch = next(found for *_, found in launches(program, torch.bfloat16, (90,)) if "forward" in found.kernel.__name__)
@@ -115,6 +117,27 @@ def test_a_target_that_is_gone_is_found(table):
     assert kernel_findings(table, new)[0] == [("cost", label, "sm_80 is in one of the tables alone")]
 
 
+def test_kernels_are_compiled_in_threads_whenever_these_change_places(pristine_built, monkeypatch):
+    """CPython gives way to other threads while it parses only when it collects garbage, so here it often does."""
+    import triton
+
+    launch = next(
+        launch for _, _, launch in launches(pristine_built, torch.bfloat16, (90,)) if "rotate" in launch.kernel.__name__
+    )
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
+    give_way = lambda *_: time.sleep(1e-5)  # noqa: E731
+    before = gc.get_threshold()
+    gc.callbacks.append(give_way)
+    gc.set_threshold(30)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            rows = list(pool.map(lambda target: compile_launch(launch, target), (80, 90) * 32))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(give_way)
+    assert rows[0] == rows[2]
+
+
 def test_without_triton_the_table_says_why(pristine_built, monkeypatch):
     monkeypatch.setitem(sys.modules, "vlmbuild.ops._triton", None)
     kernels = kernel_table(pristine_built, torch.bfloat16)
@@ -130,7 +153,6 @@ def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from vlmbuild.locks.kernel_launches import launches
     from vlmbuild.locks.kernel_table import _signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ _POINTERS = {
     torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1",
 }  # fmt: skip
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
+_FRONT_END = threading.Lock()
 _ALIGNMENT = 16
 
 Row = dict[str, Any]
@@ -135,6 +137,7 @@ def compile_launch(launch: Launch, target: int) -> Row:
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 
     source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
+    source.make_ir = _one_at_a_time(source.make_ir)
     options = {name: value for name, value in (launch.constants | launch.tile).items() if name in _OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _usage(compiled.asm["cubin"])
@@ -148,6 +151,17 @@ def compile_launch(launch: Launch, target: int) -> Row:
         "tensor_core": units[0] if units else "none",
         "cubin": len(compiled.asm["cubin"]),
     }
+
+
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton's front end parses Python, and CPython 3.11 counts the depth of all threads' parsing together, so that
+    parsing in two threads can fail. It holds the interpreter's lock anyway; what takes time is LLVM and ptxas after it."""
+
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        with _FRONT_END:
+            return function(*arguments, **options)
+
+    return guarded
 
 
 def _tile_text(launch: Launch) -> str:

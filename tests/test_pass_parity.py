@@ -69,10 +69,11 @@ def test_the_command(tmp_path, capsys):
     assert "all equal" in capsys.readouterr().out
 
 
-def test_a_model_that_is_too_large_is_refused(capsys):
-    from make_locks import LOCKS
-
-    code = main(["check", str(LOCKS / "llama-3.2-90b-vision-none-sdpa.lock"), "--bisect", "--no-kernels"])
+def test_a_model_that_is_too_large_is_refused(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "digits.lock"
+    assert main(["lock", "qwen2-vl-digits", "-o", str(path), "--no-kernels"]) == 0
+    monkeypatch.setattr(module, "_LARGEST_BYTES", 2**20)
+    code = main(["check", str(path), "--bisect", "--no-kernels"])
     assert code == 6
     captured = capsys.readouterr()
     assert "Bisect with a smaller model of the family" in captured.out

@@ -41,8 +41,8 @@ sys.path.insert(0, "tests")
 import tiny
 from vlmbuild.locks.making import lock_traced
 from vlmbuild.tracing import trace
-from vlmbuild.recipe import QuantSpec, Recipe
-recipe = Recipe(attention="sdpa", quantize=QuantSpec(skip=("*.mlp.*",)))  # few kernels: each is compiled twice, cold
+from vlmbuild.recipe import Recipe
+recipe = Recipe(attention="sdpa")  # few kernels: each is compiled twice, cold
 print(lock_traced(trace(tiny.config_values(layers=1, depth=1) | {"_name_or_path": sys.argv[1]}, "tiny"), recipe).to_text())
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -149,7 +150,8 @@ def run(side: str, options: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:  # a peer that does not run here is a result, not a failure
             if side == "vlmbuild":
                 raise
-            return {"absent": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            said = re.sub(r" \(/.*?\)", "", str(error).strip().splitlines()[0])  # the path of an ImportError
+            return {"absent": f"{type(error).__name__}: {said[:200]}"}
         peaks = memory.figures()
     graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     return {

@@ -103,12 +103,7 @@ class Decoding:
 
     def _remember(self, prepared: HostBatch, values: Mapping[str, Tensor], step: str) -> None:
         """What the tokens after a prompt take over from it."""
-        batch, length = values[MASK].shape
-        samples, device = prepared.places // length, self.model.device
-        highest = prepared.tensors["position_ids"].flatten(0, -2).amax(0)
-        start = torch.full((batch,), -1)
-        self.cache.positions = start.scatter_reduce(0, samples, highest, "amax").to(device) + 1
-        last = start.scatter_reduce(0, samples, prepared.places, "amax").to(device)
+        self.cache.positions, last = (ends.to(self.model.device) for ends in row_ends(prepared, values[MASK].shape))
         self.cache.variant = step
         for entry in self.model.cached("growing").program.variants[step].inputs:
             if TOKENS not in entry.shape and not entry.name.startswith((PAST, MASK)):
@@ -118,16 +113,11 @@ class Decoding:
 
     def _step(self, batch: Mapping[str, Tensor]) -> Tensor:
         cache, device = self.cache, self.model.device
-        rows, new = batch["input_ids"].shape
-        past = cache.get_seq_length()
-        if rows != len(cache.positions):
-            raise BatchError(f"input_ids have {rows} rows, but the cache has {len(cache.positions)}.")
+        new, past = batch["input_ids"].shape[1], cache.get_seq_length()
+        mask, positions = step_places(cache, batch, device)
         if batch["input_ids"].device.type == "cpu":  # elsewhere every step would wait for the look
             check_ids(batch["input_ids"], len(self.model.get_input_embeddings().weight))  # type: ignore[arg-type]
         ids = batch["input_ids"].to(device)
-        mask = whole_mask(batch.get(MASK), rows, past + new, device)
-        attended = mask[:, past:]
-        positions = (cache.positions[:, None] + attended.cumsum(1) - 1).clamp(min=0)
         values = {name: tensor.repeat_interleave(new, 0) for name, tensor in cache.rows.items()} | cache.images
         values |= {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), MASK: mask}
         assert cache.variant is not None
@@ -135,7 +125,7 @@ class Decoding:
             logits, _ = self._grow(cache.variant, values)
         else:
             logits = self._write(cache.variant, values, past)
-        cache.positions = cache.positions + attended.sum(1)
+        cache.positions = cache.positions + mask[:, past:].sum(1)
         return logits
 
     def _grow(self, name: str, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -196,6 +186,30 @@ def rectangle(prepared: HostBatch, variant: Variant, shape: torch.Size) -> dict[
         if tensor is not None:
             inputs[entry.name] = tensor
     return inputs
+
+
+def row_ends(prepared: HostBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Of a prompt's rows: the position after the last token, and the last token's place in `input_ids` of this shape when
+    rows stand one after another; int64 (batch,), on the CPU."""
+    batch, length = shape
+    samples, start = prepared.places // length, torch.full((batch,), -1)
+    highest = prepared.tensors["position_ids"].flatten(0, -2).amax(0)
+    return start.scatter_reduce(0, samples, highest, "amax") + 1, start.scatter_reduce(
+        0, samples, prepared.places, "amax"
+    )
+
+
+def step_places(cache: KeyValueCache, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The mask of all tokens, int64 (rows, past + new), and the positions of those that follow on a cache, (rows, new).
+
+    Raises:
+        BatchError: Rows or mask do not fit the cache.
+    """
+    (rows, new), past = batch["input_ids"].shape, cache.get_seq_length()
+    if rows != len(cache.positions):
+        raise BatchError(f"input_ids have {rows} rows, but the cache has {len(cache.positions)}.")
+    mask = whole_mask(batch.get(MASK), rows, past + new, device)
+    return mask, (cache.positions[:, None] + mask[:, past:].cumsum(1) - 1).clamp(min=0)
 
 
 def whole_mask(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import BatchError
 from vlmbuild.families import Family, HostBatch, check_ids
 from vlmbuild.kv_cache import MASK, PAST
 from vlmbuild.program import Input
-from vlmbuild.runtime.decoding import whole_mask
+from vlmbuild.runtime.decoding import row_ends, step_places, whole_mask
 from vlmbuild.runtime.generation import media_shapes
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx_session import FOLDER, OnnxSession, open_session
@@ -130,31 +129,21 @@ class OnnxDecoding:
         self, prepared: HostBatch, session: OnnxSession, values: Mapping[str, Tensor], shape: torch.Size
     ) -> None:
         """What the tokens after a prompt take over from it."""
-        batch, length = shape
-        samples = prepared.places // length
-        highest = prepared.tensors["position_ids"].flatten(0, -2).amax(0)
-        start = torch.full((batch,), -1)
-        self.cache.positions = start.scatter_reduce(0, samples, highest, "amax") + 1
-        last = start.scatter_reduce(0, samples, prepared.places % length, "amax")
+        self.cache.positions, last = row_ends(prepared, shape)
         self.cache.variant = prepared.variant
         for entry in session.inputs:
             if entry.name.startswith((PAST, MASK, EMBEDS, KEEP)) or entry.name == "position_ids":
                 continue
             if _is_by_token(entry):
-                self.cache.rows[entry.name] = values[entry.name][torch.arange(batch), last]
+                self.cache.rows[entry.name] = values[entry.name].flatten(0, 1)[last]
             else:
                 self.cache.images[entry.name] = values[entry.name]
 
     def _step(self, batch: Mapping[str, Tensor]) -> Tensor:
         cache, ids = self.cache, batch["input_ids"].cpu()
-        rows, new = ids.shape
-        past = cache.get_seq_length()
-        if rows != len(cache.positions):
-            raise BatchError(f"input_ids have {rows} rows, but the cache has {len(cache.positions)}.")
+        new, past = ids.shape[1], cache.get_seq_length()
+        mask, positions = step_places(cache, batch, ids.device)
         check_ids(ids, self.config.get_text_config().vocab_size + self.family.spare_embeddings)
-        mask = whole_mask(batch.get(MASK), rows, past + new, ids.device)
-        attended = mask[:, past:]
-        positions = (cache.positions[:, None] + attended.cumsum(1) - 1).clamp(min=0)
         session = self.models.decoder_of(cache.variant or "")
         axes = next(len(entry.shape) for entry in session.inputs if entry.name == "position_ids")
         values = {name: x.unsqueeze(1).expand(-1, new, *x.shape[1:]) for name, x in cache.rows.items()} | cache.images
@@ -162,7 +151,7 @@ class OnnxDecoding:
             EMBEDS: self._embed(ids), MASK: mask, "position_ids": positions.expand(3, -1, -1) if axes == 3 else positions,
         }  # fmt: skip
         logits = self._run(session, values)
-        cache.positions = cache.positions + attended.sum(1)
+        cache.positions = cache.positions + mask[:, past:].sum(1)
         return logits
 
     def _run(self, session: OnnxSession, values: dict[str, Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +36,33 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         ParityError: The merged weights are not what source and adapter are together.
         OutputError: There is no space, or the output cannot be written.
     """
-    recipe, program = request.recipe, request.program
-    parameters = list(stored_parameters(program, request.family, recipe))
+    write_checkpoint(writer, request)
+    return publish(writer, request, request.measure(writer.staging))
+
+
+def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
+    """Write all files of a trainable artifact. Raises SourceError, OutputError."""
+    program = request.program
+    parameters = list(stored_parameters(program, request.family, request.recipe))
     side_files = request.source.files(SIDE_FILES)
     specs = [spec for group in stored_specs(request, parameters) for spec in group]
     writer.require_space(sum(spec.nbytes for spec in specs) + sum(file.stat().st_size for file in side_files))
-    config = _config(request.config, program, recipe)
+    config = _config(request.config, program, request.recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in side_files:
         writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     write_weights(writer, request, parameters)
-    numerics = request.measure(writer.staging)
+
+
+def publish(writer: ArtifactWriter, request: Request, numerics: Sequence[Mapping[str, Any]]) -> Manifest:
+    """Publish what was written, under the recipe's target. Raises OutputError, IntegrityError."""
+    recipe, program = request.recipe, request.program
+    target = [] if recipe.target == "trainable" else [recipe.target]
     return writer.publish(
-        name="-".join([program.family, *_format_names(program), *([] if _format_names(program) else [recipe.dtype])]),
-        target="trainable",
+        name="-".join([program.family, *target, *(_format_names(program) or [recipe.dtype])]),
+        target=recipe.target,
         source=source_records(request),
         recipe=recipe.to_mapping(),
         passes=[pass_record(report, request) for report in request.reports],

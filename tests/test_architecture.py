@@ -20,7 +20,7 @@ FOLDERS = {"vlmbuild": "vlmbuild", "passes": "vlmbuild.passes", "targets": "vlmb
 # Each layer may import itself and the layers before it.
 LAYERS = (
     ("errors", "checks", "unsloth_arguments", "collector", "cores", "devices", "weight_format"),
-    ("quant_spec",),
+    ("quant_spec", "code_platform"),
     ("recipe",),
     ("artifact",),
     ("zoo",),
@@ -30,6 +30,7 @@ LAYERS = (
     ("program_json", "divide", "quantization", "lora", "packed_weight"),
     ("shapes", "image_part"),
     ("cached_block",),
+    ("code_index",),
     ("kv_cache",),
     ("rewrite",),
     ("near_miss",),

@@ -10,7 +10,7 @@ from vlmbuild.builder import build
 from vlmbuild.cli import main
 from vlmbuild.errors import ParityError
 from vlmbuild.recipe import Recipe
-from vlmbuild.runtime import onnx_numerics
+from vlmbuild.runtime import numerics, onnx_numerics
 
 
 def change_first(file, kind, change):
@@ -51,19 +51,17 @@ def test_a_model_that_differs_is_found(copy, file, kind, change, output):
     wrong = {record["output"] for record in records if float(record["error"]) > float(record["tolerance"])}
     assert output in wrong
     with pytest.raises(ParityError, match=r"differ from the program: case 'one image', output .* 1e-04 is allowed"):
-        onnx_numerics.check_records(records)
+        numerics.check_records(records, "The ONNX models")
 
 
 def test_no_number_is_no_agreement():
     record = {"case": "c", "output": "logits", "error": "nan", "tolerance": "1e-04"}
     with pytest.raises(ParityError):
-        onnx_numerics.check_records([record])
+        numerics.check_records([record], "The ONNX models")
 
 
 def test_a_build_that_differs_publishes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        onnx_numerics, "check_records", lambda _records: (_ for _ in ()).throw(ParityError("it differs"))
-    )
+    monkeypatch.setattr(numerics, "check_records", lambda *_: (_ for _ in ()).throw(ParityError("it differs")))
     with pytest.raises(ParityError):
         build("pixtral-digits", tmp_path / "out", Recipe(target="onnx"))
     assert list(tmp_path.iterdir()) == []
@@ -84,4 +82,4 @@ def test_verify_names_what_is_for_onnx_alone(tmp_path, capsys):
 
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(ParityError, match="could not be run"):
-        onnx_numerics.measure_apart(tmp_path, "float32", lambda *_: None)
+        onnx_numerics.measure_onnx_apart(tmp_path, "float32", lambda *_: None)

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageTextToText
 import vlmbuild
 from vlmbuild.errors import UsageError
 from vlmbuild.quant_spec import Override
-from vlmbuild.runtime.onnx_probe import cases
 from vlmbuild.runtime.onnx_weights import OnnxWeights
+from vlmbuild.runtime.probe import cases
 from vlmbuild.zoo import ZOO
 from vlmbuild.zoo.digits import Digits
 from vlmbuild.zoo.task import READ, answers

@@ -17,6 +17,9 @@ from vlmbuild.recipe import ATTENTIONS, DTYPES, TARGETS, Recipe
 Command = Callable[..., Any]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+trust_option = click.option(
+    "--trust-code", is_flag=True, help="Run the artifact's compiled code, which has all your rights (target aoti)."
+)
 
 
 @dataclass(frozen=True, slots=True)

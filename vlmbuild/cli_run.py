@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from vlmbuild.cli_options import json_option
+from vlmbuild.cli_options import json_option, trust_option
 
 
 @click.command()
@@ -26,9 +26,11 @@ from vlmbuild.cli_options import json_option
     help="Of sampling; 0 takes the most probable token every time.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
+@trust_option
 @json_option
 def run(
-    artifact: Path, prompt: str, images: tuple[str, ...], max_new_tokens: int, temperature: float, device: str, as_json: bool
+    artifact: Path, prompt: str, images: tuple[str, ...], max_new_tokens: int, temperature: float, device: str,
+    trust_code: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Ask an artifact about images.
 
@@ -48,6 +50,7 @@ def run(
             click.echo(text, nl=False)
 
     answer = ask(
-        artifact, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature, device=device, write=write
-    )
+        artifact, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature, device=device, write=write,
+        trust=("code",) if trust_code else (),
+    )  # fmt: skip
     click.echo(json.dumps(asdict(answer), indent=2) if as_json else "")

@@ -1,4 +1,4 @@
-"""The command `vlmbuild verify`: an artifact's files, and its ONNX models beside their program."""
+"""The command `vlmbuild verify`: an artifact's files, and what was exported beside its program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmbuild.cli_options import json_option
+from vlmbuild.cli_options import json_option, trust_option
 from vlmbuild.cli_output import StageProgress
 from vlmbuild.errors import UsageError
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless it is this very artifact.")
-@click.option("--numerics", is_flag=True, help="Also run ONNX models beside their program again.")
+@click.option("--numerics", is_flag=True, help="Also run what was exported beside its program again.")
+@trust_option
 @json_option
-def verify(artifact: Path, expected_id: str | None, numerics: bool, as_json: bool) -> None:
+def verify(artifact: Path, expected_id: str | None, numerics: bool, trust_code: bool, as_json: bool) -> None:
     """Check every file of an artifact.
 
     All files must be as the manifest says, and there must be no other. Names all files that are changed, missing, extra
@@ -43,7 +44,7 @@ def verify(artifact: Path, expected_id: str | None, numerics: bool, as_json: boo
         )
     with StageProgress(lines=False) as progress:
         manifest = run_verify(artifact, expected_id=expected_id, progress=functools.partial(progress, "verify"))
-        records = _numerics(artifact, manifest, progress) if numerics else []
+        records = _numerics(artifact, manifest, progress, trusted=trust_code) if numerics else []
     document = {
         "path": str(artifact), "id": manifest.id, "name": manifest.name, "files": len(manifest.files) + 2,
         "bytes": manifest.total_bytes, "numerics": records,
@@ -51,11 +52,17 @@ def verify(artifact: Path, expected_id: str | None, numerics: bool, as_json: boo
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(verify_report(document)))
 
 
-def _numerics(artifact: Path, manifest: Manifest, progress: StageProgress) -> list[dict[str, Any]]:
-    from vlmbuild.runtime.onnx_numerics import measure_apart
+def _numerics(artifact: Path, manifest: Manifest, progress: StageProgress, *, trusted: bool) -> list[dict[str, Any]]:
+    from vlmbuild.runtime.code_numerics import measure_code_apart
+    from vlmbuild.runtime.loader import check_trust
+    from vlmbuild.runtime.onnx_numerics import measure_onnx_apart
 
-    if manifest.target != "onnx":
-        raise UsageError(
-            f"--numerics is for ONNX models, and {artifact} has the target {manifest.target}. Leave it out."
-        )
-    return measure_apart(artifact, str(manifest.recipe["dtype"]), progress)
+    dtype = str(manifest.recipe["dtype"])
+    if manifest.target == "onnx":
+        return measure_onnx_apart(artifact, dtype, progress)
+    if manifest.target == "aoti":
+        check_trust(artifact, manifest, ("code",) if trusted else ())
+        return measure_code_apart(artifact, dtype, progress)
+    raise UsageError(
+        f"--numerics is for exported artifacts, and {artifact} has the target {manifest.target}. Leave it out."
+    )

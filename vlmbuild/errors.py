@@ -38,6 +38,10 @@ class BatchError(VlmbuildError, ValueError):
     """A batch contradicts itself, for example image tokens that differ from image features."""
 
 
+class CompileError(VlmbuildError):
+    """A region cannot be compiled to machine code."""
+
+
 class GradientError(VlmbuildError):
     """A parameter that is to be trained gets no gradient, or a wrong one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def ask(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     device: str | None = None,
+    trust: Collection[str] = (),
     write: Callable[[str], None] = lambda _text: None,
 ) -> Answer:
     """Load an artifact and put one question.
@@ -53,17 +54,18 @@ def ask(
         max_new_tokens: Where an answer is cut that does not end before.
         temperature: Of sampling; 0 takes the most probable token.
         device: "cpu" or "cuda"; None is the CPU.
+        trust: As for `vlmbuild.load`.
         write: Called with pieces of the answer, as soon as words are whole.
 
     Raises:
         UsageError: The question is empty, or the artifact's processor has no chat template.
         BatchError: An image cannot be read, or the processor refuses it.
-        IntegrityError, IncompatibleError, DeviceError: See `vlmbuild.load`.
+        IntegrityError, TrustError, IncompatibleError, DeviceError: See `vlmbuild.load`.
     """
     if not question.strip():
         raise UsageError("The prompt is empty. Say what you want to know: --prompt 'What is in the picture?'.")
     pictures = [load_image(image, "--image") for image in images]
-    model, processor = load(artifact, device=device)
+    model, processor = load(artifact, device=device, trust=trust)
     batch = _batch(processor, question, pictures)
     streamer = _Pieces(processor.tokenizer, write)
     started = time.perf_counter()

@@ -19,10 +19,10 @@ __all__ = ["ATTENTIONS", "DTYPES", "TARGETS", "TOOLS", "QuantSpec", "Recipe"]
 TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
 
-TARGETS = ("trainable", "onnx")
+TARGETS = ("trainable", "onnx", "aoti")
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
-_DEFAULT_DTYPES = {"trainable": "bfloat16", "onnx": "float32"}
+_DEFAULT_DTYPES = {"trainable": "bfloat16", "onnx": "float32", "aoti": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Recipe:
         require: Names of passes that must match at least once, else the build fails.
     """
 
-    target: Literal["trainable", "onnx"] = "trainable"
+    target: Literal["trainable", "onnx", "aoti"] = "trainable"
     quantize: QuantSpec | None = None
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # type: ignore[assignment]  # is set below
@@ -57,14 +57,14 @@ class Recipe:
     def _check_target(self) -> None:
         """Refuse what the target has no form for."""
         formats = self.quantize.formats() if self.quantize is not None else frozenset()
-        if self.target == "trainable" and "int4" in formats:
-            raise UsageError("quantize: int4 is ONNX Runtime's, for --target onnx. To train, choose nf4.")
+        if self.target != "onnx" and "int4" in formats:
+            raise UsageError("quantize: int4 is ONNX Runtime's, for --target onnx. Elsewhere choose nf4.")
         if self.target == "onnx" and self.dtype == "bfloat16":
             raise UsageError(
                 "dtype: ONNX Runtime computes in no bfloat16 on a CPU. Choose float32 or float16 for --target onnx."
             )
-        if self.target == "onnx" and self.attention == "triton":
-            raise UsageError("attention: triton is for the trainable target. Leave it out for --target onnx.")
+        if self.target != "trainable" and self.attention == "triton":
+            raise UsageError(f"attention: triton is for the trainable target. Leave it out for --target {self.target}.")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "recipe") -> Self:

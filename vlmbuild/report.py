@@ -15,6 +15,7 @@ _WIDTH = 100
 def build_report(document: Mapping[str, Any]) -> list[str]:
     """What `vlmbuild build` has made."""
     path = document["path"]
+    trust = ', trust=("code",)' if document["trust"]["code"] else ""
     return [
         *passes_table(document["passes"]),
         "",
@@ -24,7 +25,7 @@ def build_report(document: Mapping[str, Any]) -> list[str]:
         f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
         document["id"],
         "",
-        f'Load it:    model, processor = vlmbuild.load("{path}")',
+        f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
         f"Look at it: vlmbuild inspect {path}",
     ]
 

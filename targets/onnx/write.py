@@ -27,7 +27,7 @@ from vlmbuild.packed_weight import packed_weight
 from vlmbuild.program import Program
 from vlmbuild.program_json import to_json
 from vlmbuild.recipe import TOOLS, Recipe
-from vlmbuild.runtime.onnx_numerics import measure_apart
+from vlmbuild.runtime.onnx_numerics import measure_onnx_apart
 from vlmbuild.runtime.onnx_session import FOLDER
 from vlmbuild.source import SIDE_FILES
 
@@ -53,7 +53,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     errors = _write_models(writer, models, request)
-    numerics = measure_apart(writer.staging, recipe.dtype, request.progress)
+    numerics = measure_onnx_apart(writer.staging, recipe.dtype, request.progress)
     decisions = {
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from vlmbuild.artifact.manifest import Manifest, parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.checks import one_of
 from vlmbuild.devices import available_device
-from vlmbuild.errors import IncompatibleError, SourceError, UsageError
+from vlmbuild.errors import IncompatibleError, SourceError, TrustError, UsageError
 from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.program_json import from_json
@@ -48,14 +48,16 @@ def load(
         device: Where the weights go; None is the CPU.
         dtype: Compute dtype; None is the one that the artifact was built with.
         verify: Check every file against the manifest first. Turn it off only for an artifact just verified.
-        trust: ("code",) allows targets that hold compiled code. A trainable artifact holds none, and loads without it.
+        trust: ("code",) allows the target aoti, whose compiled code runs with the caller's rights. The others hold none.
 
     Returns:
-        The model, a `VisionLanguageModel` in evaluation mode or an `OnnxVisionLanguageModel`, and the processor.
+        The model, a `VisionLanguageModel` in evaluation mode, an `OnnxVisionLanguageModel` or a
+        `CompiledVisionLanguageModel`, and the processor.
 
     Raises:
         IntegrityError: A file is not what the manifest says.
-        IncompatibleError: The artifact is of another target, or newer than this vlmbuild.
+        TrustError: The artifact holds code, and `trust` does not allow it.
+        IncompatibleError: The artifact is of another target, newer than this vlmbuild, or compiled for another machine.
         DeviceError: The device is not available here.
         UsageError: The dtype is none that a model computes in.
     """
@@ -65,16 +67,16 @@ def load(
     if reader.manifest.target == "onnx":
         return _load_onnx(reader, torch.device(device or "cpu").type, dtype, verify=verify)
     chosen_device = available_device(device)
+    if reader.manifest.target == "aoti":
+        return _load_compiled(reader, chosen_device, dtype, trust, verify=verify)
     if reader.manifest.target != "trainable":
         raise IncompatibleError(
-            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable' and 'onnx'."
+            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable', 'onnx' and 'aoti'."
         )
     # Files are hashed by other threads meanwhile. Nothing is run from them, and nothing returned before they are proven.
     with reader.verifying() if verify else nullcontext():
-        program = read_program(reader)
-        family = family_named(program.family)
-        model = _bind(reader, program, family, _dtype(dtype, reader.manifest))
-        model.processor = family.processor(reader.path)
+        model = _bind(reader.read, reader.path, _dtype(dtype, reader.manifest))
+        model.processor = model.family.processor(reader.path)
         model.path, model.source = reader.path, str(path)
         if reader.manifest.entry(GENERATION_CONFIG) is not None:
             model.generation_config = _generation_config(reader)
@@ -87,9 +89,7 @@ def _load_onnx(
     """The models of an ONNX artifact, which other code parses: so only once all files are proven."""
     from vlmbuild.runtime.onnx_model import open_model
 
-    built = reader.manifest.recipe.get("dtype")
-    if dtype is not None and str(dtype).removeprefix("torch.") != built:
-        raise UsageError(f"An ONNX artifact computes in the dtype that it was built with, {built}. Leave dtype out.")
+    _check_built(reader, dtype)
     check_provider(device)
     if verify:
         reader = ArtifactReader(reader.path)
@@ -101,9 +101,64 @@ def _load_onnx(
     return model, model.processor
 
 
+def _load_compiled(
+    reader: ArtifactReader,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+    trust: Collection[str],
+    *,
+    verify: bool,
+) -> tuple[Any, Any]:
+    """The model of an artifact with compiled code, none of which is opened before all files are proven."""
+    from vlmbuild.runtime.compiled_code import adopt_code
+    from vlmbuild.runtime.compiled_model import CompiledVisionLanguageModel
+
+    path = reader.path
+    check_trust(path, reader.manifest, trust)
+    _check_built(reader, dtype)
+    if verify:
+        reader = ArtifactReader(path)
+    graphs = _bind(reader.read, path, _dtype(None, reader.manifest)).eval().to(device)
+    graphs.processor = graphs.family.processor(path)
+    if reader.manifest.entry(GENERATION_CONFIG) is not None:
+        graphs.generation_config = _generation_config(reader)
+    adopt_code(graphs, reader.read, str(path))
+    if verify:
+        reader.check_unchanged()
+    return CompiledVisionLanguageModel(graphs, path), graphs.processor
+
+
+def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
+    """Raise TrustError for an artifact with code that the caller has not allowed."""
+    files = manifest.trust["code"]
+    if files and "code" not in trust:
+        raise TrustError(
+            f"{path} holds compiled code ({len(files)} files), which would run with your rights. If you trust those who built "
+            'it, load it with trust=("code",), or on the command line with --trust-code.'
+        )
+
+
+def bind_directory(directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
+    """The program and weights of an artifact that is being built. Raises IncompatibleError."""
+    return _bind(lambda name: (directory / name).read_bytes(), directory, dtype)
+
+
+def _check_built(reader: ArtifactReader, dtype: str | torch.dtype | None) -> None:
+    built = reader.manifest.recipe.get("dtype")
+    if dtype is not None and str(dtype).removeprefix("torch.") != built:
+        raise UsageError(
+            f"An artifact of target {reader.manifest.target} computes in the dtype that it was built with, {built}. Leave "
+            "dtype out."
+        )
+
+
 def read_program(reader: ArtifactReader) -> Program:
     """The program of an artifact."""
-    return from_json(parse_canonical(reader.read("graph/program.json"), where="graph/program.json"))
+    return _program(reader.read)
+
+
+def _program(read: Callable[[str], bytes]) -> Program:
+    return from_json(parse_canonical(read("graph/program.json"), where="graph/program.json"))
 
 
 def _generation_config(reader: ArtifactReader) -> GenerationConfig:
@@ -116,17 +171,19 @@ def _generation_config(reader: ArtifactReader) -> GenerationConfig:
         ) from error
 
 
-def _bind(reader: ArtifactReader, program: Program, family: Family, dtype: torch.dtype) -> VisionLanguageModel:
+def _bind(read: Callable[[str], bytes], directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
     """The program with its weights. Files that are intact and still do not fit each other are an incompatible artifact."""
+    program = _program(read)
+    family = family_named(program.family)
     try:
-        config = family.config(json.loads(reader.read("config.json")))
-        tensors = _read_tensors(program, family, CheckpointWeights(reader.path))
+        config = family.config(json.loads(read("config.json")))
+        tensors = _read_tensors(program, family, CheckpointWeights(directory))
         return VisionLanguageModel(program, family, config, tensors, dtype)
     except SourceError as error:
-        raise IncompatibleError(f"The files of {reader.path} do not belong together: {error}") from error
+        raise IncompatibleError(f"The files of {directory} do not belong together: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise IncompatibleError(
-            f"The program of {reader.path} does not fit its weights: {error}. Build the artifact again."
+            f"The program of {directory} does not fit its weights: {error}. Build the artifact again."
         ) from error
 
 

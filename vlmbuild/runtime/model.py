@@ -221,6 +221,10 @@ class VisionLanguageModel(TrainerConventions, Generation):
             self._cached[form] = CachedProgram.of(self, form)
         return self._cached[form]
 
+    def use_cached(self, form: CacheForm, cached: CachedProgram) -> None:
+        """Generate with this one from now on."""
+        self._cached[form] = cached
+
     def new_cache(self, length: int | None = None) -> KeyValueCache:
         program = self.cached("growing").program
         return KeyValueCache(cached_inputs(program.variants["text"]), length)

@@ -7,62 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import Tensor
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families import Family, family_named
-from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx_decoding import OnnxDecoding, OnnxModels
 
 
-class OnnxVisionLanguageModel(Generation):
+class OnnxVisionLanguageModel(InferenceModel):
     """`model(**processor_batch)` gives `.logits`; `model.generate(**processor_batch, ...)` is transformers' own generation.
 
     Tensors go in and come out on the CPU, whatever device the models run on. It has no weights that could be trained.
     """
 
-    main_input_name = "input_ids"
-    _is_stateful = False
-    training = False
+    target = "onnx"
 
     def __init__(self, models: OnnxModels, family: Family, config: Any, processor: Any, path: Path) -> None:
+        super().__init__(family, config, processor, path)
         self.models = models
-        self.family = family
-        self.config = config
-        self.processor = processor
-        self.path = path
-        """The artifact that it was loaded from."""
-        self.generation_config = GenerationConfig.from_model_config(config)
 
-    def __call__(
-        self, *, past_key_values: KeyValueCache | None = None, logits_to_keep: int = 0, **batch: Any
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
-                that follow, and `attention_mask` is that of all.
-            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
-            **batch: The processor's output.
-
-        Returns:
-            `.logits` (batch, sequence, vocabulary).
-
-        Raises:
-            BatchError: The batch contradicts itself; the message names the sample.
-            UsageError: An argument is unknown, or labels are passed.
-        """
-        if batch.pop("labels", None) is not None:
-            raise UsageError(
-                "An ONNX artifact computes no loss. Build the trainable target to train, or leave labels out."
-            )
-        self.check_names("model", batch)
-        cache = self.new_cache() if past_key_values is None else past_key_values
-        decoding = OnnxDecoding(self.models, self.family, self.config, self.processor, cache, logits_to_keep)
-        return CausalLMOutputWithPast(logits=decoding.logits(batch), past_key_values=past_key_values)
-
-    forward = __call__
+    def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
+        return OnnxDecoding(self.models, self.family, self.config, self.processor, cache, keep).logits(batch)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
         """An empty cache. Raises UsageError for one of fixed length."""
@@ -79,10 +46,6 @@ class OnnxVisionLanguageModel(Generation):
     def dtype(self) -> torch.dtype:
         """Of embeddings and logits."""
         return next(entry.dtype for entry in self.models.decoder.inputs if entry.name == "inputs_embeds")
-
-    def eval(self) -> OnnxVisionLanguageModel:
-        """Itself: it has no other mode."""
-        return self
 
 
 def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:

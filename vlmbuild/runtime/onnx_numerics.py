@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import ParityError, VlmbuildError
 from vlmbuild.families import Family, family_named
 from vlmbuild.kv_cache import CROSS, PAST, cached_inputs, with_cache
 from vlmbuild.packed_weight import INTEGER
@@ -25,9 +22,10 @@ from vlmbuild.program_json import from_json
 from vlmbuild.runtime.decoding import rectangle, whole_mask
 from vlmbuild.runtime.execution import run_calls
 from vlmbuild.runtime.key_value_cache import KeyValueCache
+from vlmbuild.runtime.numerics import Record, compare, measure_apart, print_records, stepwise
 from vlmbuild.runtime.onnx_decoding import FEATURES, OnnxDecoding, OnnxModels
-from vlmbuild.runtime.onnx_probe import SEED, Case, cases, extended
 from vlmbuild.runtime.onnx_weights import OnnxWeights
+from vlmbuild.runtime.probe import SEED, Case, cases
 from vlmbuild.runtime.region_instance import BoundRegion
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
@@ -35,13 +33,9 @@ TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 In float32 only sums in another order differ; in float16 activations are rounded to 11 bits, some hundred times in a row."""
 ROUNDED_INPUTS = 1e-1
 """The same where a weight of 8 bits is multiplied by inputs that are rounded to 8 bits too."""
-STEPS = 4
-"""Tokens that are generated for each case."""
-
-Record = dict[str, Any]
 
 
-def measure_apart(directory: Path, dtype: str, progress: Callable[[str, int, int], None]) -> list[Record]:
+def measure_onnx_apart(directory: Path, dtype: str, progress: Callable[[str, int, int], None]) -> list[Record]:
     """The manifest's records about an artifact's models, measured in another process.
 
     Args:
@@ -52,36 +46,11 @@ def measure_apart(directory: Path, dtype: str, progress: Callable[[str, int, int
     Raises:
         ParityError: A model does not run, or computes something else than the program.
     """
-    progress("numerics", 0, 1)
-    command = [sys.executable, "-m", __name__, str(directory), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own interpreter)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
-        raise ParityError(
-            f"The ONNX models could not be run beside the program: {lines[-1]} An artifact that is being built is not "
-            "published. Free memory if there was too little, put the model's own processor into the checkpoint if batches do "
-            "not fit, else report it."
-        )
-    records: list[Record] = json.loads(done.stdout.splitlines()[-1])
-    check_records(records)
-    progress("numerics", 1, 1)
-    return records
-
-
-def check_records(records: list[Record]) -> None:
-    """Raise ParityError for an output whose error is above its tolerance, or is no number."""
-    for record in records:
-        error, limit = float(record["error"]), float(record["tolerance"])
-        if not math.isfinite(error) or error > limit:
-            raise ParityError(
-                f"The ONNX models differ from the program: case {record['case']!r}, output {record['output']}: relative error "
-                f"{record['error']}, and at most {record['tolerance']} is allowed. An artifact that is being built is not "
-                "published. Build with --dtype float32 or without --quantize; if that fails too, report it."
-            )
+    return measure_apart(__name__, [str(directory), dtype], "The ONNX models", progress)
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:
-    """As `measure_apart`, in this process and without judging."""
+    """As `measure_onnx_apart`, in this process and without judging."""
     program = from_json(json.loads((directory / "graph/program.json").read_text(encoding="utf-8")))
     family = family_named(program.family)
     config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
@@ -146,60 +115,14 @@ def _compare(
     """The records of one case: a prompt, then some tokens on its cache, then all of that at once through the program."""
     cache = KeyValueCache(models.cached())
     decoding = OnnxDecoding(models, family, config, processor, cache)
-    logits, batch = [decoding.logits(case.batch)], dict(case.batch)
-    for _ in range(STEPS):
-        token = logits[-1][:, -1:].argmax(-1)
-        batch = extended(batch, token, family)
-        logits.append(decoding.logits({"input_ids": token, "attention_mask": batch["attention_mask"]}))
+    batch, logits = stepwise(case, decoding, family)
     _, expected = reference.run(batch)
-    found = {"logits": torch.cat(logits, 1), **decoding.image_values(case.batch)}
+    found = {"logits": logits, **decoding.image_values(case.batch)}
     found |= {
         name.replace(PAST, "present", 1): x for name, x in cache.past(1, torch.float32, torch.device("cpu")).items()
     }
-    shown = batch["attention_mask"].bool()
-    top = [values["logits"].argmax(-1) for values in (found, expected)]
-    record = _errors(case.name, "logits", found["logits"][shown], expected["logits"][shown])
-    record |= {
-        "tokens": int(shown.sum()), "top1": int((top[0] == top[1])[shown].sum()),
-        "generated": top[1][:, -STEPS - 1 : -1].numel(),
-        "greedy": int((top[1][:, -STEPS - 1 : -1] == batch["input_ids"][:, -STEPS:]).sum()),
-    }  # fmt: skip
-    others = []
-    for name, value in expected.items():
-        if name == "logits" or name not in found:
-            continue
-        mine, theirs = found[name], value
-        if name.startswith("present."):
-            mine, theirs = (x.transpose(1, 2)[shown] for x in (mine, theirs))
-        others.append(_errors(case.name, name, mine, theirs[: len(mine)] if name == FEATURES else theirs))
-    return [record, *_worst(others)]
-
-
-def _errors(case: str, output: str, found: Tensor, expected: Tensor) -> Record:
-    difference = found.double() - expected.double()
-    error = float(difference.norm() / expected.double().norm())
-    return {"case": case, "output": output, "error": f"{error:.1e}", "max": f"{float(difference.abs().max()):.1e}"}
-
-
-def _worst(records: list[Record]) -> list[Record]:
-    """Of outputs that there are one of for each layer, the worst."""
-    kinds: dict[str, Record] = {}
-    for record in records:
-        kind = record["output"].partition(".")[0]
-        if kind not in kinds or not float(record["error"]) <= float(kinds[kind]["error"]):
-            kinds[kind] = record
-    return list(kinds.values())
-
-
-def main(directory: str, dtype: str) -> int:
-    """Print the records, or on stderr why there are none; returns the exit code."""
-    try:
-        print(json.dumps(measure(Path(directory), dtype)))
-    except VlmbuildError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return error.exit_code
-    return 0
+    return compare(case.name, batch, found, expected)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(print_records(lambda: measure(Path(sys.argv[1]), *sys.argv[2:])))

@@ -36,11 +36,11 @@ class BoundRegion:
 
     def rebind(self, dtype: torch.dtype) -> None:
         """Build the graph module anew, after a pass or for another dtype."""
-        self.graph = _module(self.region, dtype, dropout=True)
+        self.graph = region_module(self.region, dtype, dropout=True)
         self.random = any(node.target is _DROPOUT for node in self.graph.graph.nodes)
-        self.evaluation = _module(self.region, dtype, dropout=False) if self.random else self.graph
+        self.evaluation = region_module(self.region, dtype) if self.random else self.graph
         names = [slot.name for slot in self.region.slots]
-        self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = _getter(names)
+        self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = slots_getter(names)
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph with the owner's tensors, under the compiler if there is one.
@@ -85,7 +85,7 @@ class RegionInstance(nn.Module):
         return f"region={self.bound.region.name}"
 
 
-def _module(region: Region, dtype: torch.dtype, *, dropout: bool) -> GraphModule:
+def region_module(region: Region, dtype: torch.dtype, *, dropout: bool = False) -> GraphModule:
     """A region's graph in a compute dtype, with or without its dropout."""
     graph = Graph()
     values: dict[Node, Node] = {}
@@ -117,7 +117,8 @@ def is_compute(slot: Slot) -> bool:
     return slot.dtype == COMPUTE_DTYPE
 
 
-def _getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
+def slots_getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
+    """Looks up an owner's tensors by the names of slots."""
     if not names:
         return lambda _owner: ()
     get: Callable[[nn.Module], Any] = attrgetter(*names)

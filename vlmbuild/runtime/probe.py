@@ -1,4 +1,4 @@
-"""Batches to check ONNX models with: images of several sizes, and texts, made by the artifact's processor."""
+"""Batches to check exported models with: images of several sizes, and texts, made by the artifact's processor."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def cases(processor: Any) -> Iterator[Case]:
             )  # fmt: skip
         except Exception as error:  # processors raise whatever they like
             raise SourceError(
-                f"The processor cannot make the batch {name!r} that ONNX models are checked with: {error}. Put the model's "
-                "own processor files into the checkpoint."
+                f"The processor cannot make the batch {name!r} that exports are checked with: {error}. Put the model's own "
+                "processor files into the checkpoint."
             ) from error
         yield Case(name, {key: value for key, value in made.items() if isinstance(value, Tensor)})
 

@@ -1,0 +1,8 @@
+"""The AOTInductor target: the trainable layout, and beside it machine code of the regions for inference."""
+
+from __future__ import annotations
+
+from vlmbuild.targets.aoti.write import write
+from vlmbuild.targets.trainable import stored_parameters
+
+__all__ = ["stored_parameters", "write"]

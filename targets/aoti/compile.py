@@ -1,0 +1,98 @@
+"""Compile regions with AOTInductor, each once however many instances it has, in processes of their own.
+
+`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE DEVICE FOLDER FORM:REGION ...` writes a package for each region into
+the folder, and prints a line of JSON about it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.package import package_aoti
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx import GraphModule
+from vlmbuild.targets.aoti.region_graph import compilable
+
+from vlmbuild.code_platform import CodePlatform, plain_feature, this_platform
+from vlmbuild.graph_text import digest
+from vlmbuild.kv_cache import with_cache
+from vlmbuild.program import Program
+from vlmbuild.program_json import from_json
+from vlmbuild.shapes import annotate_shapes
+
+_NEEDED = (".wrapper.so", ".wrapper.json", ".wrapper_metadata.json")
+"""Ends of the files that a package needs: machine code, calls of our operators, its device. The rest are sources, which name
+folders of this machine."""
+
+
+def code_platform(device: torch.device) -> CodePlatform:
+    """What code that is compiled here needs: the processor's level, and what inductor's own kernels use."""
+    flags = pick_vec_isa().build_arch_flags().split() if device.type == "cpu" else []
+    return this_platform(device, tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
+
+
+def compile_region(graph: GraphModule, name: str, level: str, folder: Path) -> Path:
+    """A package with the code of a region's graph; the same graph gives the same bytes, wherever it is compiled."""
+    inputs = tuple(node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder")
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(graph, inputs, options=_options(level))
+    assert isinstance(files, list)
+    place = folder / f"{name}.files"
+    place.mkdir()
+    kept = [
+        str(shutil.copyfile(str(file), place / f"region{end}"))
+        for file in files
+        for end in _NEEDED
+        if str(file).endswith(end)
+    ]
+    packed = package_aoti(str(place / "region.pt2"), {"model": kept})  # the archive's name is in it
+    return Path(shutil.move(str(packed), folder / f"{name}.pt2"))
+
+
+def _options(level: str) -> dict[str, Any]:
+    """Inductor's: one thread pool of the process that runs the code, no debug symbols, no paths of this machine."""
+    options: dict[str, Any] = {
+        "aot_inductor.package": True,
+        "cpp.dynamic_threads": True,
+        "aot_inductor.enable_line_tables": False,
+        "cpp.march": f"{level or 'native'} {_prefix_map()}",
+    }
+    known = inductor.get_config_copy()
+    return {name: value for name, value in options.items() if name in known}
+
+
+def _prefix_map() -> str:
+    """The compiler's option that keeps folders out of messages; inductor has no place for it but beside the level."""
+    folders = {cache_dir(): "code", str(Path(torch.__file__).parent): "torch"}
+    return " ".join(shlex.quote(f"-ffile-prefix-map={folder}={name}") for folder, name in folders.items())
+
+
+def main(program_file: str, dtype_name: str, device_name: str, folder: str, *units: str) -> int:
+    """Compile the units; returns the exit code."""
+    program = from_json(json.loads(Path(program_file).read_text(encoding="utf-8")))
+    dtype, device = getattr(torch, dtype_name), torch.device(device_name)
+    platform = code_platform(device)
+    programs: dict[str, Program] = {}
+    digests: dict[str, dict[str, str]] = {}
+    for unit in units:
+        form, _, name = unit.partition(":")
+        if form not in programs:
+            programs[form] = with_cache(program, form)  # type: ignore[arg-type]
+            digests[form] = {name: digest(region) for name, region in programs[form].regions.items()}
+            annotate_shapes(programs[form])
+        graph, order = compilable(programs[form].regions[name], dtype, device)
+        file = compile_region(graph, unit.replace(":", "."), platform.level, Path(folder))
+        print(json.dumps({"unit": unit, "file": str(file), "order": order, "graph": digests[form][name]}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

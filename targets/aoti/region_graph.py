@@ -1,0 +1,119 @@
+"""A region as inductor takes it: a graph in the compute dtype, whose inputs' sizes can be read off one after another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from vlmbuild.targets.aoti.lowering import lower
+
+from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
+from vlmbuild.runtime.region_instance import region_module
+from vlmbuild.shapes import Shapes
+
+Shape = tuple[int | str, ...]
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def compilable(region: Region, dtype: torch.dtype, device: torch.device) -> tuple[GraphModule, tuple[int, ...]]:
+    """The graph, whose placeholders have fake tensors on the device, and the order of activations that it takes.
+
+    Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last unknown.
+    So inputs come in an order in which there is never a second unknown; where there is none, the whole expression gets a
+    name of its own.
+    """
+    order = solvable_order(region.activations)
+    shapes = region.activations if order is not None else with_names(region.activations)
+    order = order or tuple(range(len(shapes)))
+    graph = region_module(region, dtype)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    first = len(region.slots)
+    for place in order:  # each behind all others
+        graph.graph.output_node().prepend(placeholders[first + place])
+    _placeholders_first(graph)
+    _give_values(graph, region, [shapes[place] for place in order], order, dtype, device)
+    lower(graph)
+    return graph, order
+
+
+def solvable_order(shapes: Sequence[Shape]) -> tuple[int, ...] | None:
+    """An order of shapes in which every size has at most one name that is not known yet; None if there is none."""
+    known: set[str] = set()
+    order: list[int] = []
+    while len(order) < len(shapes):
+        found = next(
+            (place for place, shape in enumerate(shapes) if place not in order and _solvable(shape, known)), None
+        )
+        if found is None:
+            return None
+        known.update(_names(shapes[found]))
+        order.append(found)
+    return tuple(order)
+
+
+def with_names(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes with a name for each size that changes: ("batch*new", 4), ("batch*new",) -> ("d0", 4), ("d0",)."""
+    names: dict[str, str] = {}
+    return tuple(
+        tuple(names.setdefault(size, f"d{len(names)}") if isinstance(size, str) else size for size in shape)
+        for shape in shapes
+    )
+
+
+def _solvable(shape: Shape, known: set[str]) -> bool:
+    known = set(known)
+    for size in shape:
+        unknown = set(_NAME.findall(str(size))) - known
+        if len(unknown) > 1:
+            return False
+        known |= unknown
+    return True
+
+
+def _names(shape: Shape) -> set[str]:
+    return {name for size in shape for name in _NAME.findall(str(size))}
+
+
+def _placeholders_first(graph: GraphModule) -> None:
+    """Placeholders that were moved to the end, in front of what computes."""
+    nodes = list(graph.graph.nodes)
+    first = next(node for node in nodes if node.op != "placeholder")
+    for node in nodes[nodes.index(first) :]:
+        if node.op == "placeholder":
+            first.prepend(node)
+    graph.recompile()
+
+
+def _give_values(
+    graph: GraphModule, region: Region, shapes: Sequence[Shape], order: Sequence[int], dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Fake tensors for the placeholders, from a program of this one call."""
+
+    def chosen(wanted: torch.dtype) -> torch.dtype:
+        return dtype if wanted == COMPUTE_DTYPE else wanted
+
+    activations = region.placeholders()[len(region.slots) :]
+    inputs = tuple(
+        Input(f"in{place}", chosen(activations[place].meta["val"].dtype), shape)
+        for place, shape in zip(order, shapes, strict=True)
+    )
+    results = tuple(f"out{place}" for place in range(len(region.results())))
+    call = Call(region.name, "", tuple(entry.name for entry in inputs), results)
+    slots = tuple(replace(slot, dtype=chosen(slot.dtype)) for slot in region.slots)
+    alone = Region(region.name, graph, slots, ("",), tuple(shapes))
+    variant = Variant(inputs, (call,), results[0])
+    found = Shapes(Program("", Geometry(()), {"alone": variant}, {region.name: alone})).values[region.name]
+    for node in graph.graph.nodes:
+        node.meta.pop("val", None)
+        if node.op == "placeholder":
+            node.meta["val"] = _on(found[node], device)
+
+
+def _on(value: Tensor, device: torch.device) -> Tensor:
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty(value.shape, dtype=value.dtype, device=device)

@@ -1,0 +1,198 @@
+"""Artifacts with compiled code: what they compute, what opening them takes, and what a build refuses to publish."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+from vlmbuild.targets.aoti import workers
+
+import vlmbuild
+from vlmbuild.builder import build
+from vlmbuild.code_index import CODE_INDEX, FORMS
+from vlmbuild.errors import CompileError, IncompatibleError, ParityError, TrustError, UsageError
+from vlmbuild.quant_spec import QuantSpec
+from vlmbuild.recipe import Recipe
+from vlmbuild.runtime import code_numerics, compiled_code, numerics
+from vlmbuild.runtime.loader import bind_directory
+from vlmbuild.runtime.probe import cases
+from vlmbuild.zoo import ZOO
+
+CHECKPOINTS = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
+GREEDY = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def aoti_artifact(tmp_path_factory):
+    """Each zoo checkpoint compiled once, in float32."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            output = tmp_path_factory.mktemp("aoti") / name
+            made[name] = build(name, output, Recipe(target="aoti", dtype="float32"))
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(aoti_artifact, name):
+    model, processor = vlmbuild.load(aoti_artifact(name).path, trust=("code",))
+    theirs = AutoModelForImageTextToText.from_pretrained(ZOO[name], dtype=torch.float32).eval()
+    for case in cases(processor):
+        shown = case.batch["attention_mask"].bool()
+        with torch.no_grad():
+            expected = theirs(**case.batch).logits[shown]
+        found = model(**case.batch).logits[shown]
+        assert float((found - expected).norm() / expected.norm()) < 1e-5, case.name
+        tokens = theirs.generate(**case.batch, **GREEDY)
+        assert model.generate(**case.batch, **GREEDY).equal(tokens), case.name
+        assert model.generate(**case.batch, **GREEDY, cache_implementation="static").equal(tokens), case.name
+
+
+@pytest.fixture
+def artifact(aoti_artifact):
+    return aoti_artifact("qwen2-vl-digits")
+
+
+def test_it_is_a_checkpoint_too(artifact):
+    source = AutoModelForImageTextToText.from_pretrained(ZOO["qwen2-vl-digits"], dtype=torch.float32)
+    opened = AutoModelForImageTextToText.from_pretrained(artifact.path, dtype=torch.float32)
+    for name, tensor in source.state_dict().items():
+        assert tensor.equal(opened.state_dict()[name]), name
+
+
+def test_every_graph_is_compiled_once_however_deep_the_model_is(artifact):
+    index = json.loads((artifact.path / CODE_INDEX).read_text())
+    files = {entry["file"] for entries in index["regions"].values() for entry in entries.values()}
+    assert files == set(artifact.manifest.trust["code"])
+    assert list(index["regions"]) == sorted(FORMS)
+    assert len(files) == 9
+    assert all(entry.size < 4 << 20 for entry in artifact.manifest.files if entry.role == "code")
+
+
+def test_code_names_no_folder_of_this_machine(artifact):
+    for file in artifact.manifest.trust["code"]:
+        data = (artifact.path / file).read_bytes()
+        for folder in (str(artifact.path.parent), torch.__path__[0], "/tmp/torchinductor"):
+            assert folder.encode() not in data, file
+
+
+def test_opening_takes_trust(artifact, run):
+    with pytest.raises(TrustError, match=r"holds compiled code \(9 files\).*--trust-code"):
+        vlmbuild.load(artifact.path)
+    asked = ["run", artifact.path, "--prompt", "Read the digits."]
+    code, _, err = run(*asked)
+    assert code == 4
+    assert "--trust-code" in err
+    code, out, _ = run(*asked, "--trust-code", "--max-new-tokens", "4", "--json")
+    assert code == 0
+    assert json.loads(out)["new_tokens"] <= 4
+
+
+def test_verify_runs_the_code_again(artifact, run):
+    assert run("verify", artifact.path, "--numerics")[0] == 4
+    code, out, _ = run("verify", artifact.path, "--numerics", "--trust-code", "--json")
+    records = json.loads(out)["numerics"]
+    assert code == 0
+    assert len(records) == len(artifact.manifest.numerics) == 16
+    assert {record["tolerance"] for record in records} == {"1e-04"}
+
+
+def test_it_does_not_train(artifact):
+    model, processor = vlmbuild.load(artifact.path, trust=("code",))
+    batch = next(cases(processor)).batch
+    with pytest.raises(UsageError, match="computes no loss"):
+        model(**batch, labels=batch["input_ids"])
+    with pytest.raises(UsageError, match=r"from vlmbuild\.load"):
+        vlmbuild.add_lora(model, r=4)
+    with pytest.raises(UsageError, match="was compiled for cpu"):
+        model.to(torch.bfloat16)
+    assert model.to("cpu") is model
+    with pytest.raises(UsageError, match="computes in the dtype that it was built with, float32"):
+        vlmbuild.load(artifact.path, trust=("code",), dtype="bfloat16")
+
+
+def changed(artifact, change):
+    """Reads files, the index with a change."""
+
+    def read(name):
+        data = (artifact.path / name).read_bytes()
+        if name != CODE_INDEX:
+            return data
+        index = json.loads(data)
+        change(index)
+        return json.dumps(index).encode()
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index["platform"].update(torch="1.0"), "for torch 1.0"),
+        (lambda index: index["platform"].pop("libc"), "cannot be read"),
+        (lambda index: index.update(dtype="bfloat16"), "computes in bfloat16, and its weights are in torch.float32"),
+        (lambda index: index["regions"]["growing"].pop("lm_head"), "another graph for lm_head"),
+        (lambda index: index["regions"]["growing"]["lm_head"].update(graph="0"), "another graph for lm_head"),
+    ],
+)
+def test_code_that_does_not_fit_is_not_opened(artifact, monkeypatch, change, message):
+    monkeypatch.setattr(compiled_code, "_runner", lambda *_: None)
+    model = bind_directory(artifact.path, torch.float32)
+    with pytest.raises(IncompatibleError, match=message):
+        compiled_code.adopt_code(model, changed(artifact, change), "artifact")
+
+
+def test_a_file_that_is_no_package_ends_no_process(artifact):
+    model = bind_directory(artifact.path, torch.float32)
+
+    def read(name):
+        data = (artifact.path / name).read_bytes()
+        return data if name == CODE_INDEX else data[:1000]
+
+    with pytest.raises(IncompatibleError, match=r"cannot be opened: .*Build the artifact again"):
+        compiled_code.adopt_code(model, read, "artifact")
+
+
+def test_code_that_computes_something_else_is_found(artifact, monkeypatch):
+    run_region = compiled_code.CompiledRegion.run
+    monkeypatch.setattr(
+        compiled_code.CompiledRegion,
+        "run",
+        lambda self, *rest, **named: tuple(x * 1.001 for x in run_region(self, *rest, **named)),
+    )
+    records = code_numerics.measure(artifact.path, "float32")
+    with pytest.raises(
+        ParityError, match="The compiled regions differ from the program: case 'one image, growing cache'"
+    ):
+        numerics.check_records(records, "The compiled regions")
+
+
+def test_without_a_compiler_nothing_is_published(tmp_path, monkeypatch):
+    monkeypatch.setitem(workers._SETTINGS, "CXX", "/none/g++")
+    monkeypatch.setitem(workers._SETTINGS, "PATH", "/none")
+    with pytest.raises(CompileError, match=r"cannot be compiled: .*needs a C\+\+ compiler"):
+        build("qwen2-vl-digits", tmp_path / "out", Recipe(target="aoti", dtype="float32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_that_have_no_compiled_form():
+    with pytest.raises(UsageError, match="attention: triton"):
+        Recipe(target="aoti", attention="triton")
+    with pytest.raises(UsageError, match="int4"):
+        Recipe(target="aoti", quantize=QuantSpec("int4"))
+    assert Recipe(target="aoti").dtype == "bfloat16"
+
+
+def test_a_damaged_package_is_found_before_it_is_opened(artifact, tmp_path, run):
+    copy = shutil.copytree(artifact.path, tmp_path / "copy")
+    file = copy / artifact.manifest.trust["code"][0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    code, _, err = run("run", copy, "--prompt", "x", "--trust-code")
+    assert code == 3
+    assert file.name in err

@@ -1,0 +1,70 @@
+"""The index of an artifact's compiled code: which file holds which region, for which platform, dtype and graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vlmbuild.cached_block import CacheForm
+from vlmbuild.code_platform import CodePlatform
+
+CODE_INDEX = "code/index.json"
+FORMS: tuple[CacheForm, ...] = ("growing", "static")
+"""The programs with a cache whose regions are compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodeEntry:
+    """One compiled region.
+
+    Attributes:
+        file: Path in the artifact.
+        order: Of the region's activations, as the code takes them after the slots.
+        graph: SHA-256 (hex) of the region's text, which says what was compiled.
+    """
+
+    file: str
+    order: tuple[int, ...]
+    graph: str
+
+
+@dataclass(frozen=True, slots=True)
+class CodeIndex:
+    """All compiled regions.
+
+    Attributes:
+        platform: That they need.
+        dtype: The compute dtype.
+        regions: Form of the cache -> region -> code.
+    """
+
+    platform: CodePlatform
+    dtype: str
+    regions: Mapping[str, Mapping[str, CodeEntry]]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "platform": self.platform.record(),
+            "dtype": self.dtype,
+            "regions": {
+                form: {
+                    name: {"file": entry.file, "order": list(entry.order), "graph": entry.graph}
+                    for name, entry in entries.items()
+                }
+                for form, entries in self.regions.items()
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Raises LookupError, TypeError or AttributeError for a record of something else."""
+        regions = {
+            form: {
+                name: CodeEntry(str(entry["file"]), tuple(map(int, entry["order"])), str(entry["graph"]))
+                for name, entry in entries.items()
+            }
+            for form, entries in record["regions"].items()
+        }
+        return cls(CodePlatform.from_record(record["platform"]), str(record["dtype"]), regions)

@@ -1,0 +1,133 @@
+"""What machine code was compiled for, and whether it can run here. Nothing here opens such code."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from vlmbuild.errors import IncompatibleError
+
+_CPUINFO = Path("/proc/cpuinfo")
+_LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64-v2": ("cx16", "lahflm", "popcnt", "sse41", "sse42", "ssse3"),
+    "x86-64-v3": ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"),
+    "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+}
+"""Each level has the features of those before it (System V ABI for AMD64, table 3.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodePlatform:
+    """What code needs of the machine that runs it.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        machine: Architecture of the processor, for example "x86_64".
+        level: The microarchitecture level that it was compiled for; "" where there are none.
+        features: Instruction sets that it may use, without punctuation ("avx512vl"), sorted.
+        capability: Of a CUDA device, for example "9.0"; "" on a CPU.
+        torch: Version of torch, whose libraries it is linked to.
+        libc: The C library and its version, for example "glibc 2.36"; "" if there is no telling.
+    """
+
+    device: str
+    machine: str
+    level: str
+    features: tuple[str, ...]
+    capability: str
+    torch: str
+    libc: str
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder for such code: "cpu-x86-64-v4", "cuda-sm90"."""
+        if self.device == "cuda":
+            return f"cuda-sm{self.capability.replace('.', '')}"
+        return f"cpu-{self.level or self.machine}"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"features": list(self.features)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Raises LookupError or TypeError for a record of something else."""
+        return cls(**{**record, "features": tuple(record["features"])})
+
+
+def this_platform(device: torch.device, features: tuple[str, ...] = ()) -> CodePlatform:
+    """That of code which is compiled here, for a level of this processor and the features given; of a processor without
+    levels for all that it has."""
+    here = cpu_features()
+    level = ""
+    needed = set(features)
+    for name, added in _LEVELS.items() if platform.machine() == "x86_64" else ():
+        if not here.issuperset(added):
+            break
+        level = name
+        needed.update(added)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
+    return CodePlatform(
+        device.type, platform.machine(), level, tuple(sorted(needed if level else here)), capability, _torch_version(),
+        " ".join(platform.libc_ver()).strip(),
+    )  # fmt: skip
+
+
+def check_platform(needed: CodePlatform, device: torch.device, where: str) -> None:
+    """Refuse code that cannot run here.
+
+    Raises:
+        IncompatibleError: It is for another device or processor, or for other versions of torch or of the C library.
+    """
+    here = this_platform(device)
+    missing = sorted(set(needed.features) - cpu_features())
+    problems = [
+        (needed.device != here.device, f"for the device {needed.device}, and {here.device} is asked for"),
+        (needed.machine != here.machine, f"for processors of type {needed.machine}, and this one is {here.machine}"),
+        (bool(missing) and needed.machine == here.machine, f"for processors with {', '.join(missing)}, which this one lacks"),
+        (needed.capability != here.capability, f"for CUDA capability {needed.capability}, and here it is {here.capability}"),
+        (needed.torch != here.torch, f"for torch {needed.torch}, and {here.torch} is installed"),
+        (not _runs_on(needed.libc, here.libc), f"for {needed.libc} or newer, and here is {here.libc or 'another C library'}"),
+    ]  # fmt: skip
+    for wrong, problem in problems:
+        if wrong:
+            raise IncompatibleError(
+                f"{where}: its code was compiled {problem}. Build the artifact again on a machine like this one."
+            )
+
+
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this processor, without punctuation; none where the system does not tell."""
+    try:
+        lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip().lower() in ("flags", "features"):
+            return frozenset(plain_feature(word) for word in value.split())
+    return frozenset()
+
+
+def plain_feature(name: str) -> str:
+    """ "avx512_vnni" of the system and "avx512vnni" of compilers are the same."""
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _torch_version() -> str:
+    return torch.__version__.partition("+")[0]
+
+
+def _runs_on(needed: str, here: str) -> bool:
+    """Whether code for one C library runs on another: the same, at least as new."""
+    (library, _, version), (ours, _, found) = needed.partition(" "), here.partition(" ")
+    return not needed or (library == ours and _numbers(version) <= _numbers(found))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

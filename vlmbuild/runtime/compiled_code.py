@@ -1,0 +1,110 @@
+"""Open an artifact's compiled code: a runner for each region, from bytes that were verified, where it can run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex
+from vlmbuild.code_platform import check_platform
+from vlmbuild.errors import IncompatibleError
+from vlmbuild.graph_text import digest
+from vlmbuild.program import Program, Region
+from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.decoding import CachedProgram
+from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.runtime.region_instance import slots_getter
+
+Read = Callable[[str], bytes]
+"""The content of a file of an artifact, checked against its manifest."""
+
+
+class CompiledRegion:
+    """Stands in for a `BoundRegion` whose graph was compiled, for inference.
+
+    Args:
+        region: Of the program with a cache.
+        runner: Takes a list of tensors, and empties it.
+        order: Of the activations, as the code takes them.
+    """
+
+    def __init__(self, region: Region, runner: Callable[[list[Tensor]], list[Tensor]], order: tuple[int, ...]) -> None:
+        self.region = region
+        self._runner, self._order = runner, order
+        self._tensors_of = slots_getter([slot.name for slot in region.slots])
+        self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the code with the owner's tensors, which stay as they are."""
+        tensors = self._tensors.get(owner)
+        if tensors is None:
+            tensors = self._tensors[owner] = tuple(x.detach().contiguous() for x in self._tensors_of(owner))
+        return self.run(tensors, compiler, activations, training=False)
+
+    def run(
+        self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
+    ) -> tuple[Tensor, ...]:
+        """Run the code. It reads memory as the tensors' sizes say, so they are laid out so."""
+        return tuple(self._runner([*tensors, *(activations[place].contiguous() for place in self._order)]))
+
+
+def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
+    """Let a model's programs with a cache run the compiled regions of its artifact.
+
+    Raises:
+        IncompatibleError: The code is for another platform, dtype or graph, or cannot be opened.
+    """
+    index = read_index(read, where)
+    check_platform(index.platform, model.device, where)
+    if getattr(torch, index.dtype, None) != model.dtype:
+        raise IncompatibleError(f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}.")
+    runners: dict[str, Any] = {}
+    for form in FORMS:
+        cached = CachedProgram.of(model, form)
+        bound: dict[str, Any] = {}
+        for name, region in cached.program.regions.items():
+            entry = _entry(index, cached.program, form, name, where)
+            if entry.file not in runners:
+                runners[entry.file] = _runner(read(entry.file), f"{where}: {entry.file}")
+            bound[name] = CompiledRegion(region, runners[entry.file], entry.order)
+        model.use_cached(form, CachedProgram(cached.program, bound))
+
+
+def read_index(read: Read, where: str) -> CodeIndex:
+    """Raises IncompatibleError for an index that this vlmbuild does not know."""
+    try:
+        return CodeIndex.from_record(json.loads(read(CODE_INDEX)))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"{where}: {CODE_INDEX} cannot be read: {error!r}. Build the artifact again."
+        ) from error
+
+
+def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str) -> CodeEntry:
+    entry = index.regions.get(form, {}).get(name)
+    if entry is None or entry.graph != digest(program.regions[name]):
+        raise IncompatibleError(
+            f"{where}: this version of vlmbuild has another graph for {name} than its code was compiled from. Build the "
+            "artifact again."
+        )
+    return entry
+
+
+def _runner(package: bytes, where: str) -> Callable[[list[Tensor]], list[Tensor]]:
+    """Runs the machine code of a package, which is opened from a file of its own: nobody else can write to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "region.pt2"
+        file.write_bytes(package)
+        try:
+            opened = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise IncompatibleError(f"{where} cannot be opened: {reason} Build the artifact again.") from error
+    runner: Callable[[list[Tensor]], list[Tensor]] = opened.loader.boxed_run
+    return runner

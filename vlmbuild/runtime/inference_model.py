@@ -1,0 +1,69 @@
+"""What models of exported artifacts have in common: they are called and generate like trainable ones, and cannot train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlmbuild.errors import UsageError
+from vlmbuild.families import Family
+from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.key_value_cache import KeyValueCache
+
+
+class InferenceModel(Generation):
+    """A model of an artifact, without weights that could be trained."""
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+    training = False
+    target: ClassVar[str]
+    """Of the artifact."""
+
+    def __init__(self, family: Family, config: Any, processor: Any, path: Path) -> None:
+        self.family = family
+        self.config = config
+        self.processor = processor
+        self.path = path
+        """The artifact that it was loaded from."""
+        self.generation_config = GenerationConfig.from_model_config(config)
+
+    def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
+        """(batch, kept tokens, vocabulary) of a prompt, or of the tokens after one."""
+        raise NotImplementedError
+
+    def __call__(
+        self, *, past_key_values: KeyValueCache | None = None, logits_to_keep: int = 0, **batch: Any
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
+                that follow, and `attention_mask` is that of all.
+            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
+            **batch: The processor's output.
+
+        Returns:
+            `.logits` (batch, sequence, vocabulary).
+
+        Raises:
+            BatchError: The batch contradicts itself; the message names the sample.
+            UsageError: An argument is unknown, or labels are passed.
+        """
+        if batch.pop("labels", None) is not None:
+            raise UsageError(
+                f"An artifact of target {self.target} computes no loss. Build the trainable target to train, or leave labels "
+                "out."
+            )
+        self.check_names("model", batch)
+        cache = self.new_cache() if past_key_values is None else past_key_values
+        return CausalLMOutputWithPast(logits=self.logits(batch, cache, logits_to_keep), past_key_values=past_key_values)
+
+    forward = __call__
+
+    def eval(self) -> Self:
+        """Itself: it has no other mode."""
+        return self

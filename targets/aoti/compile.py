@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
-from torch._inductor.package import package_aoti
+from torch._inductor.package.package import package_aoti
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 from vlmbuild.targets.aoti.region_graph import compilable
@@ -47,7 +47,7 @@ def compile_region(graph: GraphModule, name: str, level: str, folder: Path) -> P
     assert isinstance(files, list)
     place = folder / f"{name}.files"
     place.mkdir()
-    kept = [
+    kept: list[Any] = [
         str(shutil.copyfile(str(file), place / f"region{end}"))
         for file in files
         for end in _NEEDED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -46,12 +47,13 @@ class CompiledVisionLanguageModel(InferenceModel):
         """The compute dtype."""
         return self.graphs.dtype
 
-    def to(self, *where: object, **options: object) -> CompiledVisionLanguageModel:
+    def to(self, *targets: str | torch.device | torch.dtype) -> Self:
         """Itself, if that changes nothing. Raises UsageError: compiled code stays what it is."""
-        device, dtype, *_ = torch._C._nn._parse_to(*where, **options)  # type: ignore[attr-defined]
-        if (device or self.device).type != self.device.type or (dtype or self.dtype) != self.dtype:
-            raise UsageError(
-                f"The model was compiled for {self.device.type} and {self.dtype}. Build it for what you need, with "
-                "--device and --dtype."
-            )
+        for target in targets:
+            same = target == self.dtype if isinstance(target, torch.dtype) else torch.device(target) == self.device
+            if not same:
+                raise UsageError(
+                    f"The model was compiled for {self.device} and {self.dtype}. Build it for {target}, with --device and "
+                    "--dtype."
+                )
         return self

@@ -56,6 +56,12 @@ def test_level_of_a_processor(monkeypatch, lacks, level):
     assert not set(found.features) & set(lacks)
 
 
+def test_without_levels_code_is_for_all_that_the_processor_has():
+    found = this_platform(CPU, levels=False)
+    assert found.level == ""
+    assert set(found.features) == cpu_features()
+
+
 def test_features_are_read_from_the_system(monkeypatch, tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nflags\t\t: sse4_2 avx512_vnni\nprocessor\t: 1\nflags\t\t: other\n")

@@ -60,13 +60,13 @@ class CodePlatform:
         return cls(**{**record, "features": tuple(record["features"])})
 
 
-def this_platform(device: torch.device, features: tuple[str, ...] = ()) -> CodePlatform:
-    """That of code which is compiled here, for a level of this processor and the features given; of a processor without
-    levels for all that it has."""
+def this_platform(device: torch.device, features: tuple[str, ...] = (), *, levels: bool = True) -> CodePlatform:
+    """That of code which is compiled here, for this processor's level and the features given; without levels, for all that
+    the processor has."""
     here = cpu_features()
     level = ""
     needed = set(features)
-    for name, added in _LEVELS.items() if platform.machine() == "x86_64" else ():
+    for name, added in _LEVELS.items() if levels and platform.machine() == "x86_64" else ():
         if not here.issuperset(added):
             break
         level = name

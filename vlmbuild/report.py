@@ -119,7 +119,7 @@ def _onnx_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
         ]
         for record in numerics
     ]  # fmt: skip
-    heads = ["ONNX against the program", "output", "relative error", "allowed", "same best token", "same generated"]
+    heads = ["Export against the program", "output", "relative error", "allowed", "same best token", "same generated"]
     return table(heads, rows, "<<>>>>")
 
 

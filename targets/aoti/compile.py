@@ -17,7 +17,6 @@ import torch
 from torch._inductor import config as inductor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx import GraphModule
 from vlmbuild.targets.aoti.region_graph import compilable
 
@@ -32,9 +31,16 @@ _NEEDED = (".wrapper.so", ".wrapper.json", ".wrapper_metadata.json")
 """Ends of the files that a package needs: machine code, calls of our operators, its device. The rest are sources, which name
 folders of this machine."""
 
+_MARCH = "cpp.march"
+_NAMELESS = ("-s", "-Wno-builtin-macro-redefined", '-D__FILE__="code"')
+"""The compiler's options that keep names of files, which depend on where inductor's cache is, out of the code."""
+
 
 def code_platform(device: torch.device) -> CodePlatform:
-    """What code that is compiled here needs: the processor's level, and what inductor's own kernels use."""
+    """What code that is compiled here needs: the processor's level, and what inductor's own kernels use. Before torch 2.13
+    inductor compiles for the very processor."""
+    if _MARCH not in inductor.get_config_copy():
+        return this_platform(device, levels=False)
     flags = pick_vec_isa().build_arch_flags().split() if device.type == "cpu" else []
     return this_platform(device, tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
 
@@ -63,16 +69,10 @@ def _options(level: str) -> dict[str, Any]:
         "aot_inductor.package": True,
         "cpp.dynamic_threads": True,
         "aot_inductor.enable_line_tables": False,
-        "cpp.march": f"{level or 'native'} {_prefix_map()}",
+        _MARCH: f"{level or 'native'} {shlex.join(_NAMELESS)}",  # inductor has no other place for options
     }
     known = inductor.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
-
-
-def _prefix_map() -> str:
-    """The compiler's option that keeps folders out of messages; inductor has no place for it but beside the level."""
-    folders = {cache_dir(): "code", str(Path(torch.__file__).parent): "torch"}
-    return " ".join(shlex.quote(f"-ffile-prefix-map={folder}={name}") for folder, name in folders.items())
 
 
 def main(program_file: str, dtype_name: str, device_name: str, folder: str, *units: str) -> int:

@@ -19,6 +19,7 @@ from vlmbuild.locks.kernel_table import TARGETS, compile_launch, kernel_table
 from vlmbuild.quant_spec import QuantSpec
 
 ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
+GENERATION = ("decode_kernel", "join_kernel")
 triton = pytest.importorskip("triton", reason="triton is Linux only")
 
 
@@ -29,17 +30,24 @@ def table(pristine_program):
 
 def test_every_kernel_is_compiled_for_every_target(table):
     names = {label.split()[0] for label in table.table}
-    assert names == {*ATTENTION, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
+    assert names == {*ATTENTION, *GENERATION, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
     for label, kernel in table.table.items():
         assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
         for row in kernel.targets.values():
             assert 8 <= row["registers"] <= 255
             assert row["cubin"] > 1000
             assert row["spilled"] == 0
-            assert (row["tensor_core"] != "none") == label.startswith(ATTENTION)
-    forward = next(kernel for label, kernel in table.table.items() if label.startswith("forward") and "CAUSAL" in label)
+            assert (row["tensor_core"] != "none") == label.startswith((*ATTENTION, "decode"))
+    forward = next(kernel for label, kernel in table.table.items() if "RANGED CAUSAL" in label)
     assert [forward.targets[f"sm_{target}"]["tensor_core"] for target in TARGETS] == ["mma", "wgmma", "tcgen05"]
     assert forward.regions == ("language_model.layers",)
+
+
+def test_generation_launches_kernels_of_its_own(table):
+    """A prompt's attention has a mask in the place of segments, and a step's splits the keys."""
+    cached = [label for label, kernel in table.table.items() if kernel.regions == ("language_model.layers.cached",)]
+    assert [label.split()[0] for label in cached] == ["decode_kernel", "forward_kernel", "join_kernel"]
+    assert all("MASKED" in label for label in cached[:2])
 
 
 def test_sdpa_launches_no_attention_kernel(pristine_program):

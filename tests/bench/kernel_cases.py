@@ -14,7 +14,7 @@ from vlmbuild.ops._triton import Launch
 from vlmbuild.ops.attention import Masks
 from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
 from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
-from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
+from vlmbuild.ops.linear_paths import ROW_SIDES
 from vlmbuild.ops.mrope_triton import rotate_launch
 from vlmbuild.ops.tiles import SIDES
 

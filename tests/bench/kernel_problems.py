@@ -19,8 +19,8 @@ from tests.bench.kernel_limits import Architecture
 from vlmbuild.ops.attention_triton import attention_backward_triton, attention_forward_triton
 from vlmbuild.ops.cross_entropy_triton import cross_entropy_triton
 from vlmbuild.ops.linear_4bit import dequantize_4bit
-from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
 from vlmbuild.ops.linear_4bit_triton import dequantize_4bit_triton, grad_input_triton, linear_4bit_triton
+from vlmbuild.ops.linear_paths import ROW_SIDES
 from vlmbuild.ops.mrope import rotate_reference
 from vlmbuild.ops.mrope_triton import rotate_triton
 

@@ -73,7 +73,7 @@ def _pass_keys(  # type: ignore[no-untyped-def]
     return dq, dq_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def grad_query_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends,
     out, logsumexp, grad, delta, grad_query,
@@ -200,7 +200,7 @@ def _pass_rows(  # type: ignore[no-untyped-def]
     return dk, dk_tail, dv, dv_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def grad_key_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, starts, ends, logsumexp, grad, delta, grad_key, grad_value,
     query_batch, query_head, query_row, query_lane,

@@ -77,7 +77,7 @@ def pass_keys(  # type: ignore[no-untyped-def]
     return top, total, mixed, mixed_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends, out, logsumexp,
     query_batch, query_head, query_row, query_lane,

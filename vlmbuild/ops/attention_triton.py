@@ -66,9 +66,14 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
     if masks.key_mask is not None:
         key_mask, mask_strides = _bytes(masks.key_mask), masks.key_mask.stride()
     ranges = _ranges(masks, query)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, ranges.words)
+    strides = (*(stride for x in (query, key, value) for stride in _strides(x)), *mask_strides, ranges.words)
     tensors = (key_mask, ranges.groups, ranges.bits)
     return _Shared(ranges.of_rows, ranges.of_keys, tensors, ranges.of_groups, strides, constants, ranges.launches)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """A batch of one is never stepped over. Its stride may need 64 bits, for which a kernel would be compiled again."""
+    return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:])
 
 
 class _Ranges(NamedTuple):
@@ -121,8 +126,10 @@ def forward_launches(
     target: int,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The launches into `out` and `logsumexp`, on a GPU of compute capability `target`: of the masks' ranges, then of the
-    forward kernel."""
+    forward kernel; of `one_row_launches` where there is one row and many keys."""
     batch, heads, length, dim = query.shape
+    if length == 1 and masks.cu_seqlens is None and masks.key_groups is None and key.shape[2] >= LEAST_KEYS:
+        return one_row_launches(query, key, value, masks.key_mask, out, logsumexp, scale, target)
     shared = _shared(query, key, value, masks, causal)
     tile = tile_of("attention_forward", dim, query.dtype, target)
     sizes = (*shared.strides, heads, length, key.shape[2], scale * _LOG2E)
@@ -182,11 +189,7 @@ def attention_forward_triton(
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() == 0:
         return out, logsumexp
-    if length == 1 and cu_seqlens is None and key_groups is None and key.shape[2] >= LEAST_KEYS:
-        launches = one_row_launches(query, key, value, key_mask, out, logsumexp, scale, target_of(query))
-    else:
-        launches = forward_launches(query, key, value, masks, out, logsumexp, causal, scale, target_of(query))
-    for launch in launches:
+    for launch in forward_launches(query, key, value, masks, out, logsumexp, causal, scale, target_of(query)):
         launch.run()
     return out, logsumexp
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vlmbuild.ops._triton import INTERPRET, Launch, require_device, target_of
 from vlmbuild.ops.linear_4bit_kernels import dequantize_kernel, grad_input_kernel, linear_kernel, vector_kernel
-from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, PROGRAMS, ROW_SIDES, has_whole_units, unit_of
+from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, has_whole_units, unit_of
 from vlmbuild.ops.linear_4bit_tables import code_4bit, code_8bit
+from vlmbuild.ops.linear_paths import ROW_SIDES, row_side, split_parts
 from vlmbuild.ops.tiles import tile_of
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -57,7 +58,7 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _row_side(rows: int) -> int:
-    return ROW_SIDES[0] if INTERPRET else next((side for side in ROW_SIDES if side >= rows), ROW_SIDES[-1])
+    return ROW_SIDES[0] if INTERPRET else row_side(rows)
 
 
 def _unfused(tile: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +80,9 @@ def linear_launch(
     side = _row_side(rows)
     tile = tile_of("linear_4bit", side, x.dtype, target)
     parts = out.shape[0] if out.dim() == 3 else 1
-    split = triton.cdiv(triton.cdiv(in_features, parts), tile["INS"]) * tile["INS"]
+    tiles = triton.cdiv(triton.cdiv(in_features, tile["INS"]), parts)
     grid = (triton.cdiv(rows, side), triton.cdiv(out_features, tile["OUTS"]), parts)
-    sizes = (rows, out_features, in_features, split)
+    sizes = (rows, out_features, in_features, tiles)
     constants |= _precision(x.dtype) | {"ROWS": side}
     return Launch(linear_kernel, grid, (*tensors, *sizes), constants, _unfused(tile))
 
@@ -92,8 +93,7 @@ def linear_parts(rows: int, geometry: Geometry, dtype: torch.dtype, target: int)
         return 1
     side = _row_side(rows)
     tile = tile_of("linear_4bit", side, dtype, target)
-    programs = triton.cdiv(rows, side) * triton.cdiv(geometry[1], tile["OUTS"])
-    return int(max(1, min(PROGRAMS // programs, geometry[0] // (4 * tile["INS"]))))
+    return split_parts(triton.cdiv(rows, side), triton.cdiv(geometry[1], tile["OUTS"]), geometry[0] // tile["INS"])
 
 
 def grad_input_launch(grad: Tensor, buffers: Buffers, out: Tensor, geometry: Geometry, target: int) -> Launch:

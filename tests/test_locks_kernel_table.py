@@ -66,6 +66,21 @@ def test_a_quantized_program_launches_the_4bit_kernels(pristine_program):
     assert not any(row["spilled"] for kernel in found.values() for row in kernel.targets.values())
 
 
+def test_an_8bit_program_launches_the_8bit_kernels(pristine_program):
+    """Only the product of few rows is compiled here."""
+    program = tiny.build(pristine_program, quantize=QuantSpec(format="int8"))
+    found = list(launches(program, torch.bfloat16, TARGETS))
+    names = {launch.kernel.__name__ for *_, launch in found if "8bit" in launch.kernel.__name__}
+    assert names == {"linear_8bit_kernel", "grad_input_8bit_kernel"}
+    assert {"outliers_kernel", "quantize_kernel"} <= {launch.kernel.__name__ for *_, launch in found}
+    products = {
+        target: launch for _, target, launch in reversed(found) if launch.kernel.__name__ == "linear_8bit_kernel"
+    }
+    for target, launch in products.items():
+        row = compile_launch(launch, target)
+        assert (row["tensor_core"] != "none", row["spilled"]) == (True, 0)
+
+
 def test_kernels_are_compiled_once_for_all_sizes(table):
     """The program is run with large and with small sizes, none of them a multiple of 16: had one been compiled for a size,
     there would be a second one with the same constants."""

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlmbuild.ops import linear_4bit_triton
+from vlmbuild.ops import linear_4bit_triton, linear_8bit_triton
 from vlmbuild.ops._triton import Launch
 from vlmbuild.ops.attention import Masks
 from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
@@ -52,6 +52,13 @@ def resource_cases() -> list[Case]:
         Case(f"{kernel} {rows} rows", partial(linear_launch, kernel, rows))
         for kernel, sides in (("linear_4bit_vector", (1,)), ("linear_4bit", ROW_SIDES), ("linear_4bit_grad", ROW_SIDES))
         for rows in sides
+    ]  # fmt: skip
+    cases += [
+        Case(f"{kernel} {_ROWS} rows", partial(quantize_case, kernel)) for kernel in ("int8 outliers", "int8 rows")
+    ]
+    cases += [
+        Case(f"{kernel} {rows} rows", partial(linear_8bit_launch, kernel, rows))
+        for kernel in ("linear_8bit", "linear_8bit_grad") for rows in ROW_SIDES
     ]  # fmt: skip
     cases += [
         Case(f"rotation {heads}/{kv} x {dim}", partial(rotate_case, heads, kv, dim)) for heads, kv, dim in _ROTARY
@@ -123,6 +130,35 @@ def linear_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | N
     else:
         launch = linear_4bit_triton.linear_launch(x, buffers, _meta(wide, dtype=half), out, geometry, target)
     return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def linear_8bit_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | None = None) -> Launch:
+    """An 8-bit kernel's launch on a layer of 8960 by 1536 with outliers and a bias."""
+    wide, narrow, half = 1536, 8960, torch.bfloat16
+    weight, scales = _meta(wide, narrow, dtype=torch.int8), _meta(wide, dtype=torch.float32)
+    x, out = _meta(rows, narrow, dtype=half), _meta(rows, wide, dtype=half)
+    if kernel == "linear_8bit_grad":
+        launch = linear_8bit_triton.grad_input_8bit_launch(out, weight, scales, x, target)
+    else:
+        bias = _meta(wide, dtype=half)
+        launch = linear_8bit_triton.linear_8bit_launch(
+            x, *_quantized(x), weight, scales, bias, out, target, outliers=True
+        )
+    return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def quantize_case(kernel: str, _target: int) -> Launch:
+    """The search for columns with outliers, or the rounding of rows to integers."""
+    x, flags = _meta(_ROWS, 8960, dtype=torch.bfloat16), _meta(8960, dtype=torch.uint8)
+    if kernel == "int8 outliers":
+        return linear_8bit_triton.outliers_launch(x, flags, 6.0)
+    return linear_8bit_triton.quantize_launch(x, flags, *_quantized(x), 6.0)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, narrow = x.shape
+    integers = _meta(rows, narrow, dtype=torch.int8)
+    return integers, _meta(rows, dtype=torch.float32), _meta(1 + narrow, dtype=torch.int32)
 
 
 def with_tile(launch: Launch, kernel: str, tile: tuple[int, ...]) -> Launch:

@@ -91,7 +91,7 @@ class _Recorder(Interpreter):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default):
+        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default, _OPS.linear_8bit.default):
             self.calls.append((target, args))
         return super().call_function(target, args, kwargs)
 
@@ -101,6 +101,8 @@ def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tupl
         return _attention_launches(*arguments, target=target)
     if operator is _OPS.linear_4bit.default:
         return _linear_launches(*arguments, target=target)
+    if operator is _OPS.linear_8bit.default:
+        return _linear_8bit_launches(*arguments, target=target)
     return _rotate_launches(*arguments)
 
 
@@ -156,6 +158,30 @@ def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ..
         found.append(kernels.linear_launch(x, tuple(buffers), bias, out, geometry, target))
         if rows > 1:
             found.append(kernels.grad_input_launch(out, tuple(buffers), x, geometry, target))
+    return tuple(found)
+
+
+def _linear_8bit_launches(
+    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, target: int
+) -> tuple[Launch, ...]:
+    """The same for integers."""
+    from vlmbuild.ops import linear_8bit_triton as kernels
+    from vlmbuild.ops.linear_paths import ROW_SIDES
+
+    if not kernels.fits(input.dtype):
+        return ()
+    found: list[Launch] = []
+    for rows in ROW_SIDES:
+        x, out = (input.new_empty((rows, size)) for size in weight.shape[::-1])
+        flags = input.new_empty(weight.shape[1], dtype=torch.uint8) if threshold > 0 else None
+        known = (input.new_empty(x.shape, dtype=torch.int8), scales.new_empty(rows), scales.new_empty(1).int())
+        if flags is not None:
+            found.append(kernels.outliers_launch(x, flags, threshold))
+        found += [
+            kernels.quantize_launch(x, flags, *known, threshold),
+            kernels.linear_8bit_launch(x, *known, weight, scales, bias, out, target, outliers=threshold > 0),
+            kernels.grad_input_8bit_launch(out, weight, scales, x, target),
+        ]
     return tuple(found)
 
 

@@ -11,7 +11,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import Launch
+from vlmbuild.ops._triton import Launch, ceil_div
 
 _ROWS = 128
 _MANY = 1024
@@ -93,7 +93,7 @@ def segments_launch(cu_seqlens: Tensor, starts: Tensor, ends: Tensor) -> Launch:
     """The launch into int32 `starts` and `ends`, `[S]`."""
     bounds, length = cu_seqlens.shape[0], starts.shape[0]
     sizes = (bounds, length, bounds.bit_length())
-    programs = triton.cdiv(length, _ROWS)
+    programs = ceil_div(length, _ROWS)
     return Launch(segments_kernel, (programs,), (cu_seqlens, starts, ends, *sizes), {}, {"ROWS": _ROWS, **_TILE})
 
 
@@ -118,7 +118,7 @@ def groups_launches(
             {"MANY": _MANY, **_TILE},
         ),
         Launch(
-            words_kernel, (triton.cdiv(length, _ROWS),),
+            words_kernel, (ceil_div(length, _ROWS),),
             (visible, *spans[:2], bits, *row_spans.unbind(0), groups, words, length, keys), {}, {"ROWS": _ROWS, **_TILE},
         ),
     )  # fmt: skip

@@ -6,11 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops._triton import INTERPRET, Launch, power_of_two, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, power_of_two, require_device, target_of
 from vlmbuild.ops.attention import Masks, check_attention
 from vlmbuild.ops.attention_backward_kernels import grad_key_kernel, grad_query_kernel
 from vlmbuild.ops.attention_decode_triton import LEAST_KEYS, decode_launches, decode_parts
@@ -98,7 +97,7 @@ def _ranges(masks: Masks, query: Tensor) -> _Ranges:
     if masks.key_groups is None or masks.visible_groups is None:
         return _Ranges(unread, unread, unread, query, query)
     groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
-    words = max(1, triton.cdiv(visible.shape[1], 32))
+    words = max(1, ceil_div(visible.shape[1], 32))
     of_groups, bits, of_rows = int32(query, 4, 32 * words), int32(query, words, length), int32(query, 2, length)
     launches = groups_launches(groups, visible, of_groups, bits, of_rows)
     first_key, last_key, first_row, last_row = of_groups.unbind(0)
@@ -134,7 +133,7 @@ def forward_launches(
     tile = tile_of("attention_forward", dim, query.dtype, target)
     sizes = (*shared.strides, heads, length, key.shape[2], scale * _LOG2E)
     tensors = (query, key, value, *shared.masks, *shared.group_keys, *shared.row_ranges, out, logsumexp)
-    grid = (triton.cdiv(length, tile["ROWS"]), batch * heads)
+    grid = (ceil_div(length, tile["ROWS"]), batch * heads)
     return (*shared.launches, Launch(forward_kernel, grid, (*tensors, *sizes), shared.constants, tile))
 
 
@@ -162,8 +161,8 @@ def backward_launches(
     key_tensors = (*inputs, *shared.key_ranges, logsumexp, grad, delta, grads[1], grads[2])
     query_tile = tile_of("attention_grad_query", dim, query.dtype, target)
     key_tile = tile_of("attention_grad_key", dim, query.dtype, target)
-    query_grid = (triton.cdiv(length, query_tile["ROWS"]), batch * heads)
-    key_grid = (triton.cdiv(keys, key_tile["KEYS"]), batch * key.shape[1])
+    query_grid = (ceil_div(length, query_tile["ROWS"]), batch * heads)
+    key_grid = (ceil_div(keys, key_tile["KEYS"]), batch * key.shape[1])
     return (
         *shared.launches,
         Launch(grad_query_kernel, query_grid, (*query_tensors, *sizes), shared.constants, query_tile),

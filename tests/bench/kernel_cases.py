@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlmbuild.ops import linear_4bit_triton, linear_8bit_triton
+from vlmbuild.ops import linear_4bit_triton, linear_8bit_triton, lora_triton
 from vlmbuild.ops._triton import Launch
 from vlmbuild.ops.attention import Masks
 from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
@@ -22,6 +22,7 @@ MODES = ("dense", "dense causal", "padded causal", "packed", "packed causal", "g
 """What masks: nothing, causal order, padding, segments, groups of keys."""
 _KERNELS = ("attention_forward", "attention_grad_query", "attention_grad_key")
 _ROTARY = ((12, 2, 128), (16, 16, 80), (16, 16, 64))
+_LORA = ("down", "up", "up transposed", "gradient of input", "gradient of down", "gradient of up")
 _ROWS = 1009  # prime, so that nothing is compiled for a lucky size
 
 
@@ -60,6 +61,7 @@ def resource_cases() -> list[Case]:
         Case(f"{kernel} {rows} rows", partial(linear_8bit_launch, kernel, rows))
         for kernel in ("linear_8bit", "linear_8bit_grad") for rows in ROW_SIDES
     ]  # fmt: skip
+    cases += [Case(f"lora {part} {rank}", partial(lora_case, part, rank)) for part in _LORA for rank in (16, 64)]
     cases += [
         Case(f"rotation {heads}/{kv} x {dim}", partial(rotate_case, heads, kv, dim)) for heads, kv, dim in _ROTARY
     ]
@@ -159,6 +161,25 @@ def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, narrow = x.shape
     integers = _meta(rows, narrow, dtype=torch.int8)
     return integers, _meta(rows, dtype=torch.float32), _meta(1 + narrow, dtype=torch.int32)
+
+
+def lora_case(part: str, rank: int, _target: int) -> Launch:
+    """One of the launches of an adapter on a layer of 3584 by 18944."""
+    narrow, wide, half = 3584, 18944, torch.bfloat16
+    x, base, low = (
+        _meta(_ROWS, narrow, dtype=half),
+        _meta(_ROWS, wide, dtype=half),
+        _meta(_ROWS, rank, dtype=torch.float32),
+    )
+    down, up = _meta(rank, narrow, dtype=torch.float32), _meta(wide, rank, dtype=torch.float32).T
+    return {
+        "down": lambda: lora_triton.low_launch(x, down, low, 1.0),
+        "up": lambda: lora_triton.sum_launch(base, low, up, base, 0.5),
+        "up transposed": lambda: lora_triton.low_launch(base, up, low, 0.5),
+        "gradient of input": lambda: lora_triton.sum_launch(None, low, down, x, 1.0),
+        "gradient of down": lambda: lora_triton.matrix_gradient_launch(x, low, down, 1.0),
+        "gradient of up": lambda: lora_triton.matrix_gradient_launch(base, low, up, 0.5),
+    }[part]()
 
 
 def with_tile(launch: Launch, kernel: str, tile: tuple[int, ...]) -> Launch:

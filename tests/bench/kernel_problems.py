@@ -23,6 +23,8 @@ from vlmbuild.ops.linear_4bit_triton import dequantize_4bit_triton, grad_input_t
 from vlmbuild.ops.linear_8bit import dequantize_8bit
 from vlmbuild.ops.linear_8bit_triton import grad_input_8bit_triton, linear_8bit_triton
 from vlmbuild.ops.linear_paths import ROW_SIDES
+from vlmbuild.ops.lora import lora_reference
+from vlmbuild.ops.lora_triton import lora_backward_triton, lora_triton
 from vlmbuild.ops.mrope import rotate_reference
 from vlmbuild.ops.mrope_triton import rotate_triton
 
@@ -68,6 +70,9 @@ def problems() -> Iterator[Problem]:
         for rows in (1, *ROW_SIDES, 512, 2048):
             yield from _linear(rows, wide, narrow)
             yield from _linear_8bit(rows, wide, narrow)
+    for rows in (256, 2048):
+        for rank in (16, 64):
+            yield from _lora(rows, 18944, 3584, rank)
     for keys in (1024, 8192, 65536):
         yield _one_row(keys, 28, 4, 128)
     yield _loss(256, 151936)
@@ -206,6 +211,24 @@ def _linear_8bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
             "dequantize, then multiply": lambda: grad @ dequantize_8bit(weight, scales, HALF),
             "bfloat16 weight": lambda: grad @ dense,
         },
+    )  # fmt: skip
+
+
+def _lora(rows: int, wide: int, narrow: int, rank: int) -> Iterator[Problem]:
+    base, x, grad = _draw(rows, wide), _draw(rows, narrow), _draw(rows, wide)
+    down, up = (torch.randn(shape, device="cuda") / 60 for shape in ((rank, narrow), (wide, rank)))
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (base, x, down, up)]
+    plain = lambda: lora_reference(*leaves, 0.5)  # noqa: E731
+    once = 2 * rows * (wide + narrow) + 4 * rank * (wide + narrow)
+    yield Problem(
+        f"lora {rows} x {narrow} to {wide}, rank {rank}", 0, once + 2 * rows * wide,
+        lambda: lora_triton(base, x, down, up, 0.5), plain, {"torch": plain, "torch compiled": torch.compile(plain)},
+    )  # fmt: skip
+    result = plain()
+    backward = lambda: torch.autograd.grad(result, leaves[1:], grad, retain_graph=True)  # noqa: E731
+    yield Problem(
+        f"lora {rows} x {narrow} to {wide}, rank {rank}, gradients", 0, 2 * once,
+        lambda: lora_backward_triton(grad, x, down, up, 0.5), backward, {"torch": backward},
     )  # fmt: skip
 
 

@@ -117,6 +117,12 @@ def _wide_gradients(args: Sequence[Any], _: Any) -> int:
     return 0 if values.dtype == torch.float32 else int(4 * grad.numel() + 8 * values.numel())
 
 
+def _low_products(args: Sequence[Any], _: Any) -> int:
+    """With Triton: the input by the first matrix, float32; in a gradient, also the result's gradient by the second."""
+    values, down = args[1:3]
+    return int(2 * 4 * values.numel() // values.shape[-1] * down.shape[0])
+
+
 _OPS = torch.ops.vlmbuild
 _EVERYWHERE: dict[Any, Workspace] = {
     _OPS.linear_4bit.default: _dequantized,
@@ -132,6 +138,8 @@ WORKSPACES: dict[str, dict[Any, Workspace]] = {
         _OPS.linear_4bit.default: _decoded,
         _OPS.linear_4bit_backward.default: _decoded_backward,
         _OPS.linear_8bit.default: _integers_cuda,
+        _OPS.lora.default: _low_products,
+        _OPS.lora_backward.default: _low_products,
         _OPS.linear_8bit_backward.default: _dequantized_8bit_cuda,
     },
     "cpu": {

@@ -161,13 +161,12 @@ def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ..
     return tuple(found)
 
 
-def _linear_8bit_launches(
-    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float, target: int
-) -> tuple[Launch, ...]:
+def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
     """The same for integers."""
     from vlmbuild.ops import linear_8bit_triton as kernels
     from vlmbuild.ops.linear_paths import ROW_SIDES
 
+    weight, scales, bias, threshold = rest
     if not kernels.fits(input.dtype):
         return ()
     found: list[Launch] = []

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vlmbuild.errors import DeviceError
 
@@ -55,8 +56,10 @@ class Launch(NamedTuple):
     tile: dict[str, Any]
 
     def run(self) -> None:
-        """Launch it on the current device."""
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.tile)
+        """Launch it on the current device; where a compiler traces its graph, write it there (`vlmbuild.ops._visible`)."""
+        traced = isinstance(self.arguments[0], FunctionalTensor)
+        kernel = torch.library.wrap_triton(self.kernel) if traced else self.kernel
+        kernel[self.grid](*self.arguments, **self.constants, **self.tile)
 
 
 def target_of(tensor: Tensor) -> int:

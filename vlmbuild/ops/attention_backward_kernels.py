@@ -86,6 +86,7 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS rows of one head, and `delta`, which the other kernel reads."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -212,6 +213,7 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The key and value gradients of KEYS keys of one key head, summed over its GQA query heads."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     kv_heads = heads // GQA
     cols = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)

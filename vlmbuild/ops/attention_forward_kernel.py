@@ -89,6 +89,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one head: `out` in memory order `[B, S, Hq, D]`, `logsumexp` `[B, Hq, S]`."""
+    scale = tl.cast(scale, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)

@@ -101,9 +101,8 @@ def _ranges(masks: Masks, query: Tensor) -> _Ranges:
     of_groups, bits, of_rows = int32(query, 4, 32 * words), int32(query, words, length), int32(query, 2, length)
     launches = groups_launches(groups, visible, of_groups, bits, of_rows)
     first_key, last_key, first_row, last_row = of_groups.unbind(0)
-    return _Ranges(
-        (of_rows[0], of_rows[1]), (first_row, last_row), (first_key, last_key), groups, bits, words, launches
-    )
+    starts, ends = of_rows.unbind(0)
+    return _Ranges((starts, ends), (first_row, last_row), (first_key, last_key), groups, bits, words, launches)
 
 
 def _bytes(mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from vlmbuild.locks.kernel_table import TARGETS, compile_launch, kernel_table
 from vlmbuild.quant_spec import QuantSpec
 
 ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
+GENERATION = ("decode_kernel", "join_kernel")
 triton = pytest.importorskip("triton", reason="triton is Linux only")
 
 
@@ -29,17 +30,24 @@ def table(pristine_program):
 
 def test_every_kernel_is_compiled_for_every_target(table):
     names = {label.split()[0] for label in table.table}
-    assert names == {*ATTENTION, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
+    assert names == {*ATTENTION, *GENERATION, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
     for label, kernel in table.table.items():
         assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
         for row in kernel.targets.values():
             assert 8 <= row["registers"] <= 255
             assert row["cubin"] > 1000
             assert row["spilled"] == 0
-            assert (row["tensor_core"] != "none") == label.startswith(ATTENTION)
-    forward = next(kernel for label, kernel in table.table.items() if label.startswith("forward") and "CAUSAL" in label)
+            assert (row["tensor_core"] != "none") == label.startswith((*ATTENTION, "decode"))
+    forward = next(kernel for label, kernel in table.table.items() if "RANGED CAUSAL" in label)
     assert [forward.targets[f"sm_{target}"]["tensor_core"] for target in TARGETS] == ["mma", "wgmma", "tcgen05"]
     assert forward.regions == ("language_model.layers",)
+
+
+def test_generation_launches_kernels_of_its_own(table):
+    """A prompt's attention has a mask in the place of segments, and a step's splits the keys."""
+    cached = [label for label, kernel in table.table.items() if kernel.regions == ("language_model.layers.cached",)]
+    assert [label.split()[0] for label in cached] == ["decode_kernel", "forward_kernel", "join_kernel"]
+    assert all("MASKED" in label for label in cached[:2])
 
 
 def test_sdpa_launches_no_attention_kernel(pristine_program):
@@ -56,6 +64,21 @@ def test_a_quantized_program_launches_the_4bit_kernels(pristine_program):
     names = {label.split()[0] for label in found}
     assert names == {"linear_kernel", "vector_kernel", "grad_input_kernel", "dequantize_kernel"}
     assert not any(row["spilled"] for kernel in found.values() for row in kernel.targets.values())
+
+
+def test_an_8bit_program_launches_the_8bit_kernels(pristine_program):
+    """Only the product of few rows is compiled here."""
+    program = tiny.build(pristine_program, quantize=QuantSpec(format="int8"))
+    found = list(launches(program, torch.bfloat16, TARGETS))
+    names = {launch.kernel.__name__ for *_, launch in found if "8bit" in launch.kernel.__name__}
+    assert names == {"linear_8bit_kernel", "grad_input_8bit_kernel"}
+    assert {"outliers_kernel", "quantize_kernel"} <= {launch.kernel.__name__ for *_, launch in found}
+    products = {
+        target: launch for _, target, launch in reversed(found) if launch.kernel.__name__ == "linear_8bit_kernel"
+    }
+    for target, launch in products.items():
+        row = compile_launch(launch, target)
+        assert (row["tensor_core"] != "none", row["spilled"]) == (True, 0)
 
 
 def test_kernels_are_compiled_once_for_all_sizes(table):

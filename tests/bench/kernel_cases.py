@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlmbuild.ops import linear_4bit_triton
+from vlmbuild.ops import linear_4bit_triton, linear_8bit_triton, lora_triton
 from vlmbuild.ops._triton import Launch
 from vlmbuild.ops.attention import Masks
 from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
 from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
-from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
+from vlmbuild.ops.linear_paths import ROW_SIDES
 from vlmbuild.ops.mrope_triton import rotate_launch
 from vlmbuild.ops.tiles import SIDES
 
@@ -22,6 +22,7 @@ MODES = ("dense", "dense causal", "padded causal", "packed", "packed causal", "g
 """What masks: nothing, causal order, padding, segments, groups of keys."""
 _KERNELS = ("attention_forward", "attention_grad_query", "attention_grad_key")
 _ROTARY = ((12, 2, 128), (16, 16, 80), (16, 16, 64))
+_LORA = ("down", "up", "up transposed", "gradient of input", "gradient of down", "gradient of up")
 _ROWS = 1009  # prime, so that nothing is compiled for a lucky size
 
 
@@ -53,6 +54,14 @@ def resource_cases() -> list[Case]:
         for kernel, sides in (("linear_4bit_vector", (1,)), ("linear_4bit", ROW_SIDES), ("linear_4bit_grad", ROW_SIDES))
         for rows in sides
     ]  # fmt: skip
+    cases += [
+        Case(f"{kernel} {_ROWS} rows", partial(quantize_case, kernel)) for kernel in ("int8 outliers", "int8 rows")
+    ]
+    cases += [
+        Case(f"{kernel} {rows} rows", partial(linear_8bit_launch, kernel, rows))
+        for kernel in ("linear_8bit", "linear_8bit_grad") for rows in ROW_SIDES
+    ]  # fmt: skip
+    cases += [Case(f"lora {part} {rank}", partial(lora_case, part, rank)) for part in _LORA for rank in (16, 64)]
     cases += [
         Case(f"rotation {heads}/{kv} x {dim}", partial(rotate_case, heads, kv, dim)) for heads, kv, dim in _ROTARY
     ]
@@ -123,6 +132,54 @@ def linear_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | N
     else:
         launch = linear_4bit_triton.linear_launch(x, buffers, _meta(wide, dtype=half), out, geometry, target)
     return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def linear_8bit_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | None = None) -> Launch:
+    """An 8-bit kernel's launch on a layer of 8960 by 1536 with outliers and a bias."""
+    wide, narrow, half = 1536, 8960, torch.bfloat16
+    weight, scales = _meta(wide, narrow, dtype=torch.int8), _meta(wide, dtype=torch.float32)
+    x, out = _meta(rows, narrow, dtype=half), _meta(rows, wide, dtype=half)
+    if kernel == "linear_8bit_grad":
+        launch = linear_8bit_triton.grad_input_8bit_launch(out, weight, scales, x, target)
+    else:
+        bias = _meta(wide, dtype=half)
+        launch = linear_8bit_triton.linear_8bit_launch(
+            x, *_quantized(x), weight, scales, bias, out, target, outliers=True
+        )
+    return launch if tile is None else with_tile(launch, kernel, tile)
+
+
+def quantize_case(kernel: str, _target: int) -> Launch:
+    """The search for columns with outliers, or the rounding of rows to integers."""
+    x, flags = _meta(_ROWS, 8960, dtype=torch.bfloat16), _meta(8960, dtype=torch.uint8)
+    if kernel == "int8 outliers":
+        return linear_8bit_triton.outliers_launch(x, flags, 6.0)
+    return linear_8bit_triton.quantize_launch(x, flags, *_quantized(x), 6.0)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, narrow = x.shape
+    integers = _meta(rows, narrow, dtype=torch.int8)
+    return integers, _meta(rows, dtype=torch.float32), _meta(1 + narrow, dtype=torch.int32)
+
+
+def lora_case(part: str, rank: int, _target: int) -> Launch:
+    """One of the launches of an adapter on a layer of 3584 by 18944."""
+    narrow, wide, half = 3584, 18944, torch.bfloat16
+    x, base, low = (
+        _meta(_ROWS, narrow, dtype=half),
+        _meta(_ROWS, wide, dtype=half),
+        _meta(_ROWS, rank, dtype=torch.float32),
+    )
+    down, up = _meta(rank, narrow, dtype=torch.float32), _meta(wide, rank, dtype=torch.float32).T
+    return {
+        "down": lambda: lora_triton.low_launch(x, down, low, 1.0),
+        "up": lambda: lora_triton.sum_launch(base, low, up, base, 0.5),
+        "up transposed": lambda: lora_triton.low_launch(base, up, low, 0.5),
+        "gradient of input": lambda: lora_triton.sum_launch(None, low, down, x, 1.0),
+        "gradient of down": lambda: lora_triton.matrix_gradient_launch(x, low, down, 1.0),
+        "gradient of up": lambda: lora_triton.matrix_gradient_launch(base, low, up, 0.5),
+    }[part]()
 
 
 def with_tile(launch: Launch, kernel: str, tile: tuple[int, ...]) -> Launch:

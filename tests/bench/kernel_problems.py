@@ -19,8 +19,12 @@ from tests.bench.kernel_limits import Architecture
 from vlmbuild.ops.attention_triton import attention_backward_triton, attention_forward_triton
 from vlmbuild.ops.cross_entropy_triton import cross_entropy_triton
 from vlmbuild.ops.linear_4bit import dequantize_4bit
-from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
 from vlmbuild.ops.linear_4bit_triton import dequantize_4bit_triton, grad_input_triton, linear_4bit_triton
+from vlmbuild.ops.linear_8bit import dequantize_8bit
+from vlmbuild.ops.linear_8bit_triton import grad_input_8bit_triton, linear_8bit_triton
+from vlmbuild.ops.linear_paths import ROW_SIDES
+from vlmbuild.ops.lora import lora_reference
+from vlmbuild.ops.lora_triton import lora_backward_triton, lora_triton
 from vlmbuild.ops.mrope import rotate_reference
 from vlmbuild.ops.mrope_triton import rotate_triton
 
@@ -65,6 +69,10 @@ def problems() -> Iterator[Problem]:
     for wide, narrow in ((1536, 1536), (8960, 1536), (1536, 8960), (18944, 3584)):
         for rows in (1, *ROW_SIDES, 512, 2048):
             yield from _linear(rows, wide, narrow)
+            yield from _linear_8bit(rows, wide, narrow)
+    for rows in (256, 2048):
+        for rank in (16, 64):
+            yield from _lora(rows, 18944, 3584, rank)
     for keys in (1024, 8192, 65536):
         yield _one_row(keys, 28, 4, 128)
     yield _loss(256, 151936)
@@ -176,6 +184,51 @@ def _linear(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
             "dequantize, then multiply": lambda: grad @ dequantize_4bit_triton(buffers, geometry),
             "bfloat16 weight": lambda: grad @ weight,
         },
+    )  # fmt: skip
+
+
+def _linear_8bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
+    from bitsandbytes import MatmulLtState, matmul
+
+    dense = _draw(wide, narrow).float() / math.sqrt(narrow)
+    scales = dense.abs().amax(1)
+    weight = torch.round(dense * (127 / scales)[:, None]).to(torch.int8)
+    state = MatmulLtState(CB=weight, SCB=scales, threshold=6.0, has_fp16_weights=False)
+    x, grad = _draw(rows, narrow), _draw(rows, wide)
+    x[0, ::1000] = 20.0
+    dense = dequantize_8bit(weight, scales, HALF)
+    activations, flops = 2 * rows * (wide + narrow), 2 * rows * wide * narrow
+    half_as_long = 0.5  # tensor cores multiply integers twice as fast as bfloat16
+    yield Problem(
+        f"int8 linear {rows} x {narrow} to {wide}", half_as_long * flops, wide * narrow + activations,
+        lambda: linear_8bit_triton(x, weight, scales, None, 6.0), lambda: F.linear(x, dense),
+        {"bitsandbytes": lambda: matmul(x, weight, state=state, threshold=6.0), "bfloat16 weight": lambda: F.linear(x, dense)},
+    )  # fmt: skip
+    yield Problem(
+        f"int8 linear {rows} x {narrow} to {wide}, input gradient", flops, wide * narrow + activations,
+        lambda: grad_input_8bit_triton(grad, weight, scales), lambda: grad @ dense,
+        {
+            "dequantize, then multiply": lambda: grad @ dequantize_8bit(weight, scales, HALF),
+            "bfloat16 weight": lambda: grad @ dense,
+        },
+    )  # fmt: skip
+
+
+def _lora(rows: int, wide: int, narrow: int, rank: int) -> Iterator[Problem]:
+    base, x, grad = _draw(rows, wide), _draw(rows, narrow), _draw(rows, wide)
+    down, up = (torch.randn(shape, device="cuda") / 60 for shape in ((rank, narrow), (wide, rank)))
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (base, x, down, up)]
+    plain = lambda: lora_reference(*leaves, 0.5)  # noqa: E731
+    once = 2 * rows * (wide + narrow) + 4 * rank * (wide + narrow)
+    yield Problem(
+        f"lora {rows} x {narrow} to {wide}, rank {rank}", 0, once + 2 * rows * wide,
+        lambda: lora_triton(base, x, down, up, 0.5), plain, {"torch": plain, "torch compiled": torch.compile(plain)},
+    )  # fmt: skip
+    result = plain()
+    backward = lambda: torch.autograd.grad(result, leaves[1:], grad, retain_graph=True)  # noqa: E731
+    yield Problem(
+        f"lora {rows} x {narrow} to {wide}, rank {rank}, gradients", 0, 2 * once,
+        lambda: lora_backward_triton(grad, x, down, up, 0.5), backward, {"torch": backward},
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.bench.kernel_cases import MODES, attention_launch, linear_launch
+from tests.bench.kernel_cases import MODES, attention_launch, linear_8bit_launch, linear_launch
 from tests.bench.kernel_limits import ARCHITECTURES, Architecture, attention_share
 from vlmbuild.cores import available_cores
 from vlmbuild.locks.kernel_table import TARGETS, compile_launch
@@ -42,6 +42,12 @@ LINEAR = {
     ("linear_4bit_grad", 16): [(64, 64, 4, 2)],
     ("linear_4bit_grad", 64): [(64, 64, 4, 2)],
     ("linear_4bit_grad", 128): [(64, 128, 8, 2), (64, 64, 8, 2)],
+    ("linear_8bit", 16): [(64, 128, 4, 4), (64, 128, 4, 3)],
+    ("linear_8bit", 64): [(128, 128, 8, 3), (64, 128, 4, 3)],
+    ("linear_8bit", 128): [(128, 128, 8, 3), (128, 64, 8, 4)],
+    ("linear_8bit_grad", 16): [(64, 64, 4, 3), (64, 64, 4, 2)],
+    ("linear_8bit_grad", 64): [(64, 128, 8, 3), (64, 64, 4, 2)],
+    ("linear_8bit_grad", 128): [(64, 128, 8, 3), (64, 128, 8, 2)],
 }
 """(Kernel, rows) -> the same, best first by what moves least: the first that spills nothing is taken."""
 
@@ -85,7 +91,8 @@ class Case:
 def choose_linear(kernel: str, rows: int, target: int) -> tuple[int, ...]:
     """The first candidate that spills nothing and fits."""
     for tile in LINEAR[kernel, rows]:
-        row = compile_launch(linear_launch(kernel, rows, target, tile), target)
+        launch = (linear_8bit_launch if "8bit" in kernel else linear_launch)(kernel, rows, target, tile)
+        row = compile_launch(launch, target)
         if not row["spilled"] and row["shared"] <= ARCHITECTURES[target].shared_block:
             print(f"{kernel} {rows} sm_{target}: {tile}", flush=True)
             return tile

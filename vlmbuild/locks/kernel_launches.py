@@ -1,5 +1,6 @@
-"""Every Triton launch of a program on a GPU, forward and backward, found without one: its regions run on tensors without data.
+"""Every Triton launch of a program on a GPU, found without one: its regions run on tensors without data.
 
+Of training, forward and backward; and of generation: a prompt's attention on a key-value cache, and that of steps after it.
 Sizes that change from batch to batch are primes, so that a kernel is compiled for no lucky size; they are large and small
 once, since a launcher may choose its blocks by them.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from vlmbuild.cached_block import CachedBlock, cached_block, self_attention
 from vlmbuild.ops.attention import Masks
 from vlmbuild.program import Program, Region
 from vlmbuild.runtime.region_instance import BoundRegion, is_compute
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from vlmbuild.ops._triton import Launch
 
 _LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
+_CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
+"""Batch, new and past tokens: a prompt, a step on a long cache, on one whose length is a multiple of 16, on a short one."""
 _OPS = torch.ops.vlmbuild
 _ATTENTION = (_OPS.attention_triton.default, _OPS.attention_auto.default)
 
@@ -36,15 +40,47 @@ def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> It
     for name, region in program.regions.items():
         for sizes in (_LARGE, _SMALL):
             recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
+            names = sorted(set(region.dimensions.values()))
             with torch.no_grad():
-                recorder.run(*_tensors(region, sizes, dtype))
+                recorder.run(*_tensors(region, dict(zip(names, sizes, strict=False)), dtype))
             for operator, arguments in recorder.calls:
                 for target in targets:
                     for launch in _launches_of(operator, arguments, target):
                         yield name, target, launch
+        if (block := cached_block(region, "growing")) is not None:
+            yield from _cached_launches(region, block, dtype, targets)
     for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
         for target in targets:
             yield head, target, _loss_launch(program.regions[head], dtype)
+
+
+def _cached_launches(
+    region: Region, block: CachedBlock, dtype: torch.dtype, targets: Sequence[int]
+) -> Iterator[tuple[str, int, Launch]]:
+    """Of a block's attention on a cache. Its other operators launch what they do without one, on fewer rows."""
+    graph = BoundRegion(block.region, dtype, ()).graph
+    for batch, new, past in _CACHED:
+        recorder = _Recorder(graph)
+        with torch.no_grad():
+            recorder.run(*_cached_tensors(region, block, (batch, new, past), dtype))
+        for operator, arguments in recorder.calls:
+            for target in targets if operator in _ATTENTION else ():
+                for launch in _forward_launches(*arguments, target=target):
+                    yield block.region.name, target, launch
+
+
+def _cached_tensors(
+    region: Region, block: CachedBlock, counts: tuple[int, int, int], dtype: torch.dtype
+) -> list[Tensor]:
+    """The block's tensors, a mask in the place of the bounds, and cached keys and values at the end."""
+    batch, new, past = counts
+    site = self_attention(region)
+    assert site is not None
+    heads, dim = (int(site.args[1].meta["val"].shape[axis]) for axis in (1, 3))  # type: ignore[union-attr]
+    names = sorted(set(region.dimensions.values()))
+    tensors = _tensors(region, dict(zip(names, _LARGE, strict=False)) | {"sequence": batch * new}, dtype)
+    tensors[len(region.slots) + block.bounds] = torch.empty((batch, past + new), dtype=torch.int64, device="meta")
+    return tensors + [torch.empty((batch, heads, past, dim), dtype=dtype, device="meta") for _ in range(2)]
 
 
 class _Recorder(Interpreter):
@@ -55,7 +91,7 @@ class _Recorder(Interpreter):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default):
+        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default, _OPS.linear_8bit.default):
             self.calls.append((target, args))
         return super().call_function(target, args, kwargs)
 
@@ -65,22 +101,34 @@ def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tupl
         return _attention_launches(*arguments, target=target)
     if operator is _OPS.linear_4bit.default:
         return _linear_launches(*arguments, target=target)
+    if operator is _OPS.linear_8bit.default:
+        return _linear_8bit_launches(*arguments, target=target)
     return _rotate_launches(*arguments)
 
 
 def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    from vlmbuild.ops.attention_triton import backward_launches, forward_launches
+    from vlmbuild.ops.attention_triton import backward_launches
 
     *masks, causal, scale = rest
-    batch, heads, length, dim = query.shape
-    out = query.new_empty((batch, length, heads, dim))
-    logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
+    out, logsumexp = _attention_results(query)
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
-    seen = Masks(*masks)
-    return (
-        *forward_launches(query, key, value, seen, out, logsumexp, causal, scale, target),
-        *backward_launches(out, query, key, value, seen, out, logsumexp, logsumexp, grads, causal, scale, target),
+    backward = backward_launches(
+        out, query, key, value, Masks(*masks), out, logsumexp, logsumexp, grads, causal, scale, target
     )
+    return (*_forward_launches(query, key, value, *rest, target=target), *backward)
+
+
+def _forward_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
+    from vlmbuild.ops.attention_triton import forward_launches
+
+    *masks, causal, scale = rest
+    return forward_launches(query, key, value, Masks(*masks), *_attention_results(query), causal, scale, target)
+
+
+def _attention_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
+    batch, heads, length, dim = query.shape
+    return query.new_empty((batch, length, heads, dim)), query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Launch, ...]:
@@ -97,7 +145,7 @@ def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
 def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
     """Every kernel that the layer launches for some number of rows, and its backward; none where torch's are used."""
     from vlmbuild.ops import linear_4bit_triton as kernels
-    from vlmbuild.ops.linear_4bit_paths import ROW_SIDES
+    from vlmbuild.ops.linear_paths import ROW_SIDES
 
     *buffers, bias = rest[:5]
     geometry = rest[5:]
@@ -113,6 +161,29 @@ def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ..
     return tuple(found)
 
 
+def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
+    """The same for integers."""
+    from vlmbuild.ops import linear_8bit_triton as kernels
+    from vlmbuild.ops.linear_paths import ROW_SIDES
+
+    weight, scales, bias, threshold = rest
+    if not kernels.fits(input.dtype):
+        return ()
+    found: list[Launch] = []
+    for rows in ROW_SIDES:
+        x, out = (input.new_empty((rows, size)) for size in weight.shape[::-1])
+        flags = input.new_empty(weight.shape[1], dtype=torch.uint8) if threshold > 0 else None
+        known = (input.new_empty(x.shape, dtype=torch.int8), scales.new_empty(rows), scales.new_empty(1).int())
+        if flags is not None:
+            found.append(kernels.outliers_launch(x, flags, threshold))
+        found += [
+            kernels.quantize_launch(x, flags, *known, threshold),
+            kernels.linear_8bit_launch(x, *known, weight, scales, bias, out, target, outliers=threshold > 0),
+            kernels.grad_input_8bit_launch(out, weight, scales, x, target),
+        ]
+    return tuple(found)
+
+
 def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:
     """Of the loss, which is taken outside of the graph."""
     from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
@@ -122,10 +193,9 @@ def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:
     return cross_entropy_launch(logits, targets, logits.new_empty(targets.shape, dtype=torch.float32), logits)
 
 
-def _tensors(region: Region, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    names = sorted(set(region.dimensions.values()))
-    by_name = dict(zip(names, sizes, strict=False))
-    chosen = {symbol: by_name[name] for symbol, name in region.dimensions.items()}
+def _tensors(region: Region, sizes: dict[str, int], dtype: torch.dtype) -> list[Tensor]:
+    """Slots, then activations, for these sizes of the program's dimensions."""
+    chosen = {symbol: sizes[name] for symbol, name in region.dimensions.items()}
     slots = [
         torch.empty(slot.shape, dtype=dtype if is_compute(slot) else slot.dtype, device="meta") for slot in region.slots
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import subprocess
 import tempfile
@@ -73,11 +75,16 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
 
 
 def _compile_all(wanted: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], Row]:
-    """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels."""
+    """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels.
+
+    Processes that check other models at the same time want many of them, too. Each takes them in an order of its own, so that
+    it finds in Triton's disk cache what another has compiled, and does not do the same beside it.
+    """
     import triton  # type: ignore[import-untyped]
 
     keys = {place: _key(*task) for place, task in wanted.items()}
-    missing = {keys[place]: task for place, task in wanted.items() if keys[place] not in _compiled}
+    order = random.Random(os.getpid()).sample(list(wanted), len(wanted))  # noqa: S311
+    missing = {keys[place]: wanted[place] for place in order if keys[place] not in _compiled}
     with triton.knobs.compilation.scope(), ThreadPoolExecutor(available_cores()) as pool:
         triton.knobs.compilation.disable_line_info = True  # it names files, and sizes must not depend on where they lie
         _compiled.update(zip(missing, pool.map(lambda task: compile_launch(*task), missing.values()), strict=True))
@@ -167,7 +174,8 @@ def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
 def _tile_text(launch: Launch) -> str:
     """ "ROWS=128 KEYS=64, 8 warps, 2 stages"."""
     sides = " ".join(f"{name}={value}" for name, value in launch.tile.items() if name not in _OPTIONS)
-    return f"{sides}, {launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
+    options = f"{launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
+    return f"{sides}, {options}" if sides else options
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:

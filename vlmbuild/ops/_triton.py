@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vlmbuild.errors import DeviceError
 
@@ -31,6 +33,11 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def ceil_div(a: int, b: int) -> int:
+    """`a / b`, rounded up. Triton's own takes a microsecond, and a launch has several."""
+    return -(-a // b)
+
+
 class Launch(NamedTuple):
     """A launch of a kernel, to be run or only compiled (`vlmbuild.locks.kernel_table`).
 
@@ -49,13 +56,18 @@ class Launch(NamedTuple):
     tile: dict[str, Any]
 
     def run(self) -> None:
-        """Launch it on the current device."""
-        self.kernel[self.grid](*self.arguments, **self.constants, **self.tile)
+        """Launch it on the current device; where a compiler traces its graph, write it there (`vlmbuild.ops._visible`)."""
+        traced = isinstance(self.arguments[0], FunctionalTensor)
+        kernel = torch.library.wrap_triton(self.kernel) if traced else self.kernel
+        kernel[self.grid](*self.arguments, **self.constants, **self.tile)
 
 
 def target_of(tensor: Tensor) -> int:
     """The compute capability of the tensor's GPU, 90 for sm_90; the oldest one for the interpreter."""
-    if not tensor.is_cuda:
-        return OLDEST
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return _capability(tensor.device) if tensor.is_cuda else OLDEST
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

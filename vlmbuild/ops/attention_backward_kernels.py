@@ -73,7 +73,7 @@ def _pass_keys(  # type: ignore[no-untyped-def]
     return dq, dq_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def grad_query_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends,
     out, logsumexp, grad, delta, grad_query,
@@ -86,6 +86,7 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The query gradient of ROWS rows of one head, and `delta`, which the other kernel reads."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)
@@ -200,7 +201,7 @@ def _pass_rows(  # type: ignore[no-untyped-def]
     return dk, dk_tail, dv, dv_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def grad_key_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, starts, ends, logsumexp, grad, delta, grad_key, grad_value,
     query_batch, query_head, query_row, query_lane,
@@ -212,6 +213,7 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The key and value gradients of KEYS keys of one key head, summed over its GQA query heads."""
+    scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     kv_heads = heads // GQA
     cols = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)

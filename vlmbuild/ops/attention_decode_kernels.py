@@ -11,7 +11,7 @@ from vlmbuild.ops.attention_forward_kernel import pass_keys
 from vlmbuild.ops.attention_kernels import load_lanes, store_lanes
 
 
-@triton.jit(do_not_specialize=["keys", "split"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "keys", "split"])  # type: ignore[untyped-decorator]
 def decode_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, partial, partial_logsumexp,
     query_batch, query_head, query_lane,

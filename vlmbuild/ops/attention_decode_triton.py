@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import Launch, power_of_two
+from vlmbuild.ops._triton import Launch, ceil_div, power_of_two
 from vlmbuild.ops.attention_decode_kernels import decode_kernel, join_kernel
 from vlmbuild.ops.tiles import tile_of
 
@@ -26,7 +25,7 @@ _LEAST_ROWS = 16
 def decode_parts(key: Tensor) -> int:
     """Into how many parts the keys are split."""
     heads = key.shape[0] * key.shape[1]
-    return int(max(1, min(triton.cdiv(_PROGRAMS, heads), triton.cdiv(key.shape[2], LEAST_PART))))
+    return max(1, min(ceil_div(_PROGRAMS, heads), ceil_div(key.shape[2], LEAST_PART)))
 
 
 def decode_launches(
@@ -51,7 +50,7 @@ def decode_launches(
     tile = tile_of("attention_decode", dim, query.dtype, target)
     partial = query.new_empty((parts, batch, heads, dim), dtype=torch.float32)
     shares = query.new_empty((parts, batch, heads), dtype=torch.float32)
-    split = triton.cdiv(triton.cdiv(keys, parts), tile["KEYS"]) * tile["KEYS"]
+    split = ceil_div(ceil_div(keys, parts), tile["KEYS"]) * tile["KEYS"]
     mask = query if key_mask is None else key_mask
     strides = (
         query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(),

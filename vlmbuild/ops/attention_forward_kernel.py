@@ -77,7 +77,7 @@ def pass_keys(  # type: ignore[no-untyped-def]
     return top, total, mixed, mixed_tail
 
 
-@triton.jit(do_not_specialize=["words", "length", "keys"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["mask_batch", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
     query, key, value, key_mask, key_groups, visible_bits, group_starts, group_ends, starts, ends, out, logsumexp,
     query_batch, query_head, query_row, query_lane,
@@ -89,6 +89,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of one head: `out` in memory order `[B, S, Hq, D]`, `logsumexp` `[B, Hq, S]`."""
+    scale = tl.cast(scale, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = (tl.program_id(1) // heads).to(tl.int64)
     head = (tl.program_id(1) % heads).to(tl.int64)

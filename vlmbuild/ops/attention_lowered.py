@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import DeviceError
+from vlmbuild.ops._visible import name_kernels, show_launches
 from vlmbuild.ops.attention import BACKWARD_SCHEMA, FORWARD_SCHEMA, SCHEMA, Masks, check_attention
 from vlmbuild.ops.attention_sdpa import Grads, logsumexp_like, sdpa_backward, sdpa_forward
 
@@ -78,6 +79,27 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(*tensors, *output)
 
 
+def _forward_shown(query: Tensor, _key: Tensor, _value: Tensor, *rest: Any) -> bool:
+    """Not of one row, nor of groups of keys: into how many parts keys are split, and how many words hold a row's groups, would
+    be conditions of the compiled graph."""
+    *_, key_groups, _visible, _causal, _scale = rest
+    known = query.is_cuda and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and query.shape[2] != 1 and key_groups is None
+
+
+def _kernels() -> list[Any]:
+    from vlmbuild.ops.attention_backward_kernels import grad_key_kernel, grad_query_kernel
+    from vlmbuild.ops.attention_forward_kernel import forward_kernel
+    from vlmbuild.ops.attention_ranges_triton import groups_kernel, segments_kernel, words_kernel
+
+    return [forward_kernel, grad_query_kernel, grad_key_kernel, groups_kernel, segments_kernel, words_kernel]
+
+
+def _backward_shown(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> bool:
+    *masks, _out, _logsumexp, causal, scale = rest
+    return _forward_shown(query, key, value, *masks, causal, scale)
+
+
 def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forward, Backward] | None = None) -> None:
     """Define `vlmbuild::{name}`, its forward and backward, and the kernels that CUDA tensors get instead."""
     full = f"vlmbuild::{name}"
@@ -88,6 +110,10 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
     if cuda is not None:
         forward_op.register_kernel("cuda", cuda[0])
         backward_op.register_kernel("cuda", cuda[1])
+    if cuda is not None and _has_triton():
+        show_launches(forward_op, _triton_forward, _forward_shown)
+        show_launches(backward_op, _triton_backward, _backward_shown)
+        name_kernels(full, _kernels)
     forward_overload = getattr(torch.ops.vlmbuild, f"{name}_forward").default
     backward_overload = getattr(torch.ops.vlmbuild, f"{name}_backward").default
 
@@ -106,5 +132,5 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
 
 
 _register("attention_sdpa", sdpa_forward, sdpa_backward)
-_register("attention_triton", _triton_forward, _triton_backward)
+_register("attention_triton", _triton_forward, _triton_backward, cuda=(_triton_forward, _triton_backward))
 _register("attention_auto", sdpa_forward, sdpa_backward, cuda=(_auto_cuda_forward, _auto_cuda_backward))

@@ -11,20 +11,22 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import Launch
+from vlmbuild.ops._triton import Launch, ceil_div
 
 _ROWS = 128
 _MANY = 1024
 _TILE = {"num_warps": 4, "num_stages": 1}
 
 
-@triton.jit(do_not_specialize=["bounds", "length", "steps"])  # type: ignore[untyped-decorator]
-def segments_kernel(cu_seqlens, starts, ends, bounds, length, steps, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["bounds", "length"])  # type: ignore[untyped-decorator]
+def segments_kernel(cu_seqlens, starts, ends, bounds, length, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """First and last-plus-one key of every row, by bisection of the segments' bounds; (0, 0) past the last segment."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     low = tl.zeros([ROWS], tl.int32)
     high = tl.zeros([ROWS], tl.int32) + bounds
-    for _ in range(steps):
+    span = bounds
+    while span > 0:
+        span = span // 2
         middle = (low + high) // 2
         going = low < high
         before = tl.load(cu_seqlens + middle, mask=going, other=0) <= rows
@@ -92,9 +94,9 @@ def words_kernel(  # type: ignore[no-untyped-def]
 def segments_launch(cu_seqlens: Tensor, starts: Tensor, ends: Tensor) -> Launch:
     """The launch into int32 `starts` and `ends`, `[S]`."""
     bounds, length = cu_seqlens.shape[0], starts.shape[0]
-    sizes = (bounds, length, bounds.bit_length())
-    programs = triton.cdiv(length, _ROWS)
-    return Launch(segments_kernel, (programs,), (cu_seqlens, starts, ends, *sizes), {}, {"ROWS": _ROWS, **_TILE})
+    programs = ceil_div(length, _ROWS)
+    arguments = (cu_seqlens, starts, ends, bounds, length)
+    return Launch(segments_kernel, (programs,), arguments, {}, {"ROWS": _ROWS, **_TILE})
 
 
 def groups_launches(
@@ -118,7 +120,7 @@ def groups_launches(
             {"MANY": _MANY, **_TILE},
         ),
         Launch(
-            words_kernel, (triton.cdiv(length, _ROWS),),
+            words_kernel, (ceil_div(length, _ROWS),),
             (visible, *spans[:2], bits, *row_spans.unbind(0), groups, words, length, keys), {}, {"ROWS": _ROWS, **_TILE},
         ),
     )  # fmt: skip
@@ -126,4 +128,4 @@ def groups_launches(
 
 def int32(like: Tensor, *shape: int) -> Tensor:
     """Memory for one of the results."""
-    return torch.empty(shape, dtype=torch.int32, device=like.device)
+    return like.new_empty(shape, dtype=torch.int32)

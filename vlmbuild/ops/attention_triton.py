@@ -6,11 +6,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops._triton import INTERPRET, Launch, power_of_two, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, power_of_two, require_device, target_of
 from vlmbuild.ops.attention import Masks, check_attention
 from vlmbuild.ops.attention_backward_kernels import grad_key_kernel, grad_query_kernel
 from vlmbuild.ops.attention_decode_triton import LEAST_KEYS, decode_launches, decode_parts
@@ -66,9 +65,14 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
     if masks.key_mask is not None:
         key_mask, mask_strides = _bytes(masks.key_mask), masks.key_mask.stride()
     ranges = _ranges(masks, query)
-    strides = (*query.stride(), *key.stride(), *value.stride(), *mask_strides, ranges.words)
+    strides = (*(stride for x in (query, key, value) for stride in _strides(x)), *mask_strides, ranges.words)
     tensors = (key_mask, ranges.groups, ranges.bits)
     return _Shared(ranges.of_rows, ranges.of_keys, tensors, ranges.of_groups, strides, constants, ranges.launches)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """A batch of one is never stepped over. Its stride may need 64 bits, for which a kernel would be compiled again."""
+    return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:])
 
 
 class _Ranges(NamedTuple):
@@ -93,13 +97,12 @@ def _ranges(masks: Masks, query: Tensor) -> _Ranges:
     if masks.key_groups is None or masks.visible_groups is None:
         return _Ranges(unread, unread, unread, query, query)
     groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
-    words = max(1, triton.cdiv(visible.shape[1], 32))
+    words = max(1, ceil_div(visible.shape[1], 32))
     of_groups, bits, of_rows = int32(query, 4, 32 * words), int32(query, words, length), int32(query, 2, length)
     launches = groups_launches(groups, visible, of_groups, bits, of_rows)
     first_key, last_key, first_row, last_row = of_groups.unbind(0)
-    return _Ranges(
-        (of_rows[0], of_rows[1]), (first_row, last_row), (first_key, last_key), groups, bits, words, launches
-    )
+    starts, ends = of_rows.unbind(0)
+    return _Ranges((starts, ends), (first_row, last_row), (first_key, last_key), groups, bits, words, launches)
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -121,13 +124,15 @@ def forward_launches(
     target: int,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """The launches into `out` and `logsumexp`, on a GPU of compute capability `target`: of the masks' ranges, then of the
-    forward kernel."""
+    forward kernel; of `one_row_launches` where there is one row and many keys."""
     batch, heads, length, dim = query.shape
+    if length == 1 and masks.cu_seqlens is None and masks.key_groups is None and key.shape[2] >= LEAST_KEYS:
+        return one_row_launches(query, key, value, masks.key_mask, out, logsumexp, scale, target)
     shared = _shared(query, key, value, masks, causal)
     tile = tile_of("attention_forward", dim, query.dtype, target)
     sizes = (*shared.strides, heads, length, key.shape[2], scale * _LOG2E)
     tensors = (query, key, value, *shared.masks, *shared.group_keys, *shared.row_ranges, out, logsumexp)
-    grid = (triton.cdiv(length, tile["ROWS"]), batch * heads)
+    grid = (ceil_div(length, tile["ROWS"]), batch * heads)
     return (*shared.launches, Launch(forward_kernel, grid, (*tensors, *sizes), shared.constants, tile))
 
 
@@ -155,8 +160,8 @@ def backward_launches(
     key_tensors = (*inputs, *shared.key_ranges, logsumexp, grad, delta, grads[1], grads[2])
     query_tile = tile_of("attention_grad_query", dim, query.dtype, target)
     key_tile = tile_of("attention_grad_key", dim, query.dtype, target)
-    query_grid = (triton.cdiv(length, query_tile["ROWS"]), batch * heads)
-    key_grid = (triton.cdiv(keys, key_tile["KEYS"]), batch * key.shape[1])
+    query_grid = (ceil_div(length, query_tile["ROWS"]), batch * heads)
+    key_grid = (ceil_div(keys, key_tile["KEYS"]), batch * key.shape[1])
     return (
         *shared.launches,
         Launch(grad_query_kernel, query_grid, (*query_tensors, *sizes), shared.constants, query_tile),
@@ -182,11 +187,7 @@ def attention_forward_triton(
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() == 0:
         return out, logsumexp
-    if length == 1 and cu_seqlens is None and key_groups is None and key.shape[2] >= LEAST_KEYS:
-        launches = one_row_launches(query, key, value, key_mask, out, logsumexp, scale, target_of(query))
-    else:
-        launches = forward_launches(query, key, value, masks, out, logsumexp, causal, scale, target_of(query))
-    for launch in launches:
+    for launch in forward_launches(query, key, value, masks, out, logsumexp, causal, scale, target_of(query)):
         launch.run()
     return out, logsumexp
 

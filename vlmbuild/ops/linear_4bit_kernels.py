@@ -55,20 +55,20 @@ def _tile(  # type: ignore[no-untyped-def]
     return tl.reshape(values, [OUTS, INS])
 
 
-@triton.jit(do_not_specialize=["rows", "split"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "tiles"])  # type: ignore[untyped-decorator]
 def linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, absmax, nested_absmax, nested_offset, code, nested_code, bias, out, rows, wide, narrow, split,
+    x, weight, absmax, nested_absmax, nested_offset, code, nested_code, bias, out, rows, wide, narrow, tiles,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
 ):  # fmt: skip
-    """`out[part, row, feature]`: the product over `split` lanes, one part of them a program of the third axis."""
+    """`out[part, row, feature]`: the product over `tiles` tiles of lanes, a part of them a program of the third axis."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1).to(tl.int64) * OUTS + tl.arange(0, OUTS)
-    start = tl.program_id(2) * split
+    start = tl.program_id(2) * tiles * INS  # counted in tiles, so that loads are known to be aligned
     row_ok = row < rows
     # The weight is the left operand: tensor cores of sm_90 take that one from registers, where it is decoded.
     total = tl.zeros([OUTS, ROWS], tl.float32)
-    for first in range(start, tl.minimum(start + split, narrow), INS):
+    for first in range(start, tl.minimum(start + tiles * INS, narrow), INS):
         lane = first + tl.arange(0, INS)
         a = tl.load(
             x + row[:, None] * narrow + lane[None, :], mask=row_ok[:, None] & (lane < narrow)[None, :], other=0.0

@@ -6,12 +6,6 @@ FUSED_ROWS = 512
 """Up to here the product decodes tiles of the weight: every block of rows decodes all of it again, which by estimate takes as
 long as the products themselves. Above, one dequantized weight serves all rows."""
 
-ROW_SIDES = (16, 64, 128)
-"""Rows of a tile: the first that holds all rows, or the last."""
-
-PROGRAMS = 256
-"""Programs that fill a GPU; fewer of them are split over the lanes that are summed."""
-
 _UNIT = 64
 
 

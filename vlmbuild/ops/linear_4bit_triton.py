@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import INTERPRET, Launch, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, require_device, target_of
 from vlmbuild.ops.linear_4bit_kernels import dequantize_kernel, grad_input_kernel, linear_kernel, vector_kernel
-from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, PROGRAMS, ROW_SIDES, has_whole_units, unit_of
+from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, has_whole_units, unit_of
 from vlmbuild.ops.linear_4bit_tables import code_4bit, code_8bit
+from vlmbuild.ops.linear_paths import ROW_SIDES, row_side, split_parts
 from vlmbuild.ops.tiles import tile_of
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -57,7 +57,7 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _row_side(rows: int) -> int:
-    return ROW_SIDES[0] if INTERPRET else next((side for side in ROW_SIDES if side >= rows), ROW_SIDES[-1])
+    return ROW_SIDES[0] if INTERPRET else row_side(rows)
 
 
 def _unfused(tile: dict[str, Any]) -> dict[str, Any]:
@@ -74,14 +74,14 @@ def linear_launch(
     constants = _constants(buffers, geometry) | {"BIAS": bias is not None}
     if rows == 1 and out.dim() == 2:
         tile = tile_of("linear_4bit_vector", 1, x.dtype, target)
-        programs = triton.cdiv(out_features, tile["OUTS"])
+        programs = ceil_div(out_features, tile["OUTS"])
         return Launch(vector_kernel, (programs,), (*tensors, out_features, in_features), constants, _unfused(tile))
     side = _row_side(rows)
     tile = tile_of("linear_4bit", side, x.dtype, target)
     parts = out.shape[0] if out.dim() == 3 else 1
-    split = triton.cdiv(triton.cdiv(in_features, parts), tile["INS"]) * tile["INS"]
-    grid = (triton.cdiv(rows, side), triton.cdiv(out_features, tile["OUTS"]), parts)
-    sizes = (rows, out_features, in_features, split)
+    tiles = ceil_div(ceil_div(in_features, tile["INS"]), parts)
+    grid = (ceil_div(rows, side), ceil_div(out_features, tile["OUTS"]), parts)
+    sizes = (rows, out_features, in_features, tiles)
     constants |= _precision(x.dtype) | {"ROWS": side}
     return Launch(linear_kernel, grid, (*tensors, *sizes), constants, _unfused(tile))
 
@@ -92,8 +92,7 @@ def linear_parts(rows: int, geometry: Geometry, dtype: torch.dtype, target: int)
         return 1
     side = _row_side(rows)
     tile = tile_of("linear_4bit", side, dtype, target)
-    programs = triton.cdiv(rows, side) * triton.cdiv(geometry[1], tile["OUTS"])
-    return int(max(1, min(PROGRAMS // programs, geometry[0] // (4 * tile["INS"]))))
+    return split_parts(ceil_div(rows, side), ceil_div(geometry[1], tile["OUTS"]), geometry[0] // tile["INS"])
 
 
 def grad_input_launch(grad: Tensor, buffers: Buffers, out: Tensor, geometry: Geometry, target: int) -> Launch:
@@ -101,7 +100,7 @@ def grad_input_launch(grad: Tensor, buffers: Buffers, out: Tensor, geometry: Geo
     rows, (in_features, out_features, *_, quant_type, _) = grad.shape[0], geometry
     side = _row_side(rows)
     tile = tile_of("linear_4bit_grad", side, grad.dtype, target)
-    grid = (triton.cdiv(rows, side), triton.cdiv(in_features, tile["INS"]))
+    grid = (ceil_div(rows, side), ceil_div(in_features, tile["INS"]))
     arguments = (grad, *_pointers(buffers, quant_type), out, rows, out_features, in_features)
     constants = _constants(buffers, geometry) | _precision(grad.dtype) | {"ROWS": side}
     return Launch(grad_input_kernel, grid, arguments, constants, _unfused(tile))
@@ -113,7 +112,7 @@ def dequantize_launch(buffers: Buffers, out: Tensor, geometry: Geometry) -> Laun
     units = out.numel() // constants["UNIT"]
     tile = {"UNITS": 32, "num_warps": 4, "num_stages": 1}
     arguments = (*_pointers(buffers, geometry[3]), out, units)
-    return Launch(dequantize_kernel, (triton.cdiv(units, tile["UNITS"]),), arguments, constants, _unfused(tile))
+    return Launch(dequantize_kernel, (ceil_div(units, tile["UNITS"]),), arguments, constants, _unfused(tile))
 
 
 def dequantize_4bit_triton(buffers: Buffers, geometry: Geometry) -> Tensor:

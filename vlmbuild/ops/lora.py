@@ -1,7 +1,8 @@
 """A linear layer's result plus its low-rank adapter (LoRA, arXiv:2106.09685, section 4.1).
 
 One operator, so that nothing but the layer's input in its own dtype is kept for backward, and so that the product is added
-where it is made: written out, casts, product, scale and sum are five passes over the layer's result.
+where it is made: written out, casts, product, scale and sum are five passes over the layer's result. On a GPU it is one pass
+(`vlmbuild.ops.lora_triton`).
 """
 
 from __future__ import annotations
@@ -58,10 +59,32 @@ def lora(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) 
         UsageError: Shapes or dtypes do not fit.
     """
     _check(base, input, down, up)
+    return _plain_sum(base, input, down, up, scaling)
+
+
+@lora.register_kernel("cuda")
+def _(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    _check(base, input, down, up)
+    if kernels := _triton():
+        total: Tensor = kernels.lora_triton(base, input, down, up, scaling)
+        return total
+    return _plain_sum(base, input, down, up, scaling)
+
+
+def _plain_sum(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     total = base.reshape(-1, base.shape[-1]).to(torch.float32, copy=True)
     with _in_float32(base):
         total.addmm_(_low(input, down), up.float().T, alpha=scaling)
     return total.to(base.dtype).view(base.shape)
+
+
+def _triton() -> Any:
+    """The module of Triton kernels, or None where Triton is missing (it is Linux only)."""
+    try:
+        from vlmbuild.ops import lora_triton
+    except ModuleNotFoundError:
+        return None
+    return lora_triton
 
 
 @lora.register_fake
@@ -79,6 +102,20 @@ def lora_backward(
     grad: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `lora` for input, down and up. The one for the base is `grad` itself."""
+    return _plain_gradients(grad, input, down, up, scaling)
+
+
+@lora_backward.register_kernel("cuda")
+def _(grad: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    if kernels := _triton():
+        gradients: tuple[Tensor, Tensor, Tensor] = kernels.lora_backward_triton(grad, input, down, up, scaling)
+        return gradients
+    return _plain_gradients(grad, input, down, up, scaling)
+
+
+def _plain_gradients(
+    grad: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = input.reshape(-1, input.shape[-1]).float()
     of_result = grad.reshape(-1, grad.shape[-1]).float()
     with _in_float32(grad):

@@ -25,6 +25,8 @@ SIDES: dict[str, tuple[str, ...]] = {
     "linear_4bit": ("OUTS", "INS"),
     "linear_4bit_vector": ("OUTS", "INS"),
     "linear_4bit_grad": ("OUTS", "INS"),
+    "linear_8bit": ("OUTS", "INS"),
+    "linear_8bit_grad": ("OUTS", "INS"),
 }
 """Kernel -> what its tile's sides are called."""
 

@@ -31,6 +31,9 @@ from vlmbuild.runtime.onnx_numerics import measure_apart
 from vlmbuild.runtime.onnx_session import FOLDER
 from vlmbuild.source import SIDE_FILES
 
+_NO_SUFFIX = "fp32"
+"""transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a browser."""
+
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
     """Write and publish an ONNX artifact.
@@ -125,7 +128,7 @@ def _side_files(request: Request) -> dict[str, bytes]:
     files = {file.name: file.read_bytes() for file in request.source.files(SIDE_FILES)}
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.config, request.recipe)
-    config["transformers.js_config"] = {"use_external_data_format": True}
+    config["transformers.js_config"] = {"dtype": _NO_SUFFIX, "use_external_data_format": True}
     client = request.family.client_files(config, values, _template(files))
     return files | {name: _json(content) for name, content in client.items()}
 

@@ -41,7 +41,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     Raises:
         SourceError: A tensor cannot be read or quantized.
         PassError: An operator has no translation.
-        ParityError: A model computes something else than the program.
+        ParityError: A model computes something else than the program, or merged weights are not what source and adapter are.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
@@ -56,7 +56,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     errors = _write_models(writer, models, request)
-    numerics = measure_apart(writer.staging, recipe.dtype, request.progress)
+    numerics = [*measure_apart(writer.staging, recipe.dtype, request.progress), *request.measure(writer.staging)]
     decisions = {
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor
 from vlmbuild.cores import available_cores
 from vlmbuild.errors import DeviceError, IncompatibleError
 from vlmbuild.program import Input
-from vlmbuild.runtime.huge_pages import huge_pages
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FOLDER = "onnx"
@@ -78,8 +76,7 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
     if economical:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        with nullcontext() if economical else huge_pages():
-            session = onnxruntime.InferenceSession(file, options, providers=[provider])
+        session = onnxruntime.InferenceSession(file, options, providers=[provider])
     except Exception as error:  # its exceptions have no common type of their own
         raise IncompatibleError(
             f"{file}: onnxruntime {onnxruntime.__version__} cannot open it: {_first_line(error)} Build it again with this "

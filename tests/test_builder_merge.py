@@ -125,6 +125,35 @@ def test_quantized_source_is_dequantized(quantized, tmp_path):
     assert merged.manifest.recipe["quantize"] is None
 
 
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_onnx_models_are_source_and_adapter(form, quantized, tmp_path):
+    """Layers with an adapter are rounded anew; others of a quantized source keep their bytes where the format is the same."""
+    source, adapter = quantized
+    recipe = Recipe(target="onnx", quantize=form and QuantSpec(form))
+    merged = build(source, tmp_path / "merged", recipe, adapter=adapter)
+    record = merged.manifest.numerics[-1]
+    assert record["case"] == "merged against source and adapter"
+    assert float(record["error"]) < float(record["effect"]) / 2
+    found, before = (logits(*vlmbuild.load(artifact)) for artifact in (merged.path, source))
+    expected = adapted(source, adapter)
+    if form is None:
+        assert_close(found, expected, SAME_WEIGHTS_FP32)
+    assert float((found - expected).norm()) < float((before - expected).norm()) / 2
+
+
+def test_onnx_models_round_merged_weights_once(bases, tmp_path):
+    base, adapter = bases(QWEN)
+    int4 = Recipe(target="onnx", quantize=QuantSpec("int4"))
+    at_once = build(base, tmp_path / "at-once", int4, adapter=adapter)
+    build(base, tmp_path / "merged", FLOAT32, adapter=adapter)
+    after = build(tmp_path / "merged", tmp_path / "after", int4)
+    digests = [{f.path: f.digest for f in made.manifest.files if f.role == "weights"} for made in (at_once, after)]
+    assert digests[0] == digests[1]
+    record = at_once.manifest.numerics[-1]
+    assert (record["formats"], record["case"]) == (["int4"], "merged against source and adapter")
+    assert float(record["error"]) < float(record["effect"])
+
+
 @pytest.mark.parametrize("form", ["nf4", "source"])
 def test_layers_without_an_adapter_keep_the_sources_bytes(form, quantized, tmp_path):
     source, adapter = quantized

@@ -99,10 +99,6 @@ def build(
     available_device(device)
     check_calibration(recipe, calibration)
     check_output(Path(output), overwrite=overwrite)
-    if adapter is not None and recipe.target == "onnx":
-        raise UsageError(
-            "--adapter merges into a trainable artifact. Build that first (--dtype float32), and the target onnx from it."
-        )
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
     found = resolve(source, revision=revision, progress=told)

@@ -86,6 +86,11 @@ def recipe_option_values(command: Command) -> Command:
         help="For int4: blocks without a zero point, or with.  [default: without]",
     )
     @click.option(
+        "--exact-inputs/--rounded-inputs",
+        default=None,
+        help="For int4: products of the inputs' own values, or of those rounded to 8 bits, faster.  [default: rounded]",
+    )
+    @click.option(
         "--quantize-role",
         "roles",
         multiple=True,
@@ -129,16 +134,23 @@ def recipe_option_values(command: Command) -> Command:
     @functools.wraps(command)
     def with_options(
         target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None,
-        symmetric: bool | None, roles: tuple[str, ...],
+        symmetric: bool | None, exact_inputs: bool | None, roles: tuple[str, ...],
         overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
         require: tuple[str, ...], file: Path | None, **others: Any,
     ) -> Any:  # fmt: skip
-        details = _given({"blocksize": blocksize, "double_quant": double_quant, "symmetric": symmetric})
+        details = _given(
+            {
+                "blocksize": blocksize,
+                "double_quant": double_quant,
+                "symmetric": symmetric,
+                "exact_inputs": exact_inputs,
+            }
+        )
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
         spec = {
             "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
             "overrides": tuple(_override(text, details) for text in overrides) or None, "skip": skip or None, "budget": budget,
-            "symmetric": symmetric,
+            "symmetric": symmetric, "exact_inputs": exact_inputs,
         }  # fmt: skip
         return command(options=RecipeOptions(file, _given(spec), _given(given)), **others)
 
@@ -153,7 +165,8 @@ def _override(text: str, details: Mapping[str, Any]) -> Override:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
-    own = {**dict.fromkeys(FOUR_BIT, ("blocksize", "double_quant")), "int4": ("blocksize", "symmetric")}.get(form, ())
+    int4 = {"int4": ("blocksize", "symmetric", "exact_inputs")}
+    own = {**dict.fromkeys(FOUR_BIT, ("blocksize", "double_quant")), **int4}.get(form, ())
     return Override(pattern, form, **{name: details[name] for name in own if name in details})  # type: ignore[arg-type]
 
 
@@ -163,15 +176,16 @@ def _check_used(spec: Mapping[str, Any], form: str) -> None:
     uses = {
         "blocksize": formats & {*FOUR_BIT, "int4", "auto"},
         "symmetric": formats & {"int4"},
+        "exact_inputs": formats & {"int4"},
         "double_quant": formats & {*FOUR_BIT, "auto"},
         "roles": formats & {*FORMATS, "auto"},
         "skip": formats & {*FORMATS, "auto"},
         "budget": form == "auto",
     }
-    names = {"roles": "--quantize-role", "double_quant": "--double-quant"}
+    names = {"roles": "--quantize-role", "double_quant": "--double-quant", "exact_inputs": "--exact-inputs"}
     for name, used in uses.items():
         if name in spec and not used:
-            remedy = {"budget": "auto", "symmetric": "int4"}.get(name, "nf4")
+            remedy = {"budget": "auto", "symmetric": "int4", "exact_inputs": "int4"}.get(name, "nf4")
             raise UsageError(
                 f"{names.get(name, f'--{name}')} changes nothing without a format for it. Add --quantize {remedy}, or drop it."
             )

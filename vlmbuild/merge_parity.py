@@ -23,6 +23,8 @@ from vlmbuild.merge import without_adapter
 from vlmbuild.program import Program, Region, join
 from vlmbuild.runtime.adapter_files import Adapter
 from vlmbuild.runtime.loader import instance_tensors
+from vlmbuild.runtime.onnx_session import FOLDER
+from vlmbuild.runtime.onnx_weights import OnnxWeights
 from vlmbuild.runtime.region_instance import BoundRegion, is_compute
 from vlmbuild.source import Progress
 from vlmbuild.source_tensors import SourceTensor
@@ -125,14 +127,11 @@ class ParityCheck:
         Raises:
             ParityError: The merged weights compute something else than source and adapter do.
         """
-        written = CheckpointWeights(directory)
         formats = sorted({recipe.format.name for region in self.merged.regions.values() for recipe in region.recipes})
         with _one_thread():
             expected = self._logits(self.reference, self._source_tensors(self.adapter), 0)
             before = self._logits(self.reference, self._source_tensors(without_adapter(self.adapter)), 1)
-            found = self._logits(
-                self.merged, lambda region, instance: self._written_tensors(written, region, instance), 2
-            )
+            found = self._logits(self.merged, _written_tensors(directory, self.family), 2)
         error, effect = _relative(found, expected), _relative(before, expected)
         limit = math.inf if formats else self._limit(effect)
         self._check(error, effect, limit)
@@ -206,8 +205,19 @@ class ParityCheck:
             return self.weights.map(source.name)
         return torch.cat(list(source_values(self.weights, source, torch.float32, _STEP))).view(source.shape)
 
-    def _written_tensors(self, written: CheckpointWeights, region: Region, instance: str) -> dict[str, Tensor]:
-        return dict(instance_tensors(region, instance, self.family, written))
+
+def _written_tensors(directory: Path, family: Family) -> TensorsOf:
+    """What the files of an artifact stand for, whatever its target."""
+    if (directory / FOLDER).is_dir():
+        models = OnnxWeights(directory)
+        return lambda region, instance: {
+            name: models.tensor(name)
+            for slot in region.slots
+            if slot.kind == "parameter"
+            for name in [join(instance, slot.name)]
+        }
+    written = CheckpointWeights(directory)
+    return lambda region, instance: dict(instance_tensors(region, instance, family, written))
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def packed_weight(form: WeightFormat, shape: tuple[int, ...], dtype: torch.dtype
         (4, form.blocksize, form.symmetric) if isinstance(form, BlockInt4) else (8, INT8_BLOCK, True)
     )
     blocks = -(-columns // size)
-    level = EXACT if bits == 4 else INTEGER
+    level = EXACT if isinstance(form, BlockInt4) and form.exact_inputs else INTEGER
     attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": level}
     parts = (
         PackedPart("", torch.uint8, (rows, blocks, size * bits // 8)),

@@ -78,10 +78,12 @@ class BlockInt4:
     Attributes:
         blocksize: Weights of a row per scale.
         symmetric: Whether the middle code is zero; else every block has a zero point of its own.
+        exact_inputs: Whether products are of the inputs' own values; else of those rounded to 8 bits in blocks.
     """
 
     blocksize: int = 32
     symmetric: bool = True
+    exact_inputs: bool = False
 
     @property
     def name(self) -> str:
@@ -95,11 +97,14 @@ class BlockInt4:
 
     def describe(self) -> str:
         """For people: "int4, blocks of 32"."""
-        return f"int4, blocks of {self.blocksize}{'' if self.symmetric else ' with zero points'}"
+        zero, inputs = "" if self.symmetric else " with zero points", ", exact inputs" if self.exact_inputs else ""
+        return f"int4, blocks of {self.blocksize}{zero}{inputs}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"name": self.name, "blocksize": self.blocksize, "symmetric": self.symmetric}
+        return {
+            "name": self.name, "blocksize": self.blocksize, "symmetric": self.symmetric, "exact_inputs": self.exact_inputs,
+        }  # fmt: skip
 
 
 WeightFormat = FourBit | EightBit | BlockInt4
@@ -110,7 +115,7 @@ def format_from_json(values: dict[str, Any]) -> WeightFormat:
     if values["name"] == "int8":
         return EightBit(float.fromhex(values["threshold"]))
     if values["name"] == "int4":
-        return BlockInt4(values["blocksize"], values["symmetric"])
+        return BlockInt4(values["blocksize"], values["symmetric"], values["exact_inputs"])
     if values["name"] not in ("nf4", "fp4"):
         raise ValueError(f"the weight format {values['name']!r} is unknown")
     return FourBit(values["name"], values["blocksize"], values["double_quant"])

@@ -128,7 +128,7 @@ def _row_pieces(
 def _four_bit(sink: _Sink, name: str, form: FourBit, request: Request) -> float:
     """bitsandbytes' own bytes; scales in 8 bits become what they stand for. A source in this format keeps its bytes."""
     source, error = request.tensors[name], _Error()
-    if source.format == form:
+    if source.format == form and not (request.merge is not None and request.merge.changes(name)):
         sink.append("", request.weights.read(source.name).flatten())
         sink.append("_absmax", _source_scales(request, name, form))
         return 0.0

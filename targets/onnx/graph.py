@@ -16,6 +16,9 @@ IR_VERSION = 11
 CONTRIB = "com.microsoft"
 """ONNX Runtime's own operators."""
 
+_VIEWS = ("Reshape", "Squeeze", "Unsqueeze")
+"""Operators that change no more than the shape, so that one after another is one."""
+
 ELEMENT_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
@@ -70,6 +73,9 @@ class GraphBuilder:
         self.outputs: list[onnx.ValueInfoProto] = []
         self._outer = outer
         self._nodes: list[onnx.NodeProto] = []
+        self._views: dict[str, str] = {}
+        self._dimensions: dict[tuple[str, int], str] = {}
+        self._outputs: dict[str, str] = {}
         self._initializers: dict[str, TensorProto] = {}
         self._shared: dict[Any, Any] = {}
         self._names: dict[str, int] = outer._names if outer else {}
@@ -83,6 +89,8 @@ class GraphBuilder:
         while given and not given[-1]:
             given.pop()
         self._nodes.append(helper.make_node(operator, given, names, name=names[0], domain=domain, **attributes))
+        if operator in _VIEWS:
+            self._views[names[0]] = self._views.get(given[0], given[0])
         return names[0] if outputs == 1 else tuple(names)
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
@@ -113,19 +121,25 @@ class GraphBuilder:
         return str(self.op("Cast", value, to=ELEMENT_TYPES[dtype]))
 
     def size(self, value: str, axis: int) -> str:
-        """One size of a value, int64 [1]."""
-        return str(self.op("Shape", value, start=axis, end=axis + 1))
+        """One size of a value, int64 [1]. Inputs whose dimensions have one name have one size there."""
+        key = ("size", self._dimensions.get((value, axis), (value, axis)))
+        return str(self.once(key, lambda: self.op("Shape", value, start=axis, end=axis + 1)))
 
     def reshape(self, value: str, sizes: Sequence[int | str]) -> str:
-        """Reshape; a size is a number, or the name of an int64 [1]."""
-        parts = [self.constant([size]) if isinstance(size, int) else size for size in sizes]
+        """Reshape; a size is a number, or the name of an int64 [1]; 0 is the one at that place of the value."""
         fixed = [size for size in sizes if isinstance(size, int)]
-        shape = self.constant(fixed) if len(fixed) == len(sizes) else self.op("Concat", *parts, axis=0)
-        return str(self.op("Reshape", value, shape))
+        if len(fixed) == len(sizes):
+            shape = self.constant(fixed)
+        else:
+            parts = [self.constant([size]) if isinstance(size, int) else size for size in sizes]
+            shape = self.once(("sizes", *parts), lambda: self.op("Concat", *parts, axis=0))
+        source = value if 0 in sizes else self._views.get(value, value)
+        return str(self.op("Reshape", source, shape))
 
     def take_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
         """Declare an input."""
         self.inputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
+        self._dimensions |= {(name, axis): size for axis, size in enumerate(shape) if isinstance(size, str)}
         return name
 
     def default_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
@@ -136,8 +150,10 @@ class GraphBuilder:
         return name
 
     def give_output(self, name: str, value: str, dtype: torch.dtype, shape: Shape) -> None:
-        """Return a value under a name."""
-        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output {name}"))
+        """Return a value, which has this name from now on; an input's copy."""
+        if value in self._outputs or not any(value in node.output for node in self._nodes):
+            value = str(self.op("Identity", value))
+        self._outputs[value] = name
         self.outputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
 
     def take_scalar(self, name: str, dtype: torch.dtype) -> None:
@@ -163,8 +179,18 @@ class GraphBuilder:
         return stem if number == 1 else f"{stem}_{number}"
 
     def graph(self, name: str) -> onnx.GraphProto:
-        """What was built."""
-        return helper.make_graph(self._nodes, name, self.inputs, self.outputs, list(self._initializers.values()))
+        """What was built, as far as an output needs it."""
+        for node in self._nodes:
+            rename(node, self._outputs)
+        read = {output.name for output in self.outputs}
+        nodes = []
+        for node in reversed(self._nodes):
+            if not read.isdisjoint(node.output):
+                nodes.append(node)
+                read |= values_read(node)
+        read |= {entry.name for entry in self.inputs}
+        kept = [tensor for value, tensor in self._initializers.items() if value in read]
+        return helper.make_graph(nodes[::-1], name, self.inputs, self.outputs, kept)
 
     def model(self, name: str) -> onnx.ModelProto:
         """The graph as a model."""
@@ -175,3 +201,23 @@ class GraphBuilder:
 
     def _root(self) -> GraphBuilder:
         return self if self._outer is None else self._outer._root()
+
+
+def values_read(node: onnx.NodeProto) -> set[str]:
+    """Names of the values that a node reads, also in the bodies that it runs."""
+    inner = [values_read(other) for body in _bodies(node) for other in body.node]
+    outputs = {output.name for body in _bodies(node) for output in body.output}
+    return {*node.input}.union(outputs, *inner)
+
+
+def rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """Give values other names, also in the bodies that a node runs."""
+    for values in (node.input, node.output):
+        values[:] = [names.get(value, value) for value in values]
+    for body in _bodies(node):
+        for other in body.node:
+            rename(other, names)
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]

@@ -31,6 +31,9 @@ from vlmbuild.runtime.onnx_numerics import measure_onnx_apart
 from vlmbuild.runtime.onnx_session import FOLDER
 from vlmbuild.source import SIDE_FILES
 
+_NO_SUFFIX = "fp32"
+"""transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a browser."""
+
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
     """Write and publish an ONNX artifact.
@@ -38,7 +41,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     Raises:
         SourceError: A tensor cannot be read or quantized.
         PassError: An operator has no translation.
-        ParityError: A model computes something else than the program.
+        ParityError: A model computes something else than the program, or merged weights are not what source and adapter are.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
@@ -53,7 +56,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     errors = _write_models(writer, models, request)
-    numerics = measure_onnx_apart(writer.staging, recipe.dtype, request.progress)
+    numerics = [*measure_onnx_apart(writer.staging, recipe.dtype, request.progress), *request.measure(writer.staging)]
     decisions = {
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()
@@ -125,7 +128,7 @@ def _side_files(request: Request) -> dict[str, bytes]:
     files = {file.name: file.read_bytes() for file in request.source.files(SIDE_FILES)}
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.config, request.recipe)
-    config["transformers.js_config"] = {"use_external_data_format": True}
+    config["transformers.js_config"] = {"dtype": _NO_SUFFIX, "use_external_data_format": True}
     client = request.family.client_files(config, values, _template(files))
     return files | {name: _json(content) for name, content in client.items()}
 

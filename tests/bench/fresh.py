@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 _CHUNK_BYTES = 1 << 24
 
 
-def run_fresh(module: str, worker: str, threads: int, **options: Any) -> dict[str, Any]:
-    """`python -m module worker OPTIONS`, whose last line is JSON; "process_seconds" is added, imports and exit included."""
-    command = [sys.executable, "-W", "ignore", "-m", module, worker, json.dumps(options, default=str)]
+def run_fresh(module: str, worker: str, threads: int, python: str | None = None, **options: Any) -> dict[str, Any]:
+    """`python -m module worker OPTIONS`, whose last line is JSON; "process_seconds" is added, imports and exit included.
+    `python` is this interpreter, or another one that has a peer's packages."""
+    command = [python or sys.executable, "-W", "ignore", "-m", module, worker, json.dumps(options, default=str)]
     # Passive waiting: threads that spin next to a busy neighbour make times of 10x, on either side.
     settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     environment = os.environ | settings
@@ -103,7 +104,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-_DISTRIBUTIONS = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "liger_kernel", "safetensors")
+_DISTRIBUTIONS = (
+    "torch", "transformers", "bitsandbytes", "accelerate", "peft", "liger_kernel", "safetensors", "onnxruntime",
+    "onnxruntime-gpu", "openvino",
+)  # fmt: skip
 
 
 def _lines(path: str) -> list[str]:

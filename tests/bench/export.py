@@ -1,0 +1,195 @@
+"""Exported models beside transformers, its exporters and OpenVINO, on a random Qwen2-VL of width 1024 with 12 decoder layers.
+
+    python -m tests.bench.export --output artifacts/benchmarks/export.json [--openvino PYTHON] [--optimum PYTHON]
+
+The two options name interpreters with OpenVINO, and with optimum-intel and the transformers that it takes; without them these
+sides are absent. All sides have the same float32 or rounded weights and say what they take:
+
+export  time, peak memory and size of what is written; loading the checkpoint included
+image   latency of the vision tower on 448 x 448 pixels, 1,024 patches
+prompt  tokens of text a second until the logits of the last one
+token   tokens a second after that prompt, one at a time, chosen greedily
+
+Every measurement is a fresh process on one core, another one in each round, the sides in turn; medians. The memory's bandwidth is
+measured in the same processes: what one core reads, and reads and writes in a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.bench import random_checkpoint
+from tests.bench.export_workers import SIDES
+from tests.bench.fresh import machine, run_fresh, warm_cache
+
+WIDTH, LAYERS, VISION_LAYERS, VOCABULARY = 1024, 12, 4, 8192
+OURS, INT4, LARGE_BLOCKS = "vlmbuild, ONNX", "vlmbuild, ONNX, int4", "vlmbuild, ONNX, int4, blocks of 256"
+EXPORTER = "transformers.exporters, ONNX"
+BANDWIDTH_SHARE, EXPORT_TIME = 0.7, 2.0
+SAME_FILES = {"transformers.exporters, OpenVINO, bfloat16": "transformers.exporters, OpenVINO"}
+"""Sides that run what another one has written."""
+
+
+def checkpoint(directory: Path) -> Path:
+    """Random weights with the zoo's tokenizer."""
+    values = json.loads((random_checkpoint.CONFIG / "config.json").read_text())
+    values |= {
+        "hidden_size": WIDTH, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS, "max_window_layers": LAYERS, "vocab_size": VOCABULARY, "image_token_id": 318,
+        "video_token_id": 319, "vision_start_token_id": 315, "vision_end_token_id": 316, "bos_token_id": 307,
+        "eos_token_id": 306,
+    }  # fmt: skip
+    values["vision_config"] |= {"embed_dim": WIDTH, "num_heads": 16, "hidden_size": WIDTH, "depth": VISION_LAYERS}
+    random_checkpoint.write_checkpoint(directory, values, random_checkpoint.CONFIG, seed=0, rank=64)
+    return directory
+
+
+class Bench:
+    """Where things are, and how they are measured."""
+
+    def __init__(self, work: Path, source: Path, arguments: argparse.Namespace) -> None:
+        self.work, self.source, self.arguments = work, source, arguments
+        self.cores = sorted(os.sched_getaffinity(0))
+
+    def stage(self, stage: str, side: str, turn: int) -> dict[str, Any]:
+        """One fresh process."""
+        output = self.work / SAME_FILES.get(side, side).replace(" ", "-").replace(",", "")
+        options = {
+            "side": side, "checkpoint": self.source, "output": output, "tokens": self.arguments.tokens,
+            "steps": self.arguments.steps, "core": self.cores[turn % len(self.cores)],
+        }  # fmt: skip
+        found = run_fresh("tests.bench.export_workers", stage, 1, python=self._python(side), **options)
+        shown = {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}
+        print(f"  {stage:7} {side:44} {found.get('absent') or shown}", flush=True)
+        return found
+
+    def export(self) -> dict[str, Any]:
+        """Every side once."""
+        return {side: self.stage("export", side, 0) for side in self.arguments.sides if side not in SAME_FILES}
+
+    def run(self, exported: dict[str, Any]) -> dict[str, Any]:
+        """Every side in turn, so many rounds; medians."""
+        found: dict[str, list[dict[str, Any]]] = {side: [] for side in self.arguments.sides}
+        for turn in range(self.arguments.rounds):
+            for side, results in found.items():
+                written = exported[SAME_FILES.get(side, side)]
+                if "absent" in written or (results and "absent" in results[-1]):
+                    results[:] = [written if "absent" in written else results[-1]]
+                    continue
+                warm_cache(self.work / SAME_FILES.get(side, side).replace(" ", "-").replace(",", ""))
+                results.append(self.stage("run", side, turn))
+        return {side: merged(results) for side, results in found.items()}
+
+    def _python(self, side: str) -> str:
+        given = self.arguments
+        chosen = given.optimum if side.startswith("optimum") else given.openvino if "OpenVINO" in side else None
+        return chosen or sys.executable
+
+
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over rounds; a side's best bandwidth."""
+    if "absent" in results[-1]:
+        return results[-1]
+    names = [name for name in ("load", "image", "prompt", "token", "peak_resident") if name in results[0]]
+    found: dict[str, Any] = {name: median(result[name] for result in results) for name in names}
+    kept = {name: results[0][name] for name in ("image_absent", "bytes_per_token", "said") if name in results[0]}
+    widths = {kind: max(result["bandwidth"][kind] for result in results) for kind in ("read", "copy")}
+    return found | kept | {"bandwidth": widths, "rounds": len(results)}
+
+
+def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, float]]:
+    """Tokens a second, and the share of the bandwidth that a token's weights take."""
+    found = {}
+    widest = max(result["bandwidth"]["read"] for result in report["run"].values() if "bandwidth" in result)
+    said = report["run"].get("transformers", {}).get("said", [])
+    for side, result in report["run"].items():
+        if "absent" in result:
+            continue
+        rate = result["bytes_per_token"] / result["token"]
+        same = next((n for n, (a, b) in enumerate(zip(result["said"], said, strict=True)) if a != b), len(said))
+        found[side] = {
+            "prompt_tokens_per_second": round(tokens / result["prompt"], 1),
+            "tokens_per_second": round(1 / result["token"], 1), "bytes_per_second": round(rate),
+            "share_of_bandwidth": round(rate / widest, 3), "first_tokens_as_transformers": same,
+        }  # fmt: skip
+    return found
+
+
+def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is asked, and what was measured."""
+    found = []
+    for side in (OURS, INT4, LARGE_BLOCKS):
+        for name, label in (("tokens_per_second", "tokens after a prompt"), ("prompt_tokens_per_second", "prompt")):
+            peers = {peer: x[name] for peer, x in report["speeds"].items() if _comparable(peer, side)}
+            if side in report["speeds"] and peers:
+                best = max(peers, key=lambda peer: peers[peer])
+                ratio = report["speeds"][side][name] / peers[best]
+                found.append(bar(f"{label}, {side} / {best}", ">= 1", ratio, ratio >= 1))
+        if side != OURS and side in report["speeds"]:
+            share = report["speeds"][side]["share_of_bandwidth"]
+            found.append(bar(f"share of the bandwidth, {side}", ">= 0.7", share, share >= BANDWIDTH_SHARE))
+    if "seconds" in report["export"].get(EXPORTER, {}) and OURS in report["export"]:
+        ratio = report["export"][OURS]["seconds"] / report["export"][EXPORTER]["seconds"]
+        found.append(bar(f"export time, {OURS} / {EXPORTER}", "<= 2", ratio, ratio <= EXPORT_TIME))
+    return found
+
+
+def _comparable(peer: str, side: str) -> bool:
+    """Whether a peer's weights are stored as a side's are; its products may be in fewer bits."""
+    return not peer.startswith("vlmbuild") and ("int4" in peer) == ("int4" in side)
+
+
+def bar(name: str, asked: str, measured: float, met: bool) -> dict[str, Any]:
+    return {"name": name, "bar": asked, "measured": f"{measured:.2f}", "met": met}
+
+
+def show(report: dict[str, Any]) -> None:
+    print(f"\n{report['machine']}, one core, {report['date']}")
+    print(f"{'':44} {'export':>8} {'peak':>8} {'size':>8} {'image':>8} {'prompt':>10} {'tokens':>9} {'bandwidth':>10}")
+    for side, result in report["run"].items():
+        if "absent" in result:
+            print(f"{side:44} absent: {result['absent'][:100]}")
+            continue
+        written, speed = report["export"][SAME_FILES.get(side, side)], report["speeds"][side]
+        image = f"{result['image'] * 1e3:5.0f} ms" if "image" in result else "-"
+        print(
+            f"{side:44} {written['seconds']:6.1f} s {written['peak_resident'] / 1e9:5.2f} GB {written['bytes'] / 1e6:5.0f} MB "
+            f"{image:>8} {speed['prompt_tokens_per_second']:8.0f}/s {speed['tokens_per_second']:7.1f}/s "
+            f"{speed['share_of_bandwidth']:9.0%}"
+        )
+    print(f"\n{'asked':110} {'bar':>8} {'measured':>9}")
+    for one in report["bars"]:
+        print(f"{one['name']:110} {one['bar']:>8} {one['measured']:>9}  {'met' if one['met'] else 'NOT MET'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--openvino", metavar="PYTHON", help="interpreter with OpenVINO")
+    parser.add_argument("--optimum", metavar="PYTHON", help="interpreter with optimum-intel")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="SIDE")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=320, help="of the prompt")
+    parser.add_argument("--steps", type=int, default=32, help="tokens after it")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        bench = Bench(Path(work), checkpoint(Path(work) / "checkpoint"), arguments)
+        report = machine() | {"threads": 1, "tokens": arguments.tokens, "steps": arguments.steps}
+        report["export"] = bench.export()
+        report["run"] = bench.run(report["export"])
+    report |= {"speeds": speeds(report, arguments.tokens), "load_average_after": list(os.getloadavg())}
+    report["bars"] = bars(report)
+    show(report)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import checkpoints
 import pytest
 import tiny
 import torch
+import traces
 
 from vlmbuild.builder import build
 from vlmbuild.cli import main
@@ -26,6 +27,15 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traced_once():
+    """Builds, plans and locks in this process take a model's trace from an earlier one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in traces.PLACES:
+            patch.setattr(f"{place}.trace_program", traces.traced)
+        yield
 
 
 @pytest.fixture

@@ -16,13 +16,12 @@ import torch
 from parity import CANCELLED, relative
 from PIL import Image
 from processors import photographs
+from traces import traced
 from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.image_utils import SizeDict
 from vlmbuild.passes import passes_for
 
-from vlmbuild.capture import capture
 from vlmbuild.families import FAMILIES, Family
-from vlmbuild.outline import outline
 from vlmbuild.pipeline import run
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
@@ -232,9 +231,7 @@ def reference(setup: Setup, seed: int = 0) -> Any:
 
 def program(setup: Setup, **recipe: Any) -> Program:
     """The family's program after the passes of a recipe."""
-    config = setup.config()
-    traces = {variant: capture(setup.family, config, variant) for variant in setup.family.variants(config)}
-    built = outline(setup.family, setup.family.geometry(config), setup.family.ties(config), traces)
+    built = traced(setup.family, setup.config())
     run(passes_for(Recipe(**{"dtype": "float32", **recipe})), built)
     return built
 

@@ -5,7 +5,7 @@ import torch
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
 
 from vlmbuild.kv_cache import with_cache
-from vlmbuild.runtime.region_instance import region_module
+from vlmbuild.runtime.bound_graph import aten_module
 from vlmbuild.shapes import annotate_shapes
 
 
@@ -35,7 +35,7 @@ def test_graphs_compute_what_regions_do(built, form):
     annotate_shapes(program)
     for region in program.regions.values():
         graph, order = compilable(region, torch.float32, torch.device("cpu"))
-        plain = region_module(region, torch.float32)
+        plain = aten_module(region, torch.float32, dropout=False)
         for sizes in ({}, {"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1}):
             slots, activations = example(region, sizes)
             expected = plain(*slots, *(x.clone() for x in activations))

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch.export import Dim
+from traces import traced
 from transformers import Qwen2VLForConditionalGeneration
 from vlmbuild.passes import passes_for, quantization_passes
 
-from vlmbuild.capture import capture
 from vlmbuild.families import FAMILIES
-from vlmbuild.outline import outline
 from vlmbuild.pipeline import run
 from vlmbuild.program import COMPUTE_DTYPE, Geometry, Program, Region, Slot
 from vlmbuild.quantization import decide
@@ -64,8 +63,7 @@ def make_reference(config: Any, seed: int = 0) -> Any:
 
 def capture_program(config: Any) -> Program:
     """Captured and outlined, before any pass."""
-    traces = {variant: capture(FAMILY, config, variant) for variant in FAMILY.variants(config)}
-    return outline(FAMILY, FAMILY.geometry(config), FAMILY.ties(config), traces)
+    return traced(FAMILY, config)
 
 
 def build(program: Program, **recipe: Any) -> Program:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from vlmbuild.targets.aoti.lowering import lower
 
 from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
-from vlmbuild.runtime.region_instance import region_module
+from vlmbuild.runtime.bound_graph import aten_module
 from vlmbuild.shapes import Shapes
 
 Shape = tuple[int | str, ...]
@@ -29,7 +29,7 @@ def compilable(region: Region, dtype: torch.dtype, device: torch.device) -> tupl
     order = solvable_order(region.activations)
     shapes = region.activations if order is not None else with_names(region.activations)
     order = order or tuple(range(len(shapes)))
-    graph = region_module(region, dtype)
+    graph = aten_module(region, dtype, dropout=False)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     first = len(region.slots)
     for place in order:  # each behind all others

@@ -131,7 +131,10 @@ def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tu
     causal = causal and length > 1  # the only query is the last one: it sees every key
     if key_mask is None and (not causal or length == keys):
         return None, causal
-    allowed = allowed_keys(length, keys, Masks(key_mask), causal, query.device)
+    if causal or key_mask is None:
+        allowed = allowed_keys(length, keys, Masks(key_mask), causal, query.device)
+    else:
+        allowed = (key_mask != 0)[:, None, None, :]
     additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
     additive = additive.masked_fill_(~allowed, float("-inf"))
     return additive.expand(batch, additive.shape[1], length, keys), False

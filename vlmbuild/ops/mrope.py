@@ -98,24 +98,15 @@ def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rotate_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotate_reference`, bit for bit, with each half written once into the result."""
+    """`rotate_reference`, bit for bit, in few calls: the halves are swapped by rolling, and the sines have their sign."""
     check_rotate(query, key, cos, sin)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
     return _turn(query, cos, sin), _turn(key, cos, sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    first, second = x[..., :half].float(), x[..., half:].float()
-    out_first, out_second = out[..., :half], out[..., half:]
-    if x.dtype == torch.float32:
-        torch.mul(first, cos, out=out_first).sub_(second * sin)
-        torch.mul(second, cos, out=out_second).add_(first * sin)
-    else:
-        out_first.copy_((first * cos).sub_(second * sin))
-        out_second.copy_((second * cos).add_(first * sin))
-    return out
+    wide = x.float()
+    return torch.mul(wide, cos).add_(wide.roll(x.shape[-1] // 2, -1).mul_(sin)).to(x.dtype)
 
 
 @torch.library.custom_op(

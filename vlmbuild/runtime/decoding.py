@@ -20,6 +20,7 @@ from vlmbuild.runtime.generation import media_shapes
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.region_instance import BoundRegion
 from vlmbuild.runtime.sharding import check_same_variant, gather_unreached
+from vlmbuild.runtime.state import module_at
 
 if TYPE_CHECKING:
     from vlmbuild.runtime.model import VisionLanguageModel
@@ -46,7 +47,7 @@ class CachedProgram:
         program = with_cache(model.program, form)
         bound = {
             name: model.bound[name]
-            if region is model.program.regions.get(name)
+            if form == "growing" and region is model.program.regions.get(name)
             else BoundRegion(region, model.dtype, (), dynamic=form == "growing")
             for name, region in program.regions.items()
         }
@@ -133,7 +134,7 @@ class Decoding:
         model, cache = self.model, self.cache
         batch, tokens = values[MASK].shape
         _check_room(cache, tokens)
-        past = cache.past(batch, model.dtype, model.device)
+        past = cache.past(batch, model.dtype, values[MASK].device)
         logits, presents = self._run("growing", name, values | past)
         cache.keep({name: presents.pop(present_name(name)) for name in past})
         return logits, presents
@@ -163,7 +164,7 @@ class Decoding:
             bound = cached.bound[call.region]
             if not call.instance:
                 return bound(model, self.compiler, arguments)
-            results: tuple[Tensor, ...] = model.get_submodule(call.instance)(self.compiler, *arguments, bound=bound)
+            results: tuple[Tensor, ...] = module_at(model, call.instance)(self.compiler, *arguments, bound=bound)
             return results
 
         run_calls(calls, values, run, keep=variant.presents)

@@ -15,6 +15,7 @@ from vlmbuild.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.loss import IGNORED, labelled_rows, summed_cross_entropy
 from vlmbuild.runtime.sharding import check_same_variant, gather_unreached
+from vlmbuild.runtime.state import module_at
 
 if TYPE_CHECKING:
     from vlmbuild.runtime.model import VisionLanguageModel
@@ -91,7 +92,7 @@ class Execution:
         bound = model.bound[call.region]
         if not call.instance:
             return bound(model, self.compiler, arguments)
-        instance = model.get_submodule(call.instance)
+        instance = module_at(model, call.instance)
         checkpointing = model.checkpointing if model.training and torch.is_grad_enabled() else None
         results: tuple[Tensor, ...]
         if checkpointing is not None and checkpointing.covers(call.instance):

@@ -94,10 +94,11 @@ class KeyValueCache(Cache):
         """Keys and values so far, by input name: (batch, heads, tokens, head dim); none, of this kind, before the prompt."""
         found: dict[str, Tensor] = {}
         for block, key, value in self._blocks():
-            sizes = (batch, int(key.shape[1]), 0, int(key.shape[3]))
-            empty = torch.empty(sizes, dtype=dtype, device=device)
-            keys, values = block.past() if block.is_initialized else (empty, empty)
-            found |= {key.name: keys, value.name: values}
+            if block.is_initialized:
+                found[key.name], found[value.name] = block.past()
+            else:
+                sizes = (batch, int(key.shape[1]), 0, int(key.shape[3]))
+                found[key.name] = found[value.name] = torch.empty(sizes, dtype=dtype, device=device)
         return found
 
     def keep(self, presents: dict[str, Tensor]) -> None:
@@ -109,7 +110,7 @@ class KeyValueCache(Cache):
         """The whole buffers of a static cache, by input name."""
         found: dict[str, Tensor] = {}
         for block, key, value in self._blocks():
-            found |= {key.name: block.keys, value.name: block.values}
+            found[key.name], found[value.name] = block.keys, block.values
         return found
 
     def advance(self) -> None:

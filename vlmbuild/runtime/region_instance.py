@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
 from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
+from vlmbuild.runtime.bound_graph import BoundGraph
 from vlmbuild.runtime.compiler import Compiler, mark_dynamic
-from vlmbuild.runtime.compiler import apply as run_compiled
-
-_DROPOUT = torch.ops.aten.dropout.default
 
 
 class BoundRegion:
@@ -25,7 +22,7 @@ class BoundRegion:
         region: From a program.
         dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
         carried: Which activations are results of another instance of the region.
-        dynamic: Whether a compiler is to expect other sizes in the next call.
+        dynamic: Whether a compiler is to expect other sizes in the next call; else it is a step of one token a row.
     """
 
     def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...], *, dynamic: bool = True) -> None:
@@ -36,11 +33,19 @@ class BoundRegion:
 
     def rebind(self, dtype: torch.dtype) -> None:
         """Build the graph module anew, after a pass or for another dtype."""
-        self.graph = region_module(self.region, dtype, dropout=True)
-        self.random = any(node.target is _DROPOUT for node in self.graph.graph.nodes)
-        self.evaluation = region_module(self.region, dtype) if self.random else self.graph
+        few_rows = not self.dynamic
+        self._training = BoundGraph(self.region, dtype, few_rows=few_rows)
+        self.random = self._training.random
+        self._evaluation = self._training
+        if self.random:
+            self._evaluation = BoundGraph(self.region, dtype, dropout=False, few_rows=few_rows)
         names = [slot.name for slot in self.region.slots]
         self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = slots_getter(names)
+
+    @property
+    def graph(self) -> GraphModule:
+        """Of aten's operators, as compilers get it."""
+        return self._training.compiled
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph with the owner's tensors, under the compiler if there is one.
@@ -63,8 +68,8 @@ class BoundRegion:
         if compiler is not None and self.dynamic:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
-        graph = self.graph if training else self.evaluation
-        return run_compiled(compiler, graph.forward, (*tensors, *activations))
+        graph = self._training if training else self._evaluation
+        return graph.run(compiler, (*tensors, *activations))
 
 
 class RegionInstance(nn.Module):
@@ -85,22 +90,6 @@ class RegionInstance(nn.Module):
         return f"region={self.bound.region.name}"
 
 
-def region_module(region: Region, dtype: torch.dtype, *, dropout: bool = False) -> GraphModule:
-    """A region's graph in a compute dtype, with or without its dropout."""
-    graph = Graph()
-    values: dict[Node, Node] = {}
-    for node in region.graph.graph.nodes:
-        if node.target is _DROPOUT and not dropout:
-            values[node] = values[node.args[0]]
-            continue
-        copied = graph.node_copy(node, values.__getitem__)
-        copied.args = _with_dtype(copied.args, dtype)
-        copied.kwargs = _with_dtype(copied.kwargs, dtype)
-        copied.meta = {}
-        values[node] = copied
-    return GraphModule(nn.Module(), graph, class_name="Region")
-
-
 def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[int, ...]:
     """Places of a region's activations that come from another repeated block, of the same region or of one like it."""
     places = set()
@@ -118,16 +107,14 @@ def is_compute(slot: Slot) -> bool:
 
 
 def slots_getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
-    """Looks up an owner's tensors by the names of slots."""
-    if not names:
-        return lambda _owner: ()
-    get: Callable[[nn.Module], Any] = attrgetter(*names)
-    return (lambda owner: (get(owner),)) if len(names) == 1 else get
+    """Looks tensors up by name as they are now. Through the modules' own tables: attributes of modules are slow."""
+    places = [(tuple(name.split(".")[:-1]), name.rpartition(".")[2]) for name in names]
+    return lambda owner: tuple([_tensor(owner, path, leaf) for path, leaf in places])
 
 
-def _with_dtype(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_dtype(item, dtype) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_with_dtype(item, dtype) for item in value)
-    return dtype if value is COMPUTE_DTYPE else value
+def _tensor(module: Any, path: tuple[str, ...], leaf: str) -> Tensor:
+    for part in path:
+        module = module._modules[part]
+    parameter = module._parameters.get(leaf)
+    found: Tensor = getattr(module, leaf) if parameter is None else parameter
+    return found

@@ -1,0 +1,33 @@
+"""Each model is traced once a process: most of a tiny model's build is its trace.
+
+That a trace is the same every time is shown where other processes trace (`test_builder.py`, `test_locks_document.py`,
+`test_graph_text.py`); tests of tracing itself call `capture`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+from vlmbuild import builder
+from vlmbuild.families import Family
+from vlmbuild.program import Program
+from vlmbuild.source import Progress
+
+PLACES = ("vlmbuild.builder", "vlmbuild.planner", "vlmbuild.tracing")
+"""Modules that trace, by their own name for it."""
+_trace = builder.trace_program
+_traced: dict[tuple[str, str], Program] = {}
+
+
+def traced(family: Family, config: Any, progress: Progress = lambda *_: None) -> Program:
+    """A copy of the model as captured and outlined, before any pass; with the progress of a trace."""
+    key = family.name, json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _traced:
+        _traced[key] = _trace(family, config, progress)
+    else:
+        for variant in family.variants(config):
+            progress(f"capture {variant}", 0, 1)
+            progress(f"capture {variant}", 1, 1)
+    return copy.deepcopy(_traced[key])

@@ -67,27 +67,27 @@ def test_it_is_a_checkpoint_too(artifact):
         assert tensor.equal(opened.state_dict()[name]), name
 
 
-def test_every_graph_is_compiled_once_however_deep_the_model_is(artifact):
+def test_every_block_is_compiled_once_however_deep_the_model_is(artifact):
     index = json.loads((artifact.path / CODE_INDEX).read_text())
     files = {entry["file"] for entries in index["regions"].values() for entry in entries.values()}
     assert files == set(artifact.manifest.trust["code"])
     assert list(index["regions"]) == sorted(FORMS)
-    assert len(files) == 9
+    assert len(files) == 3
     assert all(entry.size < 4 << 20 for entry in artifact.manifest.files if entry.role == "code")
 
 
 def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
     """With another cache of inductor's, another folder and another hash seed."""
-    arguments = [artifact.path / "graph/program.json", "float32", "cpu", tmp_path, "growing:lm_head"]
+    arguments = [artifact.path / "graph/program.json", "float32", "cpu", tmp_path, "growing:visual.blocks"]
     command = [sys.executable, "-m", "vlmbuild.targets.aoti.compile", *map(str, arguments)]
     settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONHASHSEED": "7"}
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **settings})
-    (file,) = (name for name in artifact.manifest.trust["code"] if name.endswith("lm_head.pt2"))
-    assert (tmp_path / "growing.lm_head.pt2").read_bytes() == (artifact.path / file).read_bytes()
+    (file,) = (name for name in artifact.manifest.trust["code"] if name.endswith("visual.blocks.pt2"))
+    assert (tmp_path / "growing.visual.blocks.pt2").read_bytes() == (artifact.path / file).read_bytes()
 
 
 def test_opening_takes_trust(artifact, run):
-    with pytest.raises(TrustError, match=r"holds compiled code \(9 files\).*--trust-code"):
+    with pytest.raises(TrustError, match=r"holds compiled code \(3 files\).*--trust-code"):
         vlmbuild.load(artifact.path)
     asked = ["run", artifact.path, "--prompt", "Read the digits."]
     code, _, err = run(*asked)
@@ -141,8 +141,11 @@ def changed(artifact, change):
         (lambda index: index["platform"].update(torch="1.0"), "for torch 1.0"),
         (lambda index: index["platform"].pop("libc"), "cannot be read"),
         (lambda index: index.update(dtype="bfloat16"), "computes in bfloat16, and its weights are in torch.float32"),
-        (lambda index: index["regions"]["growing"].pop("lm_head"), "another graph for lm_head"),
-        (lambda index: index["regions"]["growing"]["lm_head"].update(graph="0"), "another graph for lm_head"),
+        (lambda index: index["regions"]["growing"].pop("visual.blocks"), "another graph for visual.blocks"),
+        (
+            lambda index: index["regions"]["growing"]["visual.blocks"].update(graph="0"),
+            "another graph for visual.blocks",
+        ),
     ],
 )
 def test_code_that_does_not_fit_is_not_opened(artifact, monkeypatch, change, message):

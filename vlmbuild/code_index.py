@@ -8,10 +8,17 @@ from typing import Any, Self
 
 from vlmbuild.cached_block import CacheForm
 from vlmbuild.code_platform import CodePlatform
+from vlmbuild.program import Program, Region
 
 CODE_INDEX = "code/index.json"
 FORMS: tuple[CacheForm, ...] = ("growing", "static")
 """The programs with a cache whose regions are compiled."""
+
+
+def compiled_regions(program: Program) -> dict[str, Region]:
+    """Those that are compiled: the repeated blocks. The parts between them are a few operators each, which run once a batch
+    and would take as long to compile as a block."""
+    return {name: region for name, region in program.regions.items() if len(region.instances) > 1}
 
 
 @dataclass(frozen=True, slots=True)

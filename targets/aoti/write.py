@@ -15,7 +15,7 @@ from vlmbuild.targets.trainable import publish, write_checkpoint
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex
+from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex, compiled_regions
 from vlmbuild.graph_text import digest
 from vlmbuild.kv_cache import with_cache
 from vlmbuild.program import Program, Region
@@ -63,7 +63,7 @@ def _write_code(writer: ArtifactWriter, request: Request) -> None:
             writer.copy(made["file"], file, "code")
             entries[graph] = CodeEntry(file, tuple(made["order"]), graph)
     regions: dict[str, Mapping[str, CodeEntry]] = {
-        form: {name: entries[digest(region)] for name, region in program.regions.items()}
+        form: {name: entries[digest(region)] for name, region in compiled_regions(program).items()}
         for form, program in programs.items()
     }
     index = CodeIndex(platform, request.recipe.dtype, regions)
@@ -71,9 +71,9 @@ def _write_code(writer: ArtifactWriter, request: Request) -> None:
 
 
 def _distinct(programs: Mapping[Any, Program]) -> dict[str, tuple[str, str, Region]]:
-    """Digest -> form, name and region of every graph, each once."""
+    """Digest -> form, name and region of every graph to compile, each once."""
     found: dict[str, tuple[str, str, Region]] = {}
     for form, program in programs.items():
-        for name, region in program.regions.items():
+        for name, region in compiled_regions(program).items():
             found.setdefault(digest(region), (form, name, region))
     return found

@@ -142,8 +142,9 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _comparable(peer: str, side: str) -> bool:
-    """Whether a peer's weights are stored as a side's are; its products may be in fewer bits."""
-    return not peer.startswith("vlmbuild") and ("int4" in peer) == ("int4" in side)
+    """Whether a peer's weights have as many bits as a side's."""
+    kinds = [next((kind for kind in ("int4", "bfloat16") if kind in name), "float32") for name in (peer, side)]
+    return not peer.startswith("vlmbuild") and kinds[0] == kinds[1]
 
 
 def bar(name: str, asked: str, measured: float, met: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.bench.export_sides import Side
 
 PATCHES, GRID = 1024, (1, 32, 32)
-VISION, DECODE = "vision", "decode"
+VISION, DECODE, COMPILED = "vision", "decode", "compiled.pt2"
 
 
 class ExportersPeer(Side):
@@ -161,7 +161,7 @@ class InductorPeer(ExportersPeer):
         for name, (module, inputs) in self.parts(checkpoint).items():
             exported = DynamoExporter().export(module, inputs, DynamoConfig(dynamic=True))
             exported.save_pretrained(output / name)
-            aoti_compile_and_package(exported.program, package_path=str(output / name / "model.pt2"))
+            aoti_compile_and_package(exported.program, package_path=str(output / name / COMPILED))
 
     def open(self, output: Path) -> None:
         from torch._inductor import aoti_load_package
@@ -171,7 +171,7 @@ class InductorPeer(ExportersPeer):
         for name in (DECODE, VISION):
             exported = ExportedModel.from_pretrained(output / name, device="cpu")
             runner = next(iter(exported.runners.values()))
-            runner.module = aoti_load_package(str(output / name / "model.pt2"))
+            runner.module = aoti_load_package(str(output / name / COMPILED))
             setattr(self, "decoder" if name == DECODE else "tower", exported)
 
     def encode(self, batch: dict[str, Tensor]) -> object:

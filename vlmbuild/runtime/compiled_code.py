@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex
+from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex, compiled_regions
 from vlmbuild.code_platform import check_platform
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.graph_text import digest
@@ -67,8 +67,8 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
     runners: dict[str, Any] = {}
     for form in FORMS:
         cached = CachedProgram.of(model, form)
-        bound: dict[str, Any] = {}
-        for name, region in cached.program.regions.items():
+        bound: dict[str, Any] = dict(cached.bound)
+        for name, region in compiled_regions(cached.program).items():
             entry = _entry(index, cached.program, form, name, where)
             if entry.file not in runners:
                 runners[entry.file] = _runner(read(entry.file), f"{where}: {entry.file}")

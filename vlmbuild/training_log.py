@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 
 from vlmbuild.errors import OutputError
 
+_STATUS = Path("/proc/self/status")
+
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
@@ -118,5 +120,8 @@ def peak_memory() -> int:
     """Bytes that this process has used at most: allocated by torch on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if _STATUS.exists():  # what getrusage says, a process inherits from the one that started it
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024

@@ -91,10 +91,11 @@ def _attention_gradient_parts(args: Sequence[Any], _: Any) -> int:
     return int(parts + (0 if groups is None else parts + 2 * grad.nbytes))
 
 
-def _turned_halves(args: Sequence[Any], _: Any) -> int:
-    """Without Triton: a half of the query in float32 by the sine; for other dtypes by the cosine, and both halves, too."""
-    query = args[0]
-    return int(query.numel() * (2 if query.dtype == torch.float32 else 8))
+def _rolled(args: Sequence[Any], _: Any) -> int:
+    """Without Triton: whole tables of cosines and sines, and the query with its halves swapped in float32; for other dtypes
+    itself and its product by the cosine, too."""
+    query, _key, cos, _sin = args
+    return int(query.numel() * (4 if query.dtype == torch.float32 else 12) + 16 * cos.numel())
 
 
 def _promoted(args: Sequence[Any], result: Any) -> int:
@@ -148,8 +149,8 @@ WORKSPACES: dict[str, dict[Any, Workspace]] = {
         _OPS.linear_8bit_backward.default: _dequantized_8bit_cpu,
         _OPS.attention_auto_forward.default: _attention_parts,
         _OPS.attention_auto_backward.default: _attention_gradient_parts,
-        _OPS.mrope_rotate.default: _turned_halves,
-        _OPS.mrope_rotate_backward.default: _turned_halves,
+        _OPS.mrope_rotate.default: _rolled,
+        _OPS.mrope_rotate_backward.default: _rolled,
         torch.Tag.pointwise: _promoted,
     },
 }

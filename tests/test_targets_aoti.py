@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from vlmbuild.targets.aoti import workers
 
 import vlmbuild
+from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.builder import build
 from vlmbuild.code_index import CODE_INDEX, FORMS
 from vlmbuild.errors import CompileError, IncompatibleError, ParityError, TrustError, UsageError
@@ -78,7 +79,7 @@ def test_every_block_is_compiled_once_however_deep_the_model_is(artifact):
 
 def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
     """With another cache of inductor's, another folder and another hash seed."""
-    arguments = [artifact.path / "graph/program.json", "float32", "cpu", tmp_path, "growing:visual.blocks"]
+    arguments = [artifact.path / "graph/program.json", "float32", tmp_path, "growing:visual.blocks"]
     command = [sys.executable, "-m", "vlmbuild.targets.aoti.compile", *map(str, arguments)]
     settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONHASHSEED": "7"}
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **settings})
@@ -87,7 +88,7 @@ def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
 
 
 def test_opening_takes_trust(artifact, run):
-    with pytest.raises(TrustError, match=r"holds compiled code \(3 files\).*--trust-code"):
+    with pytest.raises(TrustError, match=r"holds compiled code.*--trust-code"):
         vlmbuild.load(artifact.path)
     asked = ["run", artifact.path, "--prompt", "Read the digits."]
     code, _, err = run(*asked)
@@ -119,6 +120,50 @@ def test_it_does_not_train(artifact):
     assert model.to("cpu") is model
     with pytest.raises(UsageError, match="computes in the dtype that it was built with, float32"):
         vlmbuild.load(artifact.path, trust=("code",), dtype="bfloat16")
+
+
+def test_trust_is_asked_for_however_files_are_called(artifact, tmp_path):
+    with ArtifactWriter(tmp_path / "out") as writer:
+        for entry in artifact.manifest.files:
+            if entry.role != "code":
+                writer.copy(artifact.path / entry.path, entry.path, entry.role)
+        writer.publish(name="m", target="aoti", recipe=artifact.manifest.recipe)
+    with pytest.raises(TrustError):
+        vlmbuild.load(tmp_path / "out")
+
+
+def test_autocast_changes_nothing(artifact):
+    model, processor = vlmbuild.load(artifact.path, trust=("code",))
+    batch = next(cases(processor)).batch
+    plain = model(**batch).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(**batch).logits.equal(plain)
+
+
+def test_code_gets_what_it_was_compiled_for(artifact):
+    model, _ = vlmbuild.load(artifact.path, trust=("code",))
+    region = model.graphs.cached("static").bound["language_model.layers.cached"]
+    assert len(region._written) == 2
+    for place, dtype in region._inputs:
+        value = torch.zeros(4, 4, dtype=torch.int16 if dtype.is_floating_point else torch.float32)
+        with pytest.raises(UsageError, match="was compiled for"):
+            region._laid_out(value, place, dtype)
+    strided = torch.zeros(4, 4).T
+    with pytest.raises(UsageError, match="has to be contiguous"):
+        region._laid_out(torch.zeros(4, 8)[:, ::2], min(region._written), torch.float32)
+    assert region._laid_out(strided[:, ::2], 0, torch.float32).is_contiguous()
+
+
+def test_from_pretrained_has_no_place_for_code(tmp_path):
+    with pytest.raises(UsageError, match="loaded with trust"):
+        vlmbuild.from_pretrained("qwen2-vl-digits", target="aoti", cache_dir=tmp_path)
+    with pytest.raises(UsageError, match="compiles for CPUs"):
+        build(
+            "qwen2-vl-digits",
+            tmp_path / "out",
+            Recipe(target="aoti"),
+            device="cuda" if torch.cuda.is_available() else "meta",
+        )
 
 
 def changed(artifact, change):

@@ -34,7 +34,7 @@ def test_graphs_compute_what_regions_do(built, form):
     program = with_cache(built, form)
     annotate_shapes(program)
     for region in program.regions.values():
-        graph, order = compilable(region, torch.float32, torch.device("cpu"))
+        graph, order = compilable(region, torch.float32)
         plain = aten_module(region, torch.float32, dropout=False)
         for sizes in ({}, {"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1}):
             slots, activations = example(region, sizes)

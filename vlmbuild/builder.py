@@ -97,6 +97,10 @@ def build(
     """
     told = progress or (lambda _stage, _done, _total: None)
     available_device(device)
+    if recipe.target == "aoti" and device != "cpu":
+        raise UsageError(
+            "--target aoti compiles for CPUs. Leave --device out, or build the trainable target for a GPU."
+        )
     check_calibration(recipe, calibration)
     check_output(Path(output), overwrite=overwrite)
     if adapter is not None:

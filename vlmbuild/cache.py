@@ -15,7 +15,7 @@ from filelock import FileLock
 from vlmbuild.artifact.output import output_errors
 from vlmbuild.artifact.reader import verify
 from vlmbuild.builder import build
-from vlmbuild.errors import ArtifactError
+from vlmbuild.errors import ArtifactError, UsageError
 from vlmbuild.recipe import TOOLS, Recipe
 from vlmbuild.runtime.loader import load
 from vlmbuild.runtime.model import VisionLanguageModel
@@ -40,9 +40,15 @@ def from_pretrained(
         **recipe: Fields of `Recipe`, for example quantize="nf4".
 
     Raises:
+        UsageError: The target is aoti.
         VlmbuildError: As `build` and `load`.
     """
     chosen = Recipe.from_mapping(recipe, where="from_pretrained")
+    if chosen.target == "aoti":
+        raise UsageError(
+            "from_pretrained: code belongs to one kind of machine, and is loaded with trust. Use build with that "
+            'target, then load(path, trust=("code",)).'
+        )
     found = resolve(source, revision=revision)
     cache = Path(cache_dir or os.environ.get("VLMBUILD_CACHE") or Path.home() / ".cache" / "vlmbuild")
     path = cache / _cache_key(found, chosen)

@@ -27,13 +27,21 @@ class CodeEntry:
 
     Attributes:
         file: Path in the artifact.
-        order: Of the region's activations, as the code takes them after the slots.
+        inputs: What the code takes after the slots: places among the region's activations, and the dtype of each.
         graph: SHA-256 (hex) of the region's text, which says what was compiled.
     """
 
     file: str
-    order: tuple[int, ...]
+    inputs: tuple[tuple[int, str], ...]
     graph: str
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Raises what `CodeIndex.from_record` raises."""
+        file = str(record["file"])
+        if not file.endswith(".pt2"):  # a manifest calls such files code, whoever wrote it
+            raise ValueError(f"{file} is no package")
+        return cls(file, tuple((int(place), str(dtype)) for place, dtype in record["inputs"]), str(record["graph"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class CodeIndex:
             "dtype": self.dtype,
             "regions": {
                 form: {
-                    name: {"file": entry.file, "order": list(entry.order), "graph": entry.graph}
+                    name: {"file": entry.file, "inputs": [list(x) for x in entry.inputs], "graph": entry.graph}
                     for name, entry in entries.items()
                 }
                 for form, entries in self.regions.items()
@@ -66,12 +74,9 @@ class CodeIndex:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Raises LookupError, TypeError or AttributeError for a record of something else."""
+        """Raises LookupError, TypeError, ValueError or AttributeError for a record of something else."""
         regions = {
-            form: {
-                name: CodeEntry(str(entry["file"]), tuple(map(int, entry["order"])), str(entry["graph"]))
-                for name, entry in entries.items()
-            }
+            form: {name: CodeEntry.from_record(entry) for name, entry in entries.items()}
             for form, entries in record["regions"].items()
         }
         return cls(CodePlatform.from_record(record["platform"]), str(record["dtype"]), regions)

@@ -21,33 +21,34 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 """Each level has the features of those before it (System V ABI for AMD64, table 3.1)."""
 
 
+_SETS = (
+    "abm", "adx", "aes", "amx", "avx", "bmi", "cx16", "f16c", "fma", "gfni", "lahf", "movbe", "pclmul", "popcnt", "sha", "sse",
+    "ssse", "vaes", "vpclmul", "xsave",
+)  # fmt: skip
+"""How names of instruction sets begin on x86, where the system lists much else, also of virtual machines."""
+
+
 @dataclass(frozen=True, slots=True)
 class CodePlatform:
-    """What code needs of the machine that runs it.
+    """What code for a CPU needs of the machine that runs it.
 
     Attributes:
-        device: "cpu" or "cuda".
         machine: Architecture of the processor, for example "x86_64".
-        level: The microarchitecture level that it was compiled for; "" where there are none.
+        level: The microarchitecture level that it was compiled for; "" where it is for the very processor.
         features: Instruction sets that it may use, without punctuation ("avx512vl"), sorted.
-        capability: Of a CUDA device, for example "9.0"; "" on a CPU.
         torch: Version of torch, whose libraries it is linked to.
         libc: The C library and its version, for example "glibc 2.36"; "" if there is no telling.
     """
 
-    device: str
     machine: str
     level: str
     features: tuple[str, ...]
-    capability: str
     torch: str
     libc: str
 
     @property
     def folder(self) -> str:
-        """Name of the folder for such code: "cpu-x86-64-v4", "cuda-sm90"."""
-        if self.device == "cuda":
-            return f"cuda-sm{self.capability.replace('.', '')}"
+        """Name of the folder for such code, for example "cpu-x86-64-v4"."""
         return f"cpu-{self.level or self.machine}"
 
     def record(self) -> dict[str, Any]:
@@ -60,9 +61,9 @@ class CodePlatform:
         return cls(**{**record, "features": tuple(record["features"])})
 
 
-def this_platform(device: torch.device, features: tuple[str, ...] = (), *, levels: bool = True) -> CodePlatform:
-    """That of code which is compiled here, for this processor's level and the features given; without levels, for all that
-    the processor has."""
+def this_platform(features: tuple[str, ...] = (), *, levels: bool = True) -> CodePlatform:
+    """That of code which is compiled here, for this processor's level and the features given; without levels, for all
+    instruction sets that the processor has."""
     here = cpu_features()
     level = ""
     needed = set(features)
@@ -71,26 +72,24 @@ def this_platform(device: torch.device, features: tuple[str, ...] = (), *, level
             break
         level = name
         needed.update(added)
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
     return CodePlatform(
-        device.type, platform.machine(), level, tuple(sorted(needed if level else here)), capability, _torch_version(),
+        platform.machine(), level, tuple(sorted(needed if level else here)), _torch_version(),
         " ".join(platform.libc_ver()).strip(),
     )  # fmt: skip
 
 
-def check_platform(needed: CodePlatform, device: torch.device, where: str) -> None:
+def check_platform(needed: CodePlatform, where: str) -> None:
     """Refuse code that cannot run here.
 
     Raises:
-        IncompatibleError: It is for another device or processor, or for other versions of torch or of the C library.
+        IncompatibleError: It is for another processor, or for other versions of torch or of the C library.
     """
-    here = this_platform(device)
+    here = this_platform()
     missing = sorted(set(needed.features) - cpu_features())
     problems = [
-        (needed.device != here.device, f"for the device {needed.device}, and {here.device} is asked for"),
         (needed.machine != here.machine, f"for processors of type {needed.machine}, and this one is {here.machine}"),
-        (bool(missing) and needed.machine == here.machine, f"for processors with {', '.join(missing)}, which this one lacks"),
-        (needed.capability != here.capability, f"for CUDA capability {needed.capability}, and here it is {here.capability}"),
+        (not needed.features, "for a processor whose features are not known"),
+        (bool(missing), f"for processors with {', '.join(missing)}, which this one lacks"),
         (needed.torch != here.torch, f"for torch {needed.torch}, and {here.torch} is installed"),
         (not _runs_on(needed.libc, here.libc), f"for {needed.libc} or newer, and here is {here.libc or 'another C library'}"),
     ]  # fmt: skip
@@ -109,8 +108,11 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     for line in lines:
         name, _, value = line.partition(":")
-        if name.strip().lower() in ("flags", "features"):
-            return frozenset(plain_feature(word) for word in value.split())
+        words = frozenset(plain_feature(word) for word in value.split())
+        if name.strip() == "flags":
+            return frozenset(word for word in words if word.startswith(_SETS))
+        if name.strip() == "Features":
+            return words
     return frozenset()
 
 

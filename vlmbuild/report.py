@@ -97,7 +97,7 @@ def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
     """What was measured before the artifact was published."""
     numerics = list(numerics)
     if any("output" in record for record in numerics):
-        return _onnx_parity_lines(numerics)
+        return _export_parity_lines(numerics)
     rows = [
         [
             record["case"], record["error"], record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
@@ -109,7 +109,7 @@ def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
     return table(heads, rows, "<>>>>") if rows else []
 
 
-def _onnx_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
+def _export_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
     """How far ONNX models are from the program."""
     rows = [
         [

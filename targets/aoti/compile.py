@@ -1,6 +1,6 @@
 """Compile regions with AOTInductor, each once however many instances it has, in processes of their own.
 
-`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE DEVICE FOLDER FORM:REGION ...` writes a package for each region into
+`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE FOLDER FORM:REGION ...` writes a package for each region into
 the folder, and prints a line of JSON about it.
 """
 
@@ -27,38 +27,40 @@ from vlmbuild.program import Program
 from vlmbuild.program_json import from_json
 from vlmbuild.shapes import annotate_shapes
 
-_NEEDED = (".wrapper.so", ".wrapper.json", ".wrapper_metadata.json")
-"""Ends of the files that a package needs: machine code, calls of our operators, its device. The rest are sources, which name
-folders of this machine."""
-
+_PARTS = {".wrapper.so": True, ".wrapper_metadata.json": True, ".wrapper.json": False}
+"""Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our own
+operators. The rest are sources, which name folders of this machine."""
 _MARCH = "cpp.march"
 _NAMELESS = ("-s", "-Wno-builtin-macro-redefined", '-D__FILE__="code"')
 """The compiler's options that keep names of files, which depend on where inductor's cache is, out of the code."""
 
 
-def code_platform(device: torch.device) -> CodePlatform:
+def code_platform() -> CodePlatform:
     """What code that is compiled here needs: the processor's level, and what inductor's own kernels use. Before torch 2.13
     inductor compiles for the very processor."""
     if _MARCH not in inductor.get_config_copy():
-        return this_platform(device, levels=False)
-    flags = pick_vec_isa().build_arch_flags().split() if device.type == "cpu" else []
-    return this_platform(device, tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
+        return this_platform(levels=False)
+    flags = pick_vec_isa().build_arch_flags().split()
+    return this_platform(tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
 
 
 def compile_region(graph: GraphModule, name: str, level: str, folder: Path) -> Path:
-    """A package with the code of a region's graph; the same graph gives the same bytes, wherever it is compiled."""
+    """A package with the code of a region's graph; the same graph gives the same bytes, wherever it is compiled.
+
+    Raises:
+        Exception: Inductor's or the C++ compiler's own, of many kinds.
+    """
     inputs = tuple(node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder")
     with torch.no_grad():
         files = torch._inductor.aot_compile(graph, inputs, options=_options(level))
     assert isinstance(files, list)
     place = folder / f"{name}.files"
     place.mkdir()
-    kept: list[Any] = [
-        str(shutil.copyfile(str(file), place / f"region{end}"))
-        for file in files
-        for end in _NEEDED
-        if str(file).endswith(end)
-    ]
+    kept: list[Any] = []
+    for end, needed in _PARTS.items():
+        found = [str(file) for file in files if str(file).endswith(end)]
+        assert len(found) == 1 or (not found and not needed), files
+        kept += [shutil.copyfile(file, str(place / f"region{end}")) for file in found]
     packed = package_aoti(str(place / "region.pt2"), {"model": kept})  # the archive's name is in it
     return Path(shutil.move(str(packed), folder / f"{name}.pt2"))
 
@@ -75,11 +77,10 @@ def _options(level: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def main(program_file: str, dtype_name: str, device_name: str, folder: str, *units: str) -> int:
+def main(program_file: str, dtype: str, folder: str, *units: str) -> int:
     """Compile the units; returns the exit code."""
     program = from_json(json.loads(Path(program_file).read_text(encoding="utf-8")))
-    dtype, device = getattr(torch, dtype_name), torch.device(device_name)
-    platform = code_platform(device)
+    platform = code_platform()
     programs: dict[str, Program] = {}
     digests: dict[str, dict[str, str]] = {}
     for unit in units:
@@ -88,9 +89,11 @@ def main(program_file: str, dtype_name: str, device_name: str, folder: str, *uni
             programs[form] = with_cache(program, form)  # type: ignore[arg-type]
             digests[form] = {name: digest(region) for name, region in programs[form].regions.items()}
             annotate_shapes(programs[form])
-        graph, order = compilable(programs[form].regions[name], dtype, device)
+        graph, order = compilable(programs[form].regions[name], getattr(torch, dtype))
         file = compile_region(graph, unit.replace(":", "."), platform.level, Path(folder))
-        print(json.dumps({"unit": unit, "file": str(file), "order": order, "graph": digests[form][name]}), flush=True)
+        placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
+        inputs = [(place, str(x.dtype).removeprefix("torch.")) for place, x in zip(order, placeholders, strict=True)]
+        print(json.dumps({"unit": unit, "file": str(file), "inputs": inputs, "graph": digests[form][name]}), flush=True)
     return 0
 
 

@@ -19,8 +19,8 @@ Shape = tuple[int | str, ...]
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
-def compilable(region: Region, dtype: torch.dtype, device: torch.device) -> tuple[GraphModule, tuple[int, ...]]:
-    """The graph, whose placeholders have fake tensors on the device, and the order of activations that it takes.
+def compilable(region: Region, dtype: torch.dtype) -> tuple[GraphModule, tuple[int, ...]]:
+    """The graph, whose placeholders have fake tensors, and the order of activations that it takes.
 
     Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last unknown.
     So inputs come in an order in which there is never a second unknown; where there is none, the whole expression gets a
@@ -35,7 +35,7 @@ def compilable(region: Region, dtype: torch.dtype, device: torch.device) -> tupl
     for place in order:  # each behind all others
         graph.graph.output_node().prepend(placeholders[first + place])
     _placeholders_first(graph)
-    _give_values(graph, region, [shapes[place] for place in order], order, dtype, device)
+    _give_values(graph, region, [shapes[place] for place in order], order, dtype)
     lower(graph)
     return graph, order
 
@@ -89,9 +89,8 @@ def _placeholders_first(graph: GraphModule) -> None:
 
 
 def _give_values(
-    graph: GraphModule, region: Region, shapes: Sequence[Shape], order: Sequence[int], dtype: torch.dtype,
-    device: torch.device,
-) -> None:  # fmt: skip
+    graph: GraphModule, region: Region, shapes: Sequence[Shape], order: Sequence[int], dtype: torch.dtype
+) -> None:
     """Fake tensors for the placeholders, from a program of this one call."""
 
     def chosen(wanted: torch.dtype) -> torch.dtype:
@@ -111,9 +110,9 @@ def _give_values(
     for node in graph.graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":
-            node.meta["val"] = _on(found[node], device)
+            node.meta["val"] = _on_cpu(found[node])
 
 
-def _on(value: Tensor, device: torch.device) -> Tensor:
+def _on_cpu(value: Tensor) -> Tensor:
     with value.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty(value.shape, dtype=value.dtype, device=device)
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu")

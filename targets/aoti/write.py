@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from vlmbuild.targets.aoti.workers import compile_units
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import publish, write_checkpoint
@@ -27,7 +26,7 @@ _CODE_BYTES = 4 << 20
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
-    """Write and publish an artifact with code for `request.device`.
+    """Write and publish an artifact with code for processors like this one.
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
@@ -49,11 +48,11 @@ def _write_code(writer: ArtifactWriter, request: Request) -> None:
     programs = {form: with_cache(stored, form) for form in FORMS}
     distinct = _distinct(programs)
     units = {f"{form}:{name}": len(region.graph.graph.nodes) for form, name, region in distinct.values()}
-    platform = code_platform(torch.device(request.device))
+    platform = code_platform()
     writer.require_space(_CODE_BYTES * len(units))
     with tempfile.TemporaryDirectory() as scratch:
         compiled = compile_units(
-            writer.staging / "graph/program.json", request.recipe.dtype, request.device, Path(scratch), units,
+            writer.staging / "graph/program.json", request.recipe.dtype, Path(scratch), units,
             lambda done, total: request.progress("compile", done, total),
         )  # fmt: skip
         entries: dict[str, CodeEntry] = {}
@@ -61,7 +60,7 @@ def _write_code(writer: ArtifactWriter, request: Request) -> None:
             made = compiled[f"{form}:{name}"]
             file = f"code/{platform.folder}/{form}/{name}.pt2"
             writer.copy(made["file"], file, "code")
-            entries[graph] = CodeEntry(file, tuple(made["order"]), graph)
+            entries[graph] = CodeEntry(file, tuple((place, dtype) for place, dtype in made["inputs"]), graph)
     regions: dict[str, Mapping[str, CodeEntry]] = {
         form: {name: entries[digest(region)] for name, region in compiled_regions(program).items()}
         for form, program in programs.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlmbuild.runtime.compiled_code import adopt_code, read_index
+from vlmbuild.runtime.compiled_code import adopt_code
 from vlmbuild.runtime.decoding import Decoding
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.loader import bind_directory
@@ -42,8 +42,7 @@ def measure(directory: Path, dtype: str) -> list[Record]:
     def read(name: str) -> bytes:
         return (directory / name).read_bytes()
 
-    device = read_index(read, str(directory)).platform.device
-    graphs, compiled = (bind_directory(directory, getattr(torch, dtype)).eval().to(device) for _ in range(2))
+    graphs, compiled = (bind_directory(directory, getattr(torch, dtype)).eval() for _ in range(2))
     adopt_code(compiled, read, str(directory))
     records: list[Record] = []
     for case in cases(graphs.family.processor(directory)):
@@ -70,4 +69,5 @@ def _held(cache: KeyValueCache, model: VisionLanguageModel, batch: Mapping[str, 
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # figures go into the manifest, and are not to depend on the number of cores
     sys.exit(print_records(lambda: measure(Path(sys.argv[1]), *sys.argv[2:])))

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex, compiled_regions
 from vlmbuild.code_platform import check_platform
-from vlmbuild.errors import IncompatibleError
+from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.graph_text import digest
 from vlmbuild.program import Program, Region
 from vlmbuild.runtime.compiler import Compiler
@@ -23,6 +24,7 @@ from vlmbuild.runtime.region_instance import slots_getter
 
 Read = Callable[[str], bytes]
 """The content of a file of an artifact, checked against its manifest."""
+Runner = Callable[[list[Tensor]], list[Tensor]]
 
 
 class CompiledRegion:
@@ -31,12 +33,14 @@ class CompiledRegion:
     Args:
         region: Of the program with a cache.
         runner: Takes a list of tensors, and empties it.
-        order: Of the activations, as the code takes them.
+        entry: Says which activations the code takes.
     """
 
-    def __init__(self, region: Region, runner: Callable[[list[Tensor]], list[Tensor]], order: tuple[int, ...]) -> None:
+    def __init__(self, region: Region, runner: Runner, entry: CodeEntry) -> None:
         self.region = region
-        self._runner, self._order = runner, order
+        self._runner = runner
+        self._inputs = [(place, getattr(torch, dtype)) for place, dtype in entry.inputs]
+        self._written = written_activations(region)
         self._tensors_of = slots_getter([slot.name for slot in region.slots])
         self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
 
@@ -50,8 +54,35 @@ class CompiledRegion:
     def run(
         self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
     ) -> tuple[Tensor, ...]:
-        """Run the code. It reads memory as the tensors' sizes say, so they are laid out so."""
-        return tuple(self._runner([*tensors, *(activations[place].contiguous() for place in self._order)]))
+        """Run the code.
+
+        Raises:
+            UsageError: An activation is not what the code was compiled for. It would read memory as if it were.
+        """
+        inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in self._inputs]
+        return tuple(self._runner([*tensors, *inputs]))
+
+    def _laid_out(self, value: Tensor, place: int, dtype: torch.dtype) -> Tensor:
+        if value.dtype != dtype or value.device.type != "cpu":
+            raise UsageError(
+                f"{self.region.name} was compiled for {dtype} on a CPU and got {value.dtype} on {value.device}. Leave the "
+                "model as it was loaded."
+            )
+        if not value.is_contiguous() and place in self._written:
+            raise UsageError(
+                f"{self.region.name} writes into its cache, which has to be contiguous. Make it by new_cache."
+            )
+        return value.contiguous()
+
+
+def written_activations(region: Region) -> frozenset[int]:
+    """Places of the activations that a region's graph writes into."""
+    places = {node: place for place, node in enumerate(region.placeholders()[len(region.slots) :])}
+    return frozenset(
+        places[node.args[0]]
+        for node in region.graph.graph.nodes
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.args[0] in places
+    )
 
 
 def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
@@ -61,7 +92,7 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
         IncompatibleError: The code is for another platform, dtype or graph, or cannot be opened.
     """
     index = read_index(read, where)
-    check_platform(index.platform, model.device, where)
+    check_platform(index.platform, where)
     if getattr(torch, index.dtype, None) != model.dtype:
         raise IncompatibleError(f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}.")
     runners: dict[str, Any] = {}
@@ -72,7 +103,7 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
             entry = _entry(index, cached.program, form, name, where)
             if entry.file not in runners:
                 runners[entry.file] = _runner(read(entry.file), f"{where}: {entry.file}")
-            bound[name] = CompiledRegion(region, runners[entry.file], entry.order)
+            bound[name] = CompiledRegion(region, runners[entry.file], entry)
         model.use_cached(form, CachedProgram(cached.program, bound))
 
 
@@ -96,15 +127,17 @@ def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str)
     return entry
 
 
-def _runner(package: bytes, where: str) -> Callable[[list[Tensor]], list[Tensor]]:
+def _runner(package: bytes, where: str) -> Runner:
     """Runs the machine code of a package, which is opened from a file of its own: nobody else can write to it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "region.pt2"
         file.write_bytes(package)
         try:
-            opened = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
+            opened = torch._inductor.aoti_load_package(
+                str(file), run_single_threaded=True
+            )  # no locks: a model serves one caller at a time
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise IncompatibleError(f"{where} cannot be opened: {reason} Build the artifact again.") from error
-    runner: Callable[[list[Tensor]], list[Tensor]] = opened.loader.boxed_run
+    runner: Runner = opened.loader.boxed_run
     return runner

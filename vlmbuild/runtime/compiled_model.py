@@ -17,7 +17,7 @@ from vlmbuild.runtime.model import VisionLanguageModel
 
 class CompiledVisionLanguageModel(InferenceModel):
     """`model(**processor_batch)` gives `.logits`; `model.generate(**processor_batch, ...)` is transformers' own generation,
-    also with `cache_implementation="static"`. It is for inference, on the device and in the dtype that it was compiled for.
+    also with `cache_implementation="static"`. It is for inference, on a CPU and in the dtype that it was compiled for.
 
     Args:
         graphs: The same model, whose programs with a cache have compiled regions.
@@ -31,7 +31,10 @@ class CompiledVisionLanguageModel(InferenceModel):
         self.generation_config = graphs.generation_config
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):  # code computes in the dtypes that it was compiled for
             return Decoding(self.graphs, cache, keep).logits(batch)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:

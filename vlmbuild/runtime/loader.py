@@ -116,9 +116,13 @@ def _load_compiled(
     path = reader.path
     check_trust(path, reader.manifest, trust)
     _check_built(reader, dtype)
+    if device.type != "cpu":
+        raise IncompatibleError(
+            f"{path} was compiled for CPUs, and cannot run on {device}. Build the trainable target."
+        )
     if verify:
         reader = ArtifactReader(path)
-    graphs = _bind(reader.read, path, _dtype(None, reader.manifest)).eval().to(device)
+    graphs = _bind(reader.read, path, _dtype(None, reader.manifest)).eval()
     graphs.processor = graphs.family.processor(path)
     if reader.manifest.entry(GENERATION_CONFIG) is not None:
         graphs.generation_config = _generation_config(reader)
@@ -129,12 +133,11 @@ def _load_compiled(
 
 
 def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
-    """Raise TrustError for an artifact with code that the caller has not allowed."""
-    files = manifest.trust["code"]
-    if files and "code" not in trust:
+    """Raise TrustError for an artifact with code that the caller has not allowed, however its files are called."""
+    if (manifest.trust["code"] or manifest.target == "aoti") and "code" not in trust:
         raise TrustError(
-            f"{path} holds compiled code ({len(files)} files), which would run with your rights. If you trust those who built "
-            'it, load it with trust=("code",), or on the command line with --trust-code.'
+            f"{path} holds compiled code, which would run with your rights. If you trust those who built it, load it with "
+            'trust=("code",), or on the command line with --trust-code.'
         )
 
 

@@ -108,7 +108,7 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
     return found | kept | {"bandwidth": widths, "rounds": len(results)}
 
 
-def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, float]]:
+def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, Any]]:
     """Tokens a second, and the share of the bandwidth that a token's weights take."""
     found = {}
     widest = max(result["bandwidth"]["read"] for result in report["run"].values() if "bandwidth" in result)
@@ -117,11 +117,11 @@ def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, float]]:
         if "absent" in result:
             continue
         rate = result["bytes_per_token"] / result["token"]
-        same = next((n for n, (a, b) in enumerate(zip(result["said"], said, strict=True)) if a != b), len(said))
+        same = next((n for n, (a, b) in enumerate(zip(result["said"], said, strict=False)) if a != b), len(said))
         found[side] = {
             "prompt_tokens_per_second": round(tokens / result["prompt"], 1),
             "tokens_per_second": round(1 / result["token"], 1), "bytes_per_second": round(rate),
-            "share_of_bandwidth": round(rate / widest, 3), "first_tokens_as_transformers": same,
+            "share_of_bandwidth": round(rate / widest, 3) if rate else None, "first_tokens_as_transformers": same,
         }  # fmt: skip
     return found
 
@@ -170,7 +170,7 @@ def show(report: dict[str, Any]) -> None:
         print(
             f"{side:44} {written['seconds']:6.1f} s {written['peak_resident'] / 1e9:5.2f} GB {written['bytes'] / 1e6:5.0f} MB "
             f"{image:>8} {speed['prompt_tokens_per_second']:8.0f}/s {speed['tokens_per_second']:7.1f}/s "
-            f"{speed['share_of_bandwidth']:9.0%}"
+            f"{'-' if speed['share_of_bandwidth'] is None else format(speed['share_of_bandwidth'], '.0%'):>9}"
         )
     print(f"\n{'asked':110} {'bar':>8} {'measured':>9}")
     for one in report["bars"]:

@@ -155,7 +155,7 @@ def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ..
     found = [kernels.dequantize_launch(tuple(buffers), weight, geometry)]
     for rows in (1, *ROW_SIDES):
         x, out = input.new_empty((rows, geometry[0])), input.new_empty((rows, geometry[1]))
-        found.append(kernels.linear_launch(x, tuple(buffers), bias, out, geometry, target))
+        found.append(kernels.product_launch(x, tuple(buffers), bias, out, geometry, target)[0])
         if rows > 1:
             found.append(kernels.grad_input_launch(out, tuple(buffers), x, geometry, target))
     return tuple(found)
@@ -178,7 +178,7 @@ def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launc
             found.append(kernels.outliers_launch(x, flags, threshold))
         found += [
             kernels.quantize_launch(x, flags, *known, threshold),
-            kernels.linear_8bit_launch(x, *known, weight, scales, bias, out, target, outliers=threshold > 0),
+            kernels.product_8bit_launch(x, *known, weight, scales, bias, out, target, outliers=threshold > 0)[0],
             kernels.grad_input_8bit_launch(out, weight, scales, x, target),
         ]
     return tuple(found)

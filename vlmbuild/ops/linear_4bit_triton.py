@@ -141,15 +141,24 @@ def linear_4bit_triton(input: Tensor, buffers: Buffers, bias: Tensor | None, geo
     if len(flat) > FUSED_ROWS:
         dense = dequantize_4bit_triton(buffers, geometry)
         return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
-    target = target_of(input)
-    parts = linear_parts(len(flat), geometry, input.dtype, target)
-    if parts == 1:
-        linear_launch(flat, buffers, bias, out.view(len(flat), -1), geometry, target).run()
+    launch, partial = product_launch(flat, buffers, bias, out.view(len(flat), -1), geometry, target_of(input))
+    launch.run()
+    if partial is None:
         return out
-    partial = out.new_empty((parts, len(flat), geometry[1]), dtype=torch.float32)
-    linear_launch(flat, buffers, None, partial, geometry, target).run()
     total = partial.sum(0) if bias is None else partial.sum(0).add_(bias)
     return out.copy_(total.view(out.shape))
+
+
+def product_launch(
+    x: Tensor, buffers: Buffers, bias: Tensor | None, out: Tensor, geometry: Geometry, target: int
+) -> tuple[Launch, Tensor | None]:
+    """The launch for these rows `[N, in]`, with the bias into `out` `[N, out]`; or into float32 parts of the result without
+    it, `[parts, N, out]`, which are given back to be summed."""
+    parts = linear_parts(len(x), geometry, x.dtype, target)
+    if parts == 1:
+        return linear_launch(x, buffers, bias, out, geometry, target), None
+    partial = out.new_empty((parts, len(x), geometry[1]), dtype=torch.float32)
+    return linear_launch(x, buffers, None, partial, geometry, target), partial
 
 
 def grad_input_triton(grad: Tensor, buffers: Buffers, geometry: Geometry) -> Tensor:

@@ -116,16 +116,27 @@ def linear_8bit_triton(input: Tensor, weight: Tensor, scales: Tensor, bias: Tens
     out = input.new_empty((*input.shape[:-1], weight.shape[0]))
     if not out.numel():
         return out
-    target, outliers = target_of(input), threshold > 0
     known = (x, *quantized_rows(x, threshold), weight, scales)
-    parts = parts_8bit(len(x), weight, x.dtype, target)
-    if parts == 1:
-        linear_8bit_launch(*known, bias, out.view(len(x), -1), target, outliers=outliers).run()
+    launch, partial = product_8bit_launch(*known, bias, out.view(len(x), -1), target_of(input), outliers=threshold > 0)
+    launch.run()
+    if partial is None:
         return out
-    partial = out.new_empty((parts, len(x), weight.shape[0]), dtype=torch.float32)
-    linear_8bit_launch(*known, None, partial, target, outliers=outliers).run()
     total = partial.sum(0) if bias is None else partial.sum(0).add_(bias)
     return out.copy_(total.view(out.shape))
+
+
+def product_8bit_launch(
+    x: Tensor, quantized: Tensor, row_scales: Tensor, columns: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None,
+    out: Tensor, target: int, *, outliers: bool,
+) -> tuple[Launch, Tensor | None]:  # fmt: skip
+    """The launch for these rows `[N, in]`, with the bias into `out` `[N, out]`; or into float32 parts of the result without
+    it, `[parts, N, out]`, which are given back to be summed."""
+    known = (x, quantized, row_scales, columns, weight, scales)
+    parts = parts_8bit(len(x), weight, x.dtype, target)
+    if parts == 1:
+        return linear_8bit_launch(*known, bias, out, target, outliers=outliers), None
+    partial = out.new_empty((parts, len(x), weight.shape[0]), dtype=torch.float32)
+    return linear_8bit_launch(*known, None, partial, target, outliers=outliers), partial
 
 
 def grad_input_8bit_triton(grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ Runner = Callable[[list[Tensor]], list[Tensor]]
 
 
 class CompiledRegion:
-    """Stands in for a `BoundRegion` whose graph was compiled, for inference.
+    """A region whose graph was compiled, for inference.
 
     Args:
         region: Of the program with a cache.
@@ -49,11 +48,9 @@ class CompiledRegion:
         tensors = self._tensors.get(owner)
         if tensors is None:
             tensors = self._tensors[owner] = tuple(x.detach().contiguous() for x in self._tensors_of(owner))
-        return self.run(tensors, compiler, activations, training=False)
+        return self.run(tensors, activations)
 
-    def run(
-        self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
-    ) -> tuple[Tensor, ...]:
+    def run(self, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the code.
 
         Raises:
@@ -95,10 +92,10 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
     check_platform(index.platform, where)
     if getattr(torch, index.dtype, None) != model.dtype:
         raise IncompatibleError(f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}.")
-    runners: dict[str, Any] = {}
+    runners: dict[str, Runner] = {}
     for form in FORMS:
         cached = CachedProgram.of(model, form)
-        bound: dict[str, Any] = dict(cached.bound)
+        bound = dict(cached.bound)
         for name, region in compiled_regions(cached.program).items():
             entry = _entry(index, cached.program, form, name, where)
             if entry.file not in runners:

@@ -18,7 +18,7 @@ from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.execution import run_calls
 from vlmbuild.runtime.generation import media_shapes
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.region_instance import BoundRegion
+from vlmbuild.runtime.region_instance import BoundRegion, RegionRunner
 from vlmbuild.runtime.sharding import check_same_variant, gather_unreached
 from vlmbuild.runtime.state import module_at
 
@@ -39,7 +39,7 @@ class CachedProgram:
     """
 
     program: Program
-    bound: dict[str, BoundRegion]
+    bound: Mapping[str, RegionRunner]
 
     @classmethod
     def of(cls, model: VisionLanguageModel, form: CacheForm) -> CachedProgram:

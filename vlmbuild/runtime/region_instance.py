@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from torch.fx import GraphModule
 from vlmbuild.program import COMPUTE_DTYPE, Region, Slot, Variant
 from vlmbuild.runtime.bound_graph import BoundGraph
 from vlmbuild.runtime.compiler import Compiler, mark_dynamic
+
+
+class RegionRunner(Protocol):
+    """Runs a region: its graph, or code that was compiled from it."""
+
+    def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The region's results, with the owner's tensors in the places of its slots."""
 
 
 class BoundRegion:
@@ -82,7 +89,9 @@ class RegionInstance(nn.Module):
         super().__init__()
         self.bound = bound
 
-    def forward(self, compiler: Compiler, *activations: Tensor, bound: BoundRegion | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, compiler: Compiler, *activations: Tensor, bound: RegionRunner | None = None
+    ) -> tuple[Tensor, ...]:
         """Run its graph, or another one of the same parameters."""
         return (bound or self.bound)(self, compiler, activations)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,10 +71,11 @@ def test_it_is_a_checkpoint_too(artifact):
 
 def test_every_block_is_compiled_once_however_deep_the_model_is(artifact):
     index = json.loads((artifact.path / CODE_INDEX).read_text())
-    files = {entry["file"] for entries in index["regions"].values() for entry in entries.values()}
+    entries = [entry for named in index["regions"].values() for entry in named.values()]
+    files = {entry[kind]["file"] for entry in entries for kind in ("code", "token") if kind in entry}
     assert files == set(artifact.manifest.trust["code"])
     assert list(index["regions"]) == sorted(FORMS)
-    assert len(files) == 3
+    assert len(files) == 5  # a vision block; decoder blocks for two forms of the cache, and these for one token
     assert all(entry.size < 4 << 20 for entry in artifact.manifest.files if entry.role == "code")
 
 
@@ -144,7 +146,7 @@ def test_code_gets_what_it_was_compiled_for(artifact):
     model, _ = vlmbuild.load(artifact.path, trust=("code",))
     region = model.graphs.cached("static").bound["language_model.layers.cached"]
     assert len(region._written) == 2
-    for place, dtype in region._inputs:
+    for place, dtype in region.code.inputs:
         value = torch.zeros(4, 4, dtype=torch.int16 if dtype.is_floating_point else torch.float32)
         with pytest.raises(UsageError, match="was compiled for"):
             region._laid_out(value, place, dtype)
@@ -164,6 +166,37 @@ def test_from_pretrained_has_no_place_for_code(tmp_path):
             Recipe(target="aoti"),
             device="cuda" if torch.cuda.is_available() else "meta",
         )
+
+
+def test_a_single_token_has_code_of_its_own(artifact, monkeypatch):
+    model, _ = vlmbuild.load(artifact.path, trust=("code",))
+    used = []
+    for form in FORMS:
+        region = model.graphs.cached(form).bound["language_model.layers.cached"]
+        for kind in ("code", "_token"):
+            code = getattr(region, kind)
+
+            def note(tensors, runner=code.runner, name=f"{form} {kind}"):
+                used.append(name)
+                return runner(tensors)
+
+            monkeypatch.setattr(region, kind, replace(code, runner=note))
+
+    def said(cache, ids):
+        used.clear()
+        logits = model(input_ids=ids, past_key_values=cache).logits
+        assert len(set(used)) == 1
+        return logits, used[0]
+
+    for length, form in ((None, "growing"), (8, "static")):
+        ids = torch.tensor([[5, 6, 7, 8]])
+        pairs = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+        one, two = model.new_cache(length), model.new_cache(length)
+        assert said(one, ids[:, :3])[1] == said(two, pairs[:, :3])[1] == "growing code"
+        alone, its_code = said(one, ids[:, 3:])
+        together, their_code = said(two, pairs[:, 3:])
+        assert (its_code, their_code) == (f"{form} _token", f"{form} code")
+        torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-4)
 
 
 def changed(artifact, change):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
+from vlmbuild.targets.aoti.units import token_axis
 
 from vlmbuild.kv_cache import with_cache
 from vlmbuild.runtime.bound_graph import aten_module
@@ -42,6 +43,22 @@ def test_graphs_compute_what_regions_do(built, form):
             found = graph(*slots, *(activations[place].clone() for place in order))
             for mine, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["growing", "static"])
+def test_graphs_for_one_token_compute_what_regions_do(built, form):
+    program = with_cache(built, form)
+    annotate_shapes(program)
+    region = program.regions["language_model.layers.cached"]
+    graph, order = compilable(region, torch.float32, one_token=True)
+    values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
+    place, axis = token_axis(region, form)
+    assert values[order.index(place)].shape[axis] == 1
+    slots, activations = example(region, {"batch": 1, "new": 1})
+    expected = aten_module(region, torch.float32, dropout=False)(*slots, *(x.clone() for x in activations))
+    found = graph(*slots, *(activations[place].clone() for place in order))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def example(region, sizes):

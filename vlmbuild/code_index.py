@@ -22,18 +22,20 @@ def compiled_regions(program: Program) -> dict[str, Region]:
 
 
 @dataclass(frozen=True, slots=True)
-class CodeEntry:
-    """One compiled region.
+class CodeFile:
+    """A package with machine code.
 
     Attributes:
         file: Path in the artifact.
         inputs: What the code takes after the slots: places among the region's activations, and the dtype of each.
-        graph: SHA-256 (hex) of the region's text, which says what was compiled.
     """
 
     file: str
     inputs: tuple[tuple[int, str], ...]
-    graph: str
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"file": self.file, "inputs": [list(entry) for entry in self.inputs]}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
@@ -41,7 +43,45 @@ class CodeEntry:
         file = str(record["file"])
         if not file.endswith(".pt2"):  # a manifest calls such files code, whoever wrote it
             raise ValueError(f"{file} is no package")
-        return cls(file, tuple((int(place), str(dtype)) for place, dtype in record["inputs"]), str(record["graph"]))
+        return cls(file, tuple((int(place), str(dtype)) for place, dtype in record["inputs"]))
+
+
+@dataclass(frozen=True, slots=True)
+class CodeEntry:
+    """One compiled region.
+
+    Attributes:
+        graph: SHA-256 (hex) of the region's text, which says what was compiled.
+        code: For any number of tokens.
+        token: For a single token of a single row, where there is such code.
+        token_axis: Of an activation that has a row for every token, its place and the axis.
+    """
+
+    graph: str
+    code: CodeFile
+    token: CodeFile | None = None
+    token_axis: tuple[int, int] | None = None
+
+    @property
+    def files(self) -> tuple[CodeFile, ...]:
+        """All its code."""
+        return (self.code,) if self.token is None else (self.code, self.token)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {"graph": self.graph, "code": self.code.record()}
+        if self.token is not None and self.token_axis is not None:
+            found |= {"token": self.token.record(), "token_axis": list(self.token_axis)}
+        return found
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Raises what `CodeIndex.from_record` raises."""
+        graph, code = str(record["graph"]), CodeFile.from_record(record["code"])
+        if "token" not in record:
+            return cls(graph, code)
+        place, axis = record["token_axis"]
+        return cls(graph, code, CodeFile.from_record(record["token"]), (int(place), int(axis)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +104,7 @@ class CodeIndex:
             "platform": self.platform.record(),
             "dtype": self.dtype,
             "regions": {
-                form: {
-                    name: {"file": entry.file, "inputs": [list(x) for x in entry.inputs], "graph": entry.graph}
-                    for name, entry in entries.items()
-                }
+                form: {name: entry.record() for name, entry in entries.items()}
                 for form, entries in self.regions.items()
             },
         }

@@ -1,6 +1,6 @@
 """Compile regions with AOTInductor, each once however many instances it has, in processes of their own.
 
-`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE FOLDER FORM:REGION ...` writes a package for each region into
+`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE FOLDER UNIT ...` writes a package for each region into
 the folder, and prints a line of JSON about it.
 """
 
@@ -19,9 +19,10 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule
 from vlmbuild.targets.aoti.region_graph import compilable
+from vlmbuild.targets.aoti.units import Unit
 
+from vlmbuild.cached_block import CacheForm
 from vlmbuild.code_platform import CodePlatform, plain_feature, this_platform
-from vlmbuild.graph_text import digest
 from vlmbuild.kv_cache import with_cache
 from vlmbuild.program import Program
 from vlmbuild.program_json import from_json
@@ -34,6 +35,14 @@ _MARCH = "cpp.march"
 _NAMELESS = ("-s", "-Wno-builtin-macro-redefined", '-D__FILE__="code"')
 """The compiler's options that keep names of files, which depend on where inductor's cache is, out of the code."""
 
+_VECTORS = {
+    "realize_reads_threshold": 1,
+    "realize_opcount_threshold": 2,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+"""Loops of a matrix times a vector take as long as reading the matrix only if they do nothing else: what the vector is made of
+is computed before, and a product and its sum are one instruction."""
+
 
 def code_platform() -> CodePlatform:
     """What code that is compiled here needs: the processor's level, and what inductor's own kernels use. Before torch 2.13
@@ -44,15 +53,22 @@ def code_platform() -> CodePlatform:
     return this_platform(tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
 
 
-def compile_region(graph: GraphModule, name: str, level: str, folder: Path) -> Path:
+def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, one_token: bool = False) -> Path:
     """A package with the code of a region's graph; the same graph gives the same bytes, wherever it is compiled.
+
+    Args:
+        graph: Its placeholders have fake tensors.
+        name: Of the file, without its end.
+        level: Of x86-64, or "" for this very processor.
+        folder: For the package.
+        one_token: Whether what it does is to multiply matrices by vectors.
 
     Raises:
         Exception: Inductor's or the C++ compiler's own, of many kinds.
     """
     inputs = tuple(node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder")
     with torch.no_grad():
-        files = torch._inductor.aot_compile(graph, inputs, options=_options(level))
+        files = torch._inductor.aot_compile(graph, inputs, options=_options(level, one_token))
     assert isinstance(files, list)
     place = folder / f"{name}.files"
     place.mkdir()
@@ -65,7 +81,7 @@ def compile_region(graph: GraphModule, name: str, level: str, folder: Path) -> P
     return Path(shutil.move(str(packed), folder / f"{name}.pt2"))
 
 
-def _options(level: str) -> dict[str, Any]:
+def _options(level: str, one_token: bool) -> dict[str, Any]:
     """Inductor's: one thread pool of the process that runs the code, no debug symbols, no paths of this machine."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
@@ -73,6 +89,8 @@ def _options(level: str) -> dict[str, Any]:
         "aot_inductor.enable_line_tables": False,
         _MARCH: f"{level or 'native'} {shlex.join(_NAMELESS)}",  # inductor has no other place for options
     }
+    if one_token:
+        options |= _VECTORS
     known = inductor.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
 
@@ -81,19 +99,19 @@ def main(program_file: str, dtype: str, folder: str, *units: str) -> int:
     """Compile the units; returns the exit code."""
     program = from_json(json.loads(Path(program_file).read_text(encoding="utf-8")))
     platform = code_platform()
-    programs: dict[str, Program] = {}
-    digests: dict[str, dict[str, str]] = {}
-    for unit in units:
-        form, _, name = unit.partition(":")
-        if form not in programs:
-            programs[form] = with_cache(program, form)  # type: ignore[arg-type]
-            digests[form] = {name: digest(region) for name, region in programs[form].regions.items()}
-            annotate_shapes(programs[form])
-        graph, order = compilable(programs[form].regions[name], getattr(torch, dtype))
-        file = compile_region(graph, unit.replace(":", "."), platform.level, Path(folder))
+    programs: dict[CacheForm, Program] = {}
+    for unit in map(Unit.parse, units):
+        if unit.form not in programs:
+            programs[unit.form] = with_cache(program, unit.form)
+            annotate_shapes(programs[unit.form])
+        region = programs[unit.form].regions[unit.region]
+        graph, order = compilable(region, getattr(torch, dtype), one_token=unit.one_token)
+        file = compile_region(
+            graph, str(unit).replace(":", "."), platform.level, Path(folder), one_token=unit.one_token
+        )
         placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
         inputs = [(place, str(x.dtype).removeprefix("torch.")) for place, x in zip(order, placeholders, strict=True)]
-        print(json.dumps({"unit": unit, "file": str(file), "inputs": inputs, "graph": digests[form][name]}), flush=True)
+        print(json.dumps({"unit": str(unit), "file": str(file), "inputs": inputs}), flush=True)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from vlmbuild.targets.aoti.onednn import linear
 
 from vlmbuild.ops.attention import Masks, allowed_keys
 from vlmbuild.ops.mrope import cos_sin_reference, rotate_reference
@@ -44,6 +45,7 @@ def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _LOWERED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.linear.default: linear,
     _OPS.mrope_rotate.default: rotate_reference,
     _OPS.mrope_cos_sin.default: cos_sin_reference,
     **{getattr(_OPS, name).default: _attention(getattr(_OPS, name)) for name in _ATTENTION},

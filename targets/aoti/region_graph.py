@@ -10,26 +10,34 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from vlmbuild.targets.aoti.lowering import lower
+from vlmbuild.targets.aoti.units import of_one_token
 
 from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
-from vlmbuild.runtime.bound_graph import aten_module
+from vlmbuild.runtime.bound_graph import aten_module, few_rows_module
 from vlmbuild.shapes import Shapes
 
 Shape = tuple[int | str, ...]
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
-def compilable(region: Region, dtype: torch.dtype) -> tuple[GraphModule, tuple[int, ...]]:
+def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -> tuple[GraphModule, tuple[int, ...]]:
     """The graph, whose placeholders have fake tensors, and the order of activations that it takes.
 
     Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last unknown.
     So inputs come in an order in which there is never a second unknown; where there is none, the whole expression gets a
     name of its own.
+
+    Args:
+        region: With its shapes.
+        dtype: Takes the place of `COMPUTE_DTYPE`.
+        one_token: Whether for a single token of a single row alone.
     """
-    order = solvable_order(region.activations)
-    shapes = region.activations if order is not None else with_names(region.activations)
+    activations = of_one_token(region.activations) if one_token else region.activations
+    order = solvable_order(activations)
+    shapes = activations if order is not None else with_names(activations)
     order = order or tuple(range(len(shapes)))
     graph = aten_module(region, dtype, dropout=False)
+    graph = few_rows_module(graph) if one_token else graph
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     first = len(region.slots)
     for place in order:  # each behind all others

@@ -4,22 +4,25 @@ published."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from vlmbuild.targets.aoti.units import Unit, distinct_units, token_axis
 from vlmbuild.targets.aoti.workers import compile_units
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import publish, write_checkpoint
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex, compiled_regions
+from vlmbuild.cached_block import CacheForm
+from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.code_platform import CodePlatform
 from vlmbuild.graph_text import digest
 from vlmbuild.kv_cache import with_cache
-from vlmbuild.program import Program, Region
+from vlmbuild.program import Program
 from vlmbuild.program_json import from_json, to_json
 from vlmbuild.runtime.code_numerics import measure_code_apart
+from vlmbuild.shapes import annotate_shapes
 
 _CODE_BYTES = 4 << 20
 """More than a region's package takes."""
@@ -46,33 +49,46 @@ def _write_code(writer: ArtifactWriter, request: Request) -> None:
 
     stored = from_json(to_json(request.program))  # as it will be read: digests are of graphs without captured shapes
     programs = {form: with_cache(stored, form) for form in FORMS}
-    distinct = _distinct(programs)
-    units = {f"{form}:{name}": len(region.graph.graph.nodes) for form, name, region in distinct.values()}
-    platform = code_platform()
-    writer.require_space(_CODE_BYTES * len(units))
-    with tempfile.TemporaryDirectory() as scratch:
-        compiled = compile_units(
-            writer.staging / "graph/program.json", request.recipe.dtype, Path(scratch), units,
-            lambda done, total: request.progress("compile", done, total),
-        )  # fmt: skip
-        entries: dict[str, CodeEntry] = {}
-        for graph, (form, name, _) in distinct.items():
-            made = compiled[f"{form}:{name}"]
-            file = f"code/{platform.folder}/{form}/{name}.pt2"
-            writer.copy(made["file"], file, "code")
-            entries[graph] = CodeEntry(file, tuple((place, dtype) for place, dtype in made["inputs"]), graph)
-    regions: dict[str, Mapping[str, CodeEntry]] = {
-        form: {name: entries[digest(region)] for name, region in compiled_regions(program).items()}
+    graphs = {
+        form: {name: digest(region) for name, region in compiled_regions(program).items()}
         for form, program in programs.items()
     }
-    index = CodeIndex(platform, request.recipe.dtype, regions)
-    writer.write(CODE_INDEX, canonical_json(index.record()), "data")
+    units = distinct_units(graphs)
+    for program in programs.values():
+        annotate_shapes(program)
+    axes = {graph: _token_axis(programs, unit) for graph, unit in units.items()}
+    platform = code_platform()
+    files = _compile(
+        writer, request, programs, platform, [*units.values(), *(units[g].of_token() for g in axes if axes[g])]
+    )
+    entries = {
+        graph: CodeEntry(graph, files[unit], files.get(unit.of_token()), axes[graph]) for graph, unit in units.items()
+    }
+    regions: dict[str, Mapping[str, CodeEntry]] = {
+        form: {name: entries[graph] for name, graph in named.items()} for form, named in graphs.items()
+    }
+    writer.write(CODE_INDEX, canonical_json(CodeIndex(platform, request.recipe.dtype, regions).record()), "data")
 
 
-def _distinct(programs: Mapping[Any, Program]) -> dict[str, tuple[str, str, Region]]:
-    """Digest -> form, name and region of every graph to compile, each once."""
-    found: dict[str, tuple[str, str, Region]] = {}
-    for form, program in programs.items():
-        for name, region in compiled_regions(program).items():
-            found.setdefault(digest(region), (form, name, region))
+def _token_axis(programs: Mapping[CacheForm, Program], unit: Unit) -> tuple[int, int] | None:
+    return token_axis(programs[unit.form].regions[unit.region], unit.form)
+
+
+def _compile(
+    writer: ArtifactWriter, request: Request, programs: Mapping[CacheForm, Program], platform: CodePlatform,
+    units: Sequence[Unit],
+) -> dict[Unit, CodeFile]:  # fmt: skip
+    """Compile units, and write their packages."""
+    writer.require_space(_CODE_BYTES * len(units))
+    sizes = {str(unit): len(programs[unit.form].regions[unit.region].graph.graph.nodes) for unit in units}
+    found: dict[Unit, CodeFile] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        compiled = compile_units(
+            writer.staging / "graph/program.json", request.recipe.dtype, Path(scratch), sizes,
+            lambda done, total: request.progress("compile", done, total),
+        )  # fmt: skip
+        for unit in units:
+            made, file = compiled[str(unit)], f"code/{platform.folder}/{unit.file}"
+            writer.copy(made["file"], file, "code")
+            found[unit] = CodeFile(file, tuple((place, dtype) for place, dtype in made["inputs"]))
     return found

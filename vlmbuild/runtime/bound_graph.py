@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.ops.attention_sdpa import sdpa_forward
+from vlmbuild.ops.linear_onednn import linear_onednn, suits_onednn
 from vlmbuild.ops.mrope import rotate_cpu, rotate_reference
 from vlmbuild.program import COMPUTE_DTYPE, Region
 from vlmbuild.runtime.compiler import Compiler
@@ -117,15 +118,26 @@ def _rotation_kernel(query: Tensor, *rest: Any) -> Any:
     return _ROTATE(query, *rest) if _needs_dispatcher(query) else rotate_cpu(query, *rest)
 
 
+def _linear_kernel(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _needs_dispatcher(states) or not suits_onednn(states, weight):
+        return F.linear(states, weight, bias)
+    return linear_onednn(states, weight, bias)
+
+
 def _needs_dispatcher(tensor: Tensor) -> bool:
     """For gradients, another device, or a kind of tensor with rules of its own."""
     return torch.is_grad_enabled() or tensor.device.type != "cpu" or type(tensor) is not Tensor
 
 
 _ATTENTION, _ROTATE = torch.ops.vlmbuild.attention_auto.default, torch.ops.vlmbuild.mrope_rotate.default
-_KERNELS: dict[object, Callable[..., Any]] = {_ATTENTION: _attention_kernel, _ROTATE: _rotation_kernel}
+_LINEAR = torch.ops.aten.linear.default
+_KERNELS: dict[object, Callable[..., Any]] = {
+    _ATTENTION: _attention_kernel,
+    _ROTATE: _rotation_kernel,
+    _LINEAR: _linear_kernel,
+}
 _FEW = 4
-_OF_FEW_ROWS: dict[object, Callable[..., Any]] = {torch.ops.aten.linear.default: _linear, _ROTATE: _rotate}
+_OF_FEW_ROWS: dict[object, Callable[..., Any]] = {_LINEAR: _linear, _ROTATE: _rotate}
 
 
 def _in_python(operator: object) -> tuple[str, Any] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,19 +27,36 @@ Read = Callable[[str], bytes]
 Runner = Callable[[list[Tensor]], list[Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Machine code that was opened.
+
+    Attributes:
+        runner: Takes a list of tensors, and empties it.
+        inputs: Places among a region's activations, in the order in which it takes them, and their dtypes.
+    """
+
+    runner: Runner
+    inputs: tuple[tuple[int, torch.dtype], ...]
+
+
 class CompiledRegion:
     """A region whose graph was compiled, for inference.
 
     Args:
         region: Of the program with a cache.
-        runner: Takes a list of tensors, and empties it.
-        entry: Says which activations the code takes.
+        entry: Of the index.
+        runners: By file.
     """
 
-    def __init__(self, region: Region, runner: Runner, entry: CodeEntry) -> None:
+    def __init__(self, region: Region, entry: CodeEntry, runners: Mapping[str, Runner]) -> None:
         self.region = region
-        self._runner = runner
-        self._inputs = [(place, getattr(torch, dtype)) for place, dtype in entry.inputs]
+        self.code, *token = (
+            Code(runners[code.file], tuple((place, getattr(torch, dtype)) for place, dtype in code.inputs))
+            for code in entry.files
+        )
+        self._token = token[0] if token else self.code
+        self._token_place, self._token_axis = entry.token_axis or (0, 0)
         self._written = written_activations(region)
         self._tensors_of = slots_getter([slot.name for slot in region.slots])
         self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
@@ -51,13 +69,15 @@ class CompiledRegion:
         return self.run(tensors, activations)
 
     def run(self, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run the code.
+        """Run the code, or that for one token.
 
         Raises:
             UsageError: An activation is not what the code was compiled for. It would read memory as if it were.
         """
-        inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in self._inputs]
-        return tuple(self._runner([*tensors, *inputs]))
+        single = activations[self._token_place].shape[self._token_axis] == 1
+        code = self._token if single else self.code
+        inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in code.inputs]
+        return tuple(code.runner([*tensors, *inputs]))
 
     def _laid_out(self, value: Tensor, place: int, dtype: torch.dtype) -> Tensor:
         if value.dtype != dtype or value.device.type != "cpu":
@@ -98,9 +118,10 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
         bound = dict(cached.bound)
         for name, region in compiled_regions(cached.program).items():
             entry = _entry(index, cached.program, form, name, where)
-            if entry.file not in runners:
-                runners[entry.file] = _runner(read(entry.file), f"{where}: {entry.file}")
-            bound[name] = CompiledRegion(region, runners[entry.file], entry)
+            for code in entry.files:
+                if code.file not in runners:
+                    runners[code.file] = _runner(read(code.file), f"{where}: {code.file}")
+            bound[name] = CompiledRegion(region, entry, runners)
         model.use_cached(form, CachedProgram(cached.program, bound))
 
 

@@ -1,0 +1,95 @@
+"""What there is to compile: each distinct region once, and those with tokens again for a single token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from vlmbuild.cached_block import CacheForm
+from vlmbuild.program import Region
+
+TOKENS: Mapping[CacheForm, frozenset[str]] = {
+    "growing": frozenset({"batch", "new"}),
+    "static": frozenset({"batch"}),
+}
+"""The names whose product is the number of a call's tokens."""
+_LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One package.
+
+    Attributes:
+        form: Of the cache.
+        region: Name.
+        one_token: Whether it is for a single token of a single row alone.
+    """
+
+    form: CacheForm
+    region: str
+    one_token: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.form}:{self.region}{':token' if self.one_token else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What `str` gives."""
+        form, region, *rest = text.split(":")
+        return cls(form, region, bool(rest))  # type: ignore[arg-type]
+
+    def of_token(self) -> Unit:
+        """Of the same region, the unit for a single token."""
+        return replace(self, one_token=True)
+
+    @property
+    def file(self) -> str:
+        """Below the folder of a platform."""
+        return f"{self.form}/{self.region}{'.token' if self.one_token else ''}.pt2"
+
+
+def distinct_units(graphs: Mapping[CacheForm, Mapping[str, str]]) -> dict[str, Unit]:
+    """Each graph once.
+
+    Args:
+        graphs: Form -> region -> digest of its graph.
+    """
+    found: dict[str, Unit] = {}
+    for form, named in graphs.items():
+        for name, graph in named.items():
+            found.setdefault(graph, Unit(form, name))
+    return found
+
+
+def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
+    """Place and axis of an activation that has a row for every token; None where a region has no tokens, or no plain linear
+    layers: these are what code for one token does faster.
+
+    Args:
+        region: With its shapes.
+        form: Of its program's cache.
+    """
+    if all(node.target is not _LINEAR for node in region.graph.graph.nodes):
+        return None
+    for place, shape in enumerate(region.activations):
+        for axis, size in enumerate(shape):
+            if isinstance(size, str) and frozenset(size.split("*")) == TOKENS[form]:
+                return place, axis
+    return None
+
+
+def of_one_token(shapes: tuple[tuple[int | str, ...], ...]) -> tuple[tuple[int | str, ...], ...]:
+    """The shapes for one token of one row: ("batch", "batch*new", "past + new") -> (1, 1, "past + 1")."""
+    return tuple(tuple(_of_one(size) for size in shape) for shape in shapes)
+
+
+def _of_one(size: int | str) -> int | str:
+    terms: list[Any] = []
+    for term in str(size).split("+"):
+        factors = [factor for part in term.split("*") if (factor := part.strip()) not in ("batch", "new", "1")]
+        terms.append("*".join(factors) or "1")
+    return sum(map(int, terms)) if all(term.isdigit() for term in terms) else " + ".join(terms)

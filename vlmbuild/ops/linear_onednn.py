@@ -1,0 +1,42 @@
+"""oneDNN's float32 linear layer, for inference on CPUs.
+
+oneDNN has kernels for the widest registers of every processor; the BLAS that torch takes for float32 may be made for those of
+one vendor, and need twice as long on another's. In narrower dtypes torch takes oneDNN itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("vlmbuild", "FRAGMENT")
+_LIBRARY.define("linear_onednn(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+_AVAILABLE = torch.backends.mkldnn.is_available()
+_LEAST = 1 << 18
+"""Elements of a weight: with fewer, finding oneDNN's kernel takes longer than multiplying."""
+
+
+@torch.library.impl(_LIBRARY, "linear_onednn", "CompositeExplicitAutograd")
+def linear_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`input @ weight.T + bias`.
+
+    Args:
+        input: [..., in], float32 on a CPU.
+        weight: [out, in].
+        bias: [out].
+    """
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, weight, bias, "none", [], "")
+    return result
+
+
+@torch.library.register_fake("vlmbuild::linear_onednn", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def suits_onednn(states: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes a product that torch gives to another BLAS, and is not slower."""
+    return (
+        _AVAILABLE and states.dtype == torch.float32 == weight.dtype and states.device.type == "cpu"
+        and weight.numel() >= _LEAST
+    )  # fmt: skip

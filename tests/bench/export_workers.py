@@ -119,7 +119,7 @@ def main(stage: str, text: str) -> None:
     options = json.loads(text)
     if options.get("core") is not None:
         os.sched_setaffinity(0, {options["core"]})
-    torch.set_num_threads(1)
+        torch.set_num_threads(1)
     with torch.no_grad():
         try:
             result = {"export": export, "run": run}[stage](options)

@@ -15,13 +15,13 @@ from vlmbuild.ops.mrope_triton import rotate_triton
 def layouts(layout: str, dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Query, key, and angles."""
     if layout == "slices of a fused projection":
-        fused = randn(11, (heads + 2 * kv_heads) * dim, dtype=dtype).view(11, -1, dim)
-        return fused[:, :heads], fused[:, heads : heads + kv_heads], randn(11, dim // 2)
-    query = randn(2, 7, heads, dim, dtype=dtype).transpose(1, 2)
-    key = randn(2, 7, kv_heads, dim, dtype=dtype).transpose(1, 2)
+        fused = randn(5, (heads + 2 * kv_heads) * dim, dtype=dtype).view(5, -1, dim)
+        return fused[:, :heads], fused[:, heads : heads + kv_heads], randn(5, dim // 2)
+    query = randn(2, 3, heads, dim, dtype=dtype).transpose(1, 2)
+    key = randn(2, 3, kv_heads, dim, dtype=dtype).transpose(1, 2)
     if layout == "heads first":
         query, key = query.contiguous(), key.contiguous()
-    return query, key, randn(2, 7, dim // 2)
+    return query, key, randn(2, 3, dim // 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

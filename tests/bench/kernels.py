@@ -45,7 +45,8 @@ def measure(only: str) -> Iterator[Row]:
             distance = agreement(problem.name, sides)
             row: Row = {"kernel": problem.kernel, "name": problem.name, "sizes": problem.sizes, "flops": problem.flops}
             row |= {"bytes": problem.moved, "distance": distance, **timed(sides.run)}
-            row["limit_ms"] = 1e3 * problem.limit(chip)[0]
+            seconds, row["limited_by"] = problem.limit(chip)
+            row["limit_ms"] = 1e3 * seconds
             row["share"] = row["limit_ms"] / row["median_ms"]
             row["peers"] = {name: _peer(call, timed) for name, call in sides.peers.items()}
             yield row

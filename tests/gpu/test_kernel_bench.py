@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton", reason="triton is Linux only")
-sys.path.insert(0, str(Path(__file__).parents[2]))  # tests.bench is run from the repository's root
 
 from tests.bench.kernels import smoke
 

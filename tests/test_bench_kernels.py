@@ -44,6 +44,21 @@ def test_no_estimate_is_called_a_measurement_or_beats_its_limit():
             assert row[f"sm_{target}"]["estimated_ms"] >= row[f"sm_{target}"]["limit_ms"] > 0
 
 
+def test_the_readmes_table_is_the_committed_one():
+    lines = (ROOT / "README.md").read_text().partition("## Triton kernels")[2].splitlines()
+    known = {}
+    for row in COMMITTED["estimates"]:
+        name = f"{row['kernel']}: " + ", ".join(f"{key} {value}" for key, value in row["sizes"].items())
+        known[name] = [str(row["sm_90"][key]) for key in ("limit_ms", "limited_by", "estimated_ms")]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("| ") and ": " in line
+    ]
+    assert len(table) > 8
+    assert all(known[name] == cells for name, *cells in table)
+
+
 def measured(factor: float):
     """Rows as a GPU would give them if every kernel took its limit times a factor, and every peer twice the limit."""
     chip = ARCHITECTURES[90]

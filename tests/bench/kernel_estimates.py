@@ -1,8 +1,9 @@
 """What is known of the kernels without a GPU: what compilers make of them, and how long a problem takes by bytes and FLOPs.
 
-An estimate is the longest of three times: of tensor cores, of memory, and of ordinary units, each at the vendor's figure; tensor
-cores in attention at the share of it that registers and shared memory of the compiled kernel allow (`kernel_limits`). It knows
-nothing of launches, caches and uneven work, and is no measurement.
+An estimate is the longest of three times: of tensor cores, of memory, and of ordinary units, each at the vendor's figure, after
+that of memory in a launch before, if there is one. Attention's tensor cores are taken at the share that registers and shared
+memory of the compiled kernel allow (`kernel_limits`). It knows nothing of launches, caches and uneven work, and is no
+measurement.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _estimate(problem: Problem, target: int, shares: Mapping[tuple[str, str], fl
     slowest = max(times, key=lambda unit: times[unit])
     return {
         "limit_ms": _rounded(1e3 * limit), "limited_by": bound,
-        "estimated_ms": _rounded(1e3 * times[slowest]), "slowest": slowest,
+        "estimated_ms": _rounded(1e3 * (times[slowest] + problem.before / chip.bandwidth)), "slowest": slowest,
     }  # fmt: skip
 
 

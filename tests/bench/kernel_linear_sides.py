@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,19 +81,17 @@ def lora(setting: Setting, rows: int, wide: int, narrow: int, rank: int) -> dict
     down, up = (setting.draw(*shape, dtype=torch.float32) / 60 for shape in ((rank, narrow), (wide, rank)))
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (base, x, down, up)]
     plain = lambda: lora_reference(*leaves, 0.5)  # noqa: E731
-    result, compiled = plain(), setting.compiled(plain)
-    results = {"torch": result, "torch compiled": compiled()}
+    peers = {"torch": plain, "torch compiled": setting.compiled(plain)}
 
-    def gradients(result: Tensor) -> Run:
-        return lambda: torch.autograd.grad(result, leaves[1:], grad, retain_graph=True)
+    def gradients(call: Run) -> Run:
+        result = cache(call)
+        return lambda: torch.autograd.grad(result(), leaves[1:], grad, retain_graph=True)
 
     return {
-        "forward": Sides(
-            lambda: lora_triton(base, x, down, up, 0.5), plain, {"torch": plain, "torch compiled": compiled}
-        ),
+        "forward": Sides(lambda: lora_triton(base, x, down, up, 0.5), plain, peers),
         "gradients": Sides(
-            lambda: lora_backward_triton(grad, x, down, up, 0.5), gradients(result),
-            {name: gradients(one) for name, one in results.items()},
+            lambda: lora_backward_triton(grad, x, down, up, 0.5), gradients(plain),
+            {name: gradients(call) for name, call in peers.items()},
         ),
     }  # fmt: skip
 

@@ -30,6 +30,7 @@ class Problem:
         flops, moved: What the result needs at least: FLOPs of bfloat16 tensor cores, bytes of memory.
         prepare: Makes inputs and calls.
         ordinary: Instructions of ordinary units that the kernel's way to the result takes besides, estimated.
+        before: Bytes that a launch before it moves.
     """
 
     kernel: str
@@ -38,6 +39,7 @@ class Problem:
     moved: float
     prepare: Callable[[Setting], Sides]
     ordinary: float = 0.0
+    before: float = 0.0
 
     @property
     def name(self) -> str:
@@ -61,7 +63,7 @@ def problems() -> Iterator[Problem]:
         yield from _rotation(rows, (12, 2), 128)
         yield from _rotation(rows, (16, 16), 80)
     for wide, narrow in ((1536, 1536), (8960, 1536), (1536, 8960), (18944, 3584)):
-        for rows in (1, 4, 16, 64, 128, 512, 2048):
+        for rows in (1, 4, 16, 64, 128, 512, 1024, 4096):
             yield from _linear_4bit(rows, wide, narrow)
             yield from _linear_8bit(rows, wide, narrow)
     for rows in (256, 2048):
@@ -123,12 +125,12 @@ def _linear_4bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
 
     weights, turns = wide * narrow, -(-rows // row_side(rows))
     for part in ("forward", "input gradient"):
-        dense = rows > FUSED_ROWS and part == "forward"  # then a 16-bit weight is written and read besides
+        dense = rows > FUSED_ROWS and part == "forward"  # then a 16-bit weight is written first
         yield Problem(
             f"nf4 linear {part}", {"rows": rows, "out": wide, "in": narrow}, 2 * rows * weights,
             NF4 * weights + 2 * rows * (wide + narrow),
             lambda setting, part=part: linear.linear_4bit(setting, rows, wide, narrow)[part],
-            _DECODE * weights * (1 if dense else turns),
+            0 if dense else _DECODE * weights * turns, (NF4 + 2) * weights if dense else 0,
         )  # fmt: skip
 
 

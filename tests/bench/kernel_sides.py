@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,8 +69,9 @@ def attention(
     exact = lambda: torch.ops.vlmbuild.attention_sdpa(*leaves, *rest).transpose(1, 2)  # noqa: E731
     grad = setting.draw(1, length, heads[0], dim)
 
-    def gradients(result: Tensor) -> Run:
-        return lambda: torch.autograd.grad(result, leaves, grad.transpose(1, 2), retain_graph=True)
+    def gradients(call: Run) -> Run:
+        result = cache(call)  # when it is first asked for: a peer may not run here
+        return lambda: torch.autograd.grad(result(), leaves, grad.transpose(1, 2), retain_graph=True)
 
     with_gradients = {name: call for name, call in peers.items() if setting.device == "cuda" or name != "flex"}
     kept = (out, logsumexp, *rest[-2:])
@@ -79,8 +81,8 @@ def attention(
             {name: torch.no_grad()(call) for name, call in peers.items()},
         ),
         "backward": Sides(
-            lambda: attention_backward_triton(grad, query, key, value, *rest[:-2], *kept), gradients(exact()),
-            {name: gradients(call()) for name, call in with_gradients.items()},
+            lambda: attention_backward_triton(grad, query, key, value, *rest[:-2], *kept), gradients(exact),
+            {name: gradients(call) for name, call in with_gradients.items()},
         ),
     }  # fmt: skip
 
@@ -130,8 +132,8 @@ def rotation(setting: Setting, rows: int, heads: tuple[int, int], dim: int) -> d
 
     def backward(call: Callable[..., Any]) -> Run:
         leaves, own = ([x.detach().clone() for x in pair] for pair in ((query, key), grads))
-        results = call(*(leaf.requires_grad_() for leaf in leaves), *full)
-        return lambda: torch.autograd.grad(results, leaves, own, retain_graph=True)
+        results = cache(lambda: call(*(leaf.requires_grad_() for leaf in leaves), *full))
+        return lambda: torch.autograd.grad(results(), leaves, own, retain_graph=True)
 
     return {
         "forward": Sides(

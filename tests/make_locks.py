@@ -1,4 +1,4 @@
-"""Write artifacts/locks: every published config, unquantized and in NF4, with SDPA and with Triton.
+"""Write artifacts/locks: every published config, unquantized and in NF4, with SDPA and with Triton; one in int8, for its kernels.
 
 python tests/make_locks.py
 """
@@ -13,7 +13,13 @@ from vlmbuild.cli_output import quiet_libraries
 
 CONFIGS = Path(__file__).parent / "configs"
 LOCKS = Path(__file__).parents[1] / "artifacts" / "locks"
-RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention in ("sdpa", "triton")]
+_RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention in ("sdpa", "triton")]
+_INT8 = "qwen2-vl-2b"
+
+
+def recipes(config: str) -> list[tuple[str, str]]:
+    """Formats and attention that a config is locked with."""
+    return _RECIPES + [("int8", "triton")] * (config == _INT8)
 
 
 def main() -> None:
@@ -26,7 +32,7 @@ def main() -> None:
     for folder in sorted(CONFIGS.iterdir()):
         values = json.loads((folder / "config.json").read_text())
         traced = trace(values, f"tests/configs/{folder.name}")
-        for form, attention in RECIPES:
+        for form, attention in recipes(folder.name):
             lock = lock_traced(traced, Recipe(quantize=QuantSpec(format=form), attention=attention))
             path = LOCKS / f"{folder.name}-{form}-{attention}.lock"
             write_lock(path, lock)

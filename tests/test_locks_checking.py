@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from make_locks import CONFIGS, LOCKS, RECIPES
+from make_locks import CONFIGS, LOCKS, recipes
 
 from vlmbuild.cli import main
 from vlmbuild.locks.checking import check, lock_files
@@ -37,7 +37,9 @@ def spoiled(path: Path, target: Path, old: str, new: str) -> Path:
 
 def test_every_published_config_is_locked():
     names = {path.stem for path in lock_files([LOCKS])}
-    assert names == {f"{folder.name}-{form}-{attention}" for folder in CONFIGS.iterdir() for form, attention in RECIPES}
+    assert names == {
+        f"{folder.name}-{form}-{attention}" for folder in CONFIGS.iterdir() for form, attention in recipes(folder.name)
+    }
 
 
 def test_committed_locks_hold():

@@ -38,7 +38,7 @@ def test_sizes_and_chips(monkeypatch):
         "sm_90": {"attention_forward": {"64": [1, 2, 4, 8], "128": [16, 32, 4, 2]}},
         "Some Chip": {"attention_forward": {"128": [64, 64, 8, 3]}},
     }
-    monkeypatch.setattr(tiles, "_table", lambda: table)
+    monkeypatch.setattr(tiles, "known_tiles", lambda: table)
     lookup = tile_of.__wrapped__
     assert lookup("attention_forward", 65, torch.float16, 90)["ROWS"] == 16
     assert lookup("attention_forward", 64, torch.float16, 90)["ROWS"] == 1

@@ -40,6 +40,12 @@ ARCHITECTURES = {
 }
 """Compute capability -> what it stands for. `mma` and all of B200 are rough."""
 
+
+def chip_of(capability: tuple[int, int]) -> Architecture:
+    """The entry for a GPU: that of its architecture, or the nearest one before it."""
+    return ARCHITECTURES[max(target for target in ARCHITECTURES if target <= 10 * capability[0] + capability[1])]
+
+
 _REGISTERS = 65536
 _PRODUCTS = {"attention_forward": 2, "attention_grad_query": 3, "attention_grad_key": 4}
 """Products of tiles for every block of scores."""
@@ -51,6 +57,11 @@ _LANES = 128
 """Ordinary float32 lanes of a multiprocessor."""
 _L2_SHARE = 2.2
 """The second-level cache gives about this many times the memory's bandwidth."""
+
+
+def ordinary_rate(chip: Architecture) -> float:
+    """Instructions of ordinary units a second."""
+    return chip.processors * _LANES * chip.clock
 
 
 def blocks_resident(warps: int, row: Mapping[str, Any], chip: Architecture) -> int:

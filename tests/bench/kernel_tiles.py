@@ -2,7 +2,7 @@
 
 python -m tests.bench.kernel_tiles        # rewrites the architectures' entries of vlmbuild/ops/tiles.json, half an hour
 
-A kernel that is new needs some entry there first, to be launched at all.
+Nothing is timed; on a GPU, `kernel_tune` adds entries of that chip, by time. A kernel that is new needs some entry there first, to be launched at all.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def main() -> None:
     for target in TARGETS:
         for kernel, rows in LINEAR:
             table[f"sm_{target}"].setdefault(kernel, {})[str(rows)] = choose_linear(kernel, rows, target)
-    FILE.write_text(_text(table))
+    FILE.write_text(table_text(table))
 
 
-def _text(table: dict[str, dict[str, dict[str, list[int]]]]) -> str:
+def table_text(table: dict[str, dict[str, dict[str, list[int]]]]) -> str:
     """JSON with a kernel a line."""
     chips = []
     for chip, kernels in table.items():

@@ -1,139 +1,192 @@
-"""The Triton kernels, all in one call: times on a GPU, or what compilers make of them where there is none.
+"""The Triton kernels, all in one call: times on a GPU, or estimates where there is none.
 
-    python -m tests.bench.kernels [--output artifacts/benchmarks/kernels.json] [--only attention]
+    python -m tests.bench.kernels --smoke                                            # first: every call once, on small sizes
+    python -m tests.bench.kernels --output artifacts/benchmarks/kernels.json         # on a GPU
+    python -m tests.bench.kernels --estimate --output artifacts/benchmarks/kernel_estimates.json    # without one
 
-On a GPU: median and 20 % and 80 % quantiles of every kernel and its peers on the same inputs, the share of the chip's limit, and
-the distance of results; a kernel that disagrees is an error. Without one: registers, spills, shared memory, resident blocks and
-tensor cores per architecture, compiled ahead of time, and for attention an estimated share of the limit. Nothing is timed then.
+On a GPU: median and 20 % and 80 % quantiles of every kernel and its peers on the same inputs, the share of the chip's limit, peak
+memory, host time of a call, the distance of results (a kernel that disagrees is an error), how often each kernel was compiled,
+and which of the goals in `kernel_bars` hold. `--estimate` compiles for A100, H100 and B200 ahead of time and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tests.bench.kernel_cases import resource_cases
-from tests.bench.kernel_limits import ARCHITECTURES, Architecture, attention_share, blocks_resident
-from vlmbuild.cores import available_cores
-from vlmbuild.locks.kernel_table import TARGETS, compile_launch
-
 AGREEMENT = 2e-2
 """Relative distance of bfloat16 results of two ways to the same."""
+_ESTIMATED = "none: compiled ahead of time and estimated from bytes and FLOPs, nothing was timed"
+_PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "liger_kernel")
 
 Row = dict[str, Any]
 
 
-def report() -> Iterator[Row]:
-    """What is known without a GPU, a row for every case and architecture."""
-    cases = [(case, target) for case in resource_cases() for target in TARGETS]
-    with ThreadPoolExecutor(available_cores()) as pool:
-        yield from pool.map(lambda task: _resources(*task), cases)
-
-
-def _resources(case: Any, target: int) -> Row:
-    launch, chip = case.launch(target), ARCHITECTURES[target]
-    row = compile_launch(launch, target)
-    row |= {"kernel": case.name, "target": f"sm_{target}"}
-    row["resident"] = blocks_resident(launch.tile["num_warps"], row, chip)
-    if case.attention is not None:
-        sides = (*(launch.tile[side] for side in ("ROWS", "KEYS")), launch.tile["num_warps"], launch.tile["num_stages"])
-        row["share"] = round(attention_share(*case.attention, sides, row, chip), 2)
-    return row
-
-
-def report_line(row: Row) -> str:
-    share = f"{row['share']:6.0%}" if "share" in row else ""
-    return (
-        f"{row['kernel']:44} {row['target']:7} {row['tile']:34} {row['registers']:4} {row['spilled']:5} "
-        f"{row['shared']:7} {row['resident']:4} {row['tensor_core']:8} {share}"
-    )
-
-
 def measure(only: str) -> Iterator[Row]:
     """Times on the GPU that is here."""
-    from tests.bench.kernel_problems import problems
+    import torch
 
-    chip = _chip()
+    from tests.bench.kernel_limits import chip_of
+    from tests.bench.kernel_problems import problems
+    from tests.bench.kernel_sides import Setting
+    from tests.bench.kernel_timing import timed
+
+    chip = chip_of(torch.cuda.get_device_capability())
     for problem in problems():
         if only in problem.name:
-            limit = problem.limit(chip)
-            distance = max(_distance(*pair) for pair in zip(_flat(problem.run()), _flat(problem.exact()), strict=True))
-            if distance > AGREEMENT:
-                raise SystemExit(f"{problem.name}: results differ by {distance:.1e} from the reference's")
-            row: Row = {"kernel": problem.name, "distance": distance, "limit_ms": 1e3 * limit, **_time(problem.run)}
+            sides = problem.prepare(Setting("cuda", torch.bfloat16))
+            distance = agreement(problem.name, sides)
+            row: Row = {"kernel": problem.kernel, "name": problem.name, "sizes": problem.sizes, "flops": problem.flops}
+            row |= {"bytes": problem.moved, "distance": distance, **timed(sides.run)}
+            seconds, row["limited_by"] = problem.limit(chip)
+            row["limit_ms"] = 1e3 * seconds
             row["share"] = row["limit_ms"] / row["median_ms"]
-            row["peers"] = {name: _time(call) for name, call in problem.peers.items()}
+            row["peers"] = {name: _peer(call, timed) for name, call in sides.peers.items()}
             yield row
 
 
+def agreement(name: str, sides: Any) -> float:
+    """The distance of a kernel's results from the exact side's.
+
+    Raises:
+        SystemExit: It is too far.
+    """
+    found = max(_distance(*pair) for pair in zip(_flat(sides.run()), _flat(sides.exact()), strict=True))
+    if not found <= AGREEMENT:  # NaN is no agreement
+        raise SystemExit(f"{name}: results differ by {found:.1e} from the reference's")
+    return found
+
+
+def _peer(call: Any, timed: Any) -> Row:
+    try:
+        return timed(call)
+    except Exception as error:  # a peer that does not run here is said to be missing, and stops nothing
+        return {"missing": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def smoke() -> Iterator[Row]:
+    """Every kernel and peer once on small sizes, held against the exact side; in Triton's interpreter where there is no GPU."""
+    import torch
+
+    from tests.bench.kernel_problems import small_problems
+    from tests.bench.kernel_sides import Setting, Sides
+
+    cuda = torch.cuda.is_available()
+    setting = Setting("cuda", torch.bfloat16) if cuda else Setting("cpu", torch.float16)
+    for problem in small_problems():
+        sides = problem.prepare(setting)
+        row = {"name": problem.name, "distance": agreement(problem.name, sides)}
+        yield row | {
+            "peers": {
+                name: agreement(f"{problem.name}, {name}", Sides(call, sides.exact))
+                for name, call in sides.peers.items()
+            }
+        }
+
+
+def smoke_line(row: Row) -> str:
+    peers = ", ".join(f"{name} {distance:.0e}" for name, distance in row["peers"].items())
+    return f"{row['name']:86} {row['distance']:.0e}  {peers}"
+
+
 def measured_line(row: Row) -> str:
-    peers = "  ".join(f"{name} {peer['median_ms'] / row['median_ms']:.2f}x" for name, peer in row["peers"].items())
+    peers = "  ".join(
+        f"{name} {peer['median_ms'] / row['median_ms']:.2f}x" if "median_ms" in peer else f"{name} missing"
+        for name, peer in row["peers"].items()
+    )
     quantiles = f"({row['low_ms']:.3f}-{row['high_ms']:.3f})"
-    return f"{row['kernel']:64} {row['median_ms']:9.3f} ms {quantiles:17} {row['share']:5.0%} of the limit  {peers}"
+    return (
+        f"{row['name']:86} {row['median_ms']:9.3f} ms {quantiles:17} {row['share']:5.0%} of the limit  "
+        f"host {row['host_us']:.0f} us  {peers}"
+    )
 
 
-def _time(call: Any) -> Row:
-    """Median and 20 % and 80 % quantiles, milliseconds; warmed up, with an empty second-level cache before each call."""
-    from triton.testing import do_bench
-
-    names = ("median_ms", "low_ms", "high_ms")
-    return dict(zip(names, do_bench(call, warmup=25, rep=100, quantiles=(0.5, 0.2, 0.8)), strict=True))
+def _flat(result: Any) -> list[Any]:
+    return [item for item in result if item is not None] if isinstance(result, list | tuple) else [result]
 
 
-def _chip() -> Architecture:
-    major, minor = torch.cuda.get_device_capability()
-    return ARCHITECTURES[max(target for target in ARCHITECTURES if target <= 10 * major + minor)]
+def _distance(actual: Any, exact: Any) -> float:
+    actual, exact = actual.detach().double(), exact.detach().double()
+    return float((actual - exact).norm() / exact.norm())
 
 
-def _flat(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else [item for item in result if item is not None]
+def record(command: str, device: str, **content: Any) -> Row:
+    """What is written: how it was made, and the rows."""
+    import torch
 
-
-def _distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())
-
-
-def _record(rows: list[Row]) -> Row:
     versions = {}
-    for name in ("torch", "triton", "bitsandbytes", "transformers", "liger_kernel"):
+    for name in _PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    cuda = torch.cuda.is_available()
     return {
-        "command": "python -m tests.bench.kernels --output artifacts/benchmarks/kernels.json",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else "none: compiled ahead of time, nothing is timed",
-        "versions": versions | ({"cuda": torch.version.cuda} if cuda else {}),
-        "rows": rows,
-    }
+        "command": command, "date": datetime.now(UTC).date().isoformat(), "device": device,
+        "versions": versions | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {}), **content,
+    }  # fmt: skip
+
+
+def _estimate() -> Row:
+    from tests.bench.kernel_estimates import estimate_line, estimates, resource_line, resources
+
+    print(f"{'kernel':44} {'target':7} {'tile':50} regs spill  shared  res. cores    share (estimated)")
+    rows = []
+    for row in resources():
+        rows.append(row)
+        print(resource_line(row), flush=True)
+    print(f"\n{'problem':86} estimated ms (roofline) on A100, H100, B200; slowest on the second")
+    guesses = list(estimates(rows))
+    print("\n".join(map(estimate_line, guesses)))
+    command = "python -m tests.bench.kernels --estimate --output artifacts/benchmarks/kernel_estimates.json"
+    return record(command, _ESTIMATED, resources=rows, estimates=guesses)
+
+
+def _measure(only: str) -> Row:
+    import torch
+
+    from tests.bench.kernel_bars import judged
+    from tests.bench.kernel_timing import counted_compilations
+
+    rows = []
+    with counted_compilations() as compilations:
+        for row in measure(only):
+            rows.append(row)
+            print(measured_line(row), flush=True)
+    bars = judged(rows)
+    for bar in bars:
+        held = {True: "held", False: "missed", None: "unknown"}[bar["held"]]
+        print(f"{held:8} {bar['bar']}: {bar['margin'] or 0:.2f} ({bar['worst']})")
+    command = "python -m tests.bench.kernels --output artifacts/benchmarks/kernels.json"
+    return record(command, torch.cuda.get_device_name(), rows=rows, bars=bars, compilations=dict(compilations))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="measure what has this in its name")
+    parser.add_argument("--smoke", action="store_true", help="run everything once, on small sizes")
+    parser.add_argument("--estimate", action="store_true", help="time nothing; the default without a GPU")
     arguments = parser.parse_args()
+    import torch
+
     cuda = torch.cuda.is_available()
-    if not cuda:
-        print(f"{'no GPU: resources':44} {'target':7} {'tile':34} regs spill  shared  res. cores    share (estimated)")
-    rows = []
-    for row in measure(arguments.only) if cuda else report():
-        rows.append(row)
-        print(measured_line(row) if cuda else report_line(row), flush=True)
+    if arguments.smoke:
+        if not cuda:
+            os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        for row in smoke():
+            print(smoke_line(row), flush=True)
+        return
+    found = _measure(arguments.only) if cuda and not arguments.estimate else _estimate()
     if arguments.output:
-        arguments.output.write_text(json.dumps(_record(rows), indent=1) + "\n")
-    if any(row.get("spilled") for row in rows):
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    if any(row["spilled"] for row in found.get("resources", ())):
         sys.exit("A kernel spills registers.")
 
 

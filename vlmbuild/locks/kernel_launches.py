@@ -1,6 +1,7 @@
 """Every Triton launch of a program on a GPU, found without one: its regions run on tensors without data.
 
-Of training, forward and backward; and of generation: a prompt's attention on a key-value cache, and that of steps after it.
+Of training, forward and backward, also of adapters on every linear layer of the language model; and of generation: a prompt's
+attention on a key-value cache, and that of steps after it.
 Sizes that change from batch to batch are primes, so that a kernel is compiled for no lucky size; they are large and small
 once, since a launcher may choose its blocks by them.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from vlmbuild.cached_block import CachedBlock, cached_block, self_attention
+from vlmbuild.lora import linear_features, linear_nodes
 from vlmbuild.ops.attention import Masks
 from vlmbuild.program import Program, Region
 from vlmbuild.runtime.region_instance import BoundRegion, is_compute
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 _LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
 _CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
 """Batch, new and past tokens: a prompt, a step on a long cache, on one whose length is a multiple of 16, on a short one."""
+_RANK = 16
+"""Of the adapters. Up to this rank, kernels are the same."""
 _OPS = torch.ops.vlmbuild
 _ATTENTION = (_OPS.attention_triton.default, _OPS.attention_auto.default)
 
@@ -39,19 +43,30 @@ def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> It
     """
     for name, region in program.regions.items():
         for sizes in (_LARGE, _SMALL):
-            recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
-            names = sorted(set(region.dimensions.values()))
-            with torch.no_grad():
-                recorder.run(*_tensors(region, dict(zip(names, sizes, strict=False)), dtype))
-            for operator, arguments in recorder.calls:
-                for target in targets:
-                    for launch in _launches_of(operator, arguments, target):
-                        yield name, target, launch
+            for target, launch in _region_launches(region, sizes, dtype, targets):
+                yield name, target, launch
         if (block := cached_block(region, "growing")) is not None:
             yield from _cached_launches(region, block, dtype, targets)
+        for target in targets:
+            for launch in _lora_launches(region, dtype):
+                yield name, target, launch
     for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
         for target in targets:
             yield head, target, _loss_launch(program.regions[head], dtype)
+
+
+def _region_launches(
+    region: Region, sizes: tuple[int, ...], dtype: torch.dtype, targets: Sequence[int]
+) -> Iterator[tuple[int, Launch]]:
+    """Of a region's graph, for these sizes of the program's dimensions."""
+    recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
+    names = sorted(set(region.dimensions.values()))
+    with torch.no_grad():
+        recorder.run(*_tensors(region, dict(zip(names, sizes, strict=False)), dtype))
+    for operator, arguments in recorder.calls:
+        for target in targets:
+            for launch in _launches_of(operator, arguments, target):
+                yield target, launch
 
 
 def _cached_launches(
@@ -182,6 +197,25 @@ def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launc
             kernels.grad_input_8bit_launch(out, weight, scales, x, target),
         ]
     return tuple(found)
+
+
+def _lora_launches(region: Region, dtype: torch.dtype) -> Iterator[Launch]:
+    """Forward and backward of an adapter on each linear layer of the language model."""
+    from vlmbuild.ops.lora_triton import low_launch, matrix_gradient_launch, sum_launch
+
+    for node, slot in linear_nodes(region):
+        if slot.role == "language":
+            wide, narrow = linear_features(region, node)
+            x, result = (torch.empty((_LARGE[0], size), dtype=dtype, device="meta") for size in (narrow, wide))
+            low, down, up = (
+                x.new_empty(shape, dtype=torch.float32) for shape in ((len(x), _RANK), (_RANK, narrow), (wide, _RANK))
+            )
+            yield low_launch(x, down, low, 1.0)
+            yield sum_launch(result, low, up.T, result, 1.0)
+            yield low_launch(result, up.T, low, 1.0)
+            yield sum_launch(None, low, down, x, 1.0)
+            yield matrix_gradient_launch(x, low, down, 1.0)
+            yield matrix_gradient_launch(result, low, up.T, 1.0)
 
 
 def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:

@@ -38,6 +38,11 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def precision(dtype: torch.dtype) -> dict[str, str]:
+    """The constant of kernels that multiply: tensor cores round float32 to ten bits of mantissa unless told not to."""
+    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+
+
 class Launch(NamedTuple):
     """A launch of a kernel, to be run or only compiled (`vlmbuild.locks.kernel_table`).
 

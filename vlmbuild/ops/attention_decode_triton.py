@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmbuild.ops._triton import Launch, ceil_div, power_of_two
+from vlmbuild.ops._triton import Launch, ceil_div, power_of_two, precision
 from vlmbuild.ops.attention_decode_kernels import decode_kernel, join_kernel
 from vlmbuild.ops.tiles import tile_of
 
@@ -58,7 +58,7 @@ def decode_launches(
     )  # fmt: skip
     constants = {
         "GQA": heads // kv_heads, "DIM": dim, "LANES": lanes[0], "TAIL": lanes[1], "MASKED": key_mask is not None,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        **precision(query.dtype),
         "ROWS": power_of_two(heads // kv_heads, _LEAST_ROWS),
     }  # fmt: skip
     arguments = (query, key, value, mask, partial, shares, *strides, kv_heads, keys, split, scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, power_of_two, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, power_of_two, precision, require_device, target_of
 from vlmbuild.ops.attention import Masks, check_attention
 from vlmbuild.ops.attention_backward_kernels import grad_key_kernel, grad_query_kernel
 from vlmbuild.ops.attention_decode_triton import LEAST_KEYS, decode_launches, decode_parts
@@ -57,8 +57,7 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
         "MASKED": masks.key_mask is not None,
         "GROUPED": masks.key_groups is not None,
         "CAUSAL": causal,
-        # Tensor cores round float32 to ten bits of mantissa unless told not to.
-        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        **precision(query.dtype),
     }
     key_mask = query
     mask_strides: tuple[int, ...] = (0, 0)
@@ -98,7 +97,9 @@ def _ranges(masks: Masks, query: Tensor) -> _Ranges:
         return _Ranges(unread, unread, unread, query, query)
     groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
     words = max(1, ceil_div(visible.shape[1], 32))
-    of_groups, bits, of_rows = int32(query, 4, 32 * words), int32(query, words, length), int32(query, 2, length)
+    of_groups, bits = int32(query, 4, 32 * words), int32(query, words, length)
+    # Both rows aligned whatever the length, or kernels would be compiled again for those that are.
+    of_rows = int32(query, 2, ceil_div(length, 4) * 4)[:, :length]
     launches = groups_launches(groups, visible, of_groups, bits, of_rows)
     first_key, last_key, first_row, last_row = of_groups.unbind(0)
     starts, ends = of_rows.unbind(0)

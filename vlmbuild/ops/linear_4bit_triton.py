@@ -9,11 +9,11 @@ import torch.nn.functional as F
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, precision, require_device, target_of
 from vlmbuild.ops.linear_4bit_kernels import dequantize_kernel, grad_input_kernel, linear_kernel, vector_kernel
 from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, has_whole_units, unit_of
 from vlmbuild.ops.linear_4bit_tables import code_4bit, code_8bit
-from vlmbuild.ops.linear_paths import ROW_SIDES, row_side, split_parts
+from vlmbuild.ops.linear_triton import joined, row_tile, split, tile_parts
 from vlmbuild.ops.tiles import tile_of
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -52,14 +52,6 @@ def _constants(buffers: Buffers, geometry: Geometry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
-    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
-
-
-def _row_side(rows: int) -> int:
-    return ROW_SIDES[0] if INTERPRET else row_side(rows)
-
-
 def _unfused(tile: dict[str, Any]) -> dict[str, Any]:
     """A scale's product and sum round one by one, as bitsandbytes' two steps do."""
     return tile | {"enable_fp_fusion": False}
@@ -76,33 +68,29 @@ def linear_launch(
         tile = tile_of("linear_4bit_vector", 1, x.dtype, target)
         programs = ceil_div(out_features, tile["OUTS"])
         return Launch(vector_kernel, (programs,), (*tensors, out_features, in_features), constants, _unfused(tile))
-    side = _row_side(rows)
+    side = row_tile(rows)
     tile = tile_of("linear_4bit", side, x.dtype, target)
     parts = out.shape[0] if out.dim() == 3 else 1
     tiles = ceil_div(ceil_div(in_features, tile["INS"]), parts)
     grid = (ceil_div(rows, side), ceil_div(out_features, tile["OUTS"]), parts)
     sizes = (rows, out_features, in_features, tiles)
-    constants |= _precision(x.dtype) | {"ROWS": side}
+    constants |= precision(x.dtype) | {"ROWS": side}
     return Launch(linear_kernel, grid, (*tensors, *sizes), constants, _unfused(tile))
 
 
 def linear_parts(rows: int, geometry: Geometry, dtype: torch.dtype, target: int) -> int:
     """Into how many parts a product is split, so that a layer with few rows and features fills the GPU."""
-    if rows == 1:
-        return 1
-    side = _row_side(rows)
-    tile = tile_of("linear_4bit", side, dtype, target)
-    return split_parts(ceil_div(rows, side), ceil_div(geometry[1], tile["OUTS"]), geometry[0] // tile["INS"])
+    return 1 if rows == 1 else tile_parts("linear_4bit", rows, geometry[1], geometry[0], dtype, target)
 
 
 def grad_input_launch(grad: Tensor, buffers: Buffers, out: Tensor, geometry: Geometry, target: int) -> Launch:
     """The launch of the gradient for the input, from `grad` `[rows, out]` into `out` `[rows, in]`."""
     rows, (in_features, out_features, *_, quant_type, _) = grad.shape[0], geometry
-    side = _row_side(rows)
+    side = row_tile(rows)
     tile = tile_of("linear_4bit_grad", side, grad.dtype, target)
     grid = (ceil_div(rows, side), ceil_div(in_features, tile["INS"]))
     arguments = (grad, *_pointers(buffers, quant_type), out, rows, out_features, in_features)
-    constants = _constants(buffers, geometry) | _precision(grad.dtype) | {"ROWS": side}
+    constants = _constants(buffers, geometry) | precision(grad.dtype) | {"ROWS": side}
     return Launch(grad_input_kernel, grid, arguments, constants, _unfused(tile))
 
 
@@ -143,10 +131,7 @@ def linear_4bit_triton(input: Tensor, buffers: Buffers, bias: Tensor | None, geo
         return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
     launch, partial = product_launch(flat, buffers, bias, out.view(len(flat), -1), geometry, target_of(input))
     launch.run()
-    if partial is None:
-        return out
-    total = partial.sum(0) if bias is None else partial.sum(0).add_(bias)
-    return out.copy_(total.view(out.shape))
+    return joined(out, partial, bias)
 
 
 def product_launch(
@@ -154,10 +139,9 @@ def product_launch(
 ) -> tuple[Launch, Tensor | None]:
     """The launch for these rows `[N, in]`, with the bias into `out` `[N, out]`; or into float32 parts of the result without
     it, `[parts, N, out]`, which are given back to be summed."""
-    parts = linear_parts(len(x), geometry, x.dtype, target)
-    if parts == 1:
+    partial = split(out, linear_parts(len(x), geometry, x.dtype, target))
+    if partial is None:
         return linear_launch(x, buffers, bias, out, geometry, target), None
-    partial = out.new_empty((parts, len(x), geometry[1]), dtype=torch.float32)
     return linear_launch(x, buffers, None, partial, geometry, target), partial
 
 

@@ -6,19 +6,17 @@ value. The weight is read in a byte a value, once for every block of rows; no fl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, require_device, target_of
+from vlmbuild.ops._triton import INTERPRET, Launch, ceil_div, precision, require_device, target_of
 from vlmbuild.ops.linear_8bit_kernels import (
     grad_input_8bit_kernel,
     linear_8bit_kernel,
     outliers_kernel,
     quantize_kernel,
 )
-from vlmbuild.ops.linear_paths import ROW_SIDES, row_side, split_parts
+from vlmbuild.ops.linear_triton import joined, row_tile, split, tile_parts
 from vlmbuild.ops.tiles import tile_of
 
 _OUTLIER_COLUMNS = 16
@@ -31,14 +29,6 @@ _QUANTIZE = {"INS": 64 if INTERPRET else 2048, "num_warps": 4, "num_stages": 1, 
 def fits(dtype: torch.dtype) -> bool:
     """Whether the kernels take inputs of this dtype: of 16 bits, or in the interpreter what it can multiply."""
     return dtype in ((torch.float16, torch.float32) if INTERPRET else (torch.float16, torch.bfloat16))
-
-
-def _side(rows: int) -> int:
-    return ROW_SIDES[0] if INTERPRET else row_side(rows)
-
-
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
-    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
 def outliers_launch(x: Tensor, flags: Tensor, threshold: float) -> Launch:
@@ -63,12 +53,12 @@ def linear_8bit_launch(
 ) -> Launch:  # fmt: skip
     """The launch of the product into `out`: `[rows, out]`, or `[parts, rows, out]` in float32 and without bias."""
     rows, (wide, narrow) = len(x), weight.shape
-    side = _side(rows)
+    side = row_tile(rows)
     tile = tile_of("linear_8bit", side, x.dtype, target)
     parts = out.shape[0] if out.dim() == 3 else 1
     tiles = ceil_div(ceil_div(narrow, tile["INS"]), parts)
     tensors = (x, quantized, row_scales, columns, weight, scales, scales if bias is None else bias, out)
-    constants = {"OUTLIERS": outliers, "BIAS": bias is not None, **_precision(x.dtype), "ROWS": side}
+    constants = {"OUTLIERS": outliers, "BIAS": bias is not None, **precision(x.dtype), "ROWS": side}
     grid = (ceil_div(rows, side), ceil_div(wide, tile["OUTS"]), parts)
     return Launch(
         linear_8bit_kernel, grid, (*tensors, rows, wide, narrow, tiles), constants | {"COLUMNS": _OUTLIER_COLUMNS}, tile
@@ -78,19 +68,17 @@ def linear_8bit_launch(
 def grad_input_8bit_launch(grad: Tensor, weight: Tensor, scales: Tensor, out: Tensor, target: int) -> Launch:
     """The launch of the gradient for the input, from `grad` `[rows, out]` into `out` `[rows, in]`."""
     rows, (wide, narrow) = len(grad), weight.shape
-    side = _side(rows)
+    side = row_tile(rows)
     tile = tile_of("linear_8bit_grad", side, grad.dtype, target)
     grid = (ceil_div(rows, side), ceil_div(narrow, tile["INS"]))
     arguments = (grad, weight, scales, out, rows, wide, narrow)
-    return Launch(grad_input_8bit_kernel, grid, arguments, {**_precision(grad.dtype), "ROWS": side}, tile)
+    return Launch(grad_input_8bit_kernel, grid, arguments, {**precision(grad.dtype), "ROWS": side}, tile)
 
 
 def parts_8bit(rows: int, weight: Tensor, dtype: torch.dtype, target: int) -> int:
     """Into how many parts a product is split."""
-    side = _side(rows)
-    tile = tile_of("linear_8bit", side, dtype, target)
     wide, narrow = weight.shape
-    return split_parts(ceil_div(rows, side), ceil_div(wide, tile["OUTS"]), narrow // tile["INS"])
+    return tile_parts("linear_8bit", rows, wide, narrow, dtype, target)
 
 
 def quantized_rows(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,10 +107,7 @@ def linear_8bit_triton(input: Tensor, weight: Tensor, scales: Tensor, bias: Tens
     known = (x, *quantized_rows(x, threshold), weight, scales)
     launch, partial = product_8bit_launch(*known, bias, out.view(len(x), -1), target_of(input), outliers=threshold > 0)
     launch.run()
-    if partial is None:
-        return out
-    total = partial.sum(0) if bias is None else partial.sum(0).add_(bias)
-    return out.copy_(total.view(out.shape))
+    return joined(out, partial, bias)
 
 
 def product_8bit_launch(
@@ -132,10 +117,9 @@ def product_8bit_launch(
     """The launch for these rows `[N, in]`, with the bias into `out` `[N, out]`; or into float32 parts of the result without
     it, `[parts, N, out]`, which are given back to be summed."""
     known = (x, quantized, row_scales, columns, weight, scales)
-    parts = parts_8bit(len(x), weight, x.dtype, target)
-    if parts == 1:
+    partial = split(out, parts_8bit(len(x), weight, x.dtype, target))
+    if partial is None:
         return linear_8bit_launch(*known, bias, out, target, outliers=outliers), None
-    partial = out.new_empty((parts, len(x), weight.shape[0]), dtype=torch.float32)
     return linear_8bit_launch(*known, None, partial, target, outliers=outliers), partial
 
 

@@ -1,8 +1,9 @@
 """Which tile a kernel takes on which GPU: measured on the chip, or estimated for its architecture.
 
-`tiles.json` holds both: {chip or architecture: {kernel: {size: [sides..., warps, stages]}}}. The estimates are those of
-`python -m tests.bench.kernels --choose`, from what compilers say of registers and shared memory; a chip's name goes before its
-architecture, so that figures of a real chip can be added without a change of code.
+`tiles.json` holds both: {chip or architecture: {kernel: {size: [sides..., warps, stages]}}}. Entries of architectures are
+estimated from what compilers say of registers and shared memory (`python -m tests.bench.kernel_tiles`); none was timed. On a
+GPU `python -m tests.bench.kernel_tune` times candidates and adds entries under the chip's name, which go before its
+architecture's. There are none so far.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _INTERPRETED = {"INS": 64}
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
+def known_tiles() -> dict[str, dict[str, dict[str, list[int]]]]:
+    """The file's content, read once."""
     table: dict[str, dict[str, dict[str, list[int]]]] = json.loads(FILE.read_text(encoding="utf-8"))
     return table
 
@@ -61,7 +63,7 @@ def tile_of(kernel: str, size: int, dtype: torch.dtype, target: int) -> dict[str
     name = f"{kernel} float32" if dtype == torch.float32 else kernel
     entries: dict[str, list[int]] = {}
     for chip in (*_chip(target), architecture(target)):
-        entries = entries or _table().get(chip, {}).get(name, {})
+        entries = entries or known_tiles().get(chip, {}).get(name, {})
     sizes = sorted(map(int, entries))
     chosen = entries[str(next((known for known in sizes if known >= size), sizes[-1]))]
     return dict(zip((*sides, "num_warps", "num_stages"), chosen, strict=True))

@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,7 +48,7 @@ def measure(only: str) -> Iterator[Row]:
             seconds, row["limited_by"] = problem.limit(chip)
             row["limit_ms"] = 1e3 * seconds
             row["share"] = row["limit_ms"] / row["median_ms"]
-            row["peers"] = {name: _peer(call, timed) for name, call in sides.peers.items()}
+            row["peers"] = {name: _peer(timed, call) for name, call in sides.peers.items()}
             yield row
 
 
@@ -64,9 +64,9 @@ def agreement(name: str, sides: Any) -> float:
     return found
 
 
-def _peer(call: Any, timed: Any) -> Row:
+def _peer(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return timed(call)
+        return function(*arguments)
     except Exception as error:  # a peer that does not run here is said to be missing, and stops nothing
         return {"missing": f"{type(error).__name__}: {str(error)[:200]}"}
 
@@ -83,16 +83,15 @@ def smoke() -> Iterator[Row]:
     for problem in small_problems():
         sides = problem.prepare(setting)
         row = {"name": problem.name, "distance": agreement(problem.name, sides)}
-        yield row | {
-            "peers": {
-                name: agreement(f"{problem.name}, {name}", Sides(call, sides.exact))
-                for name, call in sides.peers.items()
-            }
-        }
+        peers = {name: Sides(call, sides.exact) for name, call in sides.peers.items()}
+        yield row | {"peers": {name: _peer(agreement, f"{problem.name}, {name}", peer) for name, peer in peers.items()}}
 
 
 def smoke_line(row: Row) -> str:
-    peers = ", ".join(f"{name} {distance:.0e}" for name, distance in row["peers"].items())
+    peers = ", ".join(
+        f"{name} {found['missing']}" if isinstance(found, dict) else f"{name} {found:.0e}"
+        for name, found in row["peers"].items()
+    )
     return f"{row['name']:86} {row['distance']:.0e}  {peers}"
 
 

@@ -1,9 +1,11 @@
-"""Committed locks hold; a check of one that does not says so to people, to CI servers and by its exit code."""
+"""A check of a lock that does not hold says so to people, to CI servers and by its exit code. `test_published_configs.py`
+checks the committed ones."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -42,9 +44,16 @@ def test_every_published_config_is_locked():
     }
 
 
-def test_committed_locks_hold():
-    results = check([LOCKS])
-    assert not [(result.path.name, result.error, result.difference) for result in results if result.fails()]
+def test_models_are_divided_among_processes(locks, tmp_path):
+    """Whose results are those of one process, in the order of the paths."""
+    bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "Qwen2VLForConditionalGeneration", "UnknownModel")
+    files = [bad, locks / "digits-nf4.lock", locks / "digits-none.lock"]
+    apart, alone = (
+        [replace(result, seconds=0.0) for result in check(files, kernels=False, processes=count)] for count in (2, 1)
+    )
+    assert apart == alone
+    assert [result.path for result in apart] == files
+    assert [result.fails() for result in apart] == [True, False, False]
 
 
 def test_a_model_is_traced_once(locks, monkeypatch):

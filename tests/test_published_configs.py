@@ -1,10 +1,12 @@
-"""Every published model at full depth, from its config.json alone: regions, matches, parameters."""
+"""Every published model at full depth, from its config.json alone: regions, matches, parameters, and committed locks."""
 
 from __future__ import annotations
 
 import pytest
+from make_locks import LOCKS, recipes
 from processors import CONFIGS
 
+from vlmbuild.locks.checking import check
 from vlmbuild.planner import plan
 from vlmbuild.recipe import QuantSpec, Recipe
 
@@ -36,3 +38,11 @@ def test_full_depth(name):
     assert (found["fuse_mrope"], found["swap_attention"], found["quantize_linear"]) == matches
     assert not [refusal for report in planned.passes for refusal in report.refusals if report.name != "quantize_linear"]
     assert planned.parameters == parameters
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_committed_locks_hold(name):
+    """In this process, which has traced the model and compiles the kernels that models share once."""
+    results = check(sorted(LOCKS.glob(f"{name}-*.lock")), processes=1)
+    assert len(results) == len(recipes(name))
+    assert not [(result.path.name, result.error, result.difference) for result in results if result.fails()]

@@ -1,8 +1,7 @@
-"""The pytest plugin, in test suites of its own."""
+"""The pytest plugin, in test suites of its own; they run in this process, which has traced the model."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -17,13 +16,17 @@ def test_graph(graph_lock):
 
 
 @pytest.fixture
-def suite(tmp_path):
+def suite(tmp_path, monkeypatch, capsys):
+    """Run pytest on such a suite: exit code and output."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.chdir(tmp_path)
+
     def suite(*arguments, options=""):
         (tmp_path / "test_graphs.py").write_text(SUITE.format(options=options))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, "test_graphs.py"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout
+        monkeypatch.delitem(sys.modules, "test_graphs", raising=False)
+        plugins = ["-p", "vlmbuild.pytest_locks", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        code = pytest.main(["-q", "--import-mode=importlib", *plugins, *arguments, "test_graphs.py"])
+        return code, capsys.readouterr().out
 
     return suite
 
@@ -40,6 +43,11 @@ def test_a_lock_is_written_held_and_broken(suite, tmp_path):
     assert "dtype: bfloat16 → float16" in out
     assert "If it is meant: pytest --update-locks" in out
     assert "Traceback" not in out
+
+
+def test_installing_vlmbuild_installs_the_plugin(pytestconfig):
+    plugin = pytestconfig.pluginmanager.get_plugin("vlmbuild")
+    assert plugin.__name__ == "vlmbuild.pytest_locks"
 
 
 def test_the_plugin_imports_no_torch():

@@ -6,7 +6,16 @@ has no gradients: it is for targets that cannot train.
 
 from __future__ import annotations
 
-from vlmbuild.ops import attention, attention_lowered, linear_4bit, linear_8bit, linear_packed, lora, mrope
+from vlmbuild.ops import (
+    attention,
+    attention_lowered,
+    linear_4bit,
+    linear_8bit,
+    linear_onednn,
+    linear_packed,
+    lora,
+    mrope,
+)
 
 __all__ = [
     "OPERATORS",
@@ -14,6 +23,7 @@ __all__ = [
     "attention_lowered",
     "linear_4bit",
     "linear_8bit",
+    "linear_onednn",
     "linear_packed",
     "lora",
     "mrope",
@@ -42,4 +52,5 @@ OPERATORS: tuple[str, ...] = (
     "vlmbuild::mrope_rotate",
     "vlmbuild::mrope_rotate_backward",
 )
-"""Every registered operator, by qualified name: what a loaded graph may call besides torch's own."""
+"""What a loaded graph may call besides torch's own, by qualified name: every registered operator but `linear_onednn`, which
+the runtime and compiled code put in the place of torch's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 from vlmbuild.targets import aoti, onnx, trainable
 from vlmbuild.targets.request import Request, StoredParameter
@@ -13,12 +14,14 @@ from vlmbuild.families import Family
 from vlmbuild.program import Program
 from vlmbuild.recipe import Recipe
 
-WRITERS: dict[str, Callable[[ArtifactWriter, Request], Manifest]] = {
-    "trainable": trainable.write,
-    "onnx": onnx.write,
-    "aoti": aoti.write,
+Write = Callable[[ArtifactWriter, Request], Manifest]
+
+WRITING: dict[str, Callable[[], AbstractContextManager[Write]]] = {
+    "trainable": lambda: nullcontext(trainable.write),
+    "onnx": lambda: nullcontext(onnx.write),
+    "aoti": aoti.writing,
 }
-"""Writes and publishes the artifact."""
+"""Entered when a build begins; what it gives writes and publishes the artifact."""
 
 STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[StoredParameter]]] = {
     "trainable": trainable.stored_parameters,
@@ -27,4 +30,4 @@ STORED: dict[str, Callable[[Program, Family, Recipe], Iterator[StoredParameter]]
 }
 """Says what will be stored, before any weight is read."""
 
-__all__ = ["STORED", "WRITERS", "Request", "StoredParameter"]
+__all__ = ["STORED", "WRITING", "Request", "StoredParameter"]

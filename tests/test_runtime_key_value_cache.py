@@ -15,10 +15,10 @@ INPUTS = [
 ]
 
 
-@pytest.fixture(params=[None, 9], ids=["growing", "static"])
+@pytest.fixture(params=[(None, 0), (None, 3), (9, 0)], ids=["growing", "growing in place", "static"])
 def cache(request):
     """Two blocks, three rows, five tokens; every number says where it is."""
-    made = KeyValueCache(INPUTS, request.param)
+    made = KeyValueCache(INPUTS, *request.param)
     assert made.get_seq_length() == 0
     empty = made.past(3, torch.float32, torch.device("cpu"))
     assert {tuple(tensor.shape) for tensor in empty.values()} == {(3, 2, 0, 4)}
@@ -74,3 +74,15 @@ def test_buffers_stay_where_they_are():
     cache.keep(present(6))
     cache.advance()
     assert [tensor.data_ptr() for tensor in cache.buffers().values()] == before and cache.get_seq_length() == 7
+
+
+def test_room_is_made_when_it_is_needed():
+    cache = KeyValueCache(INPUTS, room=3)
+    cache.keep(present(5))
+    for tokens in range(5, 9):
+        for name, buffer in cache.buffers().items():
+            assert buffer.shape[2] == (8 if tokens < 8 else 11) and buffer[:, :, tokens:].eq(0).all()
+            buffer[:, :, tokens] = present(9)[name][:, :, tokens]
+        cache.advance()
+    assert cache.get_seq_length() == 9
+    assert all(torch.equal(tensor, present(9)[name]) for name, tensor in held(cache).items())

@@ -81,5 +81,8 @@ def test_verify_names_what_is_for_onnx_alone(tmp_path, capsys):
 
 
 def test_a_process_that_fails_says_why(tmp_path):
-    with pytest.raises(ParityError, match="could not be run"):
-        onnx_numerics.measure_onnx_apart(tmp_path, "float32", lambda *_: None)
+    with (
+        pytest.raises(ParityError, match="could not be run"),
+        onnx_numerics.onnx_measurement(tmp_path, "float32") as run,
+    ):
+        run.records(lambda *_: None)

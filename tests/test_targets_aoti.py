@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
-from vlmbuild.targets.aoti import workers
+from vlmbuild.targets.aoti import compilation
 
 import vlmbuild
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -75,16 +75,34 @@ def test_every_block_is_compiled_once_however_deep_the_model_is(artifact):
     files = {entry[kind]["file"] for entry in entries for kind in ("code", "token") if kind in entry}
     assert files == set(artifact.manifest.trust["code"])
     assert list(index["regions"]) == sorted(FORMS)
-    assert len(files) == 5  # a vision block; decoder blocks for two forms of the cache, and these for one token
+    assert (
+        len(files) == 4
+    )  # a vision block; decoder blocks that return a grown cache, and that write into one, also for one row
     assert all(entry.size < 4 << 20 for entry in artifact.manifest.files if entry.role == "code")
+
+
+COMPILE_VISION = """
+import json, pathlib, sys
+from vlmbuild.program_json import from_json
+from vlmbuild.targets.aoti import worker
+program, folder = map(pathlib.Path, sys.argv[1:])
+programs = worker.cached_programs(from_json(json.loads(program.read_text())))
+platform = worker.code_platform()
+worker.CodePlan.of(programs, platform)
+print(worker._compiled(programs, worker.Unit("growing", "visual.blocks"), "float32", platform.level, folder))
+"""
 
 
 def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
     """With another cache of inductor's, another folder and another hash seed."""
-    arguments = [artifact.path / "graph/program.json", "float32", tmp_path, "growing:visual.blocks"]
-    command = [sys.executable, "-m", "vlmbuild.targets.aoti.compile", *map(str, arguments)]
     settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONHASHSEED": "7"}
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **settings})
+    program, folder = artifact.path / "graph/program.json", str(tmp_path)
+    subprocess.run(
+        [sys.executable, "-c", COMPILE_VISION, program, folder],
+        check=True,
+        capture_output=True,
+        env={**os.environ, **settings},
+    )
     (file,) = (name for name in artifact.manifest.trust["code"] if name.endswith("visual.blocks.pt2"))
     assert (tmp_path / "growing.visual.blocks.pt2").read_bytes() == (artifact.path / file).read_bytes()
 
@@ -168,13 +186,15 @@ def test_from_pretrained_has_no_place_for_code(tmp_path):
         )
 
 
-def test_a_single_token_has_code_of_its_own(artifact, monkeypatch):
+@pytest.mark.parametrize("length", [None, 8], ids=["growing", "static"])
+def test_a_single_token_has_code_of_its_own(artifact, monkeypatch, length):
     model, _ = vlmbuild.load(artifact.path, trust=("code",))
     used = []
     for form in FORMS:
         region = model.graphs.cached(form).bound["language_model.layers.cached"]
         for kind in ("code", "_token"):
-            code = getattr(region, kind)
+            if (code := getattr(region, kind)) is None:
+                continue
 
             def note(tensors, runner=code.runner, name=f"{form} {kind}"):
                 used.append(name)
@@ -188,15 +208,27 @@ def test_a_single_token_has_code_of_its_own(artifact, monkeypatch):
         assert len(set(used)) == 1
         return logits, used[0]
 
-    for length, form in ((None, "growing"), (8, "static")):
-        ids = torch.tensor([[5, 6, 7, 8]])
-        pairs = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-        one, two = model.new_cache(length), model.new_cache(length)
-        assert said(one, ids[:, :3])[1] == said(two, pairs[:, :3])[1] == "growing code"
-        alone, its_code = said(one, ids[:, 3:])
-        together, their_code = said(two, pairs[:, 3:])
-        assert (its_code, their_code) == (f"{form} _token", f"{form} code")
-        torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-4)
+    pairs = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    one, two, more = (model.new_cache(length) for _ in range(3))
+    assert said(one, pairs[:1, :3])[1] == said(two, pairs[:, :3])[1] == "growing code"
+    alone, its_code = said(one, pairs[:1, 3:])
+    together, their_code = said(two, pairs[:, 3:])
+    said(more, pairs[:1, :2])
+    at_once, code_of_several = said(more, pairs[:1, 2:])
+    assert (its_code, their_code, code_of_several) == ("static _token", "static code", "growing code")
+    torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone[:, -1], at_once[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_growing_cache_grows_beyond_its_room(artifact):
+    """Tokens are those of a cache that had room for all of them."""
+    model, _ = vlmbuild.load(artifact.path, trust=("code",))
+    ids = torch.tensor([[5, 6, 7]])
+    long = GREEDY | {"max_new_tokens": 2 * compiled_code._ROOM + 3, "return_dict_in_generate": True}
+    growing, static = (model.generate(input_ids=ids, **long, cache_implementation=form) for form in (None, "static"))
+    assert torch.equal(growing.sequences, static.sequences)
+    room = {block.keys.shape[2] for block in growing.past_key_values.blocks}
+    assert room == {3 + 3 * compiled_code._ROOM}
 
 
 def changed(artifact, change):
@@ -259,8 +291,8 @@ def test_code_that_computes_something_else_is_found(artifact, monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_published(tmp_path, monkeypatch):
-    monkeypatch.setitem(workers._SETTINGS, "CXX", "/none/g++")
-    monkeypatch.setitem(workers._SETTINGS, "PATH", "/none")
+    monkeypatch.setitem(compilation._SETTINGS, "CXX", "/none/g++")
+    monkeypatch.setitem(compilation._SETTINGS, "PATH", "/none")
     with pytest.raises(CompileError, match=r"cannot be compiled: .*needs a C\+\+ compiler"):
         build("qwen2-vl-digits", tmp_path / "out", Recipe(target="aoti", dtype="float32"))
     assert list(tmp_path.iterdir()) == []

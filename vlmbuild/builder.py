@@ -36,7 +36,7 @@ from vlmbuild.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.source_fit import check_weights
 from vlmbuild.source_tensors import SourceTensor, source_tensors, stored_formats
-from vlmbuild.targets import STORED, WRITERS, Request, StoredParameter
+from vlmbuild.targets import STORED, WRITING, Request, StoredParameter
 from vlmbuild.weight_format import FourBit
 
 
@@ -109,7 +109,7 @@ def build(
     values, family, config = read_model(found)
     weights = CheckpointWeights(found.directory)
     tensors = source_tensors(weights, family, values)
-    with Digests(found, weights.files) as digests:
+    with WRITING[recipe.target]() as write, Digests(found, weights.files) as digests:
         program = trace_program(family, config, told)
         check_weights(program, family, weights, tensors)
         merge = None if adapter is None else read_merge(adapter, program, family)
@@ -132,7 +132,7 @@ def build(
             batches_digest(calibration), device, merge, check.measure if check else lambda _directory: (), told,
         )  # fmt: skip
         with ArtifactWriter(output, overwrite=overwrite) as writer:
-            manifest = WRITERS[recipe.target](writer, request)
+            manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
 
 

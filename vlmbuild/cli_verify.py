@@ -53,16 +53,18 @@ def verify(artifact: Path, expected_id: str | None, numerics: bool, trust_code: 
 
 
 def _numerics(artifact: Path, manifest: Manifest, progress: StageProgress, *, trusted: bool) -> list[dict[str, Any]]:
-    from vlmbuild.runtime.code_numerics import measure_code_apart
+    from vlmbuild.runtime.code_numerics import code_measurement
     from vlmbuild.runtime.loader import check_trust
-    from vlmbuild.runtime.onnx_numerics import measure_onnx_apart
+    from vlmbuild.runtime.onnx_numerics import onnx_measurement
 
     dtype = str(manifest.recipe["dtype"])
     if manifest.target == "onnx":
-        return measure_onnx_apart(artifact, dtype, progress)
+        with onnx_measurement(artifact, dtype) as measurement:
+            return measurement.records(progress)
     if manifest.target == "aoti":
         check_trust(artifact, manifest, ("code",) if trusted else ())
-        return measure_code_apart(artifact, dtype, progress)
+        with code_measurement(artifact, dtype) as measurement:
+            return measurement.records(progress)
     raise UsageError(
         f"--numerics is for exported artifacts, and {artifact} has the target {manifest.target}. Leave it out."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmbuild.targets.aoti.write import write
+from vlmbuild.targets.aoti.write import writing
 from vlmbuild.targets.trainable import stored_parameters
 
-__all__ = ["stored_parameters", "write"]
+__all__ = ["stored_parameters", "writing"]

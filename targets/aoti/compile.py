@@ -1,15 +1,9 @@
-"""Compile regions with AOTInductor, each once however many instances it has, in processes of their own.
-
-`python -m vlmbuild.targets.aoti.compile PROGRAM DTYPE FOLDER UNIT ...` writes a package for each region into
-the folder, and prints a line of JSON about it.
-"""
+"""Compile one region with AOTInductor, into a package without constants."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +12,8 @@ from torch._inductor import config as inductor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule
-from vlmbuild.targets.aoti.region_graph import compilable
-from vlmbuild.targets.aoti.units import Unit
 
-from vlmbuild.cached_block import CacheForm
 from vlmbuild.code_platform import CodePlatform, plain_feature, this_platform
-from vlmbuild.kv_cache import with_cache
-from vlmbuild.program import Program
-from vlmbuild.program_json import from_json
-from vlmbuild.shapes import annotate_shapes
 
 _PARTS = {".wrapper.so": True, ".wrapper_metadata.json": True, ".wrapper.json": False}
 """Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our own
@@ -87,33 +74,10 @@ def _options(level: str, one_token: bool) -> dict[str, Any]:
         "aot_inductor.package": True,
         "cpp.dynamic_threads": True,
         "aot_inductor.enable_line_tables": False,
+        "aot_inductor.compile_wrapper_opt_level": "Og",  # half of what g++ takes is this code, which only calls kernels
         _MARCH: f"{level or 'native'} {shlex.join(_NAMELESS)}",  # inductor has no other place for options
     }
     if one_token:
         options |= _VECTORS
     known = inductor.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
-
-
-def main(program_file: str, dtype: str, folder: str, *units: str) -> int:
-    """Compile the units; returns the exit code."""
-    program = from_json(json.loads(Path(program_file).read_text(encoding="utf-8")))
-    platform = code_platform()
-    programs: dict[CacheForm, Program] = {}
-    for unit in map(Unit.parse, units):
-        if unit.form not in programs:
-            programs[unit.form] = with_cache(program, unit.form)
-            annotate_shapes(programs[unit.form])
-        region = programs[unit.form].regions[unit.region]
-        graph, order = compilable(region, getattr(torch, dtype), one_token=unit.one_token)
-        file = compile_region(
-            graph, str(unit).replace(":", "."), platform.level, Path(folder), one_token=unit.one_token
-        )
-        placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
-        inputs = [(place, str(x.dtype).removeprefix("torch.")) for place, x in zip(order, placeholders, strict=True)]
-        print(json.dumps({"unit": str(unit), "file": str(file), "inputs": inputs}), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -27,7 +27,7 @@ from vlmbuild.packed_weight import packed_weight
 from vlmbuild.program import Program
 from vlmbuild.program_json import to_json
 from vlmbuild.recipe import TOOLS, Recipe
-from vlmbuild.runtime.onnx_numerics import measure_onnx_apart
+from vlmbuild.runtime.onnx_numerics import onnx_measurement
 from vlmbuild.runtime.onnx_session import FOLDER
 from vlmbuild.source import SIDE_FILES
 
@@ -55,8 +55,9 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         writer.write(name, data, "config" if name in ("config.json", "generation_config.json") else "processor")
     writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
-    errors = _write_models(writer, models, request)
-    numerics = [*measure_onnx_apart(writer.staging, recipe.dtype, request.progress), *request.measure(writer.staging)]
+    with onnx_measurement(writer.staging, recipe.dtype) as measurement:
+        errors = _write_models(writer, models, request)
+        numerics = [*measurement.records(request.progress), *request.measure(writer.staging)]
     decisions = {
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()

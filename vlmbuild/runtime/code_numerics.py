@@ -7,59 +7,71 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vlmbuild.runtime.compiled_code import adopt_code
+from vlmbuild.cached_block import CacheForm
+from vlmbuild.code_index import FORMS
+from vlmbuild.runtime.compiled_code import adopt_code, new_code_cache
 from vlmbuild.runtime.decoding import Decoding
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.loader import bind_directory
 from vlmbuild.runtime.model import VisionLanguageModel
-from vlmbuild.runtime.numerics import PRESENT, STEPS, Record, compare, measure_apart, print_records, stepwise
+from vlmbuild.runtime.numerics import PRESENT, STEPS, Measurement, Record, compare, print_records, stepwise
 from vlmbuild.runtime.probe import SEED, Case, cases
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 """The relative error of each output up to which code is published, by compute dtype. Both multiply by the same weights; fused
 kernels round less often than graphs do."""
-_WHAT = "The compiled regions"
 
 
-def measure_code_apart(directory: Path, dtype: str, progress: Callable[[str, int, int], None]) -> list[Record]:
-    """The manifest's records about an artifact's code, measured in another process: what crashes ends that one.
-
-    Raises:
-        ParityError: A region does not run, or computes something else than its graph.
-    """
-    return measure_apart(__name__, [str(directory), dtype], _WHAT, progress)
+def code_measurement(directory: Path, dtype: str) -> Measurement:
+    """Measures an artifact's code in another process: what crashes ends that one. Weights and graphs must be there."""
+    return Measurement(__name__, [str(directory), dtype], "The compiled regions")
 
 
-@torch.no_grad()
 def measure(directory: Path, dtype: str) -> list[Record]:
-    """As `measure_code_apart`, in this process and without judging."""
+    """The manifest's records about an artifact's code, measured in this process and without judging."""
+    return prepare(directory, dtype)()
 
-    def read(name: str) -> bytes:
-        return (directory / name).read_bytes()
 
+def prepare(directory: Path, dtype: str) -> Callable[[], list[Record]]:
+    """Everything that needs no code; the rest when the result is called."""
     graphs, compiled = (bind_directory(directory, getattr(torch, dtype)).eval() for _ in range(2))
-    adopt_code(compiled, read, str(directory))
-    records: list[Record] = []
-    for case in cases(graphs.family.processor(directory)):
-        for form in ("growing", "static"):
-            records += _compare(case, form, graphs, compiled)
-    return [{**record, "dtype": dtype, "seed": SEED, "tolerance": f"{TOLERANCES[dtype]:.0e}"} for record in records]
+    for model, form in ((graphs, "growing"), *((compiled, form) for form in FORMS)):
+        model.cached(form)
+    batches = tuple(cases(graphs.family.processor(directory)))
+
+    @torch.no_grad()
+    def records() -> list[Record]:
+        adopt_code(compiled, lambda name: (directory / name).read_bytes(), str(directory))
+        found = [
+            record
+            for case, form in zip(batches, cycle(FORMS), strict=False)
+            for record in _compare(case, form, graphs, compiled)
+        ]
+        return [{**record, "dtype": dtype, "seed": SEED, "tolerance": f"{TOLERANCES[dtype]:.0e}"} for record in found]
+
+    return records
 
 
-def _compare(case: Case, form: str, graphs: VisionLanguageModel, compiled: VisionLanguageModel) -> list[Record]:
-    """A prompt, then some tokens on its cache, against the graphs with all of that at once."""
-    length = case.batch["input_ids"].shape[1] + STEPS
-    cache = compiled.new_cache(length if form == "static" else None)
-    batch, logits = stepwise(case, Decoding(compiled, cache), compiled.family)
+def _compare(case: Case, form: CacheForm, graphs: VisionLanguageModel, compiled: VisionLanguageModel) -> list[Record]:
+    """A prompt, some tokens on its cache one at a time, and these again all at once, against the graphs with all of that at
+    once. Both forms of a cache run the same code."""
     whole = graphs.new_cache()
+    cache = new_code_cache(compiled, case.batch["input_ids"].shape[1] + STEPS if form == "static" else None)
+    decoding = Decoding(compiled, cache)
+    batch, logits = stepwise(case, decoding, compiled.family)
     expected = {"logits": Decoding(graphs, whole).logits(batch)} | _held(whole, compiled, batch)
     found = {"logits": logits} | _held(cache, compiled, batch)
-    return compare(f"{case.name}, {form} cache", batch, found, expected)
+    records = compare(f"{case.name}, {form} cache", batch, found, expected)
+    cache.crop(-STEPS)
+    tokens = {"input_ids": batch["input_ids"][:, -STEPS:], "attention_mask": batch["attention_mask"]}
+    found = {"logits": torch.cat([logits[:, :-STEPS], decoding.logits(tokens)], 1)} | _held(cache, compiled, batch)
+    return records + compare(f"{case.name}, {form} cache, tokens at once", batch, found, expected)
 
 
 def _held(cache: KeyValueCache, model: VisionLanguageModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,4 +82,4 @@ def _held(cache: KeyValueCache, model: VisionLanguageModel, batch: Mapping[str, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # figures go into the manifest, and are not to depend on the number of cores
-    sys.exit(print_records(lambda: measure(Path(sys.argv[1]), *sys.argv[2:])))
+    sys.exit(print_records(lambda: prepare(Path(sys.argv[1]), *sys.argv[2:])))

@@ -7,24 +7,31 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeIndex, compiled_regions
+from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeFile, CodeIndex, compiled_regions
 from vlmbuild.code_platform import check_platform
 from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.graph_text import digest
+from vlmbuild.kv_cache import cached_inputs
 from vlmbuild.program import Program, Region
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decoding import CachedProgram
+from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.model import VisionLanguageModel
 from vlmbuild.runtime.region_instance import slots_getter
 
 Read = Callable[[str], bytes]
 """The content of a file of an artifact, checked against its manifest."""
 Runner = Callable[[list[Tensor]], list[Tensor]]
+
+_ROOM = 64
+"""Places that a growing cache gets at once: copying it costs a step 1/64 of what concatenating does, and attention passes over
+at most so many that are empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,11 @@ class Code:
     runner: Runner
     inputs: tuple[tuple[int, torch.dtype], ...]
 
+    @classmethod
+    def of(cls, file: CodeFile, runners: Mapping[str, Runner]) -> Self:
+        """From the index."""
+        return cls(runners[file.file], tuple((place, getattr(torch, dtype)) for place, dtype in file.inputs))
+
 
 class CompiledRegion:
     """A region whose graph was compiled, for inference.
@@ -51,12 +63,9 @@ class CompiledRegion:
 
     def __init__(self, region: Region, entry: CodeEntry, runners: Mapping[str, Runner]) -> None:
         self.region = region
-        self.code, *token = (
-            Code(runners[code.file], tuple((place, getattr(torch, dtype)) for place, dtype in code.inputs))
-            for code in entry.files
-        )
-        self._token = token[0] if token else self.code
-        self._token_place, self._token_axis = entry.token_axis or (0, 0)
+        self.code = Code.of(entry.code, runners)
+        self._token = None if entry.token is None else Code.of(entry.token, runners)
+        self._token_axis = entry.token_axis
         self._written = written_activations(region)
         self._tensors_of = slots_getter([slot.name for slot in region.slots])
         self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
@@ -74,8 +83,10 @@ class CompiledRegion:
         Raises:
             UsageError: An activation is not what the code was compiled for. It would read memory as if it were.
         """
-        single = activations[self._token_place].shape[self._token_axis] == 1
-        code = self._token if single else self.code
+        code = self.code
+        if self._token is not None and self._token_axis is not None:
+            place, axis = self._token_axis
+            code = self._token if activations[place].shape[axis] == 1 else code
         inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in code.inputs]
         return tuple(code.runner([*tensors, *inputs]))
 
@@ -114,7 +125,7 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
         raise IncompatibleError(f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}.")
     runners: dict[str, Runner] = {}
     for form in FORMS:
-        cached = CachedProgram.of(model, form)
+        cached = model.cached(form)
         bound = dict(cached.bound)
         for name, region in compiled_regions(cached.program).items():
             entry = _entry(index, cached.program, form, name, where)
@@ -123,6 +134,13 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
                     runners[code.file] = _runner(read(code.file), f"{where}: {code.file}")
             bound[name] = CompiledRegion(region, entry, runners)
         model.use_cached(form, CachedProgram(cached.program, bound))
+
+
+def new_code_cache(model: VisionLanguageModel, length: int | None) -> KeyValueCache:
+    """An empty cache for compiled regions, growing or with room for so many tokens. A single token is written in place in
+    both: that is what there is code for."""
+    program = model.cached("growing").program
+    return KeyValueCache(cached_inputs(program.variants["text"]), length, _ROOM)
 
 
 def read_index(read: Read, where: str) -> CodeIndex:

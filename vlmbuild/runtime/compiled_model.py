@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
+from vlmbuild.runtime.compiled_code import new_code_cache
 from vlmbuild.runtime.decoding import Decoding
 from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
@@ -38,7 +39,7 @@ class CompiledVisionLanguageModel(InferenceModel):
             return Decoding(self.graphs, cache, keep).logits(batch)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
-        return self.graphs.new_cache(length)
+        return new_code_cache(self.graphs, length)
 
     @property
     def device(self) -> torch.device:

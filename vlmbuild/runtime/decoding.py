@@ -122,10 +122,10 @@ class Decoding:
         values = {name: tensor.repeat_interleave(new, 0) for name, tensor in cache.rows.items()} | cache.images
         values |= {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), MASK: mask}
         assert cache.variant is not None
-        if cache.length is None or new > 1:
-            logits, _ = self._grow(cache.variant, values)
-        else:
+        if cache.in_place and new == 1:
             logits = self._write(cache.variant, values, past)
+        else:
+            logits, _ = self._grow(cache.variant, values)
         cache.positions = cache.positions + mask[:, past:].sum(1)
         return logits
 
@@ -140,14 +140,14 @@ class Decoding:
         return logits, presents
 
     def _write(self, name: str, values: dict[str, Tensor], past: int) -> Tensor:
-        """One token of every row, into the buffers of a static cache."""
-        cache, length = self.cache, self.cache.length
-        assert length is not None
-        _check_room(cache, past + 1)
+        """One token of every row, into the cache's buffers."""
+        _check_room(self.cache, past + 1)
+        buffers = self.cache.buffers()
+        length = next(iter(buffers.values())).shape[2]
         mask = torch.nn.functional.pad(values[MASK], (0, length - past - 1))
         position = torch.full((1,), past, device=mask.device)
-        logits, _ = self._run("static", name, values | cache.buffers() | {MASK: mask, POSITION: position})
-        cache.advance()
+        logits, _ = self._run("static", name, values | buffers | {MASK: mask, POSITION: position})
+        self.cache.advance()
         return logits
 
     def _run(self, form: CacheForm, name: str, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

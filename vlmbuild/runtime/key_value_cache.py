@@ -32,9 +32,13 @@ class BlockCache(DynamicLayer):
 
 
 class BlockBuffers(BlockCache):
-    """Keys and values with room for `length` tokens, of which the first `tokens` are written."""
+    """Keys and values in buffers, of which the first `tokens` are written.
 
-    def __init__(self, length: int) -> None:
+    Args:
+        length: Room for so many tokens; None is as much as there are, and more when it is asked for.
+    """
+
+    def __init__(self, length: int | None) -> None:
         super().__init__()
         self.length = length
         self.tokens = 0
@@ -43,18 +47,32 @@ class BlockBuffers(BlockCache):
         return self.keys[:, :, : self.tokens], self.values[:, :, : self.tokens]
 
     def keep(self, keys: Tensor, values: Tensor) -> None:
-        if not self.is_initialized:
-            shape = (*keys.shape[:2], self.length, keys.shape[3])
-            super().keep(keys.new_zeros(shape), values.new_zeros(shape))
         old, self.tokens = self.tokens, keys.shape[2]
+        if self.length is None:
+            super().keep(keys, values)
+            return
+        if not self.is_initialized:
+            super().keep(*(_with_room(x, self.length) for x in (keys, values)))
         self.keys[:, :, old : self.tokens] = keys[:, :, old:]
         self.values[:, :, old : self.tokens] = values[:, :, old:]
+
+    def make_room(self, room: int) -> None:
+        """Have a place for one token more; where there is none, get `room` places."""
+        if self.tokens == self.keys.shape[2]:
+            super().keep(*(_with_room(x, self.tokens + room) for x in (self.keys, self.values)))
 
     def get_seq_length(self) -> int:
         return self.tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         self.tokens = min(self.tokens, tokens_to_remove) if tokens_to_remove > 0 else self.tokens + tokens_to_remove
+
+
+def _with_room(held: Tensor, length: int) -> Tensor:
+    """A buffer of this length that begins with what is held; the rest is zero, since what is masked is multiplied by zero."""
+    buffer = held.new_zeros((*held.shape[:2], length, held.shape[3]))
+    buffer[:, :, : held.shape[2]] = held
+    return buffer
 
 
 class KeyValueCache(Cache):
@@ -65,6 +83,8 @@ class KeyValueCache(Cache):
 
     Attributes:
         length: How many tokens a static cache has room for; None is a cache that grows.
+        room: So many places a growing cache gets at once, and single tokens are written into them; with 0 there are none, and
+            the keys and values of every step are concatenated.
         variant: Of the program, that runs the next tokens; None before the prompt.
         copies: How many rows each sample of the prompt gets, for beams and for several answers.
         positions: int64 (batch,), the position of every row's next token.
@@ -73,15 +93,16 @@ class KeyValueCache(Cache):
         media: Shapes of the prompt's images, by the processor's names.
     """
 
-    def __init__(self, inputs: Iterable[Input], length: int | None = None) -> None:
+    def __init__(self, inputs: Iterable[Input], length: int | None = None, room: int = 0) -> None:
         """
         Args:
             inputs: Of a program with a growing cache: its cached keys and values, in pairs.
             length: Of a static cache.
+            room: Of one that grows.
         """
         self.inputs = tuple(inputs)
-        self.length = length
-        self.blocks = [BlockCache() if length is None else BlockBuffers(length) for _ in self.inputs[::2]]
+        self.length, self.room = length, room
+        self.blocks = [BlockBuffers(length) if self.in_place else BlockCache() for _ in self.inputs[::2]]
         super().__init__(layers=list(self.blocks))
         self.variant: str | None = None
         self.copies = 1
@@ -106,10 +127,18 @@ class KeyValueCache(Cache):
         for block, key, value in self._blocks():
             block.keep(presents[key.name], presents[value.name])
 
+    @property
+    def in_place(self) -> bool:
+        """Whether single tokens are written into buffers."""
+        return self.length is not None or self.room > 0
+
     def buffers(self) -> dict[str, Tensor]:
-        """The whole buffers of a static cache, by input name."""
+        """Whole buffers by input name, with a place for the next token unless a static cache is full."""
         found: dict[str, Tensor] = {}
         for block, key, value in self._blocks():
+            assert isinstance(block, BlockBuffers)
+            if self.length is None:
+                block.make_room(self.room)
             found[key.name], found[value.name] = block.keys, block.values
         return found
 

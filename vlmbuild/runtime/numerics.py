@@ -7,7 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -30,33 +30,51 @@ class Stepwise(Protocol):
         """(batch, tokens, vocabulary)."""
 
 
-def measure_apart(
-    module: str, arguments: list[str], what: str, progress: Callable[[str, int, int], None]
-) -> list[Record]:
-    """The manifest's records about what was exported, as `python -m MODULE ARGUMENTS` prints them.
+class Measurement:
+    """A context with a process that makes itself ready while something else is done, and then measures.
 
     Args:
-        module, arguments: Of the process, which runs `print_records`.
-        what: Was exported, for messages.
-        progress: Told of the beginning and of the end.
-
-    Raises:
-        ParityError: It does not run, or computes something else than the program.
+        module: `python -m MODULE ARGUMENTS` runs `print_records`.
+        arguments: Of the process.
+        what: Is measured, for messages.
     """
-    progress("numerics", 0, 1)
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (our own interpreter)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
-        raise ParityError(
-            f"{what} could not be run beside the program: {lines[-1]} An artifact that is being built is not "
-            "published. Free memory if there was too little, put the model's own processor into the checkpoint if batches do "
-            "not fit, else report it."
+
+    def __init__(self, module: str, arguments: list[str], what: str) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._what = what
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(  # noqa: S603  (our own interpreter)
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-    records: list[Record] = json.loads(done.stdout.splitlines()[-1])
-    check_records(records, what)
-    progress("numerics", 1, 1)
-    return records
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def records(self, progress: Callable[[str, int, int], None]) -> list[Record]:
+        """The manifest's records about what was exported, which is complete now.
+
+        Args:
+            progress: Told of the beginning and of the end.
+
+        Raises:
+            ParityError: It does not run, or computes something else than the program.
+        """
+        progress("numerics", 0, 1)
+        printed, said = self._process.communicate("\n")
+        if self._process.returncode:
+            lines = said.strip().splitlines() or [f"the process ended with {self._process.returncode}"]
+            raise ParityError(
+                f"{self._what} could not be run beside the program: {lines[-1]} An artifact that is being built is not "
+                "published. Free memory if there was too little, put the model's own processor into the checkpoint if "
+                "batches do not fit, else report it."
+            )
+        records: list[Record] = json.loads(printed.splitlines()[-1])
+        check_records(records, self._what)
+        progress("numerics", 1, 1)
+        return records
 
 
 def check_records(records: list[Record], what: str) -> None:
@@ -71,9 +89,11 @@ def check_records(records: list[Record], what: str) -> None:
             )
 
 
-def print_records(measure: Callable[[], list[Record]]) -> int:
-    """Print the records, or on stderr why there are none; returns the exit code."""
+def print_records(prepare: Callable[[], Callable[[], list[Record]]]) -> int:
+    """Prepare, wait for a line on stdin, and print the records, or on stderr why there are none; returns the exit code."""
     try:
+        measure = prepare()
+        sys.stdin.readline()
         print(json.dumps(measure()))
     except VlmbuildError as error:
         print(" ".join(str(error).split()), file=sys.stderr)

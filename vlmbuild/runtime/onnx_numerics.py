@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from vlmbuild.program_json import from_json
 from vlmbuild.runtime.decoding import rectangle, whole_mask
 from vlmbuild.runtime.execution import run_calls
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.numerics import Record, compare, measure_apart, print_records, stepwise
+from vlmbuild.runtime.numerics import Measurement, Record, compare, print_records, stepwise
 from vlmbuild.runtime.onnx_decoding import FEATURES, OnnxDecoding, OnnxModels
 from vlmbuild.runtime.onnx_weights import OnnxWeights
 from vlmbuild.runtime.probe import SEED, Case, cases
@@ -35,22 +36,18 @@ ROUNDED_INPUTS = 1e-1
 """The same where inputs are rounded to 8 bits in blocks: 0.2 to 0.9 % of each product, and what later layers make of it."""
 
 
-def measure_onnx_apart(directory: Path, dtype: str, progress: Callable[[str, int, int], None]) -> list[Record]:
-    """The manifest's records about an artifact's models, measured in another process.
+def onnx_measurement(directory: Path, dtype: str) -> Measurement:
+    """Measures an artifact's models in another process.
 
     Args:
-        directory: With config.json, processor files, graph/program.json and onnx/.
+        directory: With config.json, processor files, graph/program.json and onnx/, once records are asked for.
         dtype: Name of the compute dtype.
-        progress: Told of the beginning and of the end.
-
-    Raises:
-        ParityError: A model does not run, or computes something else than the program.
     """
-    return measure_apart(__name__, [str(directory), dtype], "The ONNX models", progress)
+    return Measurement(__name__, [str(directory), dtype], "The ONNX models")
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:
-    """As `measure_onnx_apart`, in this process and without judging."""
+    """The manifest's records about an artifact's models, measured in this process and without judging."""
     program = from_json(json.loads((directory / "graph/program.json").read_text(encoding="utf-8")))
     family = family_named(program.family)
     config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
@@ -125,4 +122,4 @@ def _compare(
 
 
 if __name__ == "__main__":
-    sys.exit(print_records(lambda: measure(Path(sys.argv[1]), *sys.argv[2:])))
+    sys.exit(print_records(lambda: partial(measure, Path(sys.argv[1]), *sys.argv[2:])))

@@ -1,0 +1,91 @@
+"""What an artifact's code is made of: the regions of its programs with a cache, each distinct graph compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vlmbuild.targets.aoti.units import Unit, distinct_units, token_axis
+
+from vlmbuild.cached_block import CacheForm
+from vlmbuild.code_index import FORMS, CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.code_platform import CodePlatform
+from vlmbuild.graph_text import digest
+from vlmbuild.kv_cache import with_cache
+from vlmbuild.program import Program
+from vlmbuild.shapes import annotate_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class CodePlan:
+    """What is compiled, and what for.
+
+    Attributes:
+        platform: What the code will need.
+        graphs: Form of the cache -> region -> digest of its graph.
+        units: Digest -> the unit that is compiled from the graph.
+        axes: Digest -> place and axis of an activation that has a row for every token; of graphs that get a second unit, for
+            a single token.
+        weights: Unit -> how much there is to compile, in any measure.
+    """
+
+    platform: CodePlatform
+    graphs: Mapping[CacheForm, Mapping[str, str]]
+    units: Mapping[str, Unit]
+    axes: Mapping[str, tuple[int, int]]
+    weights: Mapping[Unit, int]
+
+    @classmethod
+    def of(cls, programs: Mapping[CacheForm, Program], platform: CodePlatform) -> Self:
+        """The plan of programs without shapes, as `program.json` has them; gives them shapes."""
+        graphs = {
+            form: {name: digest(region) for name, region in compiled_regions(program).items()}
+            for form, program in programs.items()
+        }
+        for program in programs.values():
+            annotate_shapes(program)
+        units = distinct_units(graphs)
+        regions = {graph: programs[unit.form].regions[unit.region] for graph, unit in units.items()}
+        axes = {graph: token_axis(regions[graph], units[graph].form) for graph in graphs["static"].values()}
+        found = {graph: axis for graph, axis in axes.items() if axis is not None}
+        weights = {units[graph]: len(region.graph.graph.nodes) for graph, region in regions.items()}
+        weights |= {units[graph].of_token(): weights[units[graph]] for graph in found}
+        return cls(platform, graphs, units, found, weights)
+
+    def index(self, dtype: str, files: Mapping[Unit, CodeFile]) -> CodeIndex:
+        """The artifact's index, given the file of each unit."""
+        entries = {
+            graph: CodeEntry(graph, files[unit], files.get(unit.of_token()), self.axes.get(graph))
+            for graph, unit in self.units.items()
+        }
+        regions: dict[str, Mapping[str, CodeEntry]] = {
+            form: {name: entries[graph] for name, graph in named.items()} for form, named in self.graphs.items()
+        }
+        return CodeIndex(self.platform, dtype, regions)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "platform": self.platform.record(),
+            "graphs": self.graphs,
+            "units": {graph: str(unit) for graph, unit in self.units.items()},
+            "axes": self.axes,
+            "weights": {str(unit): weight for unit, weight in self.weights.items()},
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """What `record` gives."""
+        return cls(
+            CodePlatform.from_record(record["platform"]),
+            record["graphs"],
+            {graph: Unit.parse(unit) for graph, unit in record["units"].items()},
+            {graph: (place, axis) for graph, (place, axis) in record["axes"].items()},
+            {Unit.parse(unit): weight for unit, weight in record["weights"].items()},
+        )
+
+
+def cached_programs(program: Program) -> dict[CacheForm, Program]:
+    """The programs whose regions are compiled, by the form of their cache."""
+    return {form: with_cache(program, form) for form in FORMS}

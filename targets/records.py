@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vlmbuild.targets.request import Request
 
+from vlmbuild.artifact.manifest import Manifest
+from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.pipeline import PassReport
 from vlmbuild.quantization import QUANTIZE
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import TOOLS, Recipe
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 
@@ -45,3 +48,31 @@ def source_records(request: Request) -> list[Mapping[str, Any]]:
         request.merge.check_unchanged()
         records.append(request.merge.record)
     return records
+
+
+def publish(
+    writer: ArtifactWriter, request: Request, *, formats: Iterable[str], numerics: Sequence[Mapping[str, Any]],
+    toolchain: Mapping[str, str] | None = None,
+) -> Manifest:  # fmt: skip
+    """Publish what was written, under the recipe's target.
+
+    Args:
+        formats: Names of those that weights are stored in, for the artifact's name.
+        numerics: For the manifest.
+        toolchain: Versions beside those that every target needs.
+
+    Raises:
+        OutputError: There is no space, or the output cannot be written.
+        IntegrityError: What was written is not there any more.
+    """
+    recipe = request.recipe
+    target = [] if recipe.target == "trainable" else [recipe.target]
+    return writer.publish(
+        name="-".join([request.program.family, *target, *(dict.fromkeys(formats) or [recipe.dtype])]),
+        target=recipe.target,
+        source=source_records(request),
+        recipe=recipe.to_mapping(),
+        passes=[pass_record(report, request) for report in request.reports],
+        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS} | dict(toolchain or {}),
+        numerics=numerics,
+    )

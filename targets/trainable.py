@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from vlmbuild.targets.records import artifact_config, pass_record, source_records
+from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.targets.weights import stored_specs, write_weights
 
@@ -22,8 +21,8 @@ from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.families import Family
 from vlmbuild.graph_text import program_text
 from vlmbuild.program import Program, Region, join
-from vlmbuild.program_json import to_json
-from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.program_json import PROGRAM_FILE, to_json
+from vlmbuild.recipe import Recipe
 from vlmbuild.source import SIDE_FILES
 from vlmbuild.weight_format import FourBit, WeightFormat
 
@@ -37,7 +36,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         OutputError: There is no space, or the output cannot be written.
     """
     write_checkpoint(writer, request)
-    return publish(writer, request, request.measure(writer.staging))
+    return publish(writer, request, formats=format_names(request.program), numerics=request.measure(writer.staging))
 
 
 def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
@@ -51,24 +50,9 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in side_files:
         writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")
-    writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
+    writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     write_weights(writer, request, parameters)
-
-
-def publish(writer: ArtifactWriter, request: Request, numerics: Sequence[Mapping[str, Any]]) -> Manifest:
-    """Publish what was written, under the recipe's target. Raises OutputError, IntegrityError."""
-    recipe, program = request.recipe, request.program
-    target = [] if recipe.target == "trainable" else [recipe.target]
-    return writer.publish(
-        name="-".join([program.family, *target, *(_format_names(program) or [recipe.dtype])]),
-        target=recipe.target,
-        source=source_records(request),
-        recipe=recipe.to_mapping(),
-        passes=[pass_record(report, request) for report in request.reports],
-        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS},
-        numerics=numerics,
-    )
 
 
 def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
@@ -99,8 +83,9 @@ def _specs(
     return eight_bit.stored_specs(stored.removesuffix(".weight"), shape)
 
 
-def _format_names(program: Program) -> list[str]:
-    return list(dict.fromkeys(form.name for form in _formats(program)))
+def format_names(program: Program) -> list[str]:
+    """Of the formats that weights are stored in, the most frequent first."""
+    return [form.name for form in _formats(program)]
 
 
 def _formats(program: Program) -> list[WeightFormat]:

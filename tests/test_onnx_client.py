@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from vlmbuild.families import FAMILIES
-from vlmbuild.runtime.probe import cases
+from vlmbuild.runtime.validation_batches import cases
 from vlmbuild.zoo import ZOO
 
 STEPS = 5

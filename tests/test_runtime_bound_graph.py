@@ -7,10 +7,13 @@ import pytest
 import torch
 from parity import relative
 from torch._ops import OpOverload
-from torch.fx import Interpreter
+from torch.fx import Graph, GraphModule, Interpreter
 
-from vlmbuild.runtime.bound_graph import BoundGraph, aten_module, few_rows_module
+from vlmbuild.program import Region
+from vlmbuild.runtime.bound_graph import BoundGraph, aten_module, one_token_module
 from vlmbuild.runtime.region_instance import BoundRegion
+
+LINEAR = torch.ops.aten.linear.default
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
@@ -50,8 +53,8 @@ def aten(bound, tensors):
     return interpret(aten_module(bound.region, torch.float32), tensors)
 
 
-def few_rows(bound, tensors):
-    return interpret(few_rows_module(aten_module(bound.region, torch.float32)), tensors)
+def one_token(bound, tensors):
+    return interpret(one_token_module(aten_module(bound.region, torch.float32)), tensors)
 
 
 def generate(model, batch, form):
@@ -73,8 +76,8 @@ def test_training_is_that_of_atens_operators(model, batch, monkeypatch):
     assert found and all(torch.equal(one, other) for one, other in found)
 
 
-def test_few_rows_are_linear_layers_to_rounding(model, batch, monkeypatch):
-    found = compare_calls(monkeypatch, few_rows)
+def test_one_token_has_linear_layers_to_rounding(model, batch, monkeypatch):
+    found = compare_calls(monkeypatch, one_token)
     generate(model, batch[0], "static")
     assert found and max(relative(one, other) for one, other in found if one.is_floating_point()) < 1e-5
 
@@ -92,3 +95,20 @@ def test_schemas_are_called_for_few_operators(model):
         "aten.index.Tensor",
         "vlmbuild.mrope_cos_sin.default",
     }
+
+
+def test_autocast_without_gradients_is_that_of_atens_operators():
+    """Of weights so large that oneDNN multiplies them, and of smaller ones."""
+    shapes = (3, 512), (512, 512), (8, 512)
+    graph = Graph()
+    states, large, small = (graph.placeholder(name) for name in ("states", "large", "small"))
+    wide = graph.call_function(LINEAR, (states, large))
+    graph.output((wide, graph.call_function(LINEAR, (wide, small))))
+    region = Region("two layers", GraphModule(torch.nn.Module(), graph), (), ("",), shapes)
+    tensors = tuple(torch.randn(shape) / 16 for shape in shapes)
+    with torch.no_grad(), torch.autocast("cpu"):
+        found = BoundGraph(region, torch.float32).run(None, tensors)
+        expected = interpret(aten_module(region, torch.float32), tensors)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert torch.equal(one, other)

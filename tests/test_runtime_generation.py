@@ -310,3 +310,20 @@ def test_tokens_must_fit_the_cache(batches, ours):
         ours(input_ids=torch.tensor([[5], [9999]]), past_key_values=cache)
     with pytest.raises(BatchError, match=r"attention_mask has shape \(2, 1\)"):
         ours(input_ids=torch.ones(2, 1).long(), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_a_cache_goes_on_with_tokens_alone(setup, batches, ours):
+    """What is passed along with them would be ignored."""
+    cache, batch = ours.new_cache(), batches["several sizes"]
+    ours(**batch, past_key_values=cache)
+    step = {"input_ids": torch.ones(len(batch["input_ids"]), 1).long(), "past_key_values": cache}
+    for name, value in {
+        "pixel_values": batch["pixel_values"],
+        "position_ids": step["input_ids"],
+        "inputs_embeds": torch.ones(1),
+    }.items():
+        with pytest.raises(BatchError, match=f"{name} belongs to a prompt"):
+            ours(**step, **{name: value})
+    with pytest.raises(BatchError, match="no input_ids"):
+        ours(attention_mask=batch["attention_mask"], past_key_values=cache)
+    ours(**step, use_cache=True)

@@ -15,13 +15,14 @@ from vlmbuild.targets.aoti import compilation
 import vlmbuild
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.builder import build
-from vlmbuild.code_index import CODE_INDEX, FORMS
+from vlmbuild.cached_block import FORMS
+from vlmbuild.code_index import CODE_INDEX
 from vlmbuild.errors import CompileError, IncompatibleError, ParityError, TrustError, UsageError
 from vlmbuild.quant_spec import QuantSpec
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime import code_numerics, compiled_code, numerics
 from vlmbuild.runtime.loader import bind_directory
-from vlmbuild.runtime.probe import cases
+from vlmbuild.runtime.validation_batches import cases
 from vlmbuild.zoo import ZOO
 
 CHECKPOINTS = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
@@ -87,8 +88,8 @@ from vlmbuild.program_json import from_json
 from vlmbuild.targets.aoti import worker
 program, folder = map(pathlib.Path, sys.argv[1:])
 programs = worker.cached_programs(from_json(json.loads(program.read_text())))
-platform = worker.code_platform()
-worker.CodePlan.of(programs, platform)
+platform = worker.platform_compiled_for()
+worker.CodePlan.of(programs, platform, "")
 print(worker._compiled(programs, worker.Unit("growing", "visual.blocks"), "float32", platform.level, folder))
 """
 
@@ -135,9 +136,14 @@ def test_it_does_not_train(artifact):
         model(**batch, labels=batch["input_ids"])
     with pytest.raises(UsageError, match=r"from vlmbuild\.load"):
         vlmbuild.add_lora(model, r=4)
-    with pytest.raises(UsageError, match="was compiled for cpu"):
+    with pytest.raises(UsageError, match="cannot train"):
+        model.train()
+    assert isinstance(model, vlmbuild.CompiledVisionLanguageModel) and model.train(False) is model.eval() is model
+    with pytest.raises(UsageError, match=r"was compiled for cpu.*with --dtype bfloat16\."):
         model.to(torch.bfloat16)
-    assert model.to("cpu") is model
+    with pytest.raises(UsageError, match="for the trainable target"):
+        model.to(device="cuda")
+    assert model.to("cpu") is model.to(device="cpu", dtype=torch.float32) is model
     with pytest.raises(UsageError, match="computes in the dtype that it was built with, float32"):
         vlmbuild.load(artifact.path, trust=("code",), dtype="bfloat16")
 

@@ -18,7 +18,7 @@ from vlmbuild.program_json import from_json
 
 FIRST, SECOND = Unit("growing", "first"), Unit("static", "second")
 PLAN = CodePlan(
-    this_platform(levels=False), {"growing": {"first": "1"}, "static": {"second": "2"}}, {"1": FIRST, "2": SECOND},
+    this_platform(levels=False), "g++ 12", {"growing": {"first": "1"}, "static": {"second": "2"}}, {"1": FIRST, "2": SECOND},
     {"2": (0, 1)}, {FIRST: 3, SECOND: 2},
 )  # fmt: skip
 PLANNED = json.dumps({"plan": PLAN.record()})

@@ -11,7 +11,7 @@ PLATFORM = this_platform(levels=False)
 
 
 def plan(built):
-    return CodePlan.of(cached_programs(from_json(to_json(built))), PLATFORM)
+    return CodePlan.of(cached_programs(from_json(to_json(built))), PLATFORM, "g++ 12")
 
 
 def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built):

@@ -5,7 +5,7 @@ import torch
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
 from vlmbuild.targets.aoti.units import token_axis
 
-from vlmbuild.kv_cache import with_cache
+from vlmbuild.cached_program import with_cache
 from vlmbuild.runtime.bound_graph import aten_module
 from vlmbuild.shapes import annotate_shapes
 

@@ -3,8 +3,8 @@
 import pytest
 from vlmbuild.targets.aoti.units import Unit, distinct_units, of_one_token, token_axis
 
+from vlmbuild.cached_program import with_cache
 from vlmbuild.code_index import compiled_regions
-from vlmbuild.kv_cache import with_cache
 from vlmbuild.shapes import annotate_shapes
 
 

@@ -28,7 +28,7 @@ def compile_region(graph, name, level, folder, *, one_token):
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
 def test_what_becomes_of_every_unit_is_said(built, monkeypatch, tmp_path, capfd, jobs):
-    monkeypatch.setattr(worker, "code_platform", lambda: this_platform(levels=False))
+    monkeypatch.setattr(worker, "platform_compiled_for", lambda: this_platform(levels=False))
     monkeypatch.setattr(worker, "compile_region", compile_region)
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"program": to_json(built), "dtype": "float32"})))
     assert worker.main(str(tmp_path), jobs) == 0
@@ -44,7 +44,7 @@ def test_what_becomes_of_every_unit_is_said(built, monkeypatch, tmp_path, capfd,
 
 
 def test_a_build_that_failed_early_asks_for_nothing(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(worker, "code_platform", lambda: this_platform(levels=False))
+    monkeypatch.setattr(worker, "platform_compiled_for", lambda: this_platform(levels=False))
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert worker.main(str(tmp_path), "1") == 0
     assert capfd.readouterr().out == ""

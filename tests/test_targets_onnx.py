@@ -10,7 +10,7 @@ import vlmbuild
 from vlmbuild.errors import UsageError
 from vlmbuild.quant_spec import Override
 from vlmbuild.runtime.onnx_weights import OnnxWeights
-from vlmbuild.runtime.probe import cases
+from vlmbuild.runtime.validation_batches import cases
 from vlmbuild.zoo import ZOO
 from vlmbuild.zoo.digits import Digits
 from vlmbuild.zoo.task import READ, answers

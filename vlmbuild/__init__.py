@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vlmbuild.adapters import add_lora, load_adapter
     from vlmbuild.artifact.manifest import Manifest
     from vlmbuild.artifact.reader import verify
+    from vlmbuild.artifact_cache import from_pretrained
     from vlmbuild.builder import Artifact, build
-    from vlmbuild.cache import from_pretrained
     from vlmbuild.collator import VisionDataCollator
     from vlmbuild.errors import VlmbuildError
     from vlmbuild.gradient_audit import GradientAudit, audit_gradients
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlmbuild.planner import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
     from vlmbuild.runtime.adapter_files import save_adapter
+    from vlmbuild.runtime.compiled_model import CompiledVisionLanguageModel
     from vlmbuild.runtime.loader import load
     from vlmbuild.runtime.model import VisionLanguageModel
     from vlmbuild.runtime.onnx_model import OnnxVisionLanguageModel
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Artifact": "builder",
+    "CompiledVisionLanguageModel": "runtime.compiled_model",
     "FastVisionModel": "unsloth",
     "GradientAudit": "gradient_audit",
     "Lock": "locks.document",
@@ -59,7 +61,7 @@ _HOMES = {
     "build": "builder",
     "check": "locks.checking",
     "diff": "locks.sources",
-    "from_pretrained": "cache",
+    "from_pretrained": "artifact_cache",
     "is_bf16_supported": "unsloth",
     "load": "runtime.loader",
     "load_adapter": "adapters",
@@ -74,6 +76,7 @@ _HOMES = {
 
 __all__ = [
     "Artifact",
+    "CompiledVisionLanguageModel",
     "FastVisionModel",
     "GradientAudit",
     "Lock",

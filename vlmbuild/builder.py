@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from vlmbuild.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.source_fit import check_weights
 from vlmbuild.source_tensors import SourceTensor, source_tensors, stored_formats
-from vlmbuild.targets import STORED, WRITING, Request, StoredParameter
+from vlmbuild.targets import WRITING, Request
 from vlmbuild.weight_format import FourBit
 
 
@@ -281,11 +281,6 @@ def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassRepo
             }
             missed[step.name] = {name: reason for name, reason in found.items() if reason}
     return missed
-
-
-def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
-    """What a finished program's artifact will store, before any weight is read."""
-    return STORED[recipe.target](program, family, recipe)
 
 
 def adapt(

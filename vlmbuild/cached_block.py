@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from vlmbuild.program import Region
 
 CacheForm = Literal["growing", "static"]
 """Whether keys and values are concatenated with those of the new tokens, or these are written into buffers."""
+FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 aten = torch.ops.aten
 _ATTENTION = frozenset(

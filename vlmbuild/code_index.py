@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vlmbuild.cached_block import CacheForm
 from vlmbuild.code_platform import CodePlatform
 from vlmbuild.program import Program, Region
 
 CODE_INDEX = "code/index.json"
-FORMS: tuple[CacheForm, ...] = ("growing", "static")
-"""The programs with a cache whose regions are compiled."""
 
 
 def compiled_regions(program: Program) -> dict[str, Region]:

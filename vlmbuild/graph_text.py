@@ -48,9 +48,9 @@ def dataflow_order(region: Region) -> list[Node]:
     return list(ordered)
 
 
-def region_text(region: Region) -> str:
-    """A region's graph, one node a line."""
-    printer = _Printer(region.dimensions)
+def region_text(region: Region, *, shapes: bool = True) -> str:
+    """A region's graph, one node a line, with the shapes of those nodes that have one."""
+    printer = _Printer(region.dimensions, shapes)
     lines = []
     for index, node in enumerate(region.placeholders()):
         if index < len(region.slots):
@@ -67,9 +67,9 @@ def region_text(region: Region) -> str:
     return "\n".join(lines)
 
 
-def digest(region: Region) -> str:
-    """SHA-256 (hex) of the region's text."""
-    return hashlib.sha256(region_text(region).encode()).hexdigest()
+def digest(region: Region, *, shapes: bool = True) -> str:
+    """SHA-256 (hex) of the region's text. Without shapes it is that of a program from a file, whose graphs have none."""
+    return hashlib.sha256(region_text(region, shapes=shapes).encode()).hexdigest()
 
 
 def program_text(program: Program) -> str:
@@ -106,8 +106,9 @@ def _slot_text(slot: Slot) -> str:
 
 
 class _Printer:
-    def __init__(self, dimensions: dict[str, str]) -> None:
+    def __init__(self, dimensions: dict[str, str], shapes: bool) -> None:
         self.dimensions = dimensions
+        self.shapes = shapes
         self.names: dict[Node, str] = {}
 
     def call(self, node: Node) -> str:
@@ -128,7 +129,7 @@ class _Printer:
 
     def type_of(self, node: Node) -> str:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
+        if not self.shapes or not isinstance(value, torch.Tensor):
             return ""
         sizes = ", ".join(size_text(size, self.dimensions) for size in value.shape)
         return f": {_SHORT_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"

@@ -34,6 +34,8 @@ from vlmbuild.program import (
 from vlmbuild.weight_format import format_from_json
 
 SCHEMA = "vlmbuild.program/2"
+PROGRAM_FILE = "graph/program.json"
+"""Of an artifact."""
 
 _ATEN = (
     "add.Tensor", "cat.default", "clamp.default", "conv3d.default", "cos.default", "embedding.default",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from vlmbuild.adapters import add_lora, load_adapter
+from vlmbuild.artifact_cache import from_pretrained
 from vlmbuild.builder import build
-from vlmbuild.cache import from_pretrained
 from vlmbuild.collator import VisionDataCollator
 from vlmbuild.errors import UsageError
 from vlmbuild.recipe import DTYPES, Recipe

@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from vlmbuild.targets.aoti.write import writing
-from vlmbuild.targets.trainable import stored_parameters
 
-__all__ = ["stored_parameters", "writing"]
+__all__ = ["writing"]

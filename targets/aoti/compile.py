@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule
@@ -31,13 +33,22 @@ _VECTORS = {
 is computed before, and a product and its sum are one instruction."""
 
 
-def code_platform() -> CodePlatform:
+def platform_compiled_for() -> CodePlatform:
     """What code that is compiled here needs: the processor's level, and what inductor's own kernels use. Before torch 2.13
     inductor compiles for the very processor."""
     if _MARCH not in inductor.get_config_copy():
         return this_platform(levels=False)
     flags = pick_vec_isa().build_arch_flags().split()
     return this_platform(tuple(plain_feature(flag.removeprefix("-m")) for flag in flags))
+
+
+def cpp_compiler() -> str:
+    """What `--version` of the C++ compiler begins with; "none" without one, which compiling says too."""
+    try:
+        said = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True)  # noqa: S603
+    except Exception:  # inductor's for a compiler that is not there, and the system's
+        return "none"
+    return said.stdout.partition("\n")[0]
 
 
 def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, one_token: bool = False) -> Path:

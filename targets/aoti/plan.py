@@ -8,11 +8,11 @@ from typing import Any, Self
 
 from vlmbuild.targets.aoti.units import Unit, distinct_units, token_axis
 
-from vlmbuild.cached_block import CacheForm
-from vlmbuild.code_index import FORMS, CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.cached_block import FORMS, CacheForm
+from vlmbuild.cached_program import with_cache
+from vlmbuild.code_index import CodeEntry, CodeFile, CodeIndex, compiled_regions
 from vlmbuild.code_platform import CodePlatform
 from vlmbuild.graph_text import digest
-from vlmbuild.kv_cache import with_cache
 from vlmbuild.program import Program
 from vlmbuild.shapes import annotate_shapes
 
@@ -23,6 +23,7 @@ class CodePlan:
 
     Attributes:
         platform: What the code will need.
+        compiler: Name and version of the C++ compiler; other ones make other bytes.
         graphs: Form of the cache -> region -> digest of its graph.
         units: Digest -> the unit that is compiled from the graph.
         axes: Digest -> place and axis of an activation that has a row for every token; of graphs that get a second unit, for
@@ -31,16 +32,17 @@ class CodePlan:
     """
 
     platform: CodePlatform
+    compiler: str
     graphs: Mapping[CacheForm, Mapping[str, str]]
     units: Mapping[str, Unit]
     axes: Mapping[str, tuple[int, int]]
     weights: Mapping[Unit, int]
 
     @classmethod
-    def of(cls, programs: Mapping[CacheForm, Program], platform: CodePlatform) -> Self:
-        """The plan of programs without shapes, as `program.json` has them; gives them shapes."""
+    def of(cls, programs: Mapping[CacheForm, Program], platform: CodePlatform, compiler: str) -> Self:
+        """The plan of programs, whose regions get their shapes here."""
         graphs = {
-            form: {name: digest(region) for name, region in compiled_regions(program).items()}
+            form: {name: digest(region, shapes=False) for name, region in compiled_regions(program).items()}
             for form, program in programs.items()
         }
         for program in programs.values():
@@ -51,7 +53,7 @@ class CodePlan:
         found = {graph: axis for graph, axis in axes.items() if axis is not None}
         weights = {units[graph]: len(region.graph.graph.nodes) for graph, region in regions.items()}
         weights |= {units[graph].of_token(): weights[units[graph]] for graph in found}
-        return cls(platform, graphs, units, found, weights)
+        return cls(platform, compiler, graphs, units, found, weights)
 
     def index(self, dtype: str, files: Mapping[Unit, CodeFile]) -> CodeIndex:
         """The artifact's index, given the file of each unit."""
@@ -68,6 +70,7 @@ class CodePlan:
         """For JSON."""
         return {
             "platform": self.platform.record(),
+            "compiler": self.compiler,
             "graphs": self.graphs,
             "units": {graph: str(unit) for graph, unit in self.units.items()},
             "axes": self.axes,
@@ -79,6 +82,7 @@ class CodePlan:
         """What `record` gives."""
         return cls(
             CodePlatform.from_record(record["platform"]),
+            record["compiler"],
             record["graphs"],
             {graph: Unit.parse(unit) for graph, unit in record["units"].items()},
             {graph: (place, axis) for graph, (place, axis) in record["axes"].items()},

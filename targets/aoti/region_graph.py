@@ -13,7 +13,7 @@ from vlmbuild.targets.aoti.lowering import lower
 from vlmbuild.targets.aoti.units import of_one_token
 
 from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
-from vlmbuild.runtime.bound_graph import aten_module, few_rows_module
+from vlmbuild.runtime.bound_graph import aten_module, one_token_module
 from vlmbuild.shapes import Shapes
 
 Shape = tuple[int | str, ...]
@@ -37,7 +37,7 @@ def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -
     shapes = activations if order is not None else with_names(activations)
     order = order or tuple(range(len(shapes)))
     graph = aten_module(region, dtype, dropout=False)
-    graph = few_rows_module(graph) if one_token else graph
+    graph = one_token_module(graph) if one_token else graph  # before `lower`, which has other linear layers
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     first = len(region.slots)
     for place in order:  # each behind all others

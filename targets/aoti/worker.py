@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vlmbuild.targets.aoti.compile import code_platform, compile_region
+from vlmbuild.targets.aoti.compile import compile_region, cpp_compiler, platform_compiled_for
 from vlmbuild.targets.aoti.plan import CodePlan, cached_programs
 from vlmbuild.targets.aoti.region_graph import compilable
 from vlmbuild.targets.aoti.units import Unit
@@ -31,13 +31,13 @@ Record = dict[str, Any]
 
 def main(folder: str, jobs: str) -> int:
     """Compile everything, the heaviest first; returns the exit code."""
-    platform = code_platform()
+    platform, compiler = platform_compiled_for(), cpp_compiler()
     text = sys.stdin.read()
     if not text:  # there is nothing to build after all
         return 0
     asked = json.loads(text)
     programs, dtype = cached_programs(from_json(asked["program"])), asked["dtype"]
-    plan = CodePlan.of(programs, platform)
+    plan = CodePlan.of(programs, platform, compiler)
     _say({"plan": plan.record()})
     waiting = sorted(plan.weights, key=lambda unit: plan.weights[unit])
     running: dict[int, Unit] = {}

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from functools import partial
 
 from vlmbuild.targets.aoti.compilation import Compilation
+from vlmbuild.targets.aoti.plan import CodePlan
 from vlmbuild.targets.aoti.units import Unit
+from vlmbuild.targets.records import publish
 from vlmbuild.targets.request import Request
-from vlmbuild.targets.trainable import publish, write_checkpoint
+from vlmbuild.targets.trainable import format_names, write_checkpoint
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -41,13 +43,16 @@ def _write(compilation: Compilation, writer: ArtifactWriter, request: Request) -
     write_checkpoint(writer, request)
     merged = request.measure(writer.staging)
     with code_measurement(writer.staging, request.recipe.dtype) as measurement:
-        _write_code(writer, request, compilation)
+        plan = _write_code(writer, request, compilation)
         numerics = measurement.records(request.progress)
-    return publish(writer, request, [*merged, *numerics])
+    return publish(
+        writer, request, formats=format_names(request.program), numerics=[*merged, *numerics],
+        toolchain={"c++ compiler": plan.compiler},
+    )  # fmt: skip
 
 
-def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilation) -> None:
-    """Wait for packages, and write them with their index."""
+def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilation) -> CodePlan:
+    """Wait for packages, and write them with their index; returns what was compiled."""
     plan, packages = compilation.packages(lambda done, total: request.progress("compile", done, total))
     writer.require_space(_CODE_BYTES * len(packages))
     files: dict[Unit, CodeFile] = {}
@@ -56,3 +61,4 @@ def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilati
         writer.copy(package["file"], name, "code")
         files[unit] = CodeFile(name, tuple((place, dtype) for place, dtype in package["inputs"]))
     writer.write(CODE_INDEX, canonical_json(plan.index(request.recipe.dtype, files).record()), "data")
+    return plan

@@ -5,6 +5,6 @@ Start with `models.py`, which says what goes into which model, then `translate.p
 
 from __future__ import annotations
 
-from vlmbuild.targets.onnx.write import stored_parameters, write
+from vlmbuild.targets.onnx.write import write
 
-__all__ = ["stored_parameters", "write"]
+__all__ = ["write"]

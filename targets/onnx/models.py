@@ -17,12 +17,11 @@ from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens
 from vlmbuild.targets.onnx.prologue import add_prologue
 from vlmbuild.targets.onnx.translate import Translator
 
+from vlmbuild.cached_program import CROSS, PAST, PRESENT, STEP, TOKENS
 from vlmbuild.families import ClientVision
-from vlmbuild.kv_cache import CROSS, STEP
 from vlmbuild.program import COMPUTE_DTYPE, Input, Program, Variant
 from vlmbuild.runtime.onnx_decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
 
-_TOKENS = "batch*new"
 _NAMES = {
     "batch": "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache
     "new": "sequence_length",
@@ -119,7 +118,7 @@ class _Maker:
         self._give(builder, LOGITS, logits, ["batch_size", "kept_length", vocabulary])
         shapes = {entry.name: entry.shape for entry in variant.inputs}
         for present in variant.presents:
-            past = shapes[present.replace("present", "past_key_values", 1)]
+            past = shapes[present.replace(PRESENT, PAST, 1)]
             sizes = ["past + new" if size == "past" else size for size in past]
             self._give(builder, present, values[present], _shape(sizes))
         return OnnxModel(stem, builder.model(stem), data)
@@ -143,9 +142,9 @@ class _Maker:
         """Declare an input; one with a row for every token has (batch, sequence) rows outside, and one list inside."""
         dtype = self.compute if entry.dtype == COMPUTE_DTYPE else entry.dtype
         name = builder.take_input(entry.name, dtype, _shape(entry.shape))
-        if _TOKENS not in entry.shape:
+        if TOKENS not in entry.shape:
             return name
-        return builder.reshape(name, [-1 if size == _TOKENS else _kept(builder, name, entry, axis)
+        return builder.reshape(name, [-1 if size == TOKENS else _kept(builder, name, entry, axis)
                                       for axis, size in enumerate(entry.shape)])  # fmt: skip
 
     def _last(self, builder: GraphBuilder, hidden: str, batch: str, width: int) -> str:
@@ -182,7 +181,7 @@ def _shape(sizes: Sequence[int | str]) -> list[int | str]:
     """An input's shape outside: the tokens of all rows are (batch, sequence) there."""
     shape: list[int | str] = []
     for size in sizes:
-        if size == _TOKENS:
+        if size == TOKENS:
             if shape and shape[-1] == 1:
                 shape.pop()
             shape += ["batch_size", "sequence_length"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +13,15 @@ import torch
 from vlmbuild.targets.onnx.data import write_data
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
 from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
-from vlmbuild.targets.records import artifact_config, pass_record, source_records
-from vlmbuild.targets.request import Request, StoredParameter
+from vlmbuild.targets.records import artifact_config, publish
+from vlmbuild.targets.request import Request
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
-from vlmbuild.artifact.weights import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.cached_program import with_cache
 from vlmbuild.errors import SourceError
-from vlmbuild.families import Family
 from vlmbuild.graph_text import program_text
-from vlmbuild.kv_cache import with_cache
-from vlmbuild.packed_weight import packed_weight
-from vlmbuild.program import Program
-from vlmbuild.program_json import to_json
-from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.program_json import PROGRAM_FILE, to_json
 from vlmbuild.runtime.onnx_numerics import onnx_measurement
 from vlmbuild.runtime.onnx_session import FOLDER
 from vlmbuild.source import SIDE_FILES
@@ -53,7 +48,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))
     for name, data in side_files.items():
         writer.write(name, data, "config" if name in ("config.json", "generation_config.json") else "processor")
-    writer.write("graph/program.json", canonical_json(to_json(program)), "graph")
+    writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     with onnx_measurement(writer.staging, recipe.dtype) as measurement:
         errors = _write_models(writer, models, request)
@@ -62,30 +57,10 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()
     }
-    return writer.publish(
-        name="-".join([program.family, "onnx", *(_format_names(program) or [recipe.dtype])]),
-        target="onnx",
-        source=source_records(request),
-        recipe=recipe.to_mapping(),
-        passes=[pass_record(report, replace(request, decisions=decisions)) for report in request.reports],
-        toolchain=_toolchain(),
-        numerics=numerics,
-    )
-
-
-def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
-    """What becomes of every source tensor, each once. A tied table is stored for the embeddings and for the head: clients
-    read each model with a data file of its own."""
-    dtype, formats = getattr(torch, recipe.dtype), packed_formats(program)
-    for name, slot in program.slots():
-        if slot.kind != "parameter":
-            continue
-        form = formats.get(name, (None,))[0]
-        specs = [TensorSpec(family.stored_name(name), dtype, slot.shape)]
-        if form is not None:
-            parts = packed_weight(form, slot.shape, dtype, name).parts
-            specs = [TensorSpec(f"{name}{part.suffix}", part.dtype, part.shape) for part in parts]
-        yield StoredParameter(name, slot.shape, form, tuple(specs))
+    return publish(
+        writer, replace(request, decisions=decisions), formats=[form.name for form, _ in packed_formats(program).values()],
+        toolchain=_toolchain(), numerics=numerics,
+    )  # fmt: skip
 
 
 def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Request) -> dict[str, float]:
@@ -111,17 +86,12 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
 
 
 def _toolchain() -> dict[str, str]:
-    """Versions; onnxruntime is installed under several names."""
-    found = {tool: importlib.metadata.version(tool).partition("+")[0] for tool in (*TOOLS, "onnx")}
-    return found | {"onnxruntime": onnxruntime.__version__}
+    """Versions of what exports and checks; onnxruntime is installed under several names."""
+    return {"onnx": importlib.metadata.version("onnx").partition("+")[0], "onnxruntime": onnxruntime.__version__}
 
 
 def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
     return {model.data.location: model.data.size for model in models}
-
-
-def _format_names(program: Program) -> list[str]:
-    return list(dict.fromkeys(form.name for form, _ in packed_formats(program).values()))
 
 
 def _side_files(request: Request) -> dict[str, bytes]:

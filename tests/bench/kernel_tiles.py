@@ -2,7 +2,8 @@
 
 python -m tests.bench.kernel_tiles        # rewrites the architectures' entries of vlmbuild/ops/tiles.json, half an hour
 
-Nothing is timed; on a GPU, `kernel_tune` adds entries of that chip, by time. A kernel that is new needs some entry there first, to be launched at all.
+Nothing is timed; on a GPU, `kernel_tune` adds entries of that chip, by time. A kernel that is new needs some entry there first,
+to be launched at all.
 """
 
 from __future__ import annotations

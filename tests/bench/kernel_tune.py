@@ -112,6 +112,9 @@ def main() -> None:
     target, chip = 10 * capability[0] + capability[1], chip_of(capability)
     for kernel, size, candidates in wanted():
         left = fitting(kernel, size, candidates, target, chip, compile_launch)
+        if not left:
+            print(f"{kernel} {size}: no candidate fits; the architecture's entry stays")
+            continue
         tile = fastest(kernel, size, left, name, partial(do_bench, call_of(kernel, size), return_mode="median"))
         print(f"{kernel} {size}: {tile} of {len(left)}", flush=True)
     table = json.loads(tiles.FILE.read_text())

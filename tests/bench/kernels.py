@@ -176,6 +176,10 @@ def main() -> None:
     import torch
 
     cuda = torch.cuda.is_available()
+    if arguments.smoke and (arguments.output or arguments.only or arguments.estimate):
+        parser.error("--smoke runs everything and writes nothing: it goes alone.")
+    if arguments.only and (arguments.estimate or not cuda):
+        parser.error("--only is for measuring, and estimates are made of everything.")
     if arguments.smoke:
         if not cuda:
             os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported

@@ -1,7 +1,7 @@
 """The project's own operators: importing this package registers them with torch.
 
-Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed`
-has no gradients: it is for targets that cannot train.
+Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed` and
+`linear_onednn` have no gradients: they are for targets that cannot train, and for inference.
 """
 
 from __future__ import annotations

@@ -7,22 +7,18 @@ Python goes through Python at every level of the dispatcher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from vlmbuild.ops.attention_sdpa import sdpa_forward
-from vlmbuild.ops.linear_onednn import linear_onednn, suits_onednn
-from vlmbuild.ops.mrope import rotate_cpu, rotate_reference
 from vlmbuild.program import COMPUTE_DTYPE, Region
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.compiler import apply as run_compiled
+from vlmbuild.runtime.spellings import FOR_COMPILERS_OF_ONE_TOKEN, WITHOUT_GRADIENTS
 
 DROPOUT = torch.ops.aten.dropout.default
 
@@ -34,13 +30,13 @@ class BoundGraph:
         region: From a program.
         dtype: Takes the place of `COMPUTE_DTYPE`.
         dropout: Whether to keep its dropout.
-        few_rows: Whether compilers are to expect one token a row.
+        one_token: Whether compilers are to expect one token a row.
     """
 
-    def __init__(self, region: Region, dtype: torch.dtype, *, dropout: bool = True, few_rows: bool = False) -> None:
+    def __init__(self, region: Region, dtype: torch.dtype, *, dropout: bool = True, one_token: bool = False) -> None:
         module = aten_module(region, dtype, dropout=dropout)
         self.random = any(node.target is DROPOUT for node in module.graph.nodes)
-        self.compiled = few_rows_module(module) if few_rows else module
+        self.compiled = one_token_module(module) if one_token else module
         self.eager = _eager_module(module)
 
     def run(self, compiler: Compiler, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -72,11 +68,11 @@ def aten_module(region: Region, dtype: torch.dtype, *, dropout: bool = True) -> 
     return GraphModule(nn.Module(), graph, class_name="Region")
 
 
-def few_rows_module(module: GraphModule) -> GraphModule:
+def one_token_module(module: GraphModule) -> GraphModule:
     """A copy for compilers, of a step that has one token a row."""
     graph = _copy(module)
     for node in graph.nodes:
-        node.target = _OF_FEW_ROWS.get(node.target, node.target)
+        node.target = FOR_COMPILERS_OF_ONE_TOKEN.get(node.target, node.target)
     return GraphModule(nn.Module(), graph, class_name="Region")
 
 
@@ -95,54 +91,9 @@ def _copy(module: GraphModule) -> Graph:
     return graph
 
 
-def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer; on a CPU, a matrix times one vector for each of a few rows. Inductor makes them one loop that reads
-    weights as fast as memory gives them, where BLAS libraries are made for more rows."""
-    rows = states.flatten(0, -2)
-    if states.device.type != "cpu" or len(rows) > _FEW:
-        return F.linear(states, weight, bias)
-    products = torch.stack([torch.mv(weight, row) for row in rows]).view(*states.shape[:-1], -1)
-    return products if bias is None else products + bias
-
-
-def _rotate(query: Tensor, *rest: Any) -> Any:
-    """The rotation; on a CPU as its formula, which inductor fuses."""
-    return rotate_reference(query, *rest) if query.device.type == "cpu" else _ROTATE(query, *rest)
-
-
-def _attention_kernel(query: Tensor, *rest: Any) -> Any:
-    return _ATTENTION(query, *rest) if _needs_dispatcher(query) else sdpa_forward(query, *rest)[0]
-
-
-def _rotation_kernel(query: Tensor, *rest: Any) -> Any:
-    return _ROTATE(query, *rest) if _needs_dispatcher(query) else rotate_cpu(query, *rest)
-
-
-def _linear_kernel(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if _needs_dispatcher(states) or not suits_onednn(states, weight):
-        return F.linear(states, weight, bias)
-    return linear_onednn(states, weight, bias)
-
-
-def _needs_dispatcher(tensor: Tensor) -> bool:
-    """For gradients, another device, or a kind of tensor with rules of its own."""
-    return torch.is_grad_enabled() or tensor.device.type != "cpu" or type(tensor) is not Tensor
-
-
-_ATTENTION, _ROTATE = torch.ops.vlmbuild.attention_auto.default, torch.ops.vlmbuild.mrope_rotate.default
-_LINEAR = torch.ops.aten.linear.default
-_KERNELS: dict[object, Callable[..., Any]] = {
-    _ATTENTION: _attention_kernel,
-    _ROTATE: _rotation_kernel,
-    _LINEAR: _linear_kernel,
-}
-_FEW = 4
-_OF_FEW_ROWS: dict[object, Callable[..., Any]] = {_LINEAR: _linear, _ROTATE: _rotate}
-
-
 def _in_python(operator: object) -> tuple[str, Any] | None:
     """The kind of node, and its target, that call an operator without its schema."""
-    if kernel := _KERNELS.get(operator):
+    if kernel := WITHOUT_GRADIENTS.get(operator):
         return "call_function", kernel
     if not isinstance(operator, OpOverload) or operator.namespace != "aten":
         return None

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlmbuild.cached_block import CacheForm
-from vlmbuild.code_index import FORMS
+from vlmbuild.cached_block import FORMS, CacheForm
+from vlmbuild.cached_program import MASK, present_name
 from vlmbuild.runtime.compiled_code import adopt_code, new_code_cache
 from vlmbuild.runtime.decoding import Decoding
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.loader import bind_directory
 from vlmbuild.runtime.model import VisionLanguageModel
-from vlmbuild.runtime.numerics import PRESENT, STEPS, Measurement, Record, compare, print_records, stepwise
-from vlmbuild.runtime.probe import SEED, Case, cases
+from vlmbuild.runtime.numerics import STEPS, Measurement, Record, compare, print_records, stepwise
+from vlmbuild.runtime.validation_batches import SEED, Case, cases
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 """The relative error of each output up to which code is published, by compute dtype. Both multiply by the same weights; fused
@@ -69,15 +69,15 @@ def _compare(case: Case, form: CacheForm, graphs: VisionLanguageModel, compiled:
     found = {"logits": logits} | _held(cache, compiled, batch)
     records = compare(f"{case.name}, {form} cache", batch, found, expected)
     cache.crop(-STEPS)
-    tokens = {"input_ids": batch["input_ids"][:, -STEPS:], "attention_mask": batch["attention_mask"]}
+    tokens = {"input_ids": batch["input_ids"][:, -STEPS:], MASK: batch[MASK]}
     found = {"logits": torch.cat([logits[:, :-STEPS], decoding.logits(tokens)], 1)} | _held(cache, compiled, batch)
     return records + compare(f"{case.name}, {form} cache, tokens at once", batch, found, expected)
 
 
 def _held(cache: KeyValueCache, model: VisionLanguageModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    rows, tokens = batch["attention_mask"].shape
+    rows, tokens = batch[MASK].shape
     held = cache.past(rows, model.dtype, model.device)
-    return {name.replace("past_key_values.", PRESENT, 1): x[:, :, :tokens] for name, x in held.items()}
+    return {present_name(name): x[:, :, :tokens] for name, x in held.items()}
 
 
 if __name__ == "__main__":

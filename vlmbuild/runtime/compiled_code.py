@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from vlmbuild.code_index import CODE_INDEX, FORMS, CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.cached_block import FORMS
+from vlmbuild.cached_program import cached_inputs
+from vlmbuild.code_index import CODE_INDEX, CodeEntry, CodeFile, CodeIndex, compiled_regions
 from vlmbuild.code_platform import check_platform
 from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.graph_text import digest
-from vlmbuild.kv_cache import cached_inputs
 from vlmbuild.program import Program, Region
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decoding import CachedProgram
@@ -122,7 +123,9 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
     index = read_index(read, where)
     check_platform(index.platform, where)
     if getattr(torch, index.dtype, None) != model.dtype:
-        raise IncompatibleError(f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}.")
+        raise IncompatibleError(
+            f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}. Build the artifact again."
+        )
     runners: dict[str, Runner] = {}
     for form in FORMS:
         cached = model.cached(form)
@@ -155,7 +158,7 @@ def read_index(read: Read, where: str) -> CodeIndex:
 
 def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str) -> CodeEntry:
     entry = index.regions.get(form, {}).get(name)
-    if entry is None or entry.graph != digest(program.regions[name]):
+    if entry is None or entry.graph != digest(program.regions[name], shapes=False):
         raise IncompatibleError(
             f"{where}: this version of vlmbuild has another graph for {name} than its code was compiled from. Build the "
             "artifact again."

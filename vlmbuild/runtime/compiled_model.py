@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import UsageError
 from vlmbuild.runtime.compiled_code import new_code_cache
 from vlmbuild.runtime.decoding import Decoding
-from vlmbuild.runtime.inference_model import InferenceModel
+from vlmbuild.runtime.inference_model import InferenceModel, dtype_name
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.model import VisionLanguageModel
 
@@ -29,7 +27,6 @@ class CompiledVisionLanguageModel(InferenceModel):
     def __init__(self, graphs: VisionLanguageModel, path: Path) -> None:
         super().__init__(graphs.family, graphs.config, graphs.processor, path)
         self.graphs = graphs
-        self.generation_config = graphs.generation_config
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
         with (
@@ -51,13 +48,8 @@ class CompiledVisionLanguageModel(InferenceModel):
         """The compute dtype."""
         return self.graphs.dtype
 
-    def to(self, *targets: str | torch.device | torch.dtype) -> Self:
-        """Itself, if that changes nothing. Raises UsageError: compiled code stays what it is."""
-        for target in targets:
-            same = target == self.dtype if isinstance(target, torch.dtype) else torch.device(target) == self.device
-            if not same:
-                raise UsageError(
-                    f"The model was compiled for {self.device} and {self.dtype}. Build it for {target}, with --device and "
-                    "--dtype."
-                )
-        return self
+    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+        advice = (
+            "for the trainable target" if isinstance(target, torch.device) else f"with --dtype {dtype_name(target)}"
+        )
+        return f"The model was compiled for {self.device} and {self.dtype}. Build it {advice}."

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmbuild.cached_block import CacheForm
+from vlmbuild.cached_program import MASK, PAST, POSITION, STEP, TOKENS, present_name, with_cache
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.families import HostBatch, check_ids
-from vlmbuild.kv_cache import MASK, PAST, POSITION, STEP, present_name, with_cache
+from vlmbuild.families import Family, HostBatch, check_ids
 from vlmbuild.program import Call, Input, Program, Variant
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.execution import run_calls
@@ -25,8 +25,8 @@ from vlmbuild.runtime.state import module_at
 if TYPE_CHECKING:
     from vlmbuild.runtime.model import VisionLanguageModel
 
-TOKENS = "batch*new"
-"""The size of inputs that have a row for every token."""
+_OF_PROMPTS = {"position_ids", "inputs_embeds"}
+"""Given here too, they would be ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class CachedProgram:
     """A program with a cache in a compute dtype.
 
     Attributes:
-        program: See `vlmbuild.kv_cache`.
+        program: See `vlmbuild.cached_program`.
         bound: Its regions by name; those that need no change are the model's own.
     """
 
@@ -48,7 +48,7 @@ class CachedProgram:
         bound = {
             name: model.bound[name]
             if form == "growing" and region is model.program.regions.get(name)
-            else BoundRegion(region, model.dtype, (), dynamic=form == "growing")
+            else BoundRegion(region, model.dtype, (), one_token=form == "static")
             for name, region in program.regions.items()
         }
         return cls(program, bound)
@@ -113,6 +113,7 @@ class Decoding:
                 self.cache.rows[entry.name] = values[entry.name][last]
 
     def _step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        check_step(batch, self.model.family)
         cache, device = self.cache, self.model.device
         new, past = batch["input_ids"].shape[1], cache.get_seq_length()
         mask, positions = step_places(cache, batch, device)
@@ -198,6 +199,22 @@ def row_ends(prepared: HostBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
     return start.scatter_reduce(0, samples, highest, "amax") + 1, start.scatter_reduce(
         0, samples, prepared.places, "amax"
     )
+
+
+def check_step(batch: Mapping[str, Tensor | None], family: Family) -> None:
+    """Refuse what tokens that follow on a cache cannot bring along: it would not be looked at.
+
+    Raises:
+        BatchError: There is such a thing, or there are no tokens.
+    """
+    if batch.get("input_ids") is None:
+        raise BatchError("There are no input_ids. A cache goes on with the tokens that follow.")
+    prompts = {name for name, row in family.batch_rows.items() if row != "token"} | _OF_PROMPTS
+    if extra := sorted(name for name in prompts if batch.get(name) is not None):
+        raise BatchError(
+            f"{extra[0]} belongs to a prompt, and past_key_values holds one already. Pass the tokens that follow alone, or "
+            "begin anew with the whole conversation and a new cache."
+        )
 
 
 def step_places(cache: KeyValueCache, batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -31,6 +32,16 @@ class InferenceModel(Generation):
         self.path = path
         """The artifact that it was loaded from."""
         self.generation_config = GenerationConfig.from_model_config(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors go in and come out."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings and logits."""
+        raise NotImplementedError
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
         """(batch, kept tokens, vocabulary) of a prompt, or of the tokens after one."""
@@ -67,3 +78,33 @@ class InferenceModel(Generation):
     def eval(self) -> Self:
         """Itself: it has no other mode."""
         return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Itself for False. Raises UsageError: it has no weights that could be trained."""
+        if mode:
+            raise UsageError(f"An artifact of target {self.target} cannot train. Build the trainable target.")
+        return self
+
+    def to(self, *targets: str | torch.device | torch.dtype, **named: str | torch.device | torch.dtype) -> Self:
+        """Itself, if that changes nothing.
+
+        Args:
+            *targets, **named: A device or a dtype, as `torch.nn.Module.to` takes them.
+
+        Raises:
+            UsageError: What was exported stays what it is.
+        """
+        for target in (*targets, *named.values()):
+            wanted = target if isinstance(target, torch.dtype) else torch.device(target)
+            if wanted not in (self.dtype, self.device):
+                raise UsageError(self._elsewhere(wanted))
+        return self
+
+    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+        """Why it cannot be there, and what to do."""
+        raise NotImplementedError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options name it."""
+    return str(dtype).removeprefix("torch.")

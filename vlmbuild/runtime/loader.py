@@ -21,7 +21,7 @@ from vlmbuild.devices import available_device
 from vlmbuild.errors import IncompatibleError, SourceError, TrustError, UsageError
 from vlmbuild.families import Family, family_named
 from vlmbuild.program import Program, Region, Slot, WeightRecipe, join
-from vlmbuild.program_json import from_json
+from vlmbuild.program_json import PROGRAM_FILE, from_json
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.model import VisionLanguageModel
 from vlmbuild.runtime.onnx_session import check_provider
@@ -113,23 +113,23 @@ def _load_compiled(
     from vlmbuild.runtime.compiled_code import adopt_code
     from vlmbuild.runtime.compiled_model import CompiledVisionLanguageModel
 
-    path = reader.path
-    check_trust(path, reader.manifest, trust)
+    check_trust(reader.path, reader.manifest, trust)
     _check_built(reader, dtype)
     if device.type != "cpu":
         raise IncompatibleError(
-            f"{path} was compiled for CPUs, and cannot run on {device}. Build the trainable target."
+            f"{reader.path} was compiled for CPUs, and cannot run on {device}. Build the trainable target."
         )
     if verify:
-        reader = ArtifactReader(path)
-    graphs = _bind(reader.read, path, _dtype(None, reader.manifest)).eval()
-    graphs.processor = graphs.family.processor(path)
-    if reader.manifest.entry(GENERATION_CONFIG) is not None:
-        graphs.generation_config = _generation_config(reader)
-    adopt_code(graphs, reader.read, str(path))
+        reader = ArtifactReader(reader.path)
+    graphs = _bind(reader.read, reader.path, _dtype(None, reader.manifest)).eval()
+    graphs.processor = graphs.family.processor(reader.path)
+    adopt_code(graphs, reader.read, str(reader.path))
+    model = CompiledVisionLanguageModel(graphs, reader.path)
     if verify:
         reader.check_unchanged()
-    return CompiledVisionLanguageModel(graphs, path), graphs.processor
+    if reader.manifest.entry(GENERATION_CONFIG) is not None:
+        model.generation_config = _generation_config(reader)
+    return model, model.processor
 
 
 def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
@@ -161,7 +161,7 @@ def read_program(reader: ArtifactReader) -> Program:
 
 
 def _program(read: Callable[[str], bytes]) -> Program:
-    return from_json(parse_canonical(read("graph/program.json"), where="graph/program.json"))
+    return from_json(parse_canonical(read(PROGRAM_FILE), where=PROGRAM_FILE))
 
 
 def _generation_config(reader: ArtifactReader) -> GenerationConfig:

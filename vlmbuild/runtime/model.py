@@ -15,9 +15,9 @@ from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.cached_block import CacheForm
+from vlmbuild.cached_program import cached_inputs
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, HostBatch
-from vlmbuild.kv_cache import cached_inputs
 from vlmbuild.lora import Lora, linear_features, linear_nodes
 from vlmbuild.program import Program, Slot
 from vlmbuild.runtime.compiler import Compiler, swap_compiler

@@ -12,13 +12,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from vlmbuild.errors import ParityError, VlmbuildError
+from vlmbuild.cached_program import PRESENT
+from vlmbuild.errors import IncompatibleError, ParityError, VlmbuildError
 from vlmbuild.families import Family
-from vlmbuild.runtime.probe import Case, extended
+from vlmbuild.runtime.validation_batches import Case, extended
 
 STEPS = 4
 """Tokens that are generated for each case."""
-PRESENT = "present."
 
 Record = dict[str, Any]
 
@@ -60,21 +60,26 @@ class Measurement:
             progress: Told of the beginning and of the end.
 
         Raises:
+            IncompatibleError: It cannot run here.
             ParityError: It does not run, or computes something else than the program.
         """
         progress("numerics", 0, 1)
         printed, said = self._process.communicate("\n")
         if self._process.returncode:
-            lines = said.strip().splitlines() or [f"the process ended with {self._process.returncode}"]
-            raise ParityError(
-                f"{self._what} could not be run beside the program: {lines[-1]} An artifact that is being built is not "
-                "published. Free memory if there was too little, put the model's own processor into the checkpoint if "
-                "batches do not fit, else report it."
-            )
+            raise self._failure(said)
         records: list[Record] = json.loads(printed.splitlines()[-1])
         check_records(records, self._what)
         progress("numerics", 1, 1)
         return records
+
+    def _failure(self, said: str) -> VlmbuildError:
+        lines = said.strip().splitlines() or [f"the process ended with {self._process.returncode}"]
+        if self._process.returncode == IncompatibleError.exit_code:
+            return IncompatibleError(lines[-1])
+        return ParityError(
+            f"{self._what} could not be run beside the program: {lines[-1]} Free memory if there was too little, put the "
+            "model's own processor into the checkpoint if batches do not fit, else report it."
+        )
 
 
 def check_records(records: list[Record], what: str) -> None:
@@ -84,8 +89,8 @@ def check_records(records: list[Record], what: str) -> None:
         if not math.isfinite(error) or error > limit:
             raise ParityError(
                 f"{what} differ from the program: case {record['case']!r}, output {record['output']}: relative error "
-                f"{record['error']}, and at most {record['tolerance']} is allowed. An artifact that is being built is not "
-                "published. Build with --dtype float32 or without --quantize; if that fails too, report it."
+                f"{record['error']}, and at most {record['tolerance']} is allowed. Build with "
+                "--dtype float32 or without --quantize; if that fails too, report it."
             )
 
 
@@ -136,7 +141,7 @@ def compare(
     others = []
     for name in sorted(expected.keys() - {"logits"}):
         mine, theirs = found[name], expected[name]
-        if name.startswith(PRESENT):
+        if name.startswith(f"{PRESENT}."):
             mine, theirs = (x.transpose(1, 2)[shown] for x in (mine, theirs))
         others.append(_errors(case, name, mine, theirs[: len(mine)]))
     return [record, *_worst(others)]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.cached_program import MASK, PAST, present_name
 from vlmbuild.families import Family, HostBatch, check_ids
-from vlmbuild.kv_cache import MASK, PAST
 from vlmbuild.program import Input
-from vlmbuild.runtime.decoding import row_ends, step_places, whole_mask
+from vlmbuild.runtime.decoding import check_step, row_ends, step_places, whole_mask
 from vlmbuild.runtime.generation import media_shapes
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx_session import FOLDER, OnnxSession, open_session
@@ -140,6 +140,7 @@ class OnnxDecoding:
                 self.cache.images[entry.name] = values[entry.name]
 
     def _step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        check_step(batch, self.family)
         cache, ids = self.cache, batch["input_ids"].cpu()
         new, past = ids.shape[1], cache.get_seq_length()
         mask, positions = step_places(cache, batch, ids.device)
@@ -157,7 +158,7 @@ class OnnxDecoding:
     def _run(self, session: OnnxSession, values: dict[str, Tensor]) -> Tensor:
         past = self.cache.past(len(values[MASK]), values[EMBEDS].dtype, values[MASK].device)
         found = session.run(values | past | {KEEP: torch.tensor(self.keep)})
-        self.cache.keep({name: found[name.replace(PAST, "present", 1)] for name in past})
+        self.cache.keep({name: found[present_name(name)] for name in past})
         return found[LOGITS]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families import Family, family_named
-from vlmbuild.runtime.inference_model import InferenceModel
+from vlmbuild.program_json import PROGRAM_FILE
+from vlmbuild.runtime.inference_model import InferenceModel, dtype_name
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx_decoding import OnnxDecoding, OnnxModels
 
@@ -47,6 +48,13 @@ class OnnxVisionLanguageModel(InferenceModel):
         """Of embeddings and logits."""
         return next(entry.dtype for entry in self.models.decoder.inputs if entry.name == "inputs_embeds")
 
+    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+        if isinstance(target, torch.dtype):
+            return f"The models were exported in {self.dtype}. Build them with --dtype {dtype_name(target)}."
+        return (
+            f"Tensors go in and come out on the CPU. To run the models on {target}, load with device={str(target)!r}."
+        )
+
 
 def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:
     """The model of an ONNX artifact whose files have been verified.
@@ -56,7 +64,7 @@ def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:
         IncompatibleError: A file does not fit the others.
     """
     try:
-        program = json.loads((directory / "graph/program.json").read_text(encoding="utf-8"))
+        program = json.loads((directory / PROGRAM_FILE).read_text(encoding="utf-8"))
         family = family_named(program["family"])
         config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, SourceError) as error:

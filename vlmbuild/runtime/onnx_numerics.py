@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.cached_program import CROSS, cached_inputs, present_name, with_cache
 from vlmbuild.families import Family, family_named
-from vlmbuild.kv_cache import CROSS, PAST, cached_inputs, with_cache
 from vlmbuild.packed_weight import INTEGER
 from vlmbuild.program import Call, Program, Variant
-from vlmbuild.program_json import from_json
+from vlmbuild.program_json import PROGRAM_FILE, from_json
 from vlmbuild.runtime.decoding import rectangle, whole_mask
 from vlmbuild.runtime.execution import run_calls
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.numerics import Measurement, Record, compare, print_records, stepwise
 from vlmbuild.runtime.onnx_decoding import FEATURES, OnnxDecoding, OnnxModels
 from vlmbuild.runtime.onnx_weights import OnnxWeights
-from vlmbuild.runtime.probe import SEED, Case, cases
 from vlmbuild.runtime.region_instance import BoundRegion
+from vlmbuild.runtime.validation_batches import SEED, Case, cases
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 """The relative error of each output up to which models are published, by compute dtype; both multiply by the same weights.
@@ -48,7 +48,7 @@ def onnx_measurement(directory: Path, dtype: str) -> Measurement:
 
 def measure(directory: Path, dtype: str) -> list[Record]:
     """The manifest's records about an artifact's models, measured in this process and without judging."""
-    program = from_json(json.loads((directory / "graph/program.json").read_text(encoding="utf-8")))
+    program = from_json(json.loads((directory / PROGRAM_FILE).read_text(encoding="utf-8")))
     family = family_named(program.family)
     config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     processor = family.processor(directory)
@@ -115,9 +115,7 @@ def _compare(
     batch, logits = stepwise(case, decoding, family)
     _, expected = reference.run(batch)
     found = {"logits": logits, **decoding.image_values(case.batch)}
-    found |= {
-        name.replace(PAST, "present", 1): x for name, x in cache.past(1, torch.float32, torch.device("cpu")).items()
-    }
+    found |= {present_name(name): x for name, x in cache.past(1, torch.float32, torch.device("cpu")).items()}
     return compare(case.name, batch, found, expected)
 
 

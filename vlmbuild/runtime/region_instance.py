@@ -29,29 +29,31 @@ class BoundRegion:
         region: From a program.
         dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
         carried: Which activations are results of another instance of the region.
-        dynamic: Whether a compiler is to expect other sizes in the next call; else it is a step of one token a row.
+        one_token: Whether it is a step of one token a row, with the same sizes again in the next call; else a compiler is to
+            expect others.
     """
 
-    def __init__(self, region: Region, dtype: torch.dtype, carried: tuple[int, ...], *, dynamic: bool = True) -> None:
+    def __init__(
+        self, region: Region, dtype: torch.dtype, carried: tuple[int, ...], *, one_token: bool = False
+    ) -> None:
         self.region = region
         self.carried = carried
-        self.dynamic = dynamic
+        self.one_token = one_token
         self.rebind(dtype)
 
     def rebind(self, dtype: torch.dtype) -> None:
         """Build the graph module anew, after a pass or for another dtype."""
-        few_rows = not self.dynamic
-        self._training = BoundGraph(self.region, dtype, few_rows=few_rows)
+        self._training = BoundGraph(self.region, dtype, one_token=self.one_token)
         self.random = self._training.random
         self._evaluation = self._training
         if self.random:
-            self._evaluation = BoundGraph(self.region, dtype, dropout=False, few_rows=few_rows)
+            self._evaluation = BoundGraph(self.region, dtype, dropout=False, one_token=self.one_token)
         names = [slot.name for slot in self.region.slots]
         self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = slots_getter(names)
 
     @property
     def graph(self) -> GraphModule:
-        """Of aten's operators, as compilers get it."""
+        """As compilers get it: of aten's operators, and for steps of one token with spellings that they fuse."""
         return self._training.compiled
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -72,7 +74,7 @@ class BoundRegion:
         self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
     ) -> tuple[Tensor, ...]:
         """Run the graph with these tensors in the places of its slots; `training` applies dropout."""
-        if compiler is not None and self.dynamic:
+        if compiler is not None and not self.one_token:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
         graph = self._training if training else self._evaluation

@@ -19,6 +19,8 @@ STEP = "decode"
 """The variant of steps after a prompt with images, where blocks read images; elsewhere it is "text"."""
 MASK, POSITION = "attention_mask", "cache_position"
 PAST, PRESENT, CROSS = "past_key_values", "present", "cross_key_values"
+TOKENS = "batch*new"
+"""The size of values that have a row for every token."""
 
 
 def with_cache(program: Program, form: CacheForm = "growing") -> Program:
@@ -136,7 +138,7 @@ def _with_blocks(program: Program, shapes: Shapes, form: CacheForm) -> Program:
 def _cached(
     variant: Variant, blocks: Mapping[str, CachedBlock], heads: Mapping[str, tuple[int, int]], form: CacheForm
 ) -> Variant:
-    past, rows, tokens = ("past", "past + new", "batch*new") if form == "growing" else ("length", "length", "batch")
+    past, rows, tokens = ("past", "past + new", TOKENS) if form == "growing" else ("length", "length", "batch")
     inputs = {
         entry.name: replace(entry, shape=tuple(tokens if size == "sequence" else size for size in entry.shape))
         for entry in variant.inputs

@@ -10,9 +10,9 @@ import pytest
 import torch
 from vlmbuild.passes import AddCache
 
+from vlmbuild.cached_program import STEP, cached_inputs, present_name, with_cache
 from vlmbuild.errors import IncompatibleError, PassError
 from vlmbuild.graph_text import digest, program_text
-from vlmbuild.kv_cache import STEP, cached_inputs, present_name, with_cache
 from vlmbuild.pipeline import run
 from vlmbuild.program import COMPUTE_DTYPE, join
 from vlmbuild.program_json import from_json, to_json

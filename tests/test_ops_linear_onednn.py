@@ -68,7 +68,7 @@ def test_compiled_code_uses_it(tmp_path):
         node.meta["val"] = mode.from_tensor(value)
     lower(module)
     package = compile_region(module, "layer", platform_compiled_for().level, tmp_path)
-    (found,) = torch._inductor.aoti_load_package(str(package))(*inputs)
+    (found,) = torch._inductor.aoti_load_package(str(package)).loader.boxed_run(list(inputs))
     torch.testing.assert_close(found, F.linear(*inputs), rtol=1e-4, atol=1e-4)
     with zipfile.ZipFile(package) as files:
         code = b"".join(files.read(name) for name in files.namelist() if name.endswith(".so"))

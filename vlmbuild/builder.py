@@ -37,6 +37,8 @@ from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.source_fit import check_weights
 from vlmbuild.source_tensors import SourceTensor, source_tensors, stored_formats
 from vlmbuild.targets import WRITING, Request
+from vlmbuild.targets.request import StoredParameter
+from vlmbuild.targets.trainable import stored_parameters
 from vlmbuild.weight_format import FourBit
 
 
@@ -281,6 +283,11 @@ def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassRepo
             }
             missed[step.name] = {name: reason for name, reason in found.items() if reason}
     return missed
+
+
+def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
+    """What a finished program's trainable artifact will store, before any weight is read."""
+    return stored_parameters(program, family, recipe)
 
 
 def adapt(

@@ -14,7 +14,7 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.artifact.bitsandbytes_config import MIXED, announced_format, is_skipped
 from vlmbuild.artifact.checkpoint import CheckpointWeights
-from vlmbuild.builder import published_name, read_model, rewrite, trace_program
+from vlmbuild.builder import planned_weights, published_name, read_model, rewrite, trace_program
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family, ImageCost
 from vlmbuild.memory import Memory, Workload, estimate_memory
@@ -25,7 +25,6 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.source import Progress, Source, resolve
 from vlmbuild.source_tensors import source_tensors, stored_formats
 from vlmbuild.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
-from vlmbuild.targets.trainable import stored_parameters
 from vlmbuild.weight_format import WeightFormat
 
 Image = str | Path | tuple[int, int]
@@ -210,7 +209,7 @@ def announced_formats(
 
 
 def _weights(program: Program, family: Family, recipe: Recipe) -> Iterable[StoredWeight]:
-    for parameter in stored_parameters(program, family, recipe):
+    for parameter in planned_weights(program, family, recipe):
         nbytes = sum(spec.nbytes for spec in parameter.specs)
         yield StoredWeight(
             parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format

@@ -72,4 +72,4 @@ def test_compiled_code_uses_it(tmp_path):
     torch.testing.assert_close(found, F.linear(*inputs), rtol=1e-4, atol=1e-4)
     with zipfile.ZipFile(package) as files:
         code = b"".join(files.read(name) for name in files.namelist() if name.endswith(".so"))
-    assert b"mkldnn__linear_pointwise" in code
+    assert b"aoti_torch_cpu__linear_pointwise" in code

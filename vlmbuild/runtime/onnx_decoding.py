@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ class OnnxModels:
     text: OnnxSession | None = None
 
     @classmethod
-    def open(cls, directory: Path, device: str = "cpu", *, economical: bool = False) -> OnnxModels:
-        """Open all. Raises what `open_session` raises."""
+    def open(cls, directory: Path, device: str = "cpu", *, economical: Collection[str] = ()) -> OnnxModels:
+        """Open all, those of the stems `economical` so. Raises what `open_session` raises."""
         stems = [VISION, EMBED, DECODER]
         if (directory / FOLDER / f"{TEXT_DECODER}.onnx").is_file():
             stems.append(TEXT_DECODER)
-        return cls(*(open_session(directory, stem, device, economical=economical) for stem in stems))
+        return cls(*(open_session(directory, stem, device, economical=stem in economical) for stem in stems))
 
     def decoder_of(self, variant: str) -> OnnxSession:
         """The decoder for a batch of this kind."""

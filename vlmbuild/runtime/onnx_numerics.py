@@ -55,7 +55,7 @@ def measure(directory: Path, dtype: str) -> list[Record]:
     weights = OnnxWeights(directory)
     reference = _Reference(with_cache(program), family, config, weights)
     # Kernels of packed weights depend on how they are laid out, and are checked as they will run.
-    models = OnnxModels.open(directory, economical=not weights.packed)
+    models = OnnxModels.open(directory, economical=weights.stems - weights.packing)
     records = []
     for case in cases(processor):
         records += _compare(case, models, reference, family, config, processor)

@@ -35,12 +35,16 @@ class OnnxWeights:
 
     Attributes:
         packed: Module name -> how a quantized parameter is stored.
+        packing: Stems of the models that have such parameters.
+        stems: Of all models.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._places: dict[str, _Place] = {}
         self.packed: dict[str, PackedWeight] = {}
+        self.stems: set[str] = set()
+        self.packing: set[str] = set()
         self._copies: dict[tuple[Path, str], int] = {}
         for file in sorted((directory / FOLDER).glob("*.onnx")):
             check_data_files(file)
@@ -83,6 +87,7 @@ class OnnxWeights:
 
     def _read_model(self, file: Path) -> None:
         model = onnx.load(file, load_external_data=False)
+        self.stems.add(file.stem)
         for tensor in model.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 where = {entry.key: entry.value for entry in tensor.external_data}
@@ -100,3 +105,4 @@ class OnnxWeights:
             if node.op_type in _PACKED:
                 attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
                 self.packed[node.input[1]] = PackedWeight(node.op_type, attributes, ())
+                self.packing.add(file.stem)

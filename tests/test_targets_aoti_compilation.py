@@ -81,6 +81,10 @@ def test_it_gets_the_program(compiling, tmp_path, built):
             "first cannot be compiled: MemoryError: none left. AOTInductor needs",
         ),
         ("sys.exit('ImportError: no torch')", "The program cannot be compiled: ImportError: no torch. AOT"),
+        (
+            "sys.exit('exc.InvalidCxxCompiler: none found')",
+            "The program cannot be compiled: exc.InvalidCxxCompiler: none found. A",
+        ),
         ("sys.exit(3)", "The program cannot be compiled: the compiling process ended with 3. AOT"),
     ],
 )

@@ -93,9 +93,13 @@ class Compilation:
         return self._folder / "log"
 
     def _last_words(self) -> str:
+        """Why the process ended too early."""
+        code = self._process.wait()
         log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        lines = [line.strip() for line in log if "Error" in line]
-        return lines[-1] if lines else f"the compiling process ended with {self._process.wait()}"
+        errors = [line.strip() for line in log if "Error" in line]
+        if errors or (code > 0 and log):
+            return errors[-1] if errors else log[-1].strip()
+        return f"the compiling process ended with {code}"
 
     def _end(self) -> None:
         """End the process, with the compilers that it started."""

@@ -48,3 +48,14 @@ def test_a_build_that_failed_early_asks_for_nothing(monkeypatch, tmp_path, capfd
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert worker.main(str(tmp_path), "1") == 0
     assert capfd.readouterr().out == ""
+
+
+def test_a_fork_that_cannot_write_ends(built, monkeypatch, tmp_path, capfd):
+    """It does not go on as if it were the process that forked it."""
+    monkeypatch.setattr(worker, "platform_compiled_for", lambda: this_platform(levels=False))
+    monkeypatch.setattr(worker, "compile_region", compile_region)
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"program": to_json(built), "dtype": "float32"})))
+    assert worker.main(str(tmp_path / "missing"), "2") == 0
+    first, *records = map(json.loads, capfd.readouterr().out.splitlines())
+    assert len(records) == len(first["plan"]["weights"])
+    assert {record["error"] for record in records} == {f"the compiling process ended with {code}" for code in (1, -9)}

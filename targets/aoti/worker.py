@@ -55,10 +55,14 @@ def _fork(programs: Mapping[CacheForm, Program], unit: Unit, dtype: str, level: 
     process = os.fork()
     if process:
         return process
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print, and stdout is for records
-    record = _compiled(programs, unit, dtype, level, folder)
-    _record_file(folder, unit).write_text(json.dumps(record), encoding="utf-8")
-    os._exit(0)
+    exit_code = 1
+    try:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print, and stdout is for records
+        record = _compiled(programs, unit, dtype, level, folder)
+        _record_file(folder, unit).write_text(json.dumps(record), encoding="utf-8")
+        exit_code = 0
+    finally:  # whatever happens: what the parent does next is not for the child
+        os._exit(exit_code)
 
 
 def _compiled(programs: Mapping[CacheForm, Program], unit: Unit, dtype: str, level: str, folder: Path) -> Record:
@@ -81,11 +85,10 @@ def _reason(error: Exception) -> str:
 
 
 def _result(folder: Path, unit: Unit, exit_code: int) -> Record:
-    file = _record_file(folder, unit)
-    if file.exists():
-        found: Record = json.loads(file.read_text(encoding="utf-8"))
-        return found
-    return {"unit": str(unit), "error": f"the compiling process ended with {exit_code}"}
+    if exit_code:
+        return {"unit": str(unit), "error": f"the compiling process ended with {exit_code}"}
+    found: Record = json.loads(_record_file(folder, unit).read_text(encoding="utf-8"))
+    return found
 
 
 def _record_file(folder: Path, unit: Unit) -> Path:

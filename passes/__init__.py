@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vlmbuild.adapters.lora import Lora
 from vlmbuild.passes.add_cache import AddCache
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
@@ -12,11 +13,9 @@ from vlmbuild.passes.normalize import Normalize
 from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
 from vlmbuild.passes.train_weights import TrainWeights
-
-from vlmbuild.lora import Lora
-from vlmbuild.pipeline import Pass
-from vlmbuild.quantization import Decision
+from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
+from vlmbuild.rewrite.pass_manager import Pass
 
 __all__ = [
     "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights",

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmbuild.cached_block import CacheForm
-from vlmbuild.cached_program import with_cache
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import Program
+from vlmbuild.ir.program import Program
+from vlmbuild.kv_cache.block import CacheForm
+from vlmbuild.kv_cache.program import with_cache
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 
 @dataclass(frozen=True, slots=True)
 class AddCache:
-    """Replace a program's variants by cached ones: `vlmbuild.cached_program.with_cache` says what they take and return.
+    """Replace a program's variants by cached ones: `vlmbuild.kv_cache.program.with_cache` says what they take and return.
 
     Before: v3 = layers(v0, cos, sin, bounds)
     After:  v3, present.0.key, present.0.value = layers.cached(

@@ -10,10 +10,10 @@ import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.divide import divide_by
-from vlmbuild.lora import Lora, linear_features, linear_nodes
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import Program, Region, Role, Slot, join
+from vlmbuild.adapters.lora import Lora, linear_features, linear_nodes
+from vlmbuild.ir.program import Program, Region, Role, Slot, join
+from vlmbuild.ir.split_region import divide_by
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 aten = torch.ops.aten
 

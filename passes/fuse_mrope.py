@@ -13,9 +13,9 @@ from torch.export import Dim
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Geometry, Program, Rotary
-from vlmbuild.rewrite import Rewrite, apply
+from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Program, Rotary
+from vlmbuild.rewrite.pass_manager import PassOutcome
+from vlmbuild.rewrite.pattern import Rewrite, apply
 
 aten = torch.ops.aten
 mrope = torch.ops.vlmbuild

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.fx import Node
 
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region
+from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 aten = torch.ops.aten
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmbuild.clean import clean
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import Program
+from vlmbuild.ir.program import Program
+from vlmbuild.rewrite.pass_manager import PassOutcome
+from vlmbuild.rewrite.simplify import clean
 
 
 @dataclass(frozen=True, slots=True)

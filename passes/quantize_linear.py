@@ -11,16 +11,16 @@ import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.divide import divide_by
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Slot, WeightRecipe, join
-from vlmbuild.quantization import LINEAR, QUANTIZE, Decision, weight_slot
-from vlmbuild.weight_format import NESTED_BLOCKSIZE, EightBit, FourBit, WeightFormat
+from vlmbuild.formats import NESTED_BLOCKSIZE, EightBit, FourBit, WeightFormat
+from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, WeightRecipe, join
+from vlmbuild.ir.split_region import divide_by
+from vlmbuild.quant.decide import LINEAR, QUANTIZE, Decision, weight_slot
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeLinear:
-    """Replace linear layers by quantized ones, as decided for each (`vlmbuild.quantization`).
+    """Replace linear layers by quantized ones, as decided for each (`vlmbuild.quant.decide`).
 
     Before: linear(x, weight, bias)                         weight: compute[out, in]
     After, 4 bits (QLoRA, arXiv:2305.14314, section 3):

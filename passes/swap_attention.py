@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import Program
+from vlmbuild.ir.program import Program
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 
 @dataclass(frozen=True, slots=True)

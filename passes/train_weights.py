@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlmbuild.divide import divide_by
-from vlmbuild.pipeline import PassOutcome
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region, join
+from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, join
+from vlmbuild.ir.split_region import divide_by
+from vlmbuild.rewrite.pass_manager import PassOutcome
 
 aten = torch.ops.aten
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from vlmbuild.targets import aoti, onnx, trainable
-from vlmbuild.targets.request import Request
-
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.targets import aoti, onnx, trainable
+from vlmbuild.targets.request import Request
 
 Write = Callable[[ArtifactWriter, Request], Manifest]
 

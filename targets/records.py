@@ -6,13 +6,12 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vlmbuild.targets.request import Request
-
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.pipeline import PassReport
-from vlmbuild.quantization import QUANTIZE
+from vlmbuild.quant.decide import QUANTIZE
 from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.rewrite.pass_manager import PassReport
+from vlmbuild.targets.request import Request
 
 _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
 

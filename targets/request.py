@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.artifact.checkpoint import CheckpointWeights
-from vlmbuild.artifact.weights import TensorSpec
+from vlmbuild.adapters.merge import Merge
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.artifact.weights_writer import TensorSpec
+from vlmbuild.checkpoint.source import Progress, Source
+from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.families import Family
-from vlmbuild.merge import Merge
-from vlmbuild.pipeline import PassReport
-from vlmbuild.program import Program
-from vlmbuild.quantization import Decision
+from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.program import Program
+from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
-from vlmbuild.source import Progress, Source
-from vlmbuild.source_tensors import SourceTensor
-from vlmbuild.weight_format import WeightFormat
+from vlmbuild.rewrite.pass_manager import PassReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,23 +8,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.weights_writer import TensorSpec
+from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.checkpoint.source import SIDE_FILES
+from vlmbuild.families import Family
+from vlmbuild.formats import FourBit, WeightFormat
+from vlmbuild.ir.printer import program_text
+from vlmbuild.ir.program import Program, Region, join
+from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
+from vlmbuild.quant import bnb_4bit as four_bit
+from vlmbuild.quant import bnb_8bit as eight_bit
+from vlmbuild.quant.bnb_config import quantization_config
+from vlmbuild.recipe import Recipe
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.targets.weights import stored_specs, write_weights
-
-from vlmbuild.artifact import bitsandbytes_4bit as four_bit
-from vlmbuild.artifact import bitsandbytes_8bit as eight_bit
-from vlmbuild.artifact.bitsandbytes_config import quantization_config
-from vlmbuild.artifact.manifest import Manifest, canonical_json
-from vlmbuild.artifact.weights import TensorSpec
-from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.families import Family
-from vlmbuild.graph_text import program_text
-from vlmbuild.program import Program, Region, join
-from vlmbuild.program_json import PROGRAM_FILE, to_json
-from vlmbuild.recipe import Recipe
-from vlmbuild.source import SIDE_FILES
-from vlmbuild.weight_format import FourBit, WeightFormat
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:

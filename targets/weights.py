@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from vlmbuild.targets.request import Request, StoredParameter
 
-from vlmbuild.artifact import bitsandbytes_4bit as four_bit
-from vlmbuild.artifact.bitsandbytes_8bit import ROW_FORMAT, quantize_rows
-from vlmbuild.artifact.quantizer import quantize_blocks
-from vlmbuild.artifact.weights import SHARD_BYTES, TensorSpec, WeightsWriter
+from vlmbuild.artifact.weights_writer import SHARD_BYTES, TensorSpec, WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.cores import available_cores, single_threaded
+from vlmbuild.checkpoint.tensors import SourceTensor
+from vlmbuild.checkpoint.values import ranges, source_values
 from vlmbuild.errors import SourceError
-from vlmbuild.source_tensors import SourceTensor
-from vlmbuild.source_values import ranges, source_values
-from vlmbuild.weight_format import FourBit
+from vlmbuild.formats import FourBit
+from vlmbuild.quant import bnb_4bit as four_bit
+from vlmbuild.quant.bnb_8bit import ROW_FORMAT, quantize_rows
+from vlmbuild.quant.bnb_quantize import quantize_blocks
+from vlmbuild.targets.request import Request, StoredParameter
+from vlmbuild.util.cpu import available_cores, single_threaded
 
 _PIECE = 2**22
 """Elements that are in memory at a time, for each core; a multiple of every block size."""

@@ -11,10 +11,10 @@ import tiny
 import torch
 import traces
 
-from vlmbuild.builder import build
+from vlmbuild.builder.build import build
 from vlmbuild.cli import main
 from vlmbuild.recipe import QuantSpec, Recipe
-from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 
 def pytest_configure(config):

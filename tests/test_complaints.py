@@ -15,24 +15,24 @@ import pytest
 import tiny
 import torch
 from adapters import edit_adapter, write_adapter
+from distributed import record, torchrun
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
-from test_distributed import record, torchrun
 from torch._dynamo.testing import CompileCounterWithBackend
-from vlmbuild.passes import FuseMrope
 
 import vlmbuild
 from vlmbuild import VisionDataCollator
-from vlmbuild.capture import capture
+from vlmbuild.adapters.lora import adaptable_layers
+from vlmbuild.adapters.merge import Merge
+from vlmbuild.capture.export import capture
+from vlmbuild.checkpoint.source import PROCESSOR_FILES
 from vlmbuild.errors import BatchError, ParityError, PassError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_of_processor
-from vlmbuild.lora import adaptable_layers
-from vlmbuild.merge import Merge
-from vlmbuild.pipeline import run
-from vlmbuild.program import parse_size
-from vlmbuild.quantization import decide, linear_layers
+from vlmbuild.ir.program import parse_size
+from vlmbuild.passes import FuseMrope
+from vlmbuild.quant.decide import decide, linear_layers
 from vlmbuild.recipe import QuantSpec, Recipe
-from vlmbuild.source import PROCESSOR_FILES
+from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.zoo import ZOO
 
 PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}

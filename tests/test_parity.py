@@ -12,7 +12,7 @@ from parity import BF16_RATIO, GATE_RATIO, MODEL_FP32, SAME_WEIGHTS_FP32, assert
 from transformers import AutoModelForImageTextToText
 
 from vlmbuild import add_lora, load, load_adapter, save_adapter
-from vlmbuild.builder import build
+from vlmbuild.builder.build import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
 CASES = ("one image", "several sizes", "counts differ, right", "counts differ, left", "text only", "very wide",

@@ -8,7 +8,7 @@ import pytest
 
 from vlmbuild.artifact.canonical import canonical_json, parse_canonical
 from vlmbuild.errors import UsageError
-from vlmbuild.quant_spec import Override
+from vlmbuild.quant.spec import Override
 from vlmbuild.recipe import QuantSpec, Recipe
 
 

@@ -9,68 +9,67 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlmbuild.collector import resting_collector
+from vlmbuild.util.gc_paused import resting_collector
 
 if TYPE_CHECKING:
-    from vlmbuild.adapters import add_lora, load_adapter
     from vlmbuild.artifact.manifest import Manifest
     from vlmbuild.artifact.reader import verify
-    from vlmbuild.artifact_cache import from_pretrained
-    from vlmbuild.builder import Artifact, build
-    from vlmbuild.collator import VisionDataCollator
+    from vlmbuild.builder.build import Artifact, build
+    from vlmbuild.builder.cache import from_pretrained
+    from vlmbuild.compat.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
     from vlmbuild.errors import VlmbuildError
-    from vlmbuild.gradient_audit import GradientAudit, audit_gradients
     from vlmbuild.locks.checking import check
     from vlmbuild.locks.document import Lock
     from vlmbuild.locks.sources import diff, lock
-    from vlmbuild.memory import Workload
-    from vlmbuild.packing import PackedDataset, pack, padding_report
-    from vlmbuild.planner import Plan, plan
+    from vlmbuild.planner.memory import Workload
+    from vlmbuild.planner.plan import Plan, plan
     from vlmbuild.recipe import QuantSpec, Recipe
-    from vlmbuild.runtime.adapter_files import save_adapter
-    from vlmbuild.runtime.compiled_model import CompiledVisionLanguageModel
-    from vlmbuild.runtime.loader import load
-    from vlmbuild.runtime.model import VisionLanguageModel
-    from vlmbuild.runtime.onnx_model import OnnxVisionLanguageModel
-    from vlmbuild.runtime.sharding import shard
-    from vlmbuild.training_callback import TrainingCallback
-    from vlmbuild.training_log import TrainingLog
-    from vlmbuild.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
+    from vlmbuild.runtime.aoti.model import CompiledVisionLanguageModel
+    from vlmbuild.runtime.load import load
+    from vlmbuild.runtime.onnx.model import OnnxVisionLanguageModel
+    from vlmbuild.runtime.torch.model import VisionLanguageModel
+    from vlmbuild.runtime.torch.sharding import shard
+    from vlmbuild.train.audit import GradientAudit, audit_gradients
+    from vlmbuild.train.callback import TrainingCallback
+    from vlmbuild.train.collator import VisionDataCollator
+    from vlmbuild.train.log import TrainingLog
+    from vlmbuild.train.lora import add_lora, load_adapter, save_adapter
+    from vlmbuild.train.packing import PackedDataset, pack, padding_report
 
 _HOMES = {
-    "Artifact": "builder",
-    "CompiledVisionLanguageModel": "runtime.compiled_model",
-    "FastVisionModel": "unsloth",
-    "GradientAudit": "gradient_audit",
+    "Artifact": "builder.build",
+    "CompiledVisionLanguageModel": "runtime.aoti.model",
+    "FastVisionModel": "compat.unsloth",
+    "GradientAudit": "train.audit",
     "Lock": "locks.document",
     "Manifest": "artifact.manifest",
-    "OnnxVisionLanguageModel": "runtime.onnx_model",
-    "PackedDataset": "packing",
-    "Plan": "planner",
+    "OnnxVisionLanguageModel": "runtime.onnx.model",
+    "PackedDataset": "train.packing",
+    "Plan": "planner.plan",
     "QuantSpec": "recipe",
     "Recipe": "recipe",
-    "TrainingCallback": "training_callback",
-    "TrainingLog": "training_log",
-    "UnslothVisionDataCollator": "unsloth",
-    "VisionDataCollator": "collator",
-    "VisionLanguageModel": "runtime.model",
+    "TrainingCallback": "train.callback",
+    "TrainingLog": "train.log",
+    "UnslothVisionDataCollator": "compat.unsloth",
+    "VisionDataCollator": "train.collator",
+    "VisionLanguageModel": "runtime.torch.model",
     "VlmbuildError": "errors",
-    "Workload": "memory",
-    "add_lora": "adapters",
-    "audit_gradients": "gradient_audit",
-    "build": "builder",
+    "Workload": "planner.memory",
+    "add_lora": "train.lora",
+    "audit_gradients": "train.audit",
+    "build": "builder.build",
     "check": "locks.checking",
     "diff": "locks.sources",
-    "from_pretrained": "artifact_cache",
-    "is_bf16_supported": "unsloth",
-    "load": "runtime.loader",
-    "load_adapter": "adapters",
+    "from_pretrained": "builder.cache",
+    "is_bf16_supported": "compat.unsloth",
+    "load": "runtime.load",
+    "load_adapter": "train.lora",
     "lock": "locks.sources",
-    "pack": "packing",
-    "padding_report": "packing",
-    "plan": "planner",
-    "save_adapter": "runtime.adapter_files",
-    "shard": "runtime.sharding",
+    "pack": "train.packing",
+    "padding_report": "train.packing",
+    "plan": "planner.plan",
+    "save_adapter": "train.lora",
+    "shard": "runtime.torch.sharding",
     "verify": "artifact.reader",
 }
 

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from vlmbuild.checks import one_of, strings
 from vlmbuild.errors import UsageError
-from vlmbuild.quant_spec import QUANTIZE, QuantSpec
+from vlmbuild.quant.spec import QUANTIZE, QuantSpec
+from vlmbuild.util.validation import one_of, strings
 
 __all__ = ["ATTENTIONS", "DTYPES", "TARGETS", "TOOLS", "QuantSpec", "Recipe"]
 

@@ -14,13 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from vlmbuild.errors import CompileError
+from vlmbuild.ir.program import Program
+from vlmbuild.ir.serialize import to_json
 from vlmbuild.targets.aoti.plan import CodePlan
 from vlmbuild.targets.aoti.units import Unit
-
-from vlmbuild.cores import available_cores
-from vlmbuild.errors import CompileError
-from vlmbuild.program import Program
-from vlmbuild.program_json import to_json
+from vlmbuild.util.cpu import available_cores
 
 _SETTINGS = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 

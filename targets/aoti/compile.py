@@ -15,7 +15,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.package.package import package_aoti
 from torch.fx import GraphModule
 
-from vlmbuild.code_platform import CodePlatform, plain_feature, this_platform
+from vlmbuild.runtime.aoti.platform import CodePlatform, plain_feature, this_platform
 
 _PARTS = {".wrapper.so": True, ".wrapper_metadata.json": True, ".wrapper.json": False}
 """Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our own

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from vlmbuild.targets.aoti.onednn import linear
 
-from vlmbuild.ops.attention import Masks, allowed_keys
-from vlmbuild.ops.mrope import cos_sin_reference, rotate_reference
+from vlmbuild.ops.attention.op import Masks, allowed_keys
+from vlmbuild.ops.rope.op import cos_sin_reference, rotate_reference
+from vlmbuild.targets.aoti.onednn import linear
 
 _OPS = torch.ops.vlmbuild
 _ATTENTION = ("attention_auto", "attention_sdpa")

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vlmbuild.ir.printer import digest
+from vlmbuild.ir.program import Program
+from vlmbuild.ir.shapes import annotate_shapes
+from vlmbuild.kv_cache.block import FORMS, CacheForm
+from vlmbuild.kv_cache.program import with_cache
+from vlmbuild.runtime.aoti.code_index import CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.runtime.aoti.platform import CodePlatform
 from vlmbuild.targets.aoti.units import Unit, distinct_units, token_axis
-
-from vlmbuild.cached_block import FORMS, CacheForm
-from vlmbuild.cached_program import with_cache
-from vlmbuild.code_index import CodeEntry, CodeFile, CodeIndex, compiled_regions
-from vlmbuild.code_platform import CodePlatform
-from vlmbuild.graph_text import digest
-from vlmbuild.program import Program
-from vlmbuild.shapes import annotate_shapes
 
 
 @dataclass(frozen=True, slots=True)

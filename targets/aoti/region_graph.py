@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+
+from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
+from vlmbuild.ir.shapes import Shapes
+from vlmbuild.runtime.torch.bound_graph import aten_module, one_token_module
 from vlmbuild.targets.aoti.lowering import lower
 from vlmbuild.targets.aoti.units import of_one_token
-
-from vlmbuild.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
-from vlmbuild.runtime.bound_graph import aten_module, one_token_module
-from vlmbuild.shapes import Shapes
 
 Shape = tuple[int | str, ...]
 _NAME = re.compile(r"[A-Za-z_]\w*")

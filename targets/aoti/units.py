@@ -8,8 +8,8 @@ from typing import Any, Self
 
 import torch
 
-from vlmbuild.cached_block import CacheForm
-from vlmbuild.program import Region
+from vlmbuild.ir.program import Region
+from vlmbuild.kv_cache.block import CacheForm
 
 TOKENS: Mapping[CacheForm, frozenset[str]] = {
     "growing": frozenset({"batch", "new"}),

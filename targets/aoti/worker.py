@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vlmbuild.ir.program import Program
+from vlmbuild.ir.serialize import from_json
+from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.targets.aoti.compile import compile_region, cpp_compiler, platform_compiled_for
 from vlmbuild.targets.aoti.plan import CodePlan, cached_programs
 from vlmbuild.targets.aoti.region_graph import compilable
 from vlmbuild.targets.aoti.units import Unit
-
-from vlmbuild.cached_block import CacheForm
-from vlmbuild.program import Program
-from vlmbuild.program_json import from_json
 
 Record = dict[str, Any]
 

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.measure.aoti_parity import code_measurement
+from vlmbuild.runtime.aoti.code_index import CODE_INDEX, CodeFile
 from vlmbuild.targets.aoti.compilation import Compilation
 from vlmbuild.targets.aoti.plan import CodePlan
 from vlmbuild.targets.aoti.units import Unit
 from vlmbuild.targets.records import publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names, write_checkpoint
-
-from vlmbuild.artifact.manifest import Manifest, canonical_json
-from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.code_index import CODE_INDEX, CodeFile
-from vlmbuild.runtime.code_numerics import code_measurement
 
 _CODE_BYTES = 4 << 20
 """More than a region's package takes."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vlmbuild.targets.onnx.shapes import SHAPES
-from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 from vlmbuild.errors import PassError
+from vlmbuild.targets.onnx.shapes import SHAPES
+from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 aten = torch.ops.aten
 

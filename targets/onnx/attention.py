@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vlmbuild.targets.onnx.graph import CONTRIB, ELEMENT_TYPES, GraphBuilder
-from vlmbuild.targets.onnx.translate import Site, Value
 
 from vlmbuild.errors import PassError
+from vlmbuild.targets.onnx.graph import CONTRIB, ELEMENT_TYPES, GraphBuilder
+from vlmbuild.targets.onnx.translate import Site, Value
 
 LEAST = {torch.float32: -1e9, torch.float16: -3e4}
 """Added to scores of keys that are not seen. Finite, so that rows which see nothing (padding) are no NaN."""

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+from vlmbuild.artifact.safetensors import tensor_bytes
+from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
+from vlmbuild.errors import SourceError
+from vlmbuild.formats import BlockInt4, EightBit, FourBit, WeightFormat
+from vlmbuild.ops.linear_4bit.op import dequantize_4bit, scales_reference
+from vlmbuild.quant.bnb_8bit import quantize_rows
+from vlmbuild.quant.bnb_quantize import quantize_blocks, quantize_scales
+from vlmbuild.quant.ort_matmul import pack_int4, pack_int8, unpacked_rows
 from vlmbuild.targets.onnx.graph import Stored
 from vlmbuild.targets.onnx.layout import DataFile
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.weights import parameter_values
-
-from vlmbuild.artifact.bitsandbytes_8bit import quantize_rows
-from vlmbuild.artifact.quantizer import quantize_blocks, quantize_scales
-from vlmbuild.artifact.tensors import tensor_bytes
-from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
-from vlmbuild.errors import SourceError
-from vlmbuild.ops.linear_4bit import dequantize_4bit, scales_reference
-from vlmbuild.packed_weight import pack_int4, pack_int8, unpacked_rows
-from vlmbuild.weight_format import BlockInt4, EightBit, FourBit, WeightFormat
 
 
 def write_data(

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.fx import Node
-from vlmbuild.targets.onnx.graph import GraphBuilder, Stored
 
-from vlmbuild.packed_weight import PackedWeight, packed_weight
-from vlmbuild.program import COMPUTE_DTYPE, Program, Region, Slot, join
-from vlmbuild.weight_format import WeightFormat
+from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, join
+from vlmbuild.quant.ort_matmul import PackedWeight, packed_weight
+from vlmbuild.targets.onnx.graph import GraphBuilder, Stored
 
 _PAGE, _LINE = 4096, 64
 """Large tensors begin on a page, so that a runtime may map them; small ones on a cache line."""

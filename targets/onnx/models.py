@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import onnx
 import torch
+
+from vlmbuild.families import ClientVision
+from vlmbuild.ir.program import COMPUTE_DTYPE, Input, Program, Variant
+from vlmbuild.kv_cache.program import CROSS, PAST, PRESENT, STEP, TOKENS
+from vlmbuild.runtime.onnx.decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.layout import DataFile, Weights
 from vlmbuild.targets.onnx.operators import table
 from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens
 from vlmbuild.targets.onnx.prologue import add_prologue
 from vlmbuild.targets.onnx.translate import Translator
-
-from vlmbuild.cached_program import CROSS, PAST, PRESENT, STEP, TOKENS
-from vlmbuild.families import ClientVision
-from vlmbuild.program import COMPUTE_DTYPE, Input, Program, Variant
-from vlmbuild.runtime.onnx_decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
 
 _NAMES = {
     "batch": "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache

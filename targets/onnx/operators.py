@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.quant.ort_matmul import PackedWeight
 from vlmbuild.targets.onnx.aten import ATEN
 from vlmbuild.targets.onnx.attention import attention
 from vlmbuild.targets.onnx.graph import CONTRIB
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
-
-import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.packed_weight import PackedWeight
 
 aten = torch.ops.aten
 ours = torch.ops.vlmbuild

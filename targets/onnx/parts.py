@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from vlmbuild.program import Call, Program, Variant, needed_nodes
+from vlmbuild.ir.program import Call, Program, Variant, needed_nodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.export import Dim
 from torch.fx import Graph
+
+from vlmbuild.families import ClientVision
+from vlmbuild.ir.program import needed_nodes, parse_size
+from vlmbuild.rewrite.pattern import trace
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.operators import table
 from vlmbuild.targets.onnx.translate import Translator
-
-from vlmbuild.families import ClientVision
-from vlmbuild.program import needed_nodes, parse_size
-from vlmbuild.rewrite import trace
 
 _EXAMPLE = (3, 5, 7, 11)
 """Sizes to trace with; distinct, so that none is taken for another."""

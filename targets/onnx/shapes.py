@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 aten = torch.ops.aten

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from vlmbuild.targets.onnx.graph import GraphBuilder
 
 from vlmbuild.errors import PassError
-from vlmbuild.program import COMPUTE_DTYPE
+from vlmbuild.ir.program import COMPUTE_DTYPE
+from vlmbuild.targets.onnx.graph import GraphBuilder
 
 
 @dataclass(frozen=True, slots=True)

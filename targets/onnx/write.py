@@ -10,21 +10,21 @@ from typing import Any
 
 import onnxruntime
 import torch
+
+from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.checkpoint.source import SIDE_FILES
+from vlmbuild.errors import SourceError
+from vlmbuild.ir.printer import program_text
+from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
+from vlmbuild.kv_cache.program import with_cache
+from vlmbuild.measure.onnx_parity import onnx_measurement
+from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.targets.onnx.data import write_data
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
 from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
-
-from vlmbuild.artifact.manifest import Manifest, canonical_json
-from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.cached_program import with_cache
-from vlmbuild.errors import SourceError
-from vlmbuild.graph_text import program_text
-from vlmbuild.program_json import PROGRAM_FILE, to_json
-from vlmbuild.runtime.onnx_numerics import onnx_measurement
-from vlmbuild.runtime.onnx_session import FOLDER
-from vlmbuild.source import SIDE_FILES
 
 _NO_SUFFIX = "fp32"
 """transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a browser."""

@@ -65,10 +65,10 @@ def make_model(side: str, layers: int, depth: int) -> Any:
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from vlmbuild.builder import rewrite, trace_program
+    from vlmbuild.builder.build import rewrite, trace_program
     from vlmbuild.families import FAMILIES
     from vlmbuild.recipe import Recipe
-    from vlmbuild.runtime.model import VisionLanguageModel
+    from vlmbuild.runtime.torch.model import VisionLanguageModel
 
     torch.manual_seed(0)
     config = model_config(layers, depth)

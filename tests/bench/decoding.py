@@ -23,10 +23,10 @@ from torch._dynamo.utils import counters
 from transformers import Qwen2VLForConditionalGeneration
 
 from tests.bench.fresh import machine
-from vlmbuild.builder import rewrite, trace_program
+from vlmbuild.builder.build import rewrite, trace_program
 from vlmbuild.families import FAMILIES
 from vlmbuild.recipe import Recipe
-from vlmbuild.runtime.model import VisionLanguageModel
+from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 SIDES = ("transformers", "vlmbuild", "vlmbuild, static, compiled")
 WIDTH, LAYERS, TOKENS, IMAGE, START, END = 512, 8, 33, 7998, 7996, 7997

@@ -66,7 +66,7 @@ class Ours(Side):
     def encode(self, batch: dict[str, Tensor]) -> object:
         if self.target != "onnx":
             raise NotImplementedError("the vision tower is not run by itself")
-        from vlmbuild.runtime.onnx_decoding import OnnxDecoding
+        from vlmbuild.runtime.onnx.decoding import OnnxDecoding
 
         model = self.model
         decoding = OnnxDecoding(model.models, model.family, model.config, model.processor, model.new_cache())

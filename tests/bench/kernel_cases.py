@@ -9,14 +9,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlmbuild.ops import linear_4bit_triton, linear_8bit_triton, lora_triton
-from vlmbuild.ops._triton import Launch
-from vlmbuild.ops.attention import Masks
-from vlmbuild.ops.attention_triton import backward_launches, forward_launches, one_row_launches
-from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
+from vlmbuild.ops.attention.op import Masks
+from vlmbuild.ops.attention.triton import backward_launches, forward_launches, one_row_launches
+from vlmbuild.ops.cross_entropy.triton import cross_entropy_launch
+from vlmbuild.ops.linear_4bit import triton as linear_4bit_triton
+from vlmbuild.ops.linear_8bit import triton as linear_8bit_triton
 from vlmbuild.ops.linear_paths import ROW_SIDES
-from vlmbuild.ops.mrope_triton import rotate_launch
+from vlmbuild.ops.lora import triton as lora_triton
+from vlmbuild.ops.rope.triton import rotate_launch
 from vlmbuild.ops.tiles import SIDES
+from vlmbuild.ops.triton_util import Launch
 
 MODES = ("dense", "dense causal", "padded causal", "packed", "packed causal", "groups")
 """What masks: nothing, causal order, padding, segments, groups of keys."""

@@ -15,8 +15,8 @@ from typing import Any
 from tests.bench.kernel_cases import Case, resource_cases
 from tests.bench.kernel_limits import ARCHITECTURES, Architecture, attention_share, blocks_resident, ordinary_rate
 from tests.bench.kernel_problems import Problem, problems
-from vlmbuild.cores import available_cores
 from vlmbuild.locks.kernel_table import TARGETS, compile_launch
+from vlmbuild.util.cpu import available_cores
 
 Row = dict[str, Any]
 _BACKWARD = {"attention_grad_query": 1.5, "attention_grad_key": 2.0}

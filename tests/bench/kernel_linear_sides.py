@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.bench.kernel_sides import Run, Setting, Sides
-from vlmbuild.ops.cross_entropy_triton import cross_entropy_triton
-from vlmbuild.ops.linear_4bit import dequantize_4bit
-from vlmbuild.ops.linear_4bit_triton import dequantize_4bit_triton, grad_input_triton, linear_4bit_triton
-from vlmbuild.ops.linear_8bit import dequantize_8bit
-from vlmbuild.ops.linear_8bit_triton import grad_input_8bit_triton, linear_8bit_triton
-from vlmbuild.ops.lora import lora_reference
-from vlmbuild.ops.lora_triton import lora_backward_triton, lora_triton
-from vlmbuild.runtime.loss import summed_cross_entropy
+from vlmbuild.ops.cross_entropy.triton import cross_entropy_triton
+from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+from vlmbuild.ops.linear_4bit.triton import dequantize_4bit_triton, grad_input_triton, linear_4bit_triton
+from vlmbuild.ops.linear_8bit.op import dequantize_8bit
+from vlmbuild.ops.linear_8bit.triton import grad_input_8bit_triton, linear_8bit_triton
+from vlmbuild.ops.lora.op import lora_reference
+from vlmbuild.ops.lora.triton import lora_backward_triton, lora_triton
+from vlmbuild.runtime.torch.loss import summed_cross_entropy
 
 THRESHOLD = 6.0
 """Of LLM.int8()'s outliers."""

@@ -120,7 +120,7 @@ def _rotation(rows: int, heads: tuple[int, int], dim: int) -> Iterator[Problem]:
 
 
 def _linear_4bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
-    from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS
+    from vlmbuild.ops.linear_4bit.paths import FUSED_ROWS
     from vlmbuild.ops.linear_paths import row_side
 
     weights, turns = wide * narrow, -(-rows // row_side(rows))

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmbuild.ops.attention_triton import attention_backward_triton, attention_forward_triton
-from vlmbuild.ops.mrope import rotate_reference
-from vlmbuild.ops.mrope_triton import rotate_triton
+from vlmbuild.ops.attention.triton import attention_backward_triton, attention_forward_triton
+from vlmbuild.ops.rope.op import rotate_reference
+from vlmbuild.ops.rope.triton import rotate_triton
 
 Run = Callable[[], Any]
 

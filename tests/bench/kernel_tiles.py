@@ -17,9 +17,9 @@ import torch
 
 from tests.bench.kernel_cases import MODES, attention_launch, linear_8bit_launch, linear_launch
 from tests.bench.kernel_limits import ARCHITECTURES, Architecture, attention_share
-from vlmbuild.cores import available_cores
 from vlmbuild.locks.kernel_table import TARGETS, compile_launch
 from vlmbuild.ops.tiles import FILE
+from vlmbuild.util.cpu import available_cores
 
 DIMS = (64, 80, 96, 128)
 CANDIDATES = {

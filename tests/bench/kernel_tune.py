@@ -29,10 +29,10 @@ from tests.bench.kernel_cases import (
 from tests.bench.kernel_limits import Architecture, attention_share, chip_of
 from tests.bench.kernel_sides import Run, Setting
 from tests.bench.kernel_tiles import CANDIDATES, DIMS, LINEAR, table_text
-from vlmbuild.cores import available_cores
 from vlmbuild.locks.kernel_table import compile_launch
 from vlmbuild.ops import tiles
-from vlmbuild.ops._triton import Launch
+from vlmbuild.ops.triton_util import Launch
+from vlmbuild.util.cpu import available_cores
 
 Tile = tuple[int, ...]
 DECODE: list[Tile] = [(64, 4, 3), (32, 4, 3), (128, 4, 2), (64, 4, 2), (128, 8, 2)]

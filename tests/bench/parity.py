@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import matrix
 from checkpoints import dequantized
 from parity import MODEL_FP32, SAME_WEIGHTS_FP32, relative
 
 from vlmbuild import load
-from vlmbuild.builder import build
+from vlmbuild.builder.build import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
 COLUMNS = ("logits", "loss", "gradient", "gate", "their gate", "nf4 logits")

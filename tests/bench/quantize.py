@@ -212,7 +212,7 @@ def with_agreement(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors(artifact: Path) -> Mapping[str, Any]:
-    from vlmbuild.artifact.checkpoint import CheckpointWeights
+    from vlmbuild.artifact.weights_reader import CheckpointWeights
 
     return CheckpointWeights(artifact).tensors
 

@@ -76,7 +76,7 @@ def compare(ours: str, theirs: str) -> dict[str, Any]:
     Counts, by kind, of tensors in both and of those that differ. A weight's "scales" are its nested scales and offset: the
     offset is a mean over all scales, and the peer's sum of it depends on the number of threads.
     """
-    from vlmbuild.artifact.checkpoint import CheckpointWeights
+    from vlmbuild.artifact.weights_reader import CheckpointWeights
     from vlmbuild.families import family_of
 
     family = family_of(json.loads((Path(ours) / "config.json").read_text()), ours)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.artifact.tensors import encode_header, frame_header, tensor_bytes
+from vlmbuild.artifact.safetensors import encode_header, frame_header, tensor_bytes
 from vlmbuild.families import Family, family_of
 from vlmbuild.zoo import ZOO
 

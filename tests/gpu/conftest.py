@@ -12,7 +12,7 @@ import torch
 GPU = torch.cuda.is_available()
 collect_ignore_glob: list[str] = []
 if not GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob.append("test_*.py")  # tests/test_ops_triton.py runs them in a process of its own
+    collect_ignore_glob.append("test_*.py")  # tests/ops/test_triton_util.py runs them in a process of its own
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from exactness import DEVICE, DTYPES, error, near, randn
 pytest.importorskip("triton", reason="triton is Linux only")
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.attention import attention_reference, attention_reference_backward
-from vlmbuild.ops.attention_triton import (
+from vlmbuild.ops.attention.op import attention_reference, attention_reference_backward
+from vlmbuild.ops.attention.triton import (
     attention_backward_triton,
     attention_forward_triton,
     split_lanes,
@@ -133,8 +133,8 @@ def test_attention_of_nothing():
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_row_on_a_long_cache(dim, dtype, masked, monkeypatch):
     """More keys than one part has, of which the first sample sees none past its first part, and the last sees none."""
-    monkeypatch.setattr("vlmbuild.ops.attention_triton.LEAST_KEYS", 32)
-    monkeypatch.setattr("vlmbuild.ops.attention_decode_triton.LEAST_PART", 16)
+    monkeypatch.setattr("vlmbuild.ops.attention.triton.LEAST_KEYS", 32)
+    monkeypatch.setattr("vlmbuild.ops.attention.triton_decode.LEAST_PART", 16)
     keys, heads, kv_heads = 43, 2, 1
     query = randn(3, 1, heads, dim, dtype=dtype).transpose(1, 2)
     key, value = randn(2, 3, keys, kv_heads, dim, dtype=dtype).transpose(2, 3).unbind(0)

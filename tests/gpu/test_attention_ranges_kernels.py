@@ -8,8 +8,8 @@ from exactness import DEVICE
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
-from vlmbuild.ops.attention import Masks, allowed_keys, row_ranges
-from vlmbuild.ops.attention_ranges_triton import groups_launches, int32, segments_launch
+from vlmbuild.ops.attention.op import Masks, allowed_keys, row_ranges
+from vlmbuild.ops.attention.triton_ranges import groups_launches, int32, segments_launch
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 20, 20, 21, 135], [0, 0], [0, 140], [0, *range(1, 141)], [0, 7, 7, 7]])

@@ -9,8 +9,8 @@ from exactness import DTYPES, LIMIT, error, near, randn
 pytest.importorskip("triton", reason="triton is Linux only")
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.cross_entropy_triton import cross_entropy_triton
-from vlmbuild.runtime import loss
+from vlmbuild.ops.cross_entropy.triton import cross_entropy_triton
+from vlmbuild.runtime.torch import loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,8 +8,8 @@ from exactness import DTYPES, near, randn
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
-from vlmbuild.ops import linear_4bit_triton as kernels
-from vlmbuild.ops.linear_4bit import dequantize_4bit
+from vlmbuild.ops.linear_4bit import triton as kernels
+from vlmbuild.ops.linear_4bit.op import dequantize_4bit
 
 # Features, lanes, block size: neither whole tiles nor whole scales; a block larger than a row.
 SHAPES = [(70, 192, 64), (33, 320, 32), (20, 256, 128), (16, 192, 4096)]

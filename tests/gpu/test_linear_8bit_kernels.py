@@ -8,8 +8,8 @@ from exactness import DEVICE, DTYPES, near, randn
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
-from vlmbuild.ops import linear_8bit_triton as kernels
-from vlmbuild.ops.linear_8bit import dequantize_8bit
+from vlmbuild.ops.linear_8bit import triton as kernels
+from vlmbuild.ops.linear_8bit.op import dequantize_8bit
 
 # Features, lanes: neither whole tiles nor aligned; one of everything.
 SHAPES = [(40, 160), (33, 67), (1, 1)]

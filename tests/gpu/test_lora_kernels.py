@@ -8,8 +8,8 @@ from exactness import DEVICE, DTYPES, near, randn
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
-from vlmbuild.ops.lora import lora_reference
-from vlmbuild.ops.lora_triton import lora_backward_triton, lora_triton
+from vlmbuild.ops.lora.op import lora_reference
+from vlmbuild.ops.lora.triton import lora_backward_triton, lora_triton
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

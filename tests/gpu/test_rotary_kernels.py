@@ -8,8 +8,8 @@ from exactness import DTYPES, near, randn
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
-from vlmbuild.ops.mrope import rotate_reference
-from vlmbuild.ops.mrope_triton import rotate_triton
+from vlmbuild.ops.rope.op import rotate_reference
+from vlmbuild.ops.rope.triton import rotate_triton
 
 
 def layouts(layout: str, dim: int, heads: int, kv_heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,12 +1,12 @@
 """The supported model families, by name.
 
-A new family takes one module here that satisfies `Family` (`_family.py` says what each member is for), one line in
-`FAMILIES`, and one test module, `tests/test_families_<name>.py`. An entry in `SETUPS` of `tests/matrix.py` (a tiny config
-and a real processor) runs the tests that hold for every family. What to write, in order:
+A new family takes one module here that satisfies `Family` (`base.py` says what each member is for), one line in
+`FAMILIES`, and one test module, `tests/families/test_<name>.py`. An entry in `SETUPS` of `tests/helpers/matrix.py` (a
+tiny config and a real processor) runs the tests that hold for every family. What to write, in order:
 
 1. `config` and `_check`: read config.json, refuse what would be captured wrongly.
-2. The core modules (`_core.py`): transformers' own layers, called with tensors only; nothing in them may depend on data.
-3. `prepare`: everything that depends on data, on the host, packed (`_packing.py`); name the sample in every refusal.
+2. The core modules (`core.py`): transformers' own layers, called with tensors only; nothing in them may depend on data.
+3. `prepare`: everything that depends on data, on the host, packed (`batch.py`); name the sample in every refusal.
 4. `variants`: the inputs of the core modules, with names for the sizes that change.
 5. `Names`: published tensor names and module names; `role`: what each parameter does.
 6. `processor`, `image_cost`, `batch_sizes`, and for the collator `processors`, `limits`, `media_tokens`, `image_tokens`.
@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
-from vlmbuild.families._client import ClientVision
-from vlmbuild.families._family import BatchRow, Family, HostBatch, ImageCost, KeyGroups
-from vlmbuild.families._packing import check_ids
-from vlmbuild.families.mllama import Mllama
-from vlmbuild.families.pixtral import Pixtral
-from vlmbuild.families.qwen2_vl import Qwen2VL
+from vlmbuild.families.base import BatchRow, Family, HostBatch, ImageCost, KeyGroups
+from vlmbuild.families.batch import check_ids
+from vlmbuild.families.js import ClientVision
+from vlmbuild.families.mllama.family import Mllama
+from vlmbuild.families.pixtral.family import Pixtral
+from vlmbuild.families.qwen2_vl.family import Qwen2VL
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL())}
 

@@ -1,6 +1,6 @@
 """A program in canonical order: slots by name, activations by first use, whatever order tracing happened to see them in.
 
-Nodes need no order: `vlmbuild.graph_text` lists them by dataflow. With both, a renamed or reordered graph is the same text.
+Nodes need no order: `vlmbuild.ir.printer` lists them by dataflow. With both, a renamed or reordered graph is the same text.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from vlmbuild.graph_text import dataflow_order
-from vlmbuild.program import Program, Region
+from vlmbuild.ir.printer import dataflow_order
+from vlmbuild.ir.program import Program, Region
 
 
 def canonical(program: Program) -> Program:

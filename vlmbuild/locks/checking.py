@@ -13,12 +13,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmbuild.cores import available_cores
+from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.difference import SEVERITIES, Difference, Severity, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.locks.making import lock_traced
-from vlmbuild.tracing import trace
+from vlmbuild.util.cpu import available_cores
 
 Told = Callable[[str, int, int], None]
 

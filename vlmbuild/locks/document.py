@@ -38,10 +38,10 @@ class LockedRegion:
 
     Attributes:
         instances: How often it occurs.
-        flops, bytes: Formulas of the dimensions, for one instance (`vlmbuild.region_cost`).
+        flops, bytes: Formulas of the dimensions, for one instance (`vlmbuild.ir.cost`).
         operators: Name -> how many in the graph.
         weights: Source tensor -> format, of those that are not stored as they are.
-        graph: Its listing (`vlmbuild.graph_text.region_text`), in canonical order.
+        graph: Its listing (`vlmbuild.ir.printer.region_text`), in canonical order.
     """
 
     instances: int

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from vlmbuild.cached_block import CachedBlock, cached_block, self_attention
-from vlmbuild.lora import linear_features, linear_nodes
-from vlmbuild.ops.attention import Masks
-from vlmbuild.program import Program, Region
-from vlmbuild.runtime.region_instance import BoundRegion, is_compute
+from vlmbuild.adapters.lora import linear_features, linear_nodes
+from vlmbuild.ir.program import Program, Region
+from vlmbuild.kv_cache.block import CachedBlock, cached_block, self_attention
+from vlmbuild.ops.attention.op import Masks
+from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
 
 if TYPE_CHECKING:
-    from vlmbuild.ops._triton import Launch
+    from vlmbuild.ops.triton_util import Launch
 
 _LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
 _CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
@@ -122,7 +122,7 @@ def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tupl
 
 
 def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    from vlmbuild.ops.attention_triton import backward_launches
+    from vlmbuild.ops.attention.triton import backward_launches
 
     *masks, causal, scale = rest
     out, logsumexp = _attention_results(query)
@@ -134,7 +134,7 @@ def _attention_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, t
 
 
 def _forward_launches(query: Tensor, key: Tensor, value: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    from vlmbuild.ops.attention_triton import forward_launches
+    from vlmbuild.ops.attention.triton import forward_launches
 
     *masks, causal, scale = rest
     return forward_launches(query, key, value, Masks(*masks), *_attention_results(query), causal, scale, target)
@@ -148,7 +148,7 @@ def _attention_results(query: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Launch, ...]:
     """Forward, and backward on the contiguous gradients that attention returns."""
-    from vlmbuild.ops.mrope_triton import rotate_launch
+    from vlmbuild.ops.rope.triton import rotate_launch
 
     grads = (query.new_empty(query.shape), key.new_empty(key.shape))
     return (
@@ -159,7 +159,7 @@ def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
 
 def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
     """Every kernel that the layer launches for some number of rows, and its backward; none where torch's are used."""
-    from vlmbuild.ops import linear_4bit_triton as kernels
+    from vlmbuild.ops.linear_4bit import triton as kernels
     from vlmbuild.ops.linear_paths import ROW_SIDES
 
     *buffers, bias = rest[:5]
@@ -178,7 +178,7 @@ def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ..
 
 def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
     """The same for integers."""
-    from vlmbuild.ops import linear_8bit_triton as kernels
+    from vlmbuild.ops.linear_8bit import triton as kernels
     from vlmbuild.ops.linear_paths import ROW_SIDES
 
     weight, scales, bias, threshold = rest
@@ -201,7 +201,7 @@ def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launc
 
 def _lora_launches(region: Region, dtype: torch.dtype) -> Iterator[Launch]:
     """Forward and backward of an adapter on each linear layer of the language model."""
-    from vlmbuild.ops.lora_triton import low_launch, matrix_gradient_launch, sum_launch
+    from vlmbuild.ops.lora.triton import low_launch, matrix_gradient_launch, sum_launch
 
     for node, slot in linear_nodes(region):
         if slot.role == "language":
@@ -220,7 +220,7 @@ def _lora_launches(region: Region, dtype: torch.dtype) -> Iterator[Launch]:
 
 def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:
     """Of the loss, which is taken outside of the graph."""
-    from vlmbuild.ops.cross_entropy_triton import cross_entropy_launch
+    from vlmbuild.ops.cross_entropy.triton import cross_entropy_launch
 
     logits = torch.empty((_LARGE[0], head.results()[0].meta["val"].shape[-1]), dtype=dtype, device="meta")
     targets = logits.new_empty(logits.shape[:1], dtype=torch.int64)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmbuild.cores import available_cores
+from vlmbuild.ir.program import Program
 from vlmbuild.locks.document import Kernels, LockedKernel
 from vlmbuild.locks.kernel_launches import launches
-from vlmbuild.program import Program
+from vlmbuild.util.cpu import available_cores
 
 if TYPE_CHECKING:
-    from vlmbuild.ops._triton import Launch
+    from vlmbuild.ops.triton_util import Launch
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100, B200."""
@@ -52,7 +52,7 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
         The table, or why there is none: Triton is not installed (it is Linux only), or interprets kernels.
     """
     try:
-        from vlmbuild.ops._triton import INTERPRET
+        from vlmbuild.ops.triton_util import INTERPRET
     except ModuleNotFoundError:
         return Kernels("triton is not installed")
     if INTERPRET:

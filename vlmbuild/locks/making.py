@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder import exact_passes, fusing_passes, missed_patterns
+from vlmbuild.builder.build import exact_passes, fusing_passes, missed_patterns
+from vlmbuild.builder.tracing import Traced, apply_recipe, portable
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
-from vlmbuild.graph_text import dtype_name, region_text, size_text, variant_text
+from vlmbuild.ir.cost import region_cost
+from vlmbuild.ir.printer import dtype_name, region_text, size_text, variant_text
+from vlmbuild.ir.program import Program, Region, Variant, returned_nodes
+from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.locks.canonical_order import canonical
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
-from vlmbuild.program import Program, Region, Variant, returned_nodes
 from vlmbuild.recipe import Recipe
-from vlmbuild.region_cost import region_cost
-from vlmbuild.runtime.loader import read_program
-from vlmbuild.shapes import annotate_shapes
-from vlmbuild.tracing import Traced, apply_recipe, portable
+from vlmbuild.runtime.load import read_program
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
 """Distributions whose versions a lock names."""

@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from vlmbuild.builder import exact_passes
+from vlmbuild.builder.build import exact_passes
+from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import VlmbuildError
 from vlmbuild.locks.checking import lock_files
 from vlmbuild.locks.document import read_lock
-from vlmbuild.pass_parity import Parity, pass_parity
-from vlmbuild.tracing import trace
+from vlmbuild.measure.pass_parity import Parity, pass_parity
 
 
 def lock_parities(paths: Iterable[str | Path]) -> dict[Path, Parity]:
-    """`vlmbuild.pass_parity` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be
+    """`pass_parity` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be
     computed, the result says why.
 
     Raises:
@@ -31,7 +31,8 @@ def _parity(file: Path, known: dict[str, Parity]) -> Parity:
         passes = exact_passes(replace(lock.recipe, attention="auto"))  # Triton's kernels need a GPU; "auto" runs here
         key = f"{sorted(lock.config.items(), key=str)}{passes}"
         if key not in known:
-            known[key] = pass_parity(trace(lock.config, lock.source), passes)
+            traced = trace(lock.config, lock.source)
+            known[key] = pass_parity(traced.program, traced.family, traced.config, passes)
         return known[key]
     except VlmbuildError as error:
         return Parity((), str(error))

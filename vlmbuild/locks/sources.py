@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vlmbuild.artifact.paths import MANIFEST_NAME
+from vlmbuild.builder.tracing import Traced, trace
+from vlmbuild.checkpoint.source import Progress, resolve
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.locks.making import lock_artifact, lock_traced
 from vlmbuild.recipe import Recipe
-from vlmbuild.source import Progress, resolve
-from vlmbuild.tracing import Traced, trace
 
 
 def lock(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmbuild.ops._triton import INTERPRET, ceil_div
 from vlmbuild.ops.linear_paths import ROW_SIDES, row_side, split_parts
 from vlmbuild.ops.tiles import tile_of
+from vlmbuild.ops.triton_util import INTERPRET, ceil_div
 
 
 def row_tile(rows: int) -> int:

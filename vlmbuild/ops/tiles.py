@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vlmbuild.ops._triton import INTERPRET
+from vlmbuild.ops.triton_util import INTERPRET
 
 FILE = Path(__file__).parent / "tiles.json"
 SIDES: dict[str, tuple[str, ...]] = {

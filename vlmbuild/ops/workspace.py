@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.ops.linear_4bit_paths import FUSED_ROWS, has_whole_units
-from vlmbuild.ops.linear_8bit import GROUP_VALUES
+from vlmbuild.ops.linear_4bit.paths import FUSED_ROWS, has_whole_units
+from vlmbuild.ops.linear_8bit.op import GROUP_VALUES
 from vlmbuild.ops.linear_paths import PROGRAMS, ROW_SIDES
 
 Workspace = Callable[[Sequence[Any], Any], int]

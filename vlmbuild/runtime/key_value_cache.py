@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vlmbuild.program import Input
+from vlmbuild.ir.program import Input
 
 
 class BlockCache(DynamicLayer):

@@ -1,0 +1,128 @@
+"""Outlining: the regions of the full model, sharing, sizes, names."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.capture.export import export
+from vlmbuild.capture.outline import outline
+from vlmbuild.errors import CaptureError
+from vlmbuild.ir.printer import region_text
+from vlmbuild.ir.program import COMPUTE_DTYPE, Input, join
+
+
+@pytest.fixture(scope="module")
+def full():
+    """28 decoder layers and 32 vision blocks."""
+    return tiny.capture_program(tiny.make_config(layers=28, depth=32))
+
+
+def test_full_depth_has_six_regions(full):
+    names = list(dict.fromkeys(call.region for call in full.variants["image"].calls))
+    assert [(name, len(full.regions[name].instances)) for name in names] == [
+        ("visual.patch_embed.proj", 1),
+        ("visual.blocks", 32),
+        ("visual.merger.ln_q", 1),
+        ("language_model.layers", 28),
+        ("language_model.norm", 1),
+        ("lm_head", 1),
+    ]
+    assert full.regions["visual.blocks"].instances[31] == "model.visual.blocks.31"
+    assert len(full.variants["image"].calls) == 32 + 28 + 4
+
+
+def test_graphs_do_not_grow_with_depth(full, program):
+    for name, region in program.regions.items():
+        assert region_text(full.regions[name]) == region_text(region)
+
+
+def test_variants_share_the_decoder(program):
+    image, text = program.variants["image"], program.variants["text"]
+    shared = {call.region for call in image.calls} & {call.region for call in text.calls}
+    assert shared == {"language_model.layers", "language_model.norm", "lm_head"}
+    assert len(program.regions) == 7
+
+
+def test_only_tensors_cross_borders(program):
+    for region in program.regions.values():
+        values = [node.meta["val"] for node in [*region.placeholders(), *region.results()]]
+        assert all(isinstance(value, torch.Tensor) for value in values)
+        assert len(region.placeholders()) == len(region.slots) + len(region.activations)
+        assert all(node.users for node in region.placeholders())
+
+
+def test_calls_are_in_static_single_assignment(program):
+    for variant in program.variants.values():
+        known = {entry.name for entry in variant.inputs}
+        for call in variant.calls:
+            assert set(call.inputs) <= known
+            assert not set(call.outputs) & known
+            known |= set(call.outputs)
+        assert variant.output in known
+
+
+def test_slots_are_the_models_parameters(program, reference, config):
+    names = {name: slot for name, slot in program.slots() if slot.kind == "parameter"}
+    parameters = dict(reference.named_parameters())
+    assert {name: slot.shape for name, slot in names.items()} == {n: tuple(p.shape) for n, p in parameters.items()}
+    assert {slot.dtype for slot in names.values()} == {COMPUTE_DTYPE}
+    constants = {name for name, slot in program.slots() if slot.kind == "constant"}
+    assert constants == set(tiny.FAMILY.constants(config))
+
+
+def test_tied_head_uses_the_embeddings_slot(program):
+    assert program.ties == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    (slot,) = program.regions["lm_head"].slots
+    assert slot.name == "model.language_model.embed_tokens.weight"
+
+
+def test_head_is_the_last_call_and_nothing_but_the_product(program):
+    for variant in program.variants.values():
+        assert variant.calls[-1].region == "lm_head"
+        assert len(variant.calls[-1].inputs) == 1
+    assert tiny.operators(program.regions["lm_head"]) == ["aten.linear.default"]
+
+
+def test_untied_head_has_a_slot_of_its_own():
+    program = tiny.capture_program(tiny.make_config(layers=1, depth=1, tied=False))
+    assert program.ties == {}
+    assert "lm_head.weight" in dict(program.slots())
+    assert dict(program.slots())["lm_head.weight"].role == "head"
+    assert program.regions["language_model.layers"].instances == ("model.language_model.layers.0",)
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks, each of which reads a parameter of its parent."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.empty(4, dtype=torch.bfloat16, device="meta"))
+        self.layers = torch.nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, values):
+        for layer in self.layers:
+            values = layer(values, self.scale)
+        return values + self.scale
+
+
+class Block(torch.nn.Module):
+    def forward(self, values, scale):
+        return values * scale
+
+
+def test_block_with_a_parameter_of_another_module_is_refused(program):
+    trace = export(Blocks(), (Input("values", COMPUTE_DTYPE, ("rows", 4)),), "a test")
+    with pytest.raises(CaptureError, match=r"Block layers.0 uses the parameter scale of another module"):
+        outline(tiny.FAMILY, program.geometry, {}, {"text": trace})
+
+
+def test_roles_follow_the_module(program):
+    roles = {
+        join(region.instances[0], slot.name): slot.role for region in program.regions.values() for slot in region.slots
+    }
+    assert roles["model.visual.blocks.0.mlp.fc1.weight"] == "vision"
+    assert roles["model.visual.merger.mlp.0.weight"] == "projector"
+    assert roles["model.language_model.layers.0.self_attn.q_proj.weight"] == "language"
+    assert roles["model.language_model.embed_tokens.weight"] == "embedding"

@@ -1,0 +1,155 @@
+"""The command line: documents and tables, exit codes, one paragraph for every mistake, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoints import copied, interruptible
+
+from vlmbuild import verify
+
+
+def test_build_inspect_verify(run, checkpoint, nf4, tmp_path):
+    options = ("--quantize", "nf4", "--dtype", "float32", "--require", "fuse_mrope")
+    code, out, err = run("build", checkpoint, "-o", tmp_path / "out", *options, "--json")
+    assert code == 0, err
+    built = json.loads(out)
+    assert built["id"] == verify(tmp_path / "out").id
+    assert {entry["name"]: entry["matches"] for entry in built["passes"]}["quantize_linear"] == 21
+
+    code, out, _ = run("inspect", nf4.path)
+    assert code == 0
+    for text in (nf4.manifest.id, "language_model.layers", "quantize_linear", "model.safetensors", "nf4", "vision"):
+        assert text in out
+    document = json.loads(run("inspect", nf4.path, "--json")[1])
+    assert document["id"] == nf4.manifest.id
+    assert {region["name"]: region["instances"] for region in document["regions"]}["language_model.layers"] == 3
+
+    code, out, _ = run("verify", nf4.path, "--id", nf4.manifest.id)
+    assert (code, nf4.manifest.id in out) == (0, True)
+
+
+def test_plan_is_for_people_and_machines(run, checkpoint):
+    code, out, _ = run("plan", checkpoint, "--quantize", "nf4", "--image", "56x112")
+    assert code == 0
+    assert "language_model.layers" in out
+    assert "role vision keeps its dtype" in out.replace("\n    ", " ")
+    assert "1 sample of 264 tokens, 1 image in each" in out
+    document = json.loads(run("plan", checkpoint, "--quantize", "nf4", "--json", "--batch", 2, "--rank", 8)[1])
+    assert (document["memory"]["batch"], document["memory"]["rank"], document["memory"]["tokens"]) == (2, 8, 256)
+    assert document["parameters"] == sum(role["parameters"] for role in document["roles"])
+
+
+def test_recipe_file_and_options_that_win(run, checkpoint, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('dtype = "float32"\nattention = "sdpa"\n[quantize]\nformat = "fp4"\nblocksize = 128\n')
+    planned = json.loads(run("plan", checkpoint, "--recipe", recipe, "--attention", "triton", "--json")[1])["recipe"]
+    assert planned["dtype"] == "float32"
+    assert planned["attention"] == "triton"
+    assert planned["quantize"]["format"] == "fp4"
+    assert planned["quantize"]["blocksize"] == 128
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_wrong_file_is_named(run, nf4, tmp_path):
+    bad = shutil.copytree(nf4.path, tmp_path / "bad")
+    flip(bad / "model.safetensors")
+    (bad / "tokenizer.json").unlink()
+    (bad / "surprise").write_text("")
+    code, _, err = run("verify", bad)
+    assert code == 3
+    assert err.startswith("error: ")
+    for name in ("model.safetensors", "tokenizer.json", "surprise"):
+        assert name in err
+    code, out, _ = run("verify", bad, "--json")
+    assert json.loads(out)["error"]["exit_code"] == code == 3
+    assert run("verify", nf4.path, "--id", "sha256:" + "0" * 64)[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("build", "no-such-model", "-o", "{tmp}/out"), 1, "not a directory, a hub id"),
+        (("build", "{checkpoint}", "-o", "{checkpoint}"), 1, "--overwrite|exists"),
+        (("build", "{checkpoint}", "-o", "{tmp}/no/out"), 1, "no"),
+        (("build", "{checkpoint}"), 2, "--output|-o"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf5"), 2, "nf5"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--recipe", "{tmp}/no.toml"), 2, "no.toml"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--require", "fuse_rope"), 1, "fuse_rope"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--skip", "no.such"), 2, "matches no linear"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--skip", "*"), 2, "--skip changes nothing without"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--budget", "5"), 2, "--quantize auto"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "int8", "--blocksize", "128"), 2, "--blocksize"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--calibrate", "x.jsonl"), 2, "budget"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize-module", "*.up_proj"), 2, "not PATTERN=FORMAT"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "auto"), 2, "auto needs one"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "auto", "--budget", "4.01"), 2, "4.01"),
+        (("plan", "{checkpoint}", "--quantize", "auto", "--budget", "5"), 2, "auto measures weights"),
+        (("verify", "{tmp}"), 3, "manifest.json"),
+        (("inspect", "{tmp}/missing"), 3, "missing"),
+        (("teach",), 2, "No such command"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_paragraph_and_leave_nothing(run, arguments, code, message, checkpoint, tmp_path):
+    import re
+
+    filled = [argument.format(checkpoint=checkpoint, tmp=tmp_path) for argument in arguments]
+    found, out, err = run(*filled)
+    assert (found, out) == (code, "")
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_unexpected_errors_say_how_to_see_more(run, checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setattr("vlmbuild.builder.build.build", lambda *_, **__: 1 / 0)
+    code, _, err = run("build", checkpoint, "-o", tmp_path / "out")
+    assert code == 1
+    assert "VLMBUILD_TRACEBACK=1" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["build", "plan", "inspect", "verify", "demo"])
+def test_help_has_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"vlmbuild {command}" in out.partition("Example")[2]
+    assert "--json" in out
+
+
+def test_help_does_not_wait_for_torch():
+    script = (
+        "import sys; from vlmbuild.cli import main; code = main(['--help']); sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_build_leaves_nothing(number, code, checkpoint, tmp_path):
+    source = copied(checkpoint, tmp_path / "source")
+    command = [sys.executable, "-m", "vlmbuild", "build", str(source), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible)
+    line = process.stderr.readline()  # the first stage is over: the build is at work
+    assert "capture" in line
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_version(run):
+    assert run("--version")[1].startswith("vlmbuild")

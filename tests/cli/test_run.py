@@ -1,0 +1,94 @@
+"""`vlmbuild run`: answers on stdout, and one paragraph for every mistake."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+
+import vlmbuild
+from vlmbuild.builder.build import build
+from vlmbuild.demo.digits import Digits
+from vlmbuild.demo.task import READ
+from vlmbuild.recipe import Recipe
+
+
+@pytest.fixture(scope="module", params=["qwen2-vl-digits", "mllama-digits", "pixtral-digits"])
+def digits(request, tmp_path_factory):
+    """A checkpoint that reads digits."""
+    return build(request.param, tmp_path_factory.mktemp("built") / request.param, Recipe(dtype="float32")).path
+
+
+@pytest.fixture
+def run(run):
+    """The shared fixture with the command's name before the arguments."""
+    return functools.partial(run, "run")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return list(Digits("held_out", seed=5).take(8))
+
+
+def test_reads_digits_aloud(digits, samples, run, tmp_path):
+    right = 0
+    for number, sample in enumerate(samples):
+        file = tmp_path / f"{number}.png"
+        sample.image.save(file)
+        code, out, err = run(digits, "--image", file, "--prompt", READ.question, "--max-new-tokens", 8)
+        assert (code, err) == (0, "")
+        right += out.strip() == READ.answer(sample.digits)
+    assert right >= 6
+
+
+def test_several_images_sampling_and_json(digits, samples, run, tmp_path):
+    for number, sample in enumerate(samples[:2]):
+        sample.image.resize((84 + 56 * number, 84)).save(tmp_path / f"{number}.png")
+    images = [part for number in (0, 1) for part in ("--image", tmp_path / f"{number}.png")]
+    torch.manual_seed(0)
+    code, out, err = run(digits, *images, "--prompt", "Hello", "--temperature", 1.5, "--max-new-tokens", 3, "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert 1 <= answer["new_tokens"] <= 3 and answer["prompt_tokens"] > 3 and answer["seconds"] > 0
+    code, out, err = run(digits, "--prompt", "Hello", "--max-new-tokens", 2)
+    assert (code, err) == (0, "")
+
+
+def test_the_artifact_knows_how_answers_end(digits):
+    model, _ = vlmbuild.load(digits)
+    assert model.generation_config.eos_token_id is not None
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return build("qwen2-vl-digits", tmp_path_factory.mktemp("built") / "one", Recipe(dtype="float32")).path
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--image", "missing.jpg", "--prompt", "Hello"), 1, "--image: the image missing.jpg cannot be read"),
+        (("--image", __file__, "--prompt", "Hello"), 1, "cannot be read"),
+        (("--prompt", "  "), 2, "The prompt is empty"),
+        ((), 2, "Missing option '--prompt'"),
+        (("--prompt", "Hello", "--max-new-tokens", 0), 2, "--max-new-tokens"),
+        (("--prompt", "Hello", "--temperature", -1), 2, "--temperature"),
+        (("--prompt", "Hello", "--device", "tpu"), 2, "--device"),
+    ],
+)
+def test_mistakes_are_one_paragraph(options, code, said, one, run):
+    found, out, err = run(one, *options)
+    assert (found, out) == (code, "") and said in err and "Traceback" not in err and err.startswith("error: ")
+
+
+def test_an_image_of_a_shape_that_the_processor_refuses(one, samples, run, tmp_path):
+    samples[0].image.resize((4000, 4)).save(tmp_path / "line.png")
+    code, _, err = run(one, "--image", tmp_path / "line.png", "--prompt", "Hello")
+    assert code == 1 and "--image: the artifact's processor refuses the images" in err
+
+
+def test_no_artifact(run, tmp_path):
+    code, _, err = run(tmp_path, "--prompt", "Hello")
+    assert code != 0 and str(tmp_path) in err and "Traceback" not in err

@@ -1,0 +1,101 @@
+"""Videos and images in one batch, from frames, without torchvision: the processor, and parity with transformers."""
+
+from __future__ import annotations
+
+import matrix
+import numpy as np
+import pytest
+import torch
+from parity import MODEL_FP32
+from processors import photographs
+
+from vlmbuild.families import FAMILIES
+from vlmbuild.families.qwen2_vl.processor import FrameProcessor, load
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return matrix.qwen2_vl(False)
+
+
+def pan(count, size=(112, 84)):
+    """Frames of a camera that moves over a photograph."""
+    photo = photographs()["coffee"]
+    return [photo.crop((10 * n, 5 * n, 10 * n + 300, 5 * n + 220)).resize(size) for n in range(count)]
+
+
+def text_of(setup, *parts):
+    content = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts]
+    return setup.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+SIZE = {"shortest_edge": 28 * 28, "longest_edge": 112 * 84}
+
+
+def test_frames_become_pairs_of_patches(setup):
+    images = setup.processor.image_processor
+    frames = pan(4)
+    made = FrameProcessor(images)([frames], return_tensors="pt", size=SIZE)
+    assert made["video_grid_thw"].tolist() == [[2, 6, 8]]
+    alone = [images([frame], return_tensors="pt", size=SIZE)["pixel_values"].view(48, 3, 2, 196) for frame in frames]
+    pixels = made["pixel_values_videos"].view(2, 48, 3, 2, 196)
+    for number, frame in enumerate(alone):
+        assert torch.equal(pixels[number // 2, :, :, number % 2], frame[:, :, 0])
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_odd_counts_repeat_the_last_frame_and_arrays_are_frames(setup):
+    process = FrameProcessor(setup.processor.image_processor)
+    three = process([pan(3)], return_tensors="pt", size=SIZE)
+    four = process([[*pan(3), pan(3)[-1]]], return_tensors="pt", size=SIZE)
+    array = process(np.stack([np.asarray(frame) for frame in pan(3)]), return_tensors="pt", size=SIZE)
+    for key in ("pixel_values_videos", "video_grid_thw"):
+        assert torch.equal(three[key], four[key])
+        assert torch.equal(three[key], array[key])
+
+
+def test_a_file_needs_torchvision(setup):
+    with pytest.raises(ValueError, match=r"Decoding film.mp4 needs torchvision.*list of its frames"):
+        FrameProcessor(setup.processor.image_processor)(["film.mp4"])
+
+
+def test_saved_processor_has_the_stock_name_and_loads_again(setup, tmp_path):
+    setup.processor.save_pretrained(tmp_path)
+    assert '"processor_class": "Qwen2VLProcessor"' in (tmp_path / "processor_config.json").read_text()
+    assert "FrameProcessor" not in (tmp_path / "processor_config.json").read_text()
+    options = {"text": [text_of(setup, "video")], "videos": [pan(2)], "return_tensors": "pt"}
+    first, second = setup.processor(**options), load(tmp_path)(**options)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_videos_images_and_text_in_one_batch_equal_transformers(setup):
+    photo = photographs()
+    texts = [text_of(setup, "Watch", "video", "and look", "image", "What happens?"), text_of(setup, "image", "Describe it."),
+             text_of(setup, "Name three planets."), text_of(setup, "video")]  # fmt: skip
+    inputs = dict(
+        setup.processor(
+            text=texts, images=[photo["chelsea"].resize((90, 60)), photo["tall"].resize((30, 200))],
+            videos=[pan(6), pan(3, (56, 112))], padding=True, padding_side="left", return_tensors="pt",
+            videos_kwargs={"size": SIZE},
+        )
+    )  # fmt: skip
+    assert inputs["video_grid_thw"].tolist() == [[3, 6, 8], [2, 8, 4]]
+    counts = (inputs["input_ids"] == 151656).sum(1)
+    assert counts.tolist() == [3 * 6 * 8 // 4, 0, 0, 2 * 8 * 4 // 4]
+    whole = inputs["input_ids"]
+    small = matrix.replace(setup, vocabulary=torch.cat([whole.unique(), torch.arange(151652, 151657)]).unique())
+    small = matrix.with_vocabulary(small)
+    inputs["input_ids"] = small.shrunk(whole)
+    labels = inputs["input_ids"].masked_fill(
+        (inputs["attention_mask"] == 0) | torch.isin(whole, torch.tensor([151655, 151656])), -100
+    )
+    labels[torch.arange(4), inputs["attention_mask"].argmax(1)] = -100
+    theirs = matrix.reference(small)
+    found = matrix.errors(matrix.bind(small, matrix.program(small), theirs), theirs, inputs, labels)
+    for what in ("logits", "loss", "gradient"):
+        assert found[what] <= MODEL_FP32, (what, found)
+
+
+def test_family_loads_it(setup, tmp_path):
+    setup.processor.save_pretrained(tmp_path)
+    assert isinstance(FAMILIES["qwen2_vl"].processor(tmp_path).video_processor, FrameProcessor)

@@ -1,0 +1,43 @@
+"""Write artifacts/locks: every published config, unquantized and in NF4, with SDPA and with Triton; one in int8, for its kernels.
+
+python tests/helpers/make_locks.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from vlmbuild.cli.output import quiet_libraries
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LOCKS = Path(__file__).parents[2] / "artifacts" / "locks"
+_RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention in ("sdpa", "triton")]
+_INT8 = "qwen2-vl-2b"
+
+
+def recipes(config: str) -> list[tuple[str, str]]:
+    """Formats and attention that a config is locked with."""
+    return _RECIPES + [("int8", "triton")] * (config == _INT8)
+
+
+def main() -> None:
+    quiet_libraries()
+    from vlmbuild.builder.tracing import trace
+    from vlmbuild.locks.document import write_lock
+    from vlmbuild.locks.making import lock_traced
+    from vlmbuild.recipe import QuantSpec, Recipe
+
+    for folder in sorted(CONFIGS.iterdir()):
+        values = json.loads((folder / "config.json").read_text())
+        traced = trace(values, f"tests/configs/{folder.name}")
+        for form, attention in recipes(folder.name):
+            lock = lock_traced(traced, Recipe(quantize=QuantSpec(format=form), attention=attention))
+            path = LOCKS / f"{folder.name}-{form}-{attention}.lock"
+            write_lock(path, lock)
+            print(f"{path.name}: {len(lock.regions)} regions, {len(lock.kernels.table)} kernels", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

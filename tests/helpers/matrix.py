@@ -1,0 +1,293 @@
+"""The parity matrix: tiny models of every family on what users send them, against transformers on the same weights.
+
+Real tokenizers, chat templates and photographs (`processors.py`); only the models are tiny and their weights random, with
+gates, norms and biases away from the values at which a gradient would vanish.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import processors
+import torch
+from parity import CANCELLED, relative
+from PIL import Image
+from processors import photographs
+from traces import traced
+from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.image_utils import SizeDict
+
+from vlmbuild.families import FAMILIES, Family
+from vlmbuild.ir.program import Program
+from vlmbuild.passes import passes_for
+from vlmbuild.recipe import Recipe
+from vlmbuild.rewrite.pass_manager import run
+from vlmbuild.runtime.torch.model import VisionLanguageModel
+
+__all__ = [
+    "SETUPS",
+    "Setup",
+    "batch",
+    "bind",
+    "conversations",
+    "errors",
+    "photographs",
+    "program",
+    "reference",
+    "replace",
+]
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A family's tiny config, its real processor, and the largest and smallest image that it takes (width, height)."""
+
+    family: Family
+    values: dict[str, Any]
+    processor: Any
+    reference_class: Any
+    largest: tuple[int, int]
+    smallest: tuple[int, int]
+    media: tuple[str, ...]
+    vocabulary: torch.Tensor | None = None
+
+    def config(self) -> Any:
+        return self.family.config(self.values)
+
+    def ids(self, tokens: Sequence[str]) -> torch.Tensor:
+        """The model's ids of special tokens."""
+        return self.shrunk(torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(tokens))))
+
+    def shrunk(self, ids: torch.Tensor) -> torch.Tensor:
+        """The processor's ids as the model has them."""
+        if self.vocabulary is None:
+            return ids
+        assert torch.isin(ids, self.vocabulary).all()  # searchsorted would take a neighbour
+        return torch.searchsorted(self.vocabulary, ids)
+
+
+def shrink(setup: Setup) -> Setup:
+    """The same with a vocabulary of the tokens that the conversations have: real ones cost most of a tiny model's time."""
+    whole = [batch(setup, *said)[0]["input_ids"].unique() for said in conversations(setup).values()]
+    special = torch.tensor([value for key, value in setup.values.items() if "token_" in key and value is not None])
+    return with_vocabulary(replace(setup, vocabulary=torch.cat([*whole, special]).unique()))
+
+
+def with_vocabulary(setup: Setup) -> Setup:
+    """The config's ids as the vocabulary numbers them."""
+    assert setup.vocabulary is not None
+    ids = {
+        key: int(setup.shrunk(torch.tensor(value)))
+        for key, value in setup.values.items()
+        if "token_" in key and value is not None
+    }
+    # The image token that comes after the vocabulary stays after it.
+    size = len(setup.vocabulary) - (setup.family.name == "mllama")
+    text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    return replace(setup, values={**setup.values, **ids, "text_config": text})
+
+
+def qwen2_vl(full: bool) -> Setup:
+    """`full` raises the limit to the processor class's 1280 tokens an image."""
+    processor = copy.copy(processors.qwen2_vl())
+    tokens = 1280 if full else 80
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = SizeDict(shortest_edge=56 * 56, longest_edge=tokens * 28 * 28)
+    values = {
+        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "tie_word_embeddings": True,
+        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653, "bos_token_id": None, "eos_token_id": None,
+        "text_config": {
+            "vocab_size": 151936, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
+        },
+        "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
+    }  # fmt: skip
+    return Setup(FAMILIES["qwen2_vl"], values, processor, Qwen2VLForConditionalGeneration, (3000, 2000), (20, 20),
+                 ("<|image_pad|>",))  # fmt: skip
+
+
+def mllama(full: bool) -> Setup:
+    """`full` has the published tiles of 560 pixels, else 112."""
+    side = 560 if full else 112
+    processor = copy.copy(processors.mllama())
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = SizeDict(height=side, width=side)
+    values = {
+        "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": 128256,
+        "text_config": {
+            "vocab_size": 128256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 3],
+            "pad_token_id": 128004, "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        "vision_config": {
+            "hidden_size": 64, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 2,
+            "intermediate_size": 96, "image_size": side, "patch_size": 14, "intermediate_layers_indices": [0, 2],
+            "vision_output_dim": 192,
+        },
+    }  # fmt: skip
+    return Setup(FAMILIES["mllama"], values, processor, MllamaForConditionalGeneration, (4 * side, 4 * side), (1, 1),
+                 ("<|image|>",))  # fmt: skip
+
+
+def pixtral(full: bool) -> Setup:
+    """`full` has the published longest edge of 1024 pixels, else 192."""
+    edge = 1024 if full else 192
+    processor = copy.copy(processors.pixtral())
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = SizeDict(longest_edge=edge)
+    values = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 10,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "text_config": {
+            "model_type": "mistral", "vocab_size": 131072, "hidden_size": 128, "intermediate_size": 192,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+            "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+        },
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 96, "patch_size": 16, "image_size": 1024, "hidden_act": "silu",
+        },
+    }  # fmt: skip
+    return Setup(FAMILIES["pixtral"], values, processor, LlavaForConditionalGeneration, (2 * edge, 2 * edge), (1, 1),
+                 ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))  # fmt: skip
+
+
+SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
+
+Conversation = list[str | Image.Image]
+
+
+def conversations(setup: Setup) -> dict[str, tuple[list[Conversation], str]]:
+    """Name -> what each user says (texts and images in order), and the padding side."""
+    photo = photographs()
+    counts: list[Conversation] = [
+        ["Compare", photo["astronaut"], "with", photo["coffee"], "and say which is older."],
+        ["What is this?", photo["rocket"]],
+        ["Name three planets and their moons, please."],
+    ]
+    largest, smallest = (photo["retina"].resize(size) for size in (setup.largest, setup.smallest))
+    return {
+        "one image": ([["What is in the picture?", photo["chelsea"]]], "right"),
+        "several sizes": (
+            [["First", photo["coffee"], photo["camera"], "then", photo["tall"], "Describe them."]],
+            "right",
+        ),
+        "counts differ, right": (counts, "right"),
+        "counts differ, left": (counts, "left"),
+        "text only": ([["Name three planets."], ["Write a haiku about a café in 北京."]], "left"),
+        "very wide": ([["Look:", photo["wide"]], ["Hello!"]], "right"),
+        "very tall": ([[photo["tall"], "Look!"]], "right"),
+        "smallest": ([[smallest, "What colour?", photo["rocket"].resize((60, 90))]], "right"),
+        "largest": ([[largest, "What organ?"]], "right"),
+    }
+
+
+def batch(setup: Setup, users: list[Conversation], side: str) -> tuple[Batch, torch.Tensor]:
+    """What the processor makes of the users' messages, and labels on all tokens but media and the first of each row."""
+    texts, images = [], []
+    for parts in users:
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        messages = [{"role": "user", "content": content}]
+        texts.append(setup.processor.apply_chat_template(messages, add_generation_prompt=True))
+        images.append([part for part in parts if not isinstance(part, str)])
+    pictures = {"images": images} if any(images) else {}
+    made = setup.processor(
+        text=texts, **pictures, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt"
+    )
+    inputs = {key: value for key, value in made.items() if isinstance(value, torch.Tensor)}
+    ids, mask = setup.shrunk(inputs["input_ids"]), inputs["attention_mask"]
+    inputs["input_ids"] = ids
+    labels = ids.masked_fill((mask == 0) | torch.isin(ids, setup.ids(setup.media)), -100)
+    labels[torch.arange(len(ids)), mask.argmax(1)] = -100  # transformers lets the last pad on the left predict it
+    return inputs, labels
+
+
+def reference(setup: Setup, seed: int = 0) -> Any:
+    """transformers' model in float32."""
+    torch.manual_seed(seed)
+    model = setup.reference_class(setup.config()).float().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.numel() == 1:
+                parameter.fill_(0.5)  # tanh gates: at zero, images would change nothing
+            elif "norm" in name or "bias" in name or "ln_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "positional_embedding" in name or "class_embedding" in name:
+                parameter.normal_(std=0.3)
+            elif "embed_tokens" not in name and "lm_head" not in name:
+                parameter.mul_(3)  # images must matter to the logits
+    return model
+
+
+def program(setup: Setup, **recipe: Any) -> Program:
+    """The family's program after the passes of a recipe."""
+    built = traced(setup.family, setup.config())
+    run(passes_for(Recipe(**{"dtype": "float32", **recipe})), built)
+    return built
+
+
+def bind(setup: Setup, built: Program, theirs: Any) -> VisionLanguageModel:
+    """The program with copies of the reference model's weights."""
+    tensors = {name: tensor.detach().clone() for name, tensor in theirs.state_dict().items()}
+    model = VisionLanguageModel(built, setup.family, setup.config(), tensors, torch.float32)
+    model.processor = setup.processor
+    return model.train()
+
+
+Gradients = dict[str, torch.Tensor]
+
+
+def errors(ours: Any, theirs: Any, inputs: Batch, labels: torch.Tensor) -> dict[str, Any]:
+    """Relative errors of logits, loss and the worst gradient, forward and backward; every gradient must exist.
+
+    The gradient of a scalar gate sums thousands of terms that cancel, so that float32 itself is far off: "gate" is its
+    error against transformers in float64, and "their gate" that of transformers in float32.
+    """
+    results, found = _step(ours, inputs, labels)
+    expected_results, expected = _step(theirs, inputs, labels)
+    assert found.keys() == expected.keys()
+    floor = CANCELLED * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    wide = {name for name, gradient in expected.items() if gradient.numel() > 1}
+    apart = {name: _apart(found[name], expected[name], floor) for name in wide}
+    worst = max(apart, key=apart.__getitem__)
+    attended = inputs["attention_mask"].bool()
+    return {
+        "logits": relative(results.logits[attended], expected_results.logits[attended]),
+        "loss": relative(results.loss, expected_results.loss),
+        "gradient": apart[worst],
+        "parameter": worst,
+        "gradients": sum(bool(gradient.norm() > floor) for gradient in expected.values()),
+        **_gate_errors(theirs, inputs, labels, [{n: g[n] for n in g.keys() - wide} for g in (found, expected)], floor),
+    }
+
+
+def _step(model: Any, inputs: Batch, labels: torch.Tensor) -> tuple[Any, Gradients]:
+    model.zero_grad(set_to_none=True)
+    results = model(**inputs, labels=labels)
+    results.loss.backward()
+    return results, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _apart(found: torch.Tensor, expected: torch.Tensor, floor: torch.Tensor) -> float:
+    return float((found - expected).norm() / max(expected.norm(), floor))
+
+
+def _gate_errors(
+    theirs: Any, inputs: Batch, labels: torch.Tensor, gates: Sequence[Gradients], floor: torch.Tensor
+) -> dict[str, float]:
+    if not gates[0]:
+        return {"gate": 0.0, "their gate": 0.0}
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    _, wanted = _step(copy.deepcopy(theirs).double(), exact, labels)
+    ours, others = (max(_apart(g[name], wanted[name], floor) for name in g) for g in gates)
+    return {"gate": ours, "their gate": others}

@@ -1,0 +1,195 @@
+"""Kernels compiled for GPUs that are not here: figures, spills, tensor cores, and what is said where Triton is missing."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from vlmbuild.locks.document import Kernels
+from vlmbuild.locks.kernel_difference import THRESHOLD, kernel_findings
+from vlmbuild.locks.kernel_launches import launches
+from vlmbuild.locks.kernel_table import TARGETS, compile_launch, kernel_table
+from vlmbuild.quant.spec import QuantSpec
+
+ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
+GENERATION = ("decode_kernel", "join_kernel")
+LORA = ("low_kernel", "sum_kernel", "matrix_gradient_kernel")
+triton = pytest.importorskip("triton", reason="triton is Linux only")
+
+
+@pytest.fixture(scope="module")
+def table(pristine_program):
+    return kernel_table(tiny.build(pristine_program, attention="triton"), torch.bfloat16)
+
+
+def test_every_kernel_is_compiled_for_every_target(table):
+    names = {label.split()[0] for label in table.table}
+    assert names == {*ATTENTION, *GENERATION, *LORA, "segments_kernel", "rotate_kernel", "cross_entropy_kernel"}
+    for label, kernel in table.table.items():
+        assert set(kernel.targets) == {f"sm_{target}" for target in TARGETS}
+        for row in kernel.targets.values():
+            assert 8 <= row["registers"] <= 255
+            assert row["cubin"] > 1000
+            assert row["spilled"] == 0
+            assert (row["tensor_core"] != "none") == label.startswith((*ATTENTION, "decode"))
+    forward = next(kernel for label, kernel in table.table.items() if "RANGED CAUSAL" in label)
+    assert [forward.targets[f"sm_{target}"]["tensor_core"] for target in TARGETS] == ["mma", "wgmma", "tcgen05"]
+    assert forward.regions == ("language_model.layers",)
+
+
+def test_generation_launches_kernels_of_its_own(table):
+    """A prompt's attention has a mask in the place of segments, and a step's splits the keys."""
+    cached = [label for label, kernel in table.table.items() if kernel.regions == ("language_model.layers.cached",)]
+    assert [label.split()[0] for label in cached] == ["decode_kernel", "forward_kernel", "join_kernel"]
+    assert all("MASKED" in label for label in cached[:2])
+
+
+def test_sdpa_launches_no_attention_kernel(pristine_program):
+    program = tiny.build(pristine_program, attention="sdpa")
+    table = kernel_table(program, torch.bfloat16).table
+    assert {label.split()[0] for label in table} == {*LORA, "rotate_kernel", "cross_entropy_kernel"}
+
+
+def test_adapters_are_those_of_the_language_model(table):
+    lora = [kernel for label, kernel in table.table.items() if label.startswith(LORA)]
+    assert {region for kernel in lora for region in kernel.regions} == {"language_model.layers"}
+    assert all("RANKS=16" in row["tile"] for kernel in lora for row in kernel.targets.values())
+
+
+def test_a_quantized_program_launches_the_4bit_kernels(pristine_program):
+    program = tiny.build(pristine_program, quantize=QuantSpec())
+    found = {
+        label: kernel for label, kernel in kernel_table(program, torch.bfloat16).table.items() if "BLOCKSIZE" in label
+    }
+    names = {label.split()[0] for label in found}
+    assert names == {"linear_kernel", "vector_kernel", "grad_input_kernel", "dequantize_kernel"}
+    assert not any(row["spilled"] for kernel in found.values() for row in kernel.targets.values())
+
+
+def test_an_8bit_program_launches_the_8bit_kernels(pristine_program):
+    """Only the product of few rows is compiled here."""
+    program = tiny.build(pristine_program, quantize=QuantSpec(format="int8"))
+    found = list(launches(program, torch.bfloat16, TARGETS))
+    names = {launch.kernel.__name__ for *_, launch in found if "8bit" in launch.kernel.__name__}
+    assert names == {"linear_8bit_kernel", "grad_input_8bit_kernel"}
+    assert {"outliers_kernel", "quantize_kernel"} <= {launch.kernel.__name__ for *_, launch in found}
+    products = {
+        target: launch for _, target, launch in reversed(found) if launch.kernel.__name__ == "linear_8bit_kernel"
+    }
+    for target, launch in products.items():
+        row = compile_launch(launch, target)
+        assert (row["tensor_core"] != "none", row["spilled"]) == (True, 0)
+
+
+def test_kernels_are_compiled_once_for_all_sizes(table):
+    """The program is run with large and with small sizes, none of them a multiple of 16: had one been compiled for a size,
+    there would be a second one with the same constants. Those of adapters are for a matrix and for a transposed one."""
+    again = [label for label in table.table if "#" in label]
+    assert all(label.startswith(LORA) and label.endswith("#2") for label in again), again
+
+
+def test_a_kernel_that_has_too_few_registers_spills(pristine_program, table):
+
+    program = tiny.build(pristine_program, attention="triton")
+    launch = next(found for *_, found in launches(program, torch.bfloat16, (90,)) if "forward" in found.kernel.__name__)
+    row = compile_launch(launch._replace(tile=launch.tile | {"maxnreg": 64}), 90)
+    assert row["spilled"] > 0
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    spilled = replace(kernel, targets=kernel.targets | {"sm_90": row})
+    findings, _ = kernel_findings(table, Kernels(table=table.table | {label: spilled}))
+    assert ("cost", label, f"spills 0 → {row['spilled']} bytes of a thread's registers on sm_90") in findings
+
+
+@pytest.mark.parametrize(
+    ("change", "severity", "words"),
+    [
+        ({"tensor_core": "mma"}, "cost", "loses its tensor-core path on sm_90: wgmma → mma"),
+        ({"registers": 1.5}, "cost", "registers of a thread on sm_90"),
+        ({"registers": 1 + THRESHOLD / 2}, "cosmetic", "registers of a thread on sm_90"),
+        ({"cubin": 0.5}, "cosmetic", "bytes of code on sm_90"),
+    ],
+)
+def test_thresholds(table, change, severity, words):
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    row = dict(kernel.targets["sm_90"])
+    for name, value in change.items():
+        row[name] = value if isinstance(value, str) else int(row[name] * value)
+    new = Kernels(table=table.table | {label: replace(kernel, targets=kernel.targets | {"sm_90": row})})
+    ((found, place, text),), notes = kernel_findings(table, new)
+    assert (found, place, notes) == (severity, label, [])
+    assert words in text
+
+
+def test_a_kernel_that_is_tiled_anew_is_held_against_the_one_that_it_replaces(table):
+    label = next(label for label in table.table if label.startswith("forward"))
+    kernel = table.table[label]
+    row = kernel.targets["sm_90"] | {"tensor_core": "mma", "registers": 255}
+    others = {name: entry for name, entry in table.table.items() if name != label}
+    new = Kernels(table=others | {f"{label} ROWS=7": replace(kernel, targets=kernel.targets | {"sm_90": row})})
+    findings, _ = kernel_findings(table, new)
+    assert ("cosmetic", f"{label} ROWS=7", f"takes the place of {label}") in findings
+    assert ("cost", f"{label} ROWS=7", "loses its tensor-core path on sm_90: wgmma → mma") in findings
+    assert all(place == f"{label} ROWS=7" for _, place, _ in findings)
+
+
+def test_a_target_that_is_gone_is_found(table):
+    label = next(iter(table.table))
+    rows = {target: row for target, row in table.table[label].targets.items() if target != "sm_80"}
+    new = Kernels(table=table.table | {label: replace(table.table[label], targets=rows)})
+    assert kernel_findings(table, new)[0] == [("cost", label, "sm_80 is in one of the tables alone")]
+
+
+def test_kernels_are_compiled_in_threads_whenever_these_change_places(pristine_built, monkeypatch):
+    """CPython gives way to other threads while it parses only when it collects garbage, so here it often does."""
+    import triton
+
+    launch = next(
+        launch for _, _, launch in launches(pristine_built, torch.bfloat16, (90,)) if "rotate" in launch.kernel.__name__
+    )
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
+    give_way = lambda *_: time.sleep(1e-5)  # noqa: E731
+    before = gc.get_threshold()
+    gc.callbacks.append(give_way)
+    gc.set_threshold(30)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            rows = list(pool.map(lambda target: compile_launch(launch, target), (80, 90) * 32))
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(give_way)
+    assert rows[0] == rows[2]
+
+
+def test_without_triton_the_table_says_why(pristine_built, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vlmbuild.ops.triton_util", None)
+    kernels = kernel_table(pristine_built, torch.bfloat16)
+    assert kernels == Kernels("triton is not installed")
+    assert kernel_findings(kernels, Kernels()) == (
+        [], ["Kernels were not compared: the old lock has no table, since: triton is not installed."],
+    )  # fmt: skip
+
+
+def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):
+    """The signature that is compiled ahead must be the one that Triton's own binder makes for such arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from vlmbuild.locks.kernel_table import _signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for *_, launch in launches(tiny.build(pristine_program, attention="triton"), torch.bfloat16, TARGETS):
+        kernel = launch.kernel
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*launch.arguments, **launch.constants, **launch.tile, debug=False)
+        _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
+        assert _signature(launch) == (signature, constants, {key: value for key, value in attributes.items() if value})

@@ -1,0 +1,76 @@
+"""oneDNN's linear layer: torch's values, for large float32 weights on a CPU and without gradients alone."""
+
+import zipfile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
+
+from vlmbuild.ops.linear_onednn.op import linear_onednn, suits_onednn
+from vlmbuild.runtime.torch import bound_graph
+from vlmbuild.runtime.torch import op_overrides as spellings
+from vlmbuild.targets.aoti.compile import compile_region, platform_compiled_for
+from vlmbuild.targets.aoti.lowering import lower
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+LARGE = (512, 512)
+
+
+@pytest.mark.parametrize("shape", [(7, 512), (2, 3, 512), (1, 1, 512), (0, 512)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_values_are_those_of_torch(shape, with_bias):
+    x, weight, bias = torch.randn(shape), torch.randn(LARGE), torch.randn(512) if with_bias else None
+    torch.testing.assert_close(linear_onednn(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(torch.ops.vlmbuild.linear_onednn.default, (x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("states", "weight", "suits"),
+    [
+        (torch.randn(3, 512), torch.randn(LARGE), True),
+        (torch.randn(3, 8), torch.randn(8, 8), False),
+        (torch.randn(3, 512).bfloat16(), torch.randn(LARGE).bfloat16(), False),
+        (torch.randn(3, 512, device="meta"), torch.randn(LARGE, device="meta"), False),
+    ],
+)
+def test_what_it_is_for(states, weight, suits):
+    assert suits_onednn(states, weight) is suits
+
+
+def test_graphs_use_it_without_gradients(monkeypatch):
+    graph = Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    graph.output((graph.call_function(torch.ops.aten.linear.default, (x, weight)),))
+    eager = bound_graph._eager_module(GraphModule(nn.Module(), graph))
+    taken = []
+    monkeypatch.setattr(spellings, "linear_onednn", lambda *arguments: taken.append(1) or linear_onednn(*arguments))
+    states, matrix = torch.randn(3, 512), torch.randn(LARGE, requires_grad=True)
+    (trained,) = eager(states, matrix)
+    assert trained.requires_grad
+    assert not taken
+    with torch.no_grad():
+        (found,) = eager(states, matrix)
+    assert taken
+    torch.testing.assert_close(found, trained.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_code_uses_it(tmp_path):
+    """As AOTInductor gets a linear layer: weights are inputs of the code, and C++ calls oneDNN."""
+    graph = Graph()
+    inputs = torch.randn(3, 512), torch.randn(LARGE), torch.randn(512)
+    nodes = tuple(graph.placeholder(f"in{place}") for place in range(len(inputs)))
+    graph.output((graph.call_function(torch.ops.aten.linear.default, nodes),))
+    module = GraphModule(nn.Module(), graph)
+    mode = FakeTensorMode()
+    for node, value in zip(nodes, inputs, strict=True):
+        node.meta["val"] = mode.from_tensor(value)
+    lower(module)
+    package = compile_region(module, "layer", platform_compiled_for().level, tmp_path)
+    (found,) = torch._inductor.aoti_load_package(str(package)).loader.boxed_run(list(inputs))
+    torch.testing.assert_close(found, F.linear(*inputs), rtol=1e-4, atol=1e-4)
+    with zipfile.ZipFile(package) as files:
+        code = b"".join(files.read(name) for name in files.namelist() if name.endswith(".so"))
+    assert b"aoti_torch_cpu__linear_pointwise" in code

@@ -1,0 +1,329 @@
+"""Generation with a key-value cache, against transformers' own generation on the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import matrix
+import pytest
+import torch
+from parity import relative
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from vlmbuild import add_lora, load
+from vlmbuild.builder.build import build
+from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.recipe import QuantSpec, Recipe
+
+CASES = ("one image", "several sizes", "counts differ, left", "text only", "very wide", "smallest")
+# Relative norm of a step's logits, float32; measured below 1e-6.
+LOGITS = 1e-5
+# Random weights would say one token for ever.
+GREEDY = {"max_new_tokens": 32, "do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=matrix.SETUPS)
+def setup(request):
+    """Heads of their own: a random tied one answers with the last token again."""
+    found = matrix.shrink(matrix.SETUPS[request.param](False))
+    return matrix.replace(found, values={**found.values, "tie_word_embeddings": False})
+
+
+@pytest.fixture(scope="module")
+def batches(setup):
+    """Padded on the left, as generation needs it."""
+    said = matrix.conversations(setup)
+    return {name: matrix.batch(setup, said[name][0], "left")[0] for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def theirs(setup):
+    return never_saying_media(matrix.reference(setup).eval(), setup)
+
+
+@pytest.fixture(scope="module")
+def ours(setup, theirs):
+    return never_saying_media(matrix.bind(setup, matrix.program(setup), theirs).eval(), setup)
+
+
+def never_saying_media(model, setup):
+    """As trained models: the whole sequence would be refused with tokens of images that there are not."""
+    config = setup.config()
+    size = config.text_config.vocab_size
+    media = {config.image_token_id, getattr(config, "video_token_id", None), *setup.ids(setup.media).tolist()}
+    model.generation_config.suppress_tokens = [token for token in media if token is not None and token < size] or None
+    return model
+
+
+def words(model, count):
+    """Ids of text tokens."""
+    media = model.generation_config.suppress_tokens or []
+    return torch.tensor([token for token in range(2, model.vocabulary) if token not in media][:count])
+
+
+def answers(batch, options, *models):
+    found = []
+    for model in models:
+        torch.manual_seed(0)
+        found.append(model.generate(**batch, **GREEDY | options))
+    return found
+
+
+def assert_same(one, other):
+    assert torch.equal(one.sequences, other.sequences)
+    assert len(one.logits) == len(other.logits)
+    assert max(relative(a, b) for a, b in zip(one.logits, other.logits, strict=True)) <= LOGITS
+
+
+WITH_LOGITS = {"output_logits": True, "return_dict_in_generate": True}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_and_the_logits_of_every_step_equal_transformers(case, batches, ours, theirs):
+    mine, reference = answers(batches[case], WITH_LOGITS, ours, theirs)
+    assert len(mine.logits) == 32
+    assert_same(mine, reference)
+
+
+@pytest.mark.parametrize("case", ["several sizes", "counts differ, left", "text only"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"do_sample": True, "temperature": 1.3}, {"do_sample": True, "num_return_sequences": 3}],
+    ids=["beams", "sampling", "answers"],
+)
+def test_beams_and_sampling_equal_transformers(case, options, batches, ours, theirs):
+    mine, reference = answers(batches[case], options | {"max_new_tokens": 12}, ours, theirs)
+    assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("case", ["several sizes", "counts differ, left", "text only"])
+def test_without_a_cache_it_is_the_same(case, batches, ours):
+    options = WITH_LOGITS | {"max_new_tokens": 6}
+    assert_same(*(ours.generate(**batches[case], **GREEDY | options, use_cache=use) for use in (True, False)))
+    if case != "counts differ, left":
+        options = GREEDY | {"max_new_tokens": 4, "num_beams": 2}
+        assert torch.equal(*(ours.generate(**batches[case], **options, use_cache=use) for use in (True, False)))
+
+
+def test_images_must_matter(batches, ours):
+    """Of text after an image, the later logits depend on it; else these tests would prove little."""
+    batch = dict(batches["one image"])
+    first = ours.generate(**batch, **GREEDY | WITH_LOGITS)
+    batch["pixel_values"] = -batch["pixel_values"]
+    other = ours.generate(**batch, **GREEDY | WITH_LOGITS)
+    assert min(relative(a, b) for a, b in zip(first.logits, other.logits, strict=True)) > 1e-3
+    assert len(first.sequences[0, -32:].unique()) > 8
+
+
+@pytest.fixture
+def rows(ours, monkeypatch):
+    """(region, rows) of every call of a block, with and without images."""
+    seen = []
+    for bound in [*ours.bound.values(), *ours.cached("growing").bound.values()]:
+        if bound.region.instances != ("",):
+            run = bound.run
+
+            def counted(tensors, compiler, activations, training, run=run, name=bound.region.name):
+                seen.append((name, activations[0].shape[-2]))
+                return run(tensors, compiler, activations, training)
+
+            monkeypatch.setattr(bound, "run", counted)
+    return seen
+
+
+def test_a_step_computes_one_token_of_every_row(batches, ours, rows):
+    batch = batches["counts differ, left"]
+    ours.generate(**batch, **GREEDY | {"max_new_tokens": 1})
+    prompt = len(rows)
+    ours.generate(**batch, **GREEDY | {"max_new_tokens": 3})
+    steps = rows[2 * prompt :]
+    layers = ours.config.text_config.num_hidden_layers
+    assert len(steps) == 2 * layers and {count for _, count in steps} == {len(batch["input_ids"])}
+    assert not any(name.endswith(".images") or "vis" in name for name, _ in steps)
+
+
+def test_beams_run_the_prompt_once(batches, ours, rows):
+    batch = batches["one image"]
+    ours.generate(**batch, **GREEDY | {"max_new_tokens": 1})
+    once = list(rows)
+    rows.clear()
+    ours.generate(**batch, **GREEDY | {"max_new_tokens": 1, "num_beams": 3})
+    assert rows == once
+
+
+def test_the_head_reads_the_last_token_alone(batches, ours):
+    batch = batches["one image"]
+    logits = ours(**batch, past_key_values=ours.new_cache(), logits_to_keep=1).logits
+    whole = ours(**batch).logits
+    assert logits.shape == (1, 1, whole.shape[-1])
+    assert relative(logits, whole[:, -1:]) <= LOGITS
+    assert relative(ours(**batch, logits_to_keep=2).logits, whole[:, -2:]) <= LOGITS
+    assert relative(ours(**batch, past_key_values=ours.new_cache()).logits, whole) <= LOGITS
+
+
+@pytest.mark.parametrize("case", ["one image", "counts differ, left"])
+def test_an_answer_is_the_prompt_of_the_next_turn(case, batches, ours):
+    """Several tokens at once on what a cache holds, padding among the new ones included."""
+    batch = batches[case]
+    cache = ours.new_cache()
+    ours(**batch, past_key_values=cache)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    more = words(ours, 6).expand(len(ids), -1)
+    added = torch.ones(more.shape, dtype=torch.long)
+    added[0, :2] = 0
+    whole = {"input_ids": torch.cat([ids, more], 1), "attention_mask": torch.cat([mask, added], 1)}
+    logits = ours(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache).logits
+    tokens = {
+        name: torch.cat([batch[name], batch[name][:, -1:].expand(-1, 6, *[-1] * (batch[name].ndim - 2))], 1)
+        for name, row in ours.family.batch_rows.items()
+        if row == "token" and name in batch
+    }
+    expected = ours(**batch | whole | tokens).logits[:, -6:]
+    assert relative(logits[added.bool()], expected[added.bool()]) <= LOGITS
+
+
+def test_a_returned_cache_goes_on(batches, ours, theirs):
+    batch = batches["one image"]
+    (first,) = answers(batch, {"max_new_tokens": 8, "return_dict_in_generate": True}, ours)
+    text = torch.cat([first.sequences, words(ours, 3)[None]], 1)
+    longer = batch | {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    for name, row in ours.family.batch_rows.items():
+        if row == "token" and name in batch:
+            last = batch[name][:, -1:]
+            longer[name] = torch.cat([batch[name], last.repeat(1, 11, *[1] * (last.ndim - 2))], 1)
+    going_on = ours.generate(**longer, **GREEDY | {"max_new_tokens": 8}, past_key_values=first.past_key_values)
+    anew = answers(longer, {"max_new_tokens": 8}, ours, theirs)
+    assert torch.equal(going_on, anew[0]) and torch.equal(going_on, anew[1])
+
+
+def test_a_cache_does_not_go_on_with_other_images(batches, ours):
+    (first,) = answers(batches["one image"], {"max_new_tokens": 2, "return_dict_in_generate": True}, ours)
+    with pytest.raises(UsageError, match="other images"):
+        ours.generate(**batches["several sizes"], **GREEDY, past_key_values=first.past_key_values)
+
+
+def test_assisted_decoding_equals_greedy(batches, ours):
+    """Candidates from the prompt itself: many tokens in one step, and a cache that is cropped."""
+    for case in ("text only", "one image"):
+        batch = {name: tensor[:1] if case == "text only" else tensor for name, tensor in batches[case].items()}
+        plain, assisted = (
+            ours.generate(**batch, **GREEDY | {"max_new_tokens": 16} | options)
+            for options in ({}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1})
+        )
+        assert torch.equal(plain, assisted)
+
+
+class Tokens(BaseStreamer):
+    def __init__(self):
+        self.found = []
+        self.ended = False
+
+    def put(self, value):
+        self.found.append(value.flatten())
+
+    def end(self):
+        self.ended = True
+
+
+class After(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_streamers_and_stopping_criteria(batches, ours):
+    batch = batches["one image"]
+    streamer, length = Tokens(), batch["input_ids"].shape[1]
+    criteria = StoppingCriteriaList([After(length + 5)])
+    found = ours.generate(**batch, **GREEDY, streamer=streamer, stopping_criteria=criteria)
+    assert found.shape == (1, length + 5)
+    assert torch.equal(torch.cat(streamer.found), found[0]) and len(streamer.found) == 6 and streamer.ended
+
+
+def test_rows_that_have_ended_do_not_disturb_others(batches, ours, theirs):
+    batch = batches["counts differ, left"]
+    (free,) = answers(batch, {}, ours)
+    end = int(free[0, batch["input_ids"].shape[1] + 3])
+    assert torch.equal(*answers(batch, {"eos_token_id": end}, ours, theirs))
+
+
+def test_an_adapter_and_its_dropout(batches, ours):
+    """The cached program is derived anew, with the adapter; as if its weights were merged."""
+    model = copy.deepcopy(ours)
+    batch = batches["several sizes"]
+    model.generate(**batch, **GREEDY | {"max_new_tokens": 2})
+    add_lora(model, r=4, dropout=0.5, vision=True, target=["language", "vision", "projector"])
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    found = [model.eval().generate(**batch, **GREEDY | WITH_LOGITS, use_cache=use) for use in (True, False)]
+    assert_same(*found)
+    assert relative(found[0].logits[0], ours.generate(**batch, **GREEDY | WITH_LOGITS).logits[0]) > 1e-3
+
+
+def test_a_model_that_trains_generates_between_steps(setup, batches, theirs):
+    model = never_saying_media(matrix.bind(setup, matrix.program(setup), theirs), setup)
+    batch = batches["one image"]
+    before = model.eval().generate(**batch, **GREEDY | WITH_LOGITS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    after = model.generate(**batch, **GREEDY | WITH_LOGITS)
+    assert relative(after.logits[5], before.logits[5]) > 1e-3
+    assert relative(after.logits[0], model(**batch).logits[:, -1]) <= LOGITS
+
+
+def test_nf4_artifact(setup, batches, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "checkpoint")
+    setup.processor.save_pretrained(tmp_path / "checkpoint")
+    build(tmp_path / "checkpoint", tmp_path / "nf4", Recipe(quantize=QuantSpec(), dtype="float32"))
+    model = never_saying_media(load(tmp_path / "nf4")[0], setup)
+    for case in ("several sizes", "counts differ, left"):
+        options = GREEDY | WITH_LOGITS | {"max_new_tokens": 6}
+        assert_same(*(model.generate(**batches[case], **options, use_cache=use) for use in (True, False)))
+    half, _ = load(tmp_path / "nf4", dtype="bfloat16")
+    logits = half.generate(**batches["several sizes"], **GREEDY | WITH_LOGITS).logits
+    expected = model.generate(**batches["several sizes"], **GREEDY | WITH_LOGITS).logits
+    assert relative(logits[0].float(), expected[0]) < 0.05
+
+
+def test_what_is_no_cache_of_ours_is_refused(batches, ours):
+    from transformers import DynamicCache
+
+    batch = batches["text only"]
+    with pytest.raises(UsageError, match="past_key_values is a DynamicCache"):
+        ours.generate(**batch, **GREEDY, past_key_values=DynamicCache())
+    with pytest.raises(UsageError, match="'quantized' is not supported"):
+        ours.generate(**batch, **GREEDY, cache_implementation="quantized")
+
+
+def test_tokens_must_fit_the_cache(batches, ours):
+    cache = ours.new_cache()
+    ours(**batches["text only"], past_key_values=cache)
+    with pytest.raises(BatchError, match="input_ids have 1 rows, but the cache has 2"):
+        ours(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    with pytest.raises(BatchError, match="Sample 1 has token ids from 9999 to 9999"):
+        ours(input_ids=torch.tensor([[5], [9999]]), past_key_values=cache)
+    with pytest.raises(BatchError, match=r"attention_mask has shape \(2, 1\)"):
+        ours(input_ids=torch.ones(2, 1).long(), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_a_cache_goes_on_with_tokens_alone(setup, batches, ours):
+    """What is passed along with them would be ignored."""
+    cache, batch = ours.new_cache(), batches["several sizes"]
+    ours(**batch, past_key_values=cache)
+    step = {"input_ids": torch.ones(len(batch["input_ids"]), 1).long(), "past_key_values": cache}
+    for name, value in {
+        "pixel_values": batch["pixel_values"],
+        "position_ids": step["input_ids"],
+        "inputs_embeds": torch.ones(1),
+    }.items():
+        with pytest.raises(BatchError, match=f"{name} belongs to a prompt"):
+            ours(**step, **{name: value})
+    with pytest.raises(BatchError, match="no input_ids"):
+        ours(attention_mask=batch["attention_mask"], past_key_values=cache)
+    ours(**step, use_cache=True)

@@ -1,0 +1,163 @@
+"""One compilation of every distinct region, over image sizes, batch sizes and adapters; results as without it."""
+
+from __future__ import annotations
+
+import matrix
+import pytest
+import torch
+from parity import MODEL_FP32, assert_close
+from tiny import make_batch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vlmbuild.train.lora import add_lora
+
+LAYOUTS = (
+    [[5, (1, 4, 6), 7]],
+    [[5, (1, 4, 6), 7, (1, 8, 2), 3], [9, (1, 2, 2), 4]],
+    [[3, (3, 4, 4), 7], [4, (1, 6, 4), 11], [8, (1, 2, 2)]],
+    [[5], [9, (1, 4, 4)]],
+    [[5, (1, 8, 8)]],
+    [[2, (1, 2, 2)]],
+    [[2, (1, 10, 2), 1], [2, (1, 2, 12), 4], [3], [7, (1, 6, 6)]],
+    [[12, (1, 4, 10), 9]],
+)
+"""Eight batches: image sizes, image counts and batch sizes differ, down to one sample with one feature."""
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model, batch, labels):
+    output = model(**batch, labels=labels)
+    output.loss.backward()
+    return output
+
+
+def assert_same_step(compiled, model, layout):
+    assert_same_results(compiled, model, *make_batch(layout))
+
+
+def assert_same_results(compiled, model, batch, labels):
+    model.zero_grad()
+    ours = step(compiled, batch, labels)
+    found = gradients(model)
+    model.zero_grad()
+    plain = step(model, batch, labels)
+    expected = gradients(model)
+    assert_close(ours.logits, plain.logits, MODEL_FP32)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert_close(found[name], grad, MODEL_FP32, name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_compilation_for_eight_shapes(model, counter, checkpointing):
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    compiled = torch.compile(model, backend=counter)
+    regions = {call.region for call in model.program.variants["image"].calls}
+    for layout in LAYOUTS:
+        assert_same_step(compiled, model, layout)
+        assert counter.frame_count == len(regions) == 6
+    assert_same_step(compiled, model, [[4], [9]])
+    assert counter.frame_count == 7  # text-only batches have one region of their own
+
+
+SIZES = (
+    [[(60, 90)]], [[(90, 60), (40, 160)], [(100, 100)]], [[(30, 180)], [], [(64, 64)]], [[(1, 1)]],
+    [[(150, 20), (20, 150), (70, 70)]], [[(112, 112)]], [[(300, 30)], [(200, 120)]], [[(90, 90), (90, 90)], [(60, 60), (150, 150)]],
+)  # fmt: skip
+"""Eight batches: the sizes of each sample's photographs, down to one of a single pixel."""
+
+
+@pytest.mark.parametrize("name", ["mllama", "pixtral"])
+def test_one_compilation_for_eight_image_sizes_of_every_family(name, counter):
+    setup = matrix.shrink(matrix.SETUPS[name](False))
+    model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))
+    compiled = torch.compile(model, backend=counter)
+    regions = {call.region for call in model.program.variants["image"].calls}
+    photo = matrix.photographs()["rocket"]
+    for sizes in SIZES:
+        said = [["Look", *(photo.resize(size) for size in sample), "Name three planets."] for sample in sizes]
+        batch, labels = matrix.batch(setup, said, "right")
+        assert_same_results(compiled, model, batch, labels)
+        assert counter.frame_count == len(regions)
+    batch, labels = matrix.batch(setup, [["Look"], ["Name three planets."]], "left")
+    assert_same_results(compiled, model, batch, labels)
+    text_only = {call.region for call in model.program.variants["text"].calls} - regions
+    assert counter.frame_count == len(regions) + len(text_only)
+
+
+def test_depth_compiles_nothing_more(model, counter):
+    blocks = model.program.regions["language_model.layers"]
+    assert len(blocks.instances) == 3
+    step(torch.compile(model, backend=counter), *make_batch([[5, (1, 4, 4), 3]]))
+    assert counter.frame_count == 6
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_adapters_before_and_after_compilation(model, counter, when):
+    compiled = torch.compile(model, backend=counter)
+    batch, labels = make_batch(LAYOUTS[0])
+    if when == "after":
+        step(compiled, batch, labels)
+    add_lora(compiled, r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    before = counter.frame_count
+    for layout in LAYOUTS[:3]:
+        assert_same_step(compiled, model, layout)
+    assert gradients(model).keys() == {name for name, p in model.named_parameters() if ".lora_" in name}
+    # the adapted region, and those around it whose tensors need other gradients now
+    assert counter.frame_count - before <= 6
+
+
+def test_training_and_evaluation_in_turn(model, counter):
+    """Evaluation has graphs of its own, without gradients; coming back compiles nothing."""
+    compiled = torch.compile(model, backend=counter)
+    for turn, layout in enumerate(LAYOUTS[:4]):
+        step(model.train() and compiled, *make_batch(layout))
+        assert counter.frame_count == (12 if turn else 6)
+        model.eval()
+        with torch.no_grad():
+            compiled(**make_batch(layout)[0])
+        assert counter.frame_count == 12
+
+
+def test_fullgraph_means_every_region(model, counter):
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for layout in LAYOUTS[:2]:
+        assert_same_step(compiled, model, layout)
+    assert counter.frame_count == 6
+
+
+def test_module_compile_in_place(model, counter):
+    model.compile(backend=counter)
+    for layout in LAYOUTS[:3]:
+        step(model, *make_batch(layout))
+    assert counter.frame_count == 6
+
+
+def test_backend_sees_only_region_graphs(model):
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, _example):
+        seen.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph
+
+    step(torch.compile(model, backend=backend), *make_batch(LAYOUTS[1]))
+    torch._dynamo.reset()
+    assert len(seen) == 6
+    assert sum(any("attention_auto" in target for target in targets) for targets in seen) == 2
+    assert not any("cross_entropy" in target for targets in seen for target in targets)

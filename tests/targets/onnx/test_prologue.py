@@ -1,0 +1,81 @@
+"""The vision prologue in a model gives what the host's gives."""
+
+import matrix
+import numpy as np
+import onnxruntime
+import pytest
+import tiny
+import torch
+
+from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.prologue import add_prologue
+
+RANKS = {"pixel_values": 2, "vision_position_ids": 2, "vision_cu_seqlens": 1}
+DTYPES = {"pixel_values": torch.float32, "vision_position_ids": torch.int64, "vision_cu_seqlens": torch.int32}
+
+
+def session(family, config):
+    builder = GraphBuilder(torch.float32)
+    for name, value in add_prologue(builder, family.client_vision(config)).items():
+        builder.give_output(f"{name}_out", value, DTYPES[name], [None] * RANKS[name])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    model = builder.model("prologue").SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def check(opened, family, config, batch):
+    """Patches, positions and bounds; the host repeats the last bound, and adds a second feature to a single one."""
+    host = family.prepare(batch, config).tensors
+    feed = {name: tensor.numpy() for name, tensor in family.client_batch(batch).items()}
+    found = {output.name.removesuffix("_out"): torch.from_numpy(value)
+             for output, value in zip(opened.get_outputs(), opened.run(None, feed), strict=True)}  # fmt: skip
+    count = len(found["pixel_values"])
+    assert found["pixel_values"].equal(host["pixel_values"][:count])
+    assert found["vision_position_ids"].equal(host["vision_position_ids"][:count])
+    bounds = found["vision_cu_seqlens"]
+    assert bounds.equal(host["vision_cu_seqlens"][: len(bounds)])
+    assert int(bounds[-1]) == count
+
+
+@pytest.fixture(scope="module")
+def qwen(config):
+    return session(tiny.FAMILY, config)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.BATCHES if "text" not in name])
+def test_grids(name, qwen, config):
+    batch, _ = tiny.make_batch(*tiny.BATCHES[name])
+    check(qwen, tiny.FAMILY, config, batch)
+
+
+@pytest.fixture(scope="module")
+def pixtral():
+    return matrix.pixtral(full=False)
+
+
+@pytest.mark.parametrize("sizes", [[(80, 48)], [(16, 16)], [(160, 32), (32, 96), (64, 64)]])
+def test_padded_images(sizes, pixtral):
+    config = pixtral.config()
+    patch = config.vision_config.patch_size
+    token = config.image_token_id
+    rows = [[token] * (w // patch) + [2] for h, w in sizes for _ in range(h // patch)]  # each ends with a break
+    ids = torch.tensor([[1, *(token for row in rows for token in row)]])
+    pixels = torch.randn(len(sizes), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
+    batch = {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+    check(session(pixtral.family, config), pixtral.family, config, batch)
+
+
+def test_without_sizes_images_are_whole(pixtral):
+    config = pixtral.config()
+    opened = session(pixtral.family, config)
+    patch = config.vision_config.patch_size
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 2 * patch, 3 * patch)).astype(np.float32)
+    whole = np.array([[2 * patch, 3 * patch]] * 2)
+    assert [entry.name for entry in opened.get_inputs()] == ["pixel_values"]
+    for one, other in zip(
+        opened.run(None, {"pixel_values": pixels}),
+        opened.run(None, {"pixel_values": pixels, "image_sizes": whole}),
+        strict=True,
+    ):
+        assert np.array_equal(one, other)

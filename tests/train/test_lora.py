@@ -1,0 +1,222 @@
+"""Adapters: PEFT reads ours, we read PEFT's, and others are refused before the model changes."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from checkpoints import dequantized
+from parity import SAME_WEIGHTS_FP32, assert_close
+from safetensors.torch import load_file, save_file
+from tiny import ATTENDED, BATCH
+from transformers import AutoModelForImageTextToText
+
+import vlmbuild
+from vlmbuild.errors import SourceError, UsageError
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**BATCH).logits[ATTENDED]
+
+
+def shaken(model):
+    """Adapters that do something: B starts at zero."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture
+def adapted(nf4):
+    model, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(model, r=4, alpha=12)
+    return shaken(model)
+
+
+def test_peft_reads_ours(adapted, nf4, tmp_path):
+    before = logits(vlmbuild.load(nf4.path)[0])
+    vlmbuild.save_adapter(adapted, tmp_path / "adapter")
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert (logits(adapted) - before).norm() > 0.05 * before.norm()
+    assert_close(logits(adapted), logits(theirs), SAME_WEIGHTS_FP32)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "up_proj", "down_proj", "fc1"]])
+def test_we_read_pefts(targets, nf4, tmp_path):
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    theirs = shaken(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)))
+    theirs.save_pretrained(tmp_path)
+    ours, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(ours, tmp_path)
+    assert_close(logits(ours), logits(theirs), SAME_WEIGHTS_FP32)
+
+
+def test_round_trip_through_a_compiled_model(adapted, nf4, tmp_path):
+    vlmbuild.save_adapter(torch.compile(adapted, backend="eager"), tmp_path)
+    again, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(torch.compile(again, backend="eager"), tmp_path)
+    assert torch.equal(logits(again), logits(adapted))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"lora_dropout": 0.3},
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        {"layers_to_transform": [0, 2]},
+        {"modules_to_save": ["merger"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_we_read_pefts_variants(options, nf4, tmp_path):
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **options)
+    theirs = shaken(peft.get_peft_model(base, config)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(ours, tmp_path / "theirs")
+    expected = logits(theirs)
+    assert_close(logits(ours), expected, SAME_WEIGHTS_FP32)
+    trainable = {name.replace("base_model.model.", "").replace("modules_to_save.default.", "")
+                 for name, p in theirs.named_parameters() if p.requires_grad}  # fmt: skip
+    assert {name for name, _ in ours.trainable_parameters()} == trainable
+
+    vlmbuild.save_adapter(ours, tmp_path / "ours")
+    fresh = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    assert_close(logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")), expected, SAME_WEIGHTS_FP32)
+
+
+def test_peft_reads_tied_embeddings_that_were_trained(nf4, tmp_path):
+    ours, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(ours, r=2, modules_to_save=["lm_head"])
+    with torch.no_grad():
+        ours.lm_head.weight.add_(0.1 * torch.randn_like(ours.lm_head.weight))
+    vlmbuild.save_adapter(shaken(ours), tmp_path)
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert_close(logits(ours), logits(theirs), SAME_WEIGHTS_FP32)
+    again, _ = vlmbuild.load(nf4.path)
+    vlmbuild.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+def test_untied_embeddings_of_an_adapter_are_refused(nf4, tmp_path):
+    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="lm_head.weight differs from .*embed_tokens.weight, but the model has one"):
+        vlmbuild.load_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
+
+
+def test_dropout_acts_in_training_only_and_the_same_in_recomputation(nf4):
+    model, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(model, r=4, dropout=0.5)
+    shaken(model)
+    labels = BATCH["input_ids"].masked_fill(~ATTENDED, -100)
+    labels[BATCH["mm_token_type_ids"] > 0] = -100
+    assert torch.equal(logits(model), logits(model))
+
+    def step(seed):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        loss = model.train()(**BATCH, labels=labels).loss
+        loss.backward()
+        return loss.item(), [p.grad.clone() for _, p in model.trainable_parameters()]
+
+    plain, other = step(1), step(2)
+    assert plain[0] != other[0] != model.eval()(**BATCH, labels=labels).loss.item()
+    model.gradient_checkpointing_enable()
+    again = step(1)
+    assert again[0] == plain[0]
+    assert all(torch.equal(one, two) for one, two in zip(again[1], plain[1], strict=True))
+
+
+def test_layers_get_graphs_of_their_own_and_only_they_train(nf4):
+    model, _ = vlmbuild.load(nf4.path)
+    before = logits(model)
+    vlmbuild.add_lora(model, r=4, layers=[1])
+    assert torch.equal(logits(model), before)
+    assert {name.split(".")[3] for name, _ in model.trainable_parameters()} == {"1"}
+    assert len(list(model.trainable_parameters())) == 7 * 2
+
+
+def edit_config(directory, **changes):
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(directory, change):
+    tensors = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "adapter_config.json").unlink(), "not a readable adapter"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "not a readable adapter"),
+        (lambda d: edit_config(d, peft_type="LOHA"), "only plain LoRA adapters can be loaded, not LOHA"),
+        (lambda d: edit_config(d, use_dora=True), "use_dora"),
+        (lambda d: edit_config(d, bias="all"), "bias='all'"),
+        (lambda d: edit_config(d, r=0), "r must be a whole number"),
+        (lambda d: edit_config(d, modules_to_save=["nowhere"]), "no module of the model is named 'nowhere'"),
+        (lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")), "q_proj.lora_B.default.weight is missing"),
+        (lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})), r"shape \[4, 7\]"),
+        (lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+         "other is not a linear layer"),
+    ],
+)  # fmt: skip
+def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
+    vlmbuild.save_adapter(adapted, tmp_path)
+    spoil(tmp_path)
+    model, _ = vlmbuild.load(nf4.path)
+    before = set(model.state_dict())
+    with pytest.raises(SourceError, match=message):
+        vlmbuild.load_adapter(model, tmp_path)
+    assert set(model.state_dict()) == before
+
+
+def test_adapter_without_the_modules_that_it_trained(nf4, tmp_path):
+    model, _ = vlmbuild.load(nf4.path)
+    vlmbuild.add_lora(model, r=2, modules_to_save=["visual.merger"])
+    vlmbuild.save_adapter(model, tmp_path)
+    edit_weights(tmp_path, lambda t: [t.pop(name) for name in list(t) if "merger" in name])
+    with pytest.raises(SourceError, match=r"visual\.merger\..* is missing, though adapter_config.json says"):
+        vlmbuild.load_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
+
+
+def test_frozen_adapter_is_still_in_the_state_dict(adapted):
+    trained = set(adapted.state_dict())
+    assert len(trained) == 3 * 7 * 2
+    adapted.requires_grad_(False)
+    assert set(adapted.state_dict()) == trained
+    with pytest.raises(RuntimeError, match="Missing key"):
+        adapted.load_state_dict({})
+
+
+def test_second_adapter_is_refused_whatever_it_asks_for(adapted):
+    with pytest.raises(UsageError, match="has an adapter already"):
+        vlmbuild.add_lora(adapted, target="nothing")
+
+
+def test_saving_without_an_adapter(nf4, tmp_path):
+    with pytest.raises(UsageError, match="no adapter to save"):
+        vlmbuild.save_adapter(vlmbuild.load(nf4.path)[0], tmp_path)
+    with pytest.raises(UsageError, match=r"Expected a model from vlmbuild.load, got Linear"):
+        vlmbuild.save_adapter(torch.nn.Linear(1, 1), tmp_path)

@@ -1,0 +1,111 @@
+"""An adapter that is merged into the weights of a new artifact: W + scaling * B @ A, a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.adapters.fit import check_finite, check_fits, with_module_names
+from vlmbuild.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from vlmbuild.artifact.files import hash_file
+from vlmbuild.artifact.manifest import ADAPTER_URI
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families import Family
+from vlmbuild.ir.program import Program
+from vlmbuild.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """An adapter in PEFT's format that fits the program.
+
+    Attributes:
+        directory: Where its files are.
+        adapter: Its matrices, mapped from them.
+        record: Its files with their digests, as the manifest has them.
+    """
+
+    directory: Path
+    adapter: Adapter
+    record: Mapping[str, Any]
+
+    def changes(self, name: str) -> bool:
+        """Whether the parameter of this (module) name is changed by the adapter."""
+        return name in self.adapter.trained or name.removesuffix(".weight") in self.adapter.loras
+
+    def trained(self, name: str) -> Tensor | None:
+        """The parameter itself, where it was trained whole."""
+        return self.adapter.trained.get(name)
+
+    def merged(self, name: str, values: Tensor, first: int) -> Tensor:
+        """Flat values of a parameter from its element `first` on, with what LoRA adds to them, in float32."""
+        module = name.removesuffix(".weight")
+        if module not in self.adapter.loras:
+            return values.float()
+        down = self.adapter.tensors[f"{module}.lora_A.default.weight"].float()
+        up = self.adapter.tensors[f"{module}.lora_B.default.weight"]
+        features = down.shape[1]
+        top, bottom = first // features, -(-(first + values.numel()) // features)
+        start = first - top * features
+        product = (up[top:bottom].float() @ down).flatten()[start : start + values.numel()]
+        return values.float().add(product, alpha=self.adapter.loras[module].scaling)
+
+    def check_unchanged(self) -> None:
+        """Raise SourceError when the adapter's files are no longer those that were read first."""
+        if adapter_record(self.directory) != self.record:
+            raise SourceError(f"{self.directory} changed while it was merged. Leave it alone and try again.")
+
+
+def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -> None:
+    """Refuse, before any work, what cannot be merged.
+
+    Raises:
+        UsageError: The recipe measures layers, or the output lies in the adapter's folder.
+        SourceError: There is no such folder.
+    """
+    path = Path(directory)
+    if recipe.quantize is not None and recipe.quantize.format == "auto":
+        raise UsageError(
+            "auto measures the source's weights, and the adapter changes them. Merge first, then build with auto from the "
+            "merged artifact."
+        )
+    if not path.is_dir():
+        raise SourceError(f"The adapter {path} is not a folder. Give the one that holds {CONFIG_FILE}.")
+    if path.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
+        raise UsageError(f"The output {output} lies in the adapter's folder {path}. Choose another output.")
+
+
+def read_merge(directory: str | Path, program: Program, family: Family) -> Merge:
+    """An adapter that is to be merged into a program's weights.
+
+    Raises:
+        SourceError: It cannot be read, is not LoRA, holds NaN, or does not fit the program; the tensor is named.
+    """
+    path = Path(directory)
+    adapter = with_module_names(read_adapter(path), family, path)
+    check_fits(program, adapter, path)
+    check_finite(adapter, path)
+    return Merge(path, adapter, adapter_record(path))
+
+
+def adapter_record(directory: Path) -> dict[str, Any]:
+    """The manifest's record of an adapter. Raises SourceError when a file cannot be read."""
+    try:
+        files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+        entries = [{"path": file.name, "size": file.stat().st_size, "digest": hash_file(file)} for file in files]
+    except OSError as error:
+        raise SourceError(f"{directory} cannot be read: {error}. Check the disk and permissions.") from error
+    return {"uri": ADAPTER_URI, "files": entries}
+
+
+def without_adapter(adapter: Adapter) -> Adapter:
+    """The same with nothing learned: B is zero, and nothing was trained whole."""
+    tensors = {
+        name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in adapter.tensors.items()
+    }
+    return Adapter(adapter.loras, tensors, (), {})

@@ -1,0 +1,182 @@
+"""Adapters on disk in PEFT's format: PEFT reads what is written here, and what PEFT writes is read here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
+from vlmbuild.errors import OutputError, SourceError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_UNSUPPORTED = (
+    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
+    "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
+)  # fmt: skip
+_PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+_SLOT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.default\.weight")
+_STORED = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that was read.
+
+    Attributes:
+        loras: Module name -> rank, scale and dropout.
+        tensors: The matrices, by the model's parameter names ("...q_proj.lora_A.default.weight").
+        modules: Names of modules that were trained whole, as the config has them.
+        trained: The parameters of those modules, by the model's names.
+    """
+
+    loras: Mapping[str, Lora]
+    tensors: Mapping[str, Tensor]
+    modules: tuple[str, ...]
+    trained: Mapping[str, Tensor]
+
+
+def write_adapter(
+    directory: str | Path,
+    spec: AdapterSpec,
+    parameters: Mapping[str, Tensor],
+    ties: Mapping[str, str],
+    base: str | None,
+) -> None:
+    """Write LoRA matrices and the modules that were trained whole. With sharded parameters every process must call it; the
+    first one writes.
+
+    Args:
+        directory: Created if missing; an adapter in it is replaced.
+        spec: The adapter.
+        parameters: The model's parameters by name.
+        ties: Tied name -> the parameter that it shares.
+        base: `base_model_name_or_path` of the config.
+
+    Raises:
+        OutputError: The directory cannot be written.
+    """
+    tensors = {name: whole(tensor).clone() for name, tensor in _stored_tensors(spec, parameters, ties).items()}
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+        (path / CONFIG_FILE).write_text(json.dumps(_config(spec, base), indent=2, sort_keys=True) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"The adapter cannot be written to {path}: {error}. Choose a directory with space."
+        ) from error
+
+
+def _stored_tensors(spec: AdapterSpec, parameters: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors by their name in the file. A tied parameter is stored under each of its names, since PEFT unties it."""
+    stored: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if match := _SLOT.fullmatch(name):
+            stored[f"{_PREFIX}{match['module']}.{match['part']}.weight"] = parameter
+    for name in spec.trained:
+        for alias in (name, *(alias for alias, held in ties.items() if held == name)):
+            stored[f"{_PREFIX}{alias}"] = parameters[name]
+    return stored
+
+
+def _config(adapter: AdapterSpec, base: str | None) -> dict[str, Any]:
+    """The adapter's config as PEFT has it. The most frequent rank and alpha are the config's; others go by patterns."""
+    kinds = Counter(adapter.loras.values())
+    common = kinds.most_common(1)[0][0] if kinds else Lora(1, 1.0)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": common.r,
+        "lora_alpha": common.alpha,
+        "lora_dropout": common.dropout,
+        "use_rslora": common.rslora,
+        "rank_pattern": {name: lora.r for name, lora in adapter.loras.items() if lora.r != common.r},
+        "alpha_pattern": {name: lora.alpha for name, lora in adapter.loras.items() if lora.alpha != common.alpha},
+        "bias": "none",
+        "target_modules": sorted(adapter.loras),
+        "modules_to_save": sorted(adapter.modules) or None,
+        "inference_mode": True,
+    }
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """The adapter in a directory, in PEFT's format.
+
+    Raises:
+        SourceError: A file is missing or malformed, or the adapter is not LoRA with modules trained whole.
+    """
+    path = Path(directory)
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+        stored = load_file(path / WEIGHTS_FILE)
+        _check_config(config, path)
+        lora = Lora(
+            int(config["r"]),
+            float(config["lora_alpha"]),
+            float(config.get("lora_dropout") or 0),
+            bool(config.get("use_rslora")),
+        )
+        ranks, alphas = (dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
+        modules = tuple(config.get("modules_to_save") or ())
+        return _adapter(stored, lora, ranks, alphas, modules, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise SourceError(
+            f"{path} is not a readable adapter ({type(error).__name__}: {error}). It must hold {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE} as PEFT writes them."
+        ) from error
+
+
+def _adapter(
+    stored: Mapping[str, Tensor], lora: Lora, ranks: Mapping[str, int], alphas: Mapping[str, float],
+    modules: tuple[str, ...], path: Path,
+) -> Adapter:  # fmt: skip
+    loras, tensors, trained = {}, {}, {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(_PREFIX)
+        if match := _STORED.fullmatch(name):
+            module = match["module"]
+            loras[module] = with_patterns(lora, module, ranks, alphas)
+            tensors[f"{module}.{match['part']}.default.weight"] = tensor
+        elif ".lora_" in name or not any(f".{module}." in f".{name}" for module in modules):
+            raise SourceError(f"{path}: {name} is neither a plain LoRA matrix nor part of a module in modules_to_save.")
+        else:
+            trained[name] = tensor
+    if not stored:
+        raise SourceError(f"{path} holds no tensors.")
+    return Adapter(loras, tensors, modules, trained)
+
+
+def _check_config(config: Any, path: Path) -> None:
+    unsupported = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        unsupported.append(f"bias={config['bias']!r}")
+    if config.get("init_lora_weights") not in _PLAIN_INITS:
+        unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")  # it changes the base weights
+    if config["peft_type"] != "LORA" or unsupported:
+        found = f"{config['peft_type']}{' with ' + ', '.join(unsupported) if unsupported else ''}"
+        raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {found}. Merge it with PEFT first.")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, detached, contiguous and on the CPU; gathered from all processes if it is sharded."""
+    found: Any = tensor.detach()
+    if isinstance(found, DTensor):
+        found = found.full_tensor()
+    plain: torch.Tensor = found.cpu().contiguous()
+    return plain

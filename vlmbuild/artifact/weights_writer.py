@@ -1,0 +1,252 @@
+"""Writing weights to safetensors files, one tensor at a time; reading them is re-exported from `checkpoint`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+
+from vlmbuild.artifact.safetensors import (
+    CODES,
+    METADATA_KEY,
+    TensorInfo,
+    encode_header,
+    frame_header,
+    read_header,
+    tensor_bytes,
+)
+from vlmbuild.artifact.weights_reader import INDEX, SINGLE, CheckpointWeights
+from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
+from vlmbuild.errors import OutputError
+
+SHARD_BYTES = 2**28
+"""Of moderate size, so that all cores can write, hash and verify one artifact."""
+
+__all__ = ["CheckpointWeights", "TensorInfo", "TensorSpec", "WeightsWriter", "read_header"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that will be stored. With `exact=False` the one dimension of `shape` is the most it can have."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    exact: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the data, or the most that they can be."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class _Shard:
+    """The layout of one file, and what has been written of it."""
+
+    name: str
+    specs: tuple[TensorSpec, ...]
+    greatest_header: bytes
+    starts: dict[str, int]
+    written: dict[str, int] = field(default_factory=dict)
+    deferred: dict[str, torch.Tensor] = field(default_factory=dict)
+    file: OutputFile | None = None
+    remaining: int = 0
+
+
+class WeightsWriter:
+    """Writes model.safetensors, or shards and an index, in the form that transformers and safetensors read.
+
+    The specs decide the shards and the place of every tensor, so tensors may be added in any order, whole or in pieces, and
+    each is written at once. Only a tensor whose size is not known beforehand (`exact=False`; a few hundred bytes each)
+    waits in memory until its shard is complete and lies at the end of it; the header is reserved at its greatest length and
+    filled with spaces, which the format allows. That costs no temporary copy of the data.
+
+    Several threads may write, each to shards of its own (`shards`). Raises OutputError when the specs contradict each other.
+    """
+
+    def __init__(
+        self,
+        writer: ArtifactWriter,
+        specs: Sequence[TensorSpec | tuple[TensorSpec, ...]],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """
+        Args:
+            writer: Of the artifact.
+            specs: All tensors; those in one tuple stay in one shard.
+            shard_bytes: A shard is closed before it grows above this.
+        """
+        self._writer = writer
+        groups = [spec if isinstance(spec, tuple) else (spec,) for spec in specs]
+        _check_specs([spec for group in groups for spec in group])
+        self._shards = [_plan_shard(name, group) for name, group in _name_shards(_split(groups, shard_bytes))]
+        self._shard_of = {spec.name: shard for shard in self._shards for spec in shard.specs}
+        self._specs = {spec.name: spec for shard in self._shards for spec in shard.specs}
+        for shard in self._shards:
+            shard.file = _open_shard(writer, shard)
+
+    def shards(self) -> list[tuple[str, ...]]:
+        """The names of the tensors of each shard."""
+        return [tuple(spec.name for spec in shard.specs) for shard in self._shards]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor. Raises OutputError when it is not announced, comes twice, or differs from its spec."""
+        shard, spec = self._announced(name, tensor)
+        if name in shard.written:
+            raise OutputError(f"The tensor {name!r} is written twice to {self._writer.output}.")
+        if not _fits(spec, tuple(tensor.shape)):
+            raise OutputError(
+                f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
+                f"announced for {self._writer.output}."
+            )
+        if spec.exact:
+            self.append(name, tensor)
+        else:
+            shard.deferred[name] = tensor.detach().cpu().clone()
+            self._count(shard, name, shard.deferred[name].nbytes, complete=True)
+
+    def append(self, name: str, piece: torch.Tensor) -> None:
+        """Write the next elements of a tensor. Raises OutputError when it is not announced, of another dtype, or too long."""
+        shard, spec = self._announced(name, piece)
+        done = shard.written.get(name, 0)
+        if not spec.exact or done + piece.nbytes > spec.nbytes:
+            raise OutputError(f"More of the tensor {name!r} than was announced is written to {self._writer.output}.")
+        assert shard.file is not None
+        if piece.nbytes:
+            shard.file.write_at(tensor_bytes(piece), len(shard.greatest_header) + shard.starts[name] + done)
+        self._count(shard, name, done + piece.nbytes, complete=done + piece.nbytes == spec.nbytes)
+
+    def _announced(self, name: str, tensor: torch.Tensor) -> tuple[_Shard, TensorSpec]:
+        spec = self._specs.get(name)
+        if spec is None:
+            raise OutputError(f"The tensor {name!r} is not among those announced for {self._writer.output}.")
+        if tensor.dtype != spec.dtype:
+            raise OutputError(
+                f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
+                f"announced for {self._writer.output}."
+            )
+        return self._shard_of[name], spec
+
+    def _count(self, shard: _Shard, name: str, nbytes: int, *, complete: bool) -> None:
+        shard.written[name] = nbytes
+        shard.remaining -= complete
+        if not shard.remaining:
+            assert shard.file is not None
+            _finish(shard, shard.file)
+
+    def finish(self) -> None:
+        """Write the index, if there are shards. Raises OutputError when a tensor is missing."""
+        missing = sorted(
+            spec.name
+            for shard in self._shards
+            for spec in shard.specs
+            if spec.name not in shard.written or (spec.exact and shard.written[spec.name] < spec.nbytes)
+        )
+        if missing:
+            shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+            raise OutputError(f"Tensors announced for {self._writer.output} were never written: {shown}.")
+        if len(self._shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(sum(shard.written.values()) for shard in self._shards)},
+                "weight_map": {name: shard.name for name, shard in self._shard_of.items()},
+            }
+            text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            self._writer.write(INDEX, text.encode(), "weights")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            for shard in self._shards:
+                if shard.file is not None:
+                    shard.file.abandon()
+
+
+def _check_specs(specs: Sequence[TensorSpec]) -> None:
+    names = [spec.name for spec in specs]
+    if not names:
+        raise OutputError("There are no weights to write. Check that the checkpoint is complete.")
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise OutputError(f"Tensors announced twice: {', '.join(twice)}. Give each stored tensor one name.")
+    for spec in specs:
+        if spec.name == METADATA_KEY or spec.dtype not in CODES:
+            raise OutputError(f"The tensor {spec.name!r} with {spec.dtype} cannot be stored in safetensors.")
+
+
+def _split(groups: Sequence[tuple[TensorSpec, ...]], shard_bytes: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    size = 0
+    for group in groups:
+        nbytes = sum(spec.nbytes for spec in group)
+        if shard and size + nbytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.extend(group)
+        size += nbytes
+    yield shard
+
+
+def _name_shards(groups: Iterator[list[TensorSpec]]) -> Iterator[tuple[str, list[TensorSpec]]]:
+    known = list(groups)
+    for number, group in enumerate(known, 1):
+        yield ((SINGLE if len(known) == 1 else f"model-{number:05d}-of-{len(known):05d}.safetensors"), group)
+
+
+def _plan_shard(name: str, group: list[TensorSpec]) -> _Shard:
+    # By falling item size, so that every tensor is aligned to its dtype, as the safetensors library does it;
+    # those of unknown size last, so that no other place depends on them.
+    specs = tuple(sorted(group, key=lambda spec: (not spec.exact, -spec.dtype.itemsize)))
+    starts: dict[str, int] = {}
+    position = 0
+    for spec in specs:
+        starts[spec.name] = position
+        position += spec.nbytes
+    greatest = encode_header((spec.name, spec.dtype, spec.shape, *_span(spec, starts)) for spec in specs)
+    return _Shard(name, specs, frame_header(greatest), starts, remaining=len(specs))
+
+
+def _span(spec: TensorSpec, starts: Mapping[str, int]) -> tuple[int, int]:
+    return starts[spec.name], starts[spec.name] + spec.nbytes
+
+
+def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    if spec.exact:
+        return shape == spec.shape
+    return len(shape) == len(spec.shape) and all(size <= most for size, most in zip(shape, spec.shape, strict=True))
+
+
+def _open_shard(writer: ArtifactWriter, shard: _Shard) -> OutputFile:
+    file = writer.open(shard.name, "weights")
+    if all(spec.exact for spec in shard.specs):
+        # With the header first and tensors in order, whole or in pieces, the file is hashed as it is written.
+        file.write(shard.greatest_header)
+    return file
+
+
+def _finish(shard: _Shard, file: OutputFile) -> None:
+    if not shard.deferred:
+        file.close()
+        return
+    entries = []
+    position = 0
+    for spec in shard.specs:
+        tensor = shard.deferred.get(spec.name)
+        shape = spec.shape if tensor is None else tuple(tensor.shape)
+        end = position + math.prod(shape) * spec.dtype.itemsize
+        entries.append((spec.name, spec.dtype, shape, position, end))
+        if tensor is not None:
+            file.write_at(tensor_bytes(tensor), len(shard.greatest_header) + position)
+        position = end
+    file.write_at(frame_header(encode_header(entries), len(shard.greatest_header)), 0)
+    file.close()
+    shard.deferred.clear()

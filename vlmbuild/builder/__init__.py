@@ -1,0 +1,1 @@
+"""The build: from a checkpoint and a recipe to an artifact."""

@@ -1,0 +1,87 @@
+"""Builds that are made once and loaded from then on, in a cache that several processes may use at the same time."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.artifact.reader import verify
+from vlmbuild.builder.build import build
+from vlmbuild.checkpoint.source import Source, resolve
+from vlmbuild.errors import ArtifactError, UsageError
+from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.runtime.load import load
+from vlmbuild.runtime.torch.model import VisionLanguageModel
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: str | torch.device | None = None,
+    **recipe: Any,
+) -> tuple[VisionLanguageModel, Any]:
+    """Build on first use into a cache, load from then on. Safe when several processes start at once.
+
+    Args:
+        source: As for `build`.
+        revision: Of a hub id.
+        cache_dir: Where builds are kept; $VLMBUILD_CACHE or ~/.cache/vlmbuild by default.
+        device: As for `vlmbuild.load`.
+        **recipe: Fields of `Recipe`, for example quantize="nf4".
+
+    Raises:
+        UsageError: The target is aoti.
+        VlmbuildError: As `build` and `load`.
+    """
+    chosen = Recipe.from_mapping(recipe, where="from_pretrained")
+    if chosen.target == "aoti":
+        raise UsageError(
+            "from_pretrained: code belongs to one kind of machine, and is loaded with trust. Use build with that "
+            'target, then load(path, trust=("code",)).'
+        )
+    found = resolve(source, revision=revision)
+    cache = Path(cache_dir or os.environ.get("VLMBUILD_CACHE") or Path.home() / ".cache" / "vlmbuild")
+    path = cache / _cache_key(found, chosen)
+    with output_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        lock.acquire()
+    try:
+        if not _is_sound(path):
+            shutil.rmtree(path, ignore_errors=True)  # ours, whatever became of it; nothing of the user's is here
+            build(source, path, chosen, revision=revision)
+    finally:
+        lock.release()
+    model, processor = load(path, device=device, verify=False)
+    model.source = str(source)
+    return model, processor
+
+
+def _cache_key(source: Source, recipe: Recipe) -> str:
+    """Changes with the source's files (name, size, time), the recipe, and the versions that decide the artifact."""
+    stats = [(file.name, file.stat()) for file in sorted(source.directory.iterdir()) if file.is_file()]
+    parts = [
+        source.uri if "@" in source.uri else str(source.directory.resolve()),
+        *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats),
+        recipe.fingerprint(),
+        *(importlib.metadata.version(tool) for tool in TOOLS),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _is_sound(path: Path) -> bool:
+    try:
+        verify(path)
+    except ArtifactError:
+        return False
+    return True

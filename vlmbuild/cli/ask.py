@@ -1,0 +1,121 @@
+"""Ask an artifact about images: one user's turn, answered piece by piece while it is generated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.families.images import load as load_image
+from vlmbuild.runtime.load import load
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a question.
+
+    Attributes:
+        text: Without special tokens.
+        prompt_tokens: Of the question, images included.
+        new_tokens: Of the answer, its end included.
+        seconds: From the prompt to the last token.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+def ask(
+    artifact: Path,
+    question: str,
+    images: Sequence[str | Path] = (),
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    device: str | None = None,
+    trust: Collection[str] = (),
+    write: Callable[[str], None] = lambda _text: None,
+) -> Answer:
+    """Load an artifact and put one question.
+
+    Args:
+        artifact: Its directory.
+        question: The text; images stand before it.
+        images: Files or addresses.
+        max_new_tokens: Where an answer is cut that does not end before.
+        temperature: Of sampling; 0 takes the most probable token.
+        device: "cpu" or "cuda"; None is the CPU.
+        trust: As for `vlmbuild.load`.
+        write: Called with pieces of the answer, as soon as words are whole.
+
+    Raises:
+        UsageError: The question is empty, or the artifact's processor has no chat template.
+        BatchError: An image cannot be read, or the processor refuses it.
+        IntegrityError, TrustError, IncompatibleError, DeviceError: See `vlmbuild.load`.
+    """
+    if not question.strip():
+        raise UsageError("The prompt is empty. Say what you want to know: --prompt 'What is in the picture?'.")
+    pictures = [load_image(image, "--image") for image in images]
+    model, processor = load(artifact, device=device, trust=trust)
+    batch = _batch(processor, question, pictures)
+    streamer = _Pieces(processor.tokenizer, write)
+    started = time.perf_counter()
+    ids = generate(model, processor, batch, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer)
+    seconds = time.perf_counter() - started
+    new = ids[0, batch["input_ids"].shape[1] :]
+    text = processor.tokenizer.decode(new, skip_special_tokens=True)
+    return Answer(text.strip(), batch["input_ids"].shape[1], len(new), seconds)
+
+
+class _Pieces(TextStreamer):
+    """Hands on the answer's text, and not the prompt's."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def generate(model: Any, processor: Any, batch: dict[str, Tensor], *, temperature: float, **options: Any) -> Tensor:
+    """Tokens after a prompt, with the ends that the artifact's generation_config.json, or its tokenizer, knows."""
+    config, tokenizer = model.generation_config, processor.tokenizer
+    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    found: Tensor = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in batch.items()},
+        eos_token_id=ends,
+        pad_token_id=first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **(sampling if temperature else greedy),
+        **options,
+    )
+    return found
+
+
+def _batch(processor: Any, question: str, images: Sequence[Any]) -> dict[str, Tensor]:
+    if not getattr(processor, "chat_template", None):
+        raise UsageError(
+            "The artifact's processor has no chat template, so that a question cannot be written as the model knows it. Build "
+            "from a checkpoint that was tuned on conversations."
+        )
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    try:
+        made = processor(
+            text=[text], **({"images": [list(images)]} if images else {}), add_special_tokens=False, return_tensors="pt"
+        )
+    except ValueError as error:
+        raise BatchError(f"--image: the artifact's processor refuses the images: {error}") from error
+    return {name: tensor for name, tensor in made.items() if isinstance(tensor, torch.Tensor)}

@@ -1,0 +1,73 @@
+"""The command that shows an artifact: as a table, as JSON, as a page, and as files of graph viewers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.cli.options import json_option
+from vlmbuild.cli.output import StageProgress
+from vlmbuild.errors import UsageError
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE.html", help="Write one self-contained page.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "json", "dot", "model-explorer"]),
+    default="text",
+    show_default=True,
+    help="dot is Graphviz's, and Netron opens it; model-explorer is the JSON of Google's Model Explorer.",
+)
+@json_option
+def inspect(artifact: Path, html: Path | None, style: str, as_json: bool) -> None:
+    """Show what is in an artifact.
+
+    Its id, recipe, files, graph, passes and weights. The page also has every region drawn before and after each pass, costs,
+    quantization decisions and parity; it needs no network.
+
+    \b
+    Examples:
+        vlmbuild inspect qwen2-vl-nf4
+        vlmbuild inspect qwen2-vl-nf4 --html report.html
+        vlmbuild inspect qwen2-vl-nf4 --format dot > graph.dot
+    """
+    if (html is not None) + (style != "text") + as_json > 1:
+        raise UsageError("inspect: --html, --format and --json are three forms of one thing. Give one of them.")
+    if html is not None:
+        _write_page(artifact, html)
+    elif style in ("dot", "model-explorer"):
+        click.echo(_graph_file(artifact, style), nl=False)
+    else:
+        from vlmbuild.builder.summary import inspect as run_inspect
+        from vlmbuild.report.tables import inspect_report
+
+        document = run_inspect(artifact)
+        as_json = as_json or style == "json"
+        click.echo(json.dumps(document, indent=2, default=str) if as_json else "\n".join(inspect_report(document)))
+
+
+def _write_page(artifact: Path, html: Path) -> None:
+    from vlmbuild.report.html import page
+
+    with StageProgress() as progress:
+        text = page(artifact, progress)
+    with output_errors(html):
+        html.write_text(text, encoding="utf-8")
+    click.echo(f"{html}: {len(text.encode()):,} bytes")
+
+
+def _graph_file(artifact: Path, style: str) -> str:
+    from vlmbuild.artifact.reader import ArtifactReader
+    from vlmbuild.ir.shapes import annotate_shapes
+    from vlmbuild.report.exchange import to_dot, to_model_explorer
+    from vlmbuild.runtime.load import read_program
+
+    program = read_program(ArtifactReader(artifact, verify=False))
+    annotate_shapes(program)
+    return to_dot(program) if style == "dot" else json.dumps(to_model_explorer(program), indent=1) + "\n"

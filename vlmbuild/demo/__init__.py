@@ -1,0 +1,1 @@
+"""The demo, its task and its data."""

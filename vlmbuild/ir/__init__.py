@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, regions, printing, serialization, shapes and costs."""

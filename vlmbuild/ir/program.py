@@ -1,0 +1,253 @@
+"""The intermediate representation: variants that call regions, regions whose parameters are inputs.
+
+A `Program` is independent of weights, of the device, and of the compute dtype: it is captured in bfloat16, so that every
+cast is visible, and a bfloat16 literal in a graph means "the dtype the model computes in" (`COMPUTE_DTYPE`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+from vlmbuild.formats import WeightFormat
+
+COMPUTE_DTYPE = torch.bfloat16
+"""Stands in graphs and slots for the dtype that is chosen when the program is bound to weights."""
+
+SlotKind = Literal["parameter", "buffer", "constant"]
+Role = Literal["vision", "projector", "embedding", "language", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter that a region takes as an input.
+
+    Attributes:
+        name: Relative to the instance, for example "self_attn.q_proj.weight".
+        shape: Static sizes.
+        dtype: `COMPUTE_DTYPE` for weights that follow the compute dtype.
+        kind: "parameter" is trainable, "buffer" is stored but not trained, "constant" follows from the config.
+        role: What the tensor does in the model; decides what is quantized.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: SlotKind
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecipe:
+    """In which format a source tensor of every instance is stored. Slots without a recipe are stored as they are.
+
+    Attributes:
+        source: Relative name of the tensor in the source checkpoint.
+        shape: Shape of the source tensor, (out features, in features).
+        format: How it is stored.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    format: WeightFormat
+
+
+@dataclass(slots=True)
+class Region:
+    """One graph and the instances that share it. Placeholders are the slots in order, then the activations.
+
+    Attributes:
+        name: For example "language_model.layers".
+        graph: A `GraphModule` without parameters of its own.
+        slots: One per leading placeholder.
+        instances: Module paths ("model.language_model.layers.7"); "" for the parts between repeated blocks.
+        activations: Shape of every activation; sizes that change from batch to batch have names.
+        recipes: What becomes of source tensors that are not stored as they are.
+        dimensions: Symbol in the graph's shapes -> name of the program's dimension.
+    """
+
+    name: str
+    graph: GraphModule
+    slots: tuple[Slot, ...]
+    instances: tuple[str, ...]
+    activations: tuple[tuple[int | str, ...], ...]
+    recipes: tuple[WeightRecipe, ...] = ()
+    dimensions: dict[str, str] = field(default_factory=dict)
+
+    def placeholders(self) -> list[Node]:
+        """The graph's placeholder nodes: the slots in order, then the activations."""
+        return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+
+    def results(self) -> list[Node]:
+        """The nodes that the graph returns."""
+        return returned_nodes(self.graph)
+
+    def slot_nodes(self) -> dict[Node, Slot]:
+        """The placeholder of each slot."""
+        return dict(zip(self.placeholders(), self.slots, strict=False))
+
+    def add_slot(self, slot: Slot) -> Node:
+        """Append a slot; returns its placeholder."""
+        placeholders = self.placeholders()
+        anchor = placeholders[len(self.slots)]
+        with self.graph.graph.inserting_before(anchor):
+            node = self.graph.graph.placeholder(f"slot_{slot.name.replace('.', '_')}")
+        mode = detect_fake_mode([other.meta.get("val") for other in placeholders])
+        with mode if mode is not None else nullcontext():
+            node.meta["val"] = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+        self.slots += (slot,)
+        return node
+
+    def remove_slot(self, node: Node) -> None:
+        """Remove the slot of a placeholder that nothing uses any more."""
+        index = self.placeholders().index(node)
+        self.slots = self.slots[:index] + self.slots[index + 1 :]
+        self.graph.graph.erase_node(node)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a region by a variant; values are named as in static single assignment."""
+
+    region: str
+    instance: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """An input of a variant. A dimension is a size or the name of a symbol, with a factor as in "4*merged"."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    def is_about_tokens(self) -> bool:
+        """Whether a dimension counts tokens or samples; every other input is about images."""
+        words = {word for size in self.shape if isinstance(size, str) for word in size.replace("*", " ").split()}
+        return bool(words & TOKEN_DIMENSIONS)
+
+
+TOKEN_DIMENSIONS = frozenset({"sequence", "samples", "batch", "new", "past", "length"})
+"""Names of sizes that follow from the text."""
+
+
+def parse_size(size: str) -> tuple[int, str]:
+    """ "4*merged" -> (4, "merged"); "samples" -> (1, "samples")."""
+    factor, star, name = size.rpartition("*")
+    return (int(factor) if star else 1), name
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A straight line of region calls, for one kind of batch ("image": with images, "text": without).
+
+    Attributes:
+        inputs: What it takes.
+        calls: In order.
+        output: The logits.
+        presents: Further values that it returns: the grown key-value cache.
+    """
+
+    inputs: tuple[Input, ...]
+    calls: tuple[Call, ...]
+    output: str
+    presents: tuple[str, ...] = ()
+
+    def image_values(self) -> tuple[str, ...]:
+        """The values that are computed from images alone and that tokens read, in order."""
+        still = {entry.name for entry in self.inputs if not entry.is_about_tokens()}
+        computed: dict[str, None] = {}
+        read: set[str] = set()
+        for call in self.calls:
+            if still.issuperset(call.inputs):
+                still.update(call.outputs)
+                computed.update(dict.fromkeys(call.outputs))
+            else:
+                read.update(call.inputs)
+        return tuple(name for name in computed if name in read)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """A rotary position embedding that appears in the model.
+
+    Attributes:
+        head_dim: Channels of a head; half of them are angles.
+        sections: Angles per position axis. One and three axes are those of text, two those of a vision tower.
+        shared: Each axis starts again at the first frequency, and the tower rotates in float32; else the axes split one
+            range of frequencies, and states are rotated in the compute dtype.
+        scaling: Factor on cosines and sines (YaRN, arXiv:2309.00071, section 3.4).
+    """
+
+    head_dim: int
+    sections: tuple[int, ...]
+    shared: bool
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What passes may know of a model: numbers, never the family's name."""
+
+    rotary: tuple[Rotary, ...]
+
+
+@dataclass(slots=True)
+class Program:
+    """A captured model.
+
+    Attributes:
+        family: Key of `vlmbuild.families.FAMILIES`, for the host prologue and the config.
+        geometry: What passes may know.
+        variants: By name.
+        regions: By name; shared by the variants.
+        ties: Alias of a parameter -> the name that holds it ("lm_head.weight" of a tied model).
+    """
+
+    family: str
+    geometry: Geometry
+    variants: dict[str, Variant]
+    regions: dict[str, Region]
+    ties: dict[str, str] = field(default_factory=dict)
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """(absolute name, slot) of every distinct tensor, in the order of the regions and their instances."""
+        seen = set()
+        for region in self.regions.values():
+            for instance in region.instances:
+                for slot in region.slots:
+                    name = join(instance, slot.name)
+                    if name not in seen:
+                        seen.add(name)
+                        yield name, slot
+
+
+def returned_nodes(graph_module: GraphModule) -> list[Node]:
+    """The nodes that a graph returns, one or several."""
+    returned: Any = graph_module.graph.output_node().args[0]
+    return [returned] if isinstance(returned, Node) else list(returned)
+
+
+def needed_nodes(wanted: Collection[Node], given: Collection[Node] = ()) -> set[Node]:
+    """The wanted nodes and all behind them, as far as the given ones."""
+    found: set[Node] = set()
+    waiting = [node for node in wanted if node not in given]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [other for other in node.all_input_nodes if other not in given]
+    return found
+
+
+def join(instance: str, name: str) -> str:
+    """The absolute name of a slot of an instance."""
+    return f"{instance}.{name}" if instance else name

@@ -1,0 +1,122 @@
+"""Shapes of a program's values, from its variants' inputs alone: also of a program that was loaded, whose graphs have none."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from vlmbuild.ir.printer import size_text
+from vlmbuild.ir.program import Program, Region
+
+Size = int | torch.SymInt
+Values = dict[Node, Any]
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
+"""Example sizes: distinct, so that no two symbols are taken for one, and neither 0 nor 1, which are special cases."""
+
+
+class Shapes:
+    """The values that regions compute, as tensors without data.
+
+    Attributes:
+        values: Region name -> the values of its nodes. Instances of a region have the same.
+        dimensions: Symbol in shapes -> name of the program's dimension.
+    """
+
+    def __init__(self, program: Program, wanted: Collection[str] | None = None) -> None:
+        """
+        Args:
+            program: Its graphs need no shapes.
+            wanted: Names of the regions that are asked about; None is all. Variants that do not help are not run.
+        """
+        sizes = [size for variant in program.variants.values() for entry in variant.inputs for size in entry.shape]
+        names = sorted({name for size in sizes for name in _NAME.findall(str(size))})
+        example = _symbolic(names)
+        self._mode = example.fake_mode
+        self._symbols: dict[str, torch.SymInt] = dict(zip(names, example.shape, strict=True))
+        self.dimensions = {str(symbol): name for name, symbol in self._symbols.items()}
+        self.values: dict[str, Values] = {}
+        for variant in sorted(program.variants.values(), key=lambda variant: len(variant.calls)):
+            if self.values.keys() >= set(program.regions if wanted is None else wanted):
+                break
+            known = {entry.name: self._empty(entry.shape, entry.dtype) for entry in variant.inputs}
+            for call in variant.calls:
+                region = program.regions[call.region]
+                if region.name not in self.values:
+                    self.values[region.name] = self._run(region, [known[name] for name in call.inputs])
+                results = (self.values[region.name][node] for node in region.results())
+                known.update(zip(call.outputs, results, strict=True))
+
+    def annotate(self, region: Region) -> None:
+        """Give a region's nodes their values, and say its shapes in the names of dimensions."""
+        for node, value in self.values[region.name].items():
+            node.meta["val"] = value
+        region.dimensions = self.dimensions
+        activations = region.placeholders()[len(region.slots) :]
+        region.activations = tuple(self.sizes(node.meta["val"]) for node in activations)
+
+    def sizes(self, value: Tensor) -> tuple[int | str, ...]:
+        """A value's shape, with names for sizes that change."""
+        return tuple(s if isinstance(s, int) else size_text(s, self.dimensions) for s in value.shape)
+
+    def _size(self, size: int | str) -> Size:
+        """ "4*merged", "batch*new", "past + new"."""
+        if isinstance(size, int):
+            return size
+        products = [[part.strip() for part in term.split("*")] for term in size.split("+")]
+        return sum(math.prod(int(p) if p.isdigit() else self._symbols[p] for p in product) for product in products)
+
+    def _empty(self, shape: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
+        with self._mode:
+            return torch.empty([self._size(size) for size in shape], dtype=dtype, device="meta")
+
+    def _run(self, region: Region, activations: list[Tensor]) -> Values:
+        recorder = _Recorder(region.graph, garbage_collect_values=False)
+        slots = [self._empty(slot.shape, slot.dtype) for slot in region.slots]
+        with self._mode, torch.no_grad():
+            recorder.run(*slots, *activations)
+        return recorder.values
+
+
+def annotate_shapes(program: Program) -> None:
+    """Give every node of a program's regions its value, as a captured program's nodes have, in place."""
+    shapes = Shapes(program)
+    for region in program.regions.values():
+        shapes.annotate(region)
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the value of every node."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.values: Values = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.op != "output":
+            self.values[n] = result
+        return result
+
+
+def _symbolic(names: list[str]) -> Any:
+    """A tensor without data that has a symbol of its own for each name as a dimension; torch.export makes them."""
+
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clone()
+
+    sizes = _PRIMES[: len(names)]
+    assert len(sizes) == len(names)
+    dims = {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
+    example = torch.empty(sizes, device="meta")
+    exported = torch.export.export(Same(), (example,), dynamic_shapes=(dims,), strict=False)
+    (value,) = (node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder")
+    return value

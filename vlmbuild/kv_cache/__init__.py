@@ -1,0 +1,1 @@
+"""Derive programs that read and write a key-value cache."""

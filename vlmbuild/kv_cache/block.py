@@ -1,0 +1,141 @@
+"""One block's graph with a key-value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.errors import PassError
+from vlmbuild.ir.program import Region
+
+CacheForm = Literal["growing", "static"]
+"""Whether keys and values are concatenated with those of the new tokens, or these are written into buffers."""
+FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
+
+aten = torch.ops.aten
+_ATTENTION = frozenset(
+    getattr(torch.ops.vlmbuild, name).default
+    for name in ("attention", "attention_auto", "attention_sdpa", "attention_triton")
+)
+_KEY, _VALUE, _BOUNDS, _CAUSAL, _SCALE = 1, 2, 4, 7, 8
+"""Places of the operator's arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedBlock:
+    """A block with a cache.
+
+    Attributes:
+        region: Its activations are those of the block, with the mask in the place of the bounds, and then the cached keys
+            and values (and the position, for a static cache). A growing cache's keys and values follow the block's results.
+        bounds: Place of the mask among the activations.
+    """
+
+    region: Region
+    bounds: int
+
+
+def self_attention(region: Region) -> Node | None:
+    """A block's causal attention within packed samples.
+
+    Raises:
+        PassError: It has several.
+    """
+    found = [
+        node for node in _attentions(region) if node.args[_CAUSAL] is True and isinstance(node.args[_BOUNDS], Node)
+    ]
+    if len(found) > 1:
+        raise PassError(f"{region.name} has {len(found)} causal attention operators; a cache needs a block for each.")
+    return found[0] if found else None
+
+
+def given_keys(region: Region) -> dict[int, str]:
+    """Places of activations that attention reads as they are, as "key" or "value"."""
+    activations = region.placeholders()[len(region.slots) :]
+    found = {}
+    for node in _attentions(region):
+        for name, argument in (("key", node.args[_KEY]), ("value", node.args[_VALUE])):
+            if isinstance(argument, Node) and argument in activations:
+                found[activations.index(argument)] = name
+    return found
+
+
+def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
+    """A copy of a block with a cache; None if the region attends to no samples.
+
+    Before: attention(q, k, v, None, bounds, None, None, True, scale)         [1, heads, batch * new, head dim]
+    After, growing:
+            attention(q', cat(past_key, k'), cat(past_value, v'), mask, None, None, None, True, scale)
+    After, static:
+            attention(q', index_copy_(past_key, 2, position, k'), ..., mask, None, None, None, False, scale)
+
+    q', k', v' are the rows [batch, heads, new, head dim] of the rectangle. Legal because a query that is i-th from the end
+    sees all keys but the last i, and no padding, as within its bounds; for one new token the mask says all.
+    """
+    site = self_attention(region)
+    if site is None:
+        return None
+    graph = Graph()
+    values: dict[Node, Node] = {}
+    outputs: Any = graph.graph_copy(region.graph.graph, values)
+    node = values[site]
+    query, key, value, _, bounds, *_ = node.args
+    assert isinstance(bounds, Node)
+    place = _activations(graph, region).index(bounds)
+    mask = _placeholder(graph, "attention_mask", bounds)
+    past = [_placeholder(graph, name, _activations(graph, region)[-1]) for name in ("past_key", "past_value")]
+    with graph.inserting_before(node):
+        batch = graph.call_function(aten.sym_size.int, (past[0], 0))
+        rows = [_rows(graph, x, batch) for x in (query, key, value)]
+        if form == "growing":
+            keys = [graph.call_function(aten.cat.default, (pair, 2)) for pair in zip(past, rows[1:], strict=True)]
+        else:
+            position = _placeholder(graph, "cache_position", past[1])
+            write = aten.index_copy_.default
+            keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, rows[1:], strict=True)]
+        node.args = (rows[0], *keys, mask, None, None, None, form == "growing", node.args[_SCALE])
+    _one_row(graph, node)
+    if bounds.users:
+        raise PassError(f"{region.name} reads the bounds of samples besides attention; such a block has no cache.")
+    graph.erase_node(bounds)
+    graph.output((*outputs, *(keys if form == "growing" else ())))
+    module = GraphModule(nn.Module(), graph, class_name="Region")
+    shapes = ((),) * (len(_activations(graph, region)))
+    return CachedBlock(
+        Region(f"{region.name}.cached", module, region.slots, region.instances, shapes, region.recipes), place
+    )
+
+
+def _attentions(region: Region) -> list[Node]:
+    return [node for node in region.graph.graph.nodes if node.target in _ATTENTION]
+
+
+def _activations(graph: Graph, region: Region) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"][len(region.slots) :]
+
+
+def _placeholder(graph: Graph, name: str, after: Node) -> Node:
+    with graph.inserting_after(after):
+        return graph.placeholder(name)
+
+
+def _rows(graph: Graph, x: Any, batch: Node) -> Node:
+    """[1, heads, batch * new, head dim] as [batch, heads, new, head dim]."""
+    divided = graph.call_function(aten.unflatten.int, (x, 2, [batch, -1]))
+    return graph.call_function(aten.transpose.int, (graph.call_function(aten.squeeze.dim, (divided, 0)), 0, 1))
+
+
+def _one_row(graph: Graph, node: Node) -> None:
+    """Hand on the operator's result [batch, new, heads, head dim] as [1, batch * new, heads, head dim]."""
+    users = list(node.users)
+    with graph.inserting_after(node):
+        flat = graph.call_function(aten.flatten.using_ints, (node, 0, 1))
+    with graph.inserting_after(flat):
+        whole = graph.call_function(aten.unsqueeze.default, (flat, 0))
+    for user in users:
+        user.replace_input_with(node, whole)

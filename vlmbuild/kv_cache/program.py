@@ -1,0 +1,178 @@
+"""Give a program's text a key-value cache, so that a step of generation computes its new tokens and nothing twice.
+
+Below passes and runtime, since both need it: `passes/add_cache.py` and a loaded model when it first generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Input, Program, Region, Variant
+from vlmbuild.ir.shapes import Shapes
+from vlmbuild.kv_cache.block import CachedBlock, CacheForm, cached_block, given_keys, self_attention
+from vlmbuild.kv_cache.split_images import divide_images
+
+STEP = "decode"
+"""The variant of steps after a prompt with images, where blocks read images; elsewhere it is "text"."""
+MASK, POSITION = "attention_mask", "cache_position"
+PAST, PRESENT, CROSS = "past_key_values", "present", "cross_key_values"
+TOKENS = "batch*new"
+"""The size of values that have a row for every token."""
+
+
+def with_cache(program: Program, form: CacheForm = "growing") -> Program:
+    """A program whose variants take a key-value cache, and return it grown or write into it.
+
+    A batch is a rectangle here, `new` tokens of each of `batch` rows, row by row, with a mask over all tokens so far. What
+    is added, where N is the number of a decoder block:
+
+        growing  attention_mask           i64[batch, past + new]
+                 past_key_values.N.key    compute[batch, kv heads, past, head dim], and .value
+                 present.N.key            compute[batch, kv heads, past + new, head dim], and .value
+        static   attention_mask           i64[batch, length], zero where nothing is written yet
+                 past_key_values.N.key    compute[batch, kv heads, length, head dim], and .value; written in place
+                 cache_position           i64[1], where the step's token is written
+
+    The growing form serves prompts (past = 0) and steps, the static one steps of one token. Where blocks read images by
+    cross-attention, the variant "image" also returns their keys and values of the images, and a variant "decode", for the
+    steps after it, takes them: cross_key_values.N.key and .value.
+
+    Args:
+        program: After its passes; it stays as it is, and regions that need no change are shared.
+        form: Of the cache.
+
+    Raises:
+        PassError: A block has another form than this knows.
+    """
+    if has_cache(program):
+        return program
+    divided, images = divide_images(program)
+    asked = {name for name, region in divided.regions.items() if self_attention(region) or given_keys(region)}
+    shapes = Shapes(divided, asked)
+    _name_cross(divided, images)
+    _add_step(divided, images, shapes)
+    if form == "static":
+        divided.variants = {name: v for name, v in divided.variants.items() if name == STEP or not images[name]}
+    cached = _with_blocks(divided, shapes, form)
+    changed = cached.regions.keys() - program.regions.keys()
+    final = Shapes(cached, changed)
+    for name in changed:
+        final.annotate(cached.regions[name])
+    return cached
+
+
+def has_cache(program: Program) -> bool:
+    """Whether this has been done to a program."""
+    return any(entry.name == MASK for variant in program.variants.values() for entry in variant.inputs)
+
+
+def cached_inputs(variant: Variant) -> tuple[Input, ...]:
+    """A variant's cached keys and values, in pairs."""
+    return tuple(entry for entry in variant.inputs if entry.name.startswith(f"{PAST}."))
+
+
+def present_name(past: str) -> str:
+    """Of a cached key or value after a step."""
+    return past.replace(PAST, PRESENT, 1)
+
+
+def _name_cross(program: Program, images: dict[str, frozenset[str]]) -> None:
+    """Name the keys and values of images that blocks read, and make their variant return them."""
+    for name, variant in program.variants.items():
+        named: dict[str, str] = {}
+        for call in variant.calls:
+            for place, kind in given_keys(program.regions[call.region]).items():
+                if call.instance and call.inputs[place] in images[name]:
+                    named[call.inputs[place]] = f"{CROSS}.{_number(call)}.{kind}"
+        calls = tuple(_renamed(call, named) for call in variant.calls)
+        program.variants[name] = replace(variant, calls=calls, presents=tuple(named.values()))
+        images[name] = frozenset(named.get(value, value) for value in images[name])
+
+
+def _add_step(program: Program, images: Mapping[str, frozenset[str]], shapes: Shapes) -> None:
+    """The part of a variant that reads tokens, where its blocks read images too."""
+    for name, variant in list(program.variants.items()):
+        if not variant.presents:
+            continue
+        calls = tuple(call for call in variant.calls if not images[name].issuperset(call.inputs))
+        crossing = {value: shape for call in calls for value, shape in _shapes_of(call, program, shapes)}
+        read = {value for call in calls for value in call.inputs}
+        inputs = [entry for entry in variant.inputs if entry.name in read]
+        known = {entry.name for entry in inputs}
+        inputs += [
+            Input(value, COMPUTE_DTYPE, crossing[value])
+            for value in dict.fromkeys(value for call in calls for value in call.inputs)
+            if value in images[name] and value not in known
+        ]
+        program.variants[STEP] = Variant(tuple(inputs), calls, variant.output)
+
+
+def _shapes_of(call: Call, program: Program, shapes: Shapes) -> Iterator[tuple[str, tuple[int | str, ...]]]:
+    """The shapes of a call's inputs."""
+    region = program.regions[call.region]
+    for value, node in zip(call.inputs, region.placeholders()[len(region.slots) :], strict=True):
+        yield value, shapes.sizes(shapes.values[region.name][node])
+
+
+def _heads(region: Region, shapes: Shapes) -> tuple[int, int]:
+    """Key heads and head dimension of a block's self-attention."""
+    site = self_attention(region)
+    assert site is not None
+    _, heads, _, dim = shapes.values[region.name][site.args[1]].shape  # type: ignore[index]
+    return int(heads), int(dim)
+
+
+def _with_blocks(program: Program, shapes: Shapes, form: CacheForm) -> Program:
+    """The program with cached blocks, and the regions that its calls still need."""
+    blocks = {name: block for name, region in program.regions.items() if (block := cached_block(region, form))}
+    heads = {name: _heads(program.regions[name], shapes) for name in blocks}
+    variants = {name: _cached(variant, blocks, heads, form) for name, variant in program.variants.items()}
+    known = program.regions | {block.region.name: block.region for block in blocks.values()}
+    used = dict.fromkeys(call.region for variant in variants.values() for call in variant.calls)
+    return Program(program.family, program.geometry, variants, {name: known[name] for name in used}, program.ties)
+
+
+def _cached(
+    variant: Variant, blocks: Mapping[str, CachedBlock], heads: Mapping[str, tuple[int, int]], form: CacheForm
+) -> Variant:
+    past, rows, tokens = ("past", "past + new", TOKENS) if form == "growing" else ("length", "length", "batch")
+    inputs = {
+        entry.name: replace(entry, shape=tuple(tokens if size == "sequence" else size for size in entry.shape))
+        for entry in variant.inputs
+    }
+    inputs[MASK] = Input(MASK, torch.int64, ("batch", rows))
+    if form == "static":
+        inputs[POSITION] = Input(POSITION, torch.int64, (1,))
+    calls: list[Call] = []
+    presents: list[str] = []
+    for call in variant.calls:
+        if call.region not in blocks:
+            calls.append(call)
+            continue
+        names = [f"{PAST}.{_number(call)}.{kind}" for kind in ("key", "value")]
+        of_block, dim = heads[call.region]
+        inputs |= {name: Input(name, COMPUTE_DTYPE, ("batch", of_block, past, dim)) for name in names}
+        grown = [present_name(name) for name in names] if form == "growing" else []
+        calls.append(_with_cache(call, blocks[call.region], (*names, *([POSITION] if form == "static" else [])), grown))
+        presents += grown
+    read = {value for call in calls for value in call.inputs}
+    kept = tuple(entry for entry in inputs.values() if entry.name in read)
+    return Variant(kept, tuple(calls), variant.output, (*presents, *variant.presents))
+
+
+def _with_cache(call: Call, block: CachedBlock, names: tuple[str, ...], grown: list[str]) -> Call:
+    inputs = (*call.inputs[: block.bounds], MASK, *call.inputs[block.bounds + 1 :], *names)
+    return Call(block.region.name, call.instance, inputs, (*call.outputs, *grown))
+
+
+def _renamed(call: Call, names: Mapping[str, str]) -> Call:
+    inputs, outputs = (tuple(names.get(value, value) for value in values) for values in (call.inputs, call.outputs))
+    return replace(call, inputs=inputs, outputs=outputs)
+
+
+def _number(call: Call) -> str:
+    """Of a block among its like, the last part of its name."""
+    return call.instance.rpartition(".")[2]

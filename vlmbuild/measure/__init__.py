@@ -1,0 +1,1 @@
+"""Measurements that answer one question: does it still compute the same?"""

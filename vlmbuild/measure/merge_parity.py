@@ -1,0 +1,233 @@
+"""Hold merged weights against source and adapter: the same batch through both, one block in memory, in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmbuild.adapters.merge import without_adapter
+from vlmbuild.adapters.peft_files import Adapter
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.checkpoint.source import Progress
+from vlmbuild.checkpoint.tensors import SourceTensor
+from vlmbuild.checkpoint.values import source_values
+from vlmbuild.errors import BatchError, ParityError, SourceError
+from vlmbuild.families import Family, HostBatch
+from vlmbuild.ir.program import Program, Region, join
+from vlmbuild.measure.calibration import Batch, batches_digest
+from vlmbuild.runtime.load import instance_tensors
+from vlmbuild.runtime.onnx.session import FOLDER
+from vlmbuild.runtime.onnx.weights import OnnxWeights
+from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
+from vlmbuild.util.cpu import single_threaded
+
+TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
+"""The relative error of logits up to which merged weights are published, by the dtype that they are stored in. Everything is
+computed in float32, so the error is that of rounding the weights once (by 2^-25, 2^-12, 2^-9 of each, at most), which adds up
+over tens of layers; in float32 sums in another order come on top."""
+
+SHARE = 0.5
+"""Of what the adapter does to the logits, the error must be at most this share: above it, merged weights are nearer to those
+without the adapter, because it was not merged or because rounding swallows it."""
+
+_STEP = 2**22
+_TEXT = "Describe the picture. What is in it, and where?"
+
+TensorsOf = Callable[[Region, str], Mapping[str, Tensor]]
+"""(region, instance) -> its tensors by module name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A batch of one sample with an image, made of nothing but a formula and the source's processor.
+
+    Attributes:
+        prepared: After the host prologue.
+        digest: SHA-256 (hex) of what the processor gave.
+    """
+
+    prepared: HostBatch
+    digest: str
+
+
+def make_probe(program: Program, family: Family, config: Any, directory: Path) -> Probe:
+    """The probe for a checkpoint, before any work on its weights.
+
+    Raises:
+        SourceError: The checkpoint has no readable processor, or it does not belong to its config.json.
+    """
+    processor = family.processor(directory)
+    rows = next(slot.shape[0] for _, slot in program.slots() if slot.role == "embedding")
+    try:
+        batch = _batch(processor)
+        if int(batch["input_ids"].max()) >= rows:
+            raise BatchError(f"it makes token {int(batch['input_ids'].max())}, and the model has {rows}.")
+        return Probe(family.prepare(batch, config, processor), batches_digest([batch]))
+    except Exception as error:  # templates and processors raise whatever they like
+        raise SourceError(
+            f"The processor in {directory} cannot make a batch of an image and a text for this model: {error} The merged "
+            "model is compared with the adapter on one, so put the model's own processor and chat template there."
+        ) from error
+
+
+def _batch(processor: Any) -> Batch:
+    down, right = np.mgrid[:64, :96]
+    image = Image.fromarray(np.stack([right * 2, down * 3, (right * down) % 256], axis=-1).astype(np.uint8))
+    if not processor.chat_template:  # a base model's
+        text = f"{processor.image_token}{_TEXT}"
+        return dict(processor(images=[image], text=[text], return_tensors="pt"))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": _TEXT}]
+    messages = [[{"role": "user", "content": content}]]
+    return dict(
+        processor.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ParityCheck:
+    """What merged weights are held against.
+
+    Attributes:
+        family, config: Of the model.
+        reference: The program with LoRA slots, unquantized.
+        merged: The program as it is stored.
+        weights: Of the source.
+        tensors: The source's parameters by module name.
+        adapter: That is merged.
+        probe: The batch.
+        dtype: Name of the stored dtype.
+        progress: Told how many blocks have run.
+    """
+
+    family: Family
+    config: Any
+    reference: Program
+    merged: Program
+    weights: CheckpointWeights
+    tensors: Mapping[str, SourceTensor]
+    adapter: Adapter
+    probe: Probe
+    dtype: str
+    progress: Progress
+
+    def measure(self, directory: Path) -> Sequence[Mapping[str, Any]]:
+        """The manifest's records about the weights in a directory.
+
+        Raises:
+            ParityError: The merged weights compute something else than source and adapter do.
+        """
+        formats = sorted({recipe.format.name for region in self.merged.regions.values() for recipe in region.recipes})
+        with _one_thread():
+            expected = self._logits(self.reference, self._source_tensors(self.adapter), 0)
+            before = self._logits(self.reference, self._source_tensors(without_adapter(self.adapter)), 1)
+            found = self._logits(self.merged, _written_tensors(directory, self.family), 2)
+        error, effect = _relative(found, expected), _relative(before, expected)
+        limit = math.inf if formats else self._limit(effect)
+        self._check(error, effect, limit)
+        agreed = int((found.argmax(-1) == expected.argmax(-1)).sum())
+        return [
+            {
+                "case": "merged against source and adapter", "batch": self.probe.digest, "dtype": self.dtype,
+                "formats": formats, "error": f"{error:.1e}", "tolerance": "" if formats else f"{limit:.1e}",
+                "effect": f"{effect:.1e}", "tokens": found.shape[-2], "top1": agreed,
+            }
+        ]  # fmt: skip
+
+    def _limit(self, effect: float) -> float:
+        """The error up to which weights are published; an adapter that does nothing has no share to lose."""
+        floor = TOLERANCES["float32"] / 10  # what the order of sums may do
+        return min(TOLERANCES[self.dtype], max(SHARE * effect, floor) if effect else math.inf)
+
+    def _check(self, error: float, effect: float, limit: float) -> None:
+        if not math.isfinite(error):
+            raise ParityError(
+                f"The merged weights give NaN or infinity in {self.dtype}; nothing was published. Merge with --dtype float32, "
+                "or repair the source."
+            )
+        if error > limit:
+            raise ParityError(
+                f"The merged model's logits differ from those of source and adapter by {error:.1e} (relative); at most "
+                f"{limit:.1e} is allowed in {self.dtype} for an adapter that changes them by {effect:.1e}. Nothing was "
+                "published. Merge with --dtype float32; if that fails too, report it."
+            )
+
+    @torch.no_grad()
+    def _logits(self, program: Program, tensors_of: TensorsOf, turn: int) -> Tensor:
+        """Logits (1, tokens, vocabulary) in float32; each block's weights are in memory while it runs."""
+        variant = program.variants[self.probe.prepared.variant]
+        state = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in self.probe.prepared.tensors.items()
+        }
+        constants = self.family.constants(self.config)
+        last = {name: number for number, call in enumerate(variant.calls) for name in call.inputs}
+        bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
+        for number, call in enumerate(variant.calls):
+            region = program.regions[call.region]
+            held = {**tensors_of(region, call.instance), **constants}
+            slots = tuple(
+                held[name].float() if is_compute(slot) else held[name]
+                for slot in region.slots
+                for name in [join(call.instance, slot.name)]
+            )
+            results = bound[call.region].run(slots, None, tuple(state[name] for name in call.inputs), training=False)
+            state.update(zip(call.outputs, results, strict=True))
+            for name in [name for name in state if name != variant.output and last.get(name, -1) <= number]:
+                del state[name]  # nobody reads it any more
+            self.progress("parity", turn * len(variant.calls) + number + 1, 3 * len(variant.calls))
+        return state[variant.output]
+
+    def _source_tensors(self, adapter: Adapter) -> TensorsOf:
+        def tensors_of(region: Region, instance: str) -> dict[str, Tensor]:
+            names = [join(instance, slot.name) for slot in region.slots if slot.kind != "constant"]
+            return {name: self._source_tensor(adapter, name) for name in names}
+
+        return tensors_of
+
+    def _source_tensor(self, adapter: Adapter, name: str) -> Tensor:
+        if name in adapter.tensors:
+            return adapter.tensors[name].float()
+        if name in adapter.trained:
+            return adapter.trained[name]
+        source = self.tensors[name]
+        if source.format is None:
+            return self.weights.map(source.name)
+        return torch.cat(list(source_values(self.weights, source, torch.float32, _STEP))).view(source.shape)
+
+
+def _written_tensors(directory: Path, family: Family) -> TensorsOf:
+    """What the files of an artifact stand for, whatever its target."""
+    if (directory / FOLDER).is_dir():
+        models = OnnxWeights(directory)
+        return lambda region, instance: {
+            name: models.tensor(name)
+            for slot in region.slots
+            if slot.kind == "parameter"
+            for name in [join(instance, slot.name)]
+        }
+    written = CheckpointWeights(directory)
+    return lambda region, instance: dict(instance_tensors(region, instance, family, written))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that the figures, and with them the artifact's id, do not depend on the number of cores."""
+    with single_threaded() as start:
+        start()
+        yield
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    difference = (found.double() - expected.double()).norm()
+    return float(difference / expected.double().norm())

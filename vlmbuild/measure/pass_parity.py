@@ -1,0 +1,214 @@
+"""Parity within one run: captured = after each exact pass = after all of them, forward and gradients, on seeded inputs.
+
+Stored numbers would drift with torch; here both sides are computed in the same process, in float32, from the config alone.
+It runs on the CPU, where attention is SDPA whatever the recipe says; the Triton kernels have parity tests of their own.
+Every region runs once, with random weights at its full width: a repeated block that would only repeat it hands its
+activations on. The first pass after which values differ is the one to blame.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from vlmbuild.errors import UsageError
+from vlmbuild.families import Family
+from vlmbuild.ir.program import Call, Input, Program, Region, Slot, Variant, join, parse_size
+from vlmbuild.rewrite.pass_manager import Pass, run
+from vlmbuild.runtime.torch.region_instance import BoundRegion
+
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+"""Relative norms, float32: exact passes change the order of summation at most. With random weights the gradients of queries
+and keys cancel to a ten-thousandth of the others, and are rounded accordingly; a broken pass is off by percents."""
+
+_CANCELLED = 1e-4
+"""Share of the norm of all values below which a gradient counts as this much."""
+
+_SIZES = (6, 5, 7, 8, 9, 10)
+_LARGEST_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Errors against the captured graph after a pass: relative norms, the largest of all variants and tensors."""
+
+    name: str
+    forward: float
+    gradient: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether values are the same."""
+        return self.forward <= TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """One step a pass, in order.
+
+    Attributes:
+        steps: What was computed.
+        refused: Why nothing was, or "".
+    """
+
+    steps: tuple[Step, ...]
+    refused: str = ""
+
+    @property
+    def broken_by(self) -> str:
+        """The first pass that changes values, or ""."""
+        return next((step.name for step in self.steps if not step.holds), "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        steps = [{"pass": step.name, "forward": step.forward, "gradient": step.gradient} for step in self.steps]
+        return {"steps": steps, "broken_by": self.broken_by, "refused": self.refused}
+
+
+def pass_parity(program: Program, family: Family, config: Any, passes: Sequence[Pass]) -> Parity:
+    """Run a captured program after each of some exact passes. `program` stays as it is.
+
+    Raises:
+        UsageError: Its regions take more memory than a check may.
+    """
+    program = copy.deepcopy(program)
+    _check_size(program)
+    constants = family.constants(config)
+    expected = _values(program, constants)
+    floor = _CANCELLED * math.sqrt(sum(value.square().sum().item() for value in expected.values()))
+    steps = []
+    for step in passes:
+        run([step], program)
+        actual = _values(program, constants)
+        errors = [_error(actual.get(name), value, floor) for name, value in expected.items()]
+        forward = max(error for name, error in zip(expected, errors, strict=True) if name.endswith(" logits"))
+        gradient = max(error for name, error in zip(expected, errors, strict=True) if not name.endswith(" logits"))
+        steps.append(Step(step.name, forward, gradient))
+    return Parity(tuple(steps))
+
+
+def parity_lines(name: str, parity: Parity) -> list[str]:
+    """A table for people."""
+    if parity.refused:
+        return [f"{name}: parity was not computed: {parity.refused}"]
+    limits = f"(at most {TOLERANCE:.0e}, gradients {GRADIENT_TOLERANCE:.0e})"
+    lines = [f"{name}: captured = after each exact pass, float32, relative errors {limits}"]
+    lines += [f"  {step.name:<20} forward {step.forward:.1e}  gradient {step.gradient:.1e}" for step in parity.steps]
+    verdict = f"broken by {parity.broken_by}" if parity.broken_by else "all equal"
+    return [*lines, f"  {verdict}"]
+
+
+def _check_size(program: Program) -> None:
+    """Weights, and their gradients, of one instance a region."""
+    count = sum(math.prod(slot.shape) for region in program.regions.values() for slot in region.slots)
+    if 8 * count > _LARGEST_BYTES:
+        raise UsageError(
+            f"--bisect runs one block of each kind at full width, which takes {8 * count / 2**30:.0f} GiB for this model; "
+            f"the limit is {_LARGEST_BYTES / 2**30:.0f}. Bisect with a smaller model of the family: passes are the same."
+        )
+
+
+def _values(program: Program, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The logits of every variant, and the gradients of all its weights."""
+    values: dict[str, Tensor] = {}
+    for name, variant in program.variants.items():
+        weights: dict[str, Tensor] = {}
+        logits = _forward(program, variant, constants, weights)
+        seed = _random(f"gradient {name}", tuple(logits.shape))
+        trained = {key: weight for key, weight in weights.items() if weight.requires_grad}
+        grads = torch.autograd.grad(logits, list(trained.values()), seed, allow_unused=True)
+        values[f"{name} logits"] = logits.detach()
+        values |= {f"{name} {key}": grad for key, grad in zip(trained, grads, strict=True) if grad is not None}
+    return values
+
+
+def _forward(program: Program, variant: Variant, constants: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    symbols = dict.fromkeys(
+        parse_size(size)[1] for entry in variant.inputs for size in entry.shape if isinstance(size, str)
+    )
+    sizes = dict(zip(symbols, _SIZES, strict=False))
+    values = {entry.name: _input(entry, sizes) for entry in variant.inputs}
+    graphs = {name: _runnable(region) for name, region in program.regions.items()}
+    first: dict[str, Call] = {}
+    for call in variant.calls:
+        handed_on = _handed_on(first[call.region], call) if call.region in first else None
+        if handed_on is not None:
+            values[call.outputs[0]] = values[handed_on]
+            continue
+        first.setdefault(call.region, call)
+        held = [
+            _weight(join(call.instance, slot.name), slot, constants, weights)
+            for slot in program.regions[call.region].slots
+        ]
+        results = graphs[call.region](*held, *(values[name] for name in call.inputs))
+        values.update(zip(call.outputs, results, strict=True))
+    return values[variant.output]
+
+
+def _runnable(region: Region) -> GraphModule:
+    """The region in float32 on the CPU: before any pass, graphs still assert and name the device that they were traced on."""
+    graph = BoundRegion(region, torch.float32, ()).graph
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+        node.args = tuple(
+            torch.device("cpu") if isinstance(argument, torch.device) else argument for argument in node.args
+        )
+    graph.recompile()
+    return graph
+
+
+def _handed_on(first: Call, call: Call) -> str | None:
+    """The input of a repeated call that takes the place of its result: the only one that the first call did not have."""
+    changed = [now for was, now in zip(first.inputs, call.inputs, strict=True) if was != now]
+    return changed[0] if len(changed) == 1 and len(call.outputs) == 1 else None
+
+
+def _weight(name: str, slot: Slot, constants: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    if slot.kind == "constant":
+        return constants[name]
+    if name not in weights:
+        scale = math.prod(slot.shape[1:]) ** -0.5 if len(slot.shape) > 1 else 0.5
+        weights[name] = (_random(name, slot.shape) * scale).requires_grad_()
+    return weights[name]
+
+
+def _input(entry: Input, sizes: Mapping[str, int]) -> Tensor:
+    """Seeded values that any model takes: small indices, and segments of which one is long and some are empty."""
+    shape = [
+        size if isinstance(size, int) else parse_size(size)[0] * sizes[parse_size(size)[1]] for size in entry.shape
+    ]
+    if entry.dtype.is_floating_point:
+        return _random(entry.name, tuple(shape))
+    if entry.name.endswith("cu_seqlens"):
+        return torch.tensor([0, *[2] * (shape[0] - 2), min(_SIZES)], dtype=entry.dtype)
+    generator = torch.Generator().manual_seed(_seed(entry.name))
+    values = torch.randint(0, 2, shape, generator=generator)
+    if entry.dtype == torch.bool and values.dim() > 1:
+        values[..., 0] = 1  # every query sees something
+    return values.to(entry.dtype)
+
+
+def _random(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_seed(name)))
+
+
+def _seed(name: str) -> int:
+    """Of a name: the same in every process, whatever else is drawn."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
+
+
+def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
+    """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`. What is not finite
+    is infinitely far off, since comparisons would pass over NaN."""
+    difference = expected if actual is None else actual - expected  # a gradient that is gone is zero
+    error = float(difference.norm().item() / max(expected.norm().item(), floor))
+    return error if math.isfinite(error) else math.inf

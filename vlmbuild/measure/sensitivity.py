@@ -1,0 +1,153 @@
+"""How much each linear layer would lose if it were quantized, and which ones to keep within a budget of bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.checkpoint.source import Progress
+from vlmbuild.checkpoint.tensors import SourceTensor
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.formats import FourBit, WeightFormat
+from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+from vlmbuild.quant.bnb_quantize import quantize_blocks
+from vlmbuild.quant.decide import Decision, LinearLayer
+from vlmbuild.util.cpu import available_cores, single_threaded
+
+_PIECE = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What quantization does to a layer.
+
+    Attributes:
+        layer: The layer.
+        error: Squared error relative to the squared norm: of the weight; or of the block's output on calibration batches.
+    """
+
+    layer: LinearLayer
+    error: float
+
+
+def weight_losses(
+    layers: Sequence[LinearLayer],
+    form: FourBit,
+    weights: CheckpointWeights,
+    tensors: Mapping[str, SourceTensor],
+    dtype: torch.dtype,
+    progress: Progress,
+) -> list[Loss]:
+    """Measure the rounding of weights, read in small pieces, on all cores. The rounding of the scales themselves, which is
+    the same for all and a hundred times smaller, is left out.
+
+    Args:
+        layers: To measure.
+        form: In which they would be stored.
+        weights: Of the source.
+        tensors: The source's parameters by module name.
+        dtype: To which weights are cast before they are quantized.
+        progress: Told how many layers are done.
+
+    Raises:
+        SourceError: A weight holds NaN or infinity.
+    """
+
+    def measure(layer: LinearLayer) -> Loss:
+        source = tensors[f"{layer.module}.weight"]
+        error = norm = 0.0
+        for values in _pieces(weights, source, dtype):
+            rounding = (values.float() - rounded(values, form, source.name)).double()
+            error += rounding.square().sum().item()
+            norm += values.double().square().sum().item()
+        return Loss(layer, error / norm if norm else 0.0)
+
+    found = []
+    with single_threaded() as start_thread, ThreadPoolExecutor(available_cores(), initializer=start_thread) as pool:
+        for loss in pool.map(measure, layers):
+            found.append(loss)
+            progress("sensitivity", len(found), len(layers))
+    return found
+
+
+def rounded(values: Tensor, form: FourBit, name: str) -> Tensor:
+    """What flat values become in 4 bits, float32; scales are not rounded. Raises SourceError for NaN and infinity."""
+    packed, absmax = quantize_blocks(values, quant_type=form.name, blocksize=form.blocksize)
+    if not torch.isfinite(absmax).all():
+        raise SourceError(
+            f"The tensor {name} holds NaN or infinity. Repair the checkpoint, or add it to the skip list."
+        )
+    count = values.numel()
+    return dequantize_4bit(
+        packed, absmax, None, None, count, 1, form.blocksize, form.name, torch.float32
+    ).flatten()  # fmt: skip
+
+
+def keep_within(losses: Sequence[Loss], form: FourBit, budget: float, kept_bits: int) -> dict[str, WeightFormat | None]:
+    """Module -> format: layers keep their dtype in the order of the loss that a bit spent on them saves, while the average
+    stays within the budget.
+
+    Args:
+        losses: Of all layers that may be quantized.
+        form: Of those that are.
+        budget: Bits per weight, with scales, on average over these layers.
+        kept_bits: Bits per weight of a layer that is kept.
+
+    Raises:
+        UsageError: The budget is below what `form` takes for all.
+    """
+    weights = sum(math.prod(loss.layer.shape) for loss in losses)
+    spent = sum(form.bits(loss.layer.shape) for loss in losses)
+    if spent > budget * weights:
+        raise UsageError(
+            f"A budget of {budget:g} bits per weight cannot be met: {form.describe()} takes {spent / weights:.3f}. Give at "
+            "least that, or larger blocks."
+        )
+    chosen: dict[str, WeightFormat | None] = {loss.layer.module: form for loss in losses}
+    for loss in sorted(losses, key=lambda loss: (-_density(loss, form, kept_bits), loss.layer.module)):
+        extra = kept_bits * math.prod(loss.layer.shape) - form.bits(loss.layer.shape)
+        if spent + extra <= budget * weights:
+            chosen[loss.layer.module] = None
+            spent += extra
+    return chosen
+
+
+def refine(
+    decisions: Mapping[str, Decision], losses: Sequence[Loss], form: FourBit, budget: float, kept_bits: int
+) -> dict[str, Decision]:
+    """The decisions with those about the measured layers made anew, within the budget. Raises what `keep_within` raises."""
+    chosen = keep_within(losses, form, budget, kept_bits)
+    measured = {
+        loss.layer.module: Decision(form, error=loss.error)
+        if chosen[loss.layer.module]
+        else Decision(None, "sensitive, kept within the budget", loss.error)
+        for loss in losses
+    }
+    return {module: measured.get(module, decision) for module, decision in decisions.items()}
+
+
+def _density(loss: Loss, form: FourBit, kept_bits: int) -> float:
+    extra = kept_bits * math.prod(loss.layer.shape) - form.bits(loss.layer.shape)
+    # Three digits: what a sum's order changes beyond them must not decide.
+    return float(f"{loss.error / extra:.2e}") if extra > 0 else math.inf
+
+
+def check_plain(source: SourceTensor) -> None:
+    """Raise SourceError for a tensor that is quantized already."""
+    if source.format is not None:
+        raise SourceError(
+            f"{source.name} is quantized already ({source.format.describe()}), so what it lost cannot be measured. Build "
+            "with auto from the unquantized checkpoint."
+        )
+
+
+def _pieces(weights: CheckpointWeights, source: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    total = math.prod(source.shape)
+    for first in range(0, total, _PIECE):
+        yield weights.read_part(source.name, first, min(_PIECE, total - first)).to(dtype)

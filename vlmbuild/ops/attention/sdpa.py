@@ -1,0 +1,238 @@
+"""Attention through torch's own kernels: packed segments one run at a time, rows that see the same groups of keys at once,
+a dense mask only where torch needs one.
+
+On a CPU the flash kernels are called directly, because they take grouped queries and hand out the log-sum-exp;
+elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs its forward again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmbuild.errors import UsageError
+from vlmbuild.ops.attention.op import Masks, allowed_keys, check_attention
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+class _Run(NamedTuple):
+    """`many` neighbouring segments of `length` rows each, the first at `start`."""
+
+    start: int
+    length: int
+    many: int
+
+
+def runs(cu_seqlens: Tensor, rows: int) -> list[_Run]:
+    """Segments with neighbours of equal length joined, empty ones left out.
+
+    Raises:
+        UsageError: the bounds fall, or leave `[0, rows]`.
+    """
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] < 0 or bounds[-1] > rows or any(a > b for a, b in pairwise(bounds)):
+        raise UsageError(f"attention: cu_seqlens {bounds[:8]}... must rise from 0 to at most {rows} rows")
+    found: list[_Run] = []
+    for start, end in pairwise(bounds):
+        if end > start and found and found[-1].length == end - start:
+            found[-1] = found[-1]._replace(many=found[-1].many + 1)
+        elif end > start:
+            found.append(_Run(start, end - start, 1))
+    return found
+
+
+def _segments(x: Tensor, run: _Run) -> Tensor:
+    """`[1, H, S, D]` as `[many, H, length, D]`: a view, each segment of the run an element of the batch."""
+    rows = x[0, :, run.start : run.start + run.length * run.many]
+    return rows.view(rows.shape[0], run.many, run.length, rows.shape[2]).transpose(0, 1)
+
+
+class _Call(NamedTuple):
+    """One call of a dense kernel: the part of the rows and keys it covers, its mask, and whether it is plainly causal.
+
+    The part is all, a run of segments (a view), or chosen rows and keys (copies).
+    """
+
+    run: _Run | None = None
+    rows: Tensor | None = None
+    keys: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        return self._part(x, self.rows)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        return self._part(x, self.keys)
+
+    def _part(self, x: Tensor, chosen: Tensor | None) -> Tensor:
+        if self.run is not None:
+            return _segments(x, self.run)
+        return x if chosen is None else x.index_select(2, chosen)
+
+    def put_rows(self, target: Tensor, part: Tensor) -> None:
+        """Rows belong to one call only."""
+        if self.rows is not None:
+            target.index_copy_(2, self.rows, part)
+        else:
+            self.of_rows(target).copy_(part)
+
+    def add_keys(self, target: Tensor, part: Tensor) -> None:
+        """Keys may be seen by the rows of several calls."""
+        if self.rows is None:
+            self.of_keys(target).copy_(part)
+        elif self.keys is None:
+            target.add_(part)
+        else:
+            target.index_add_(2, self.keys, part)
+
+
+def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_Call]:
+    if masks.key_groups is not None and masks.visible_groups is not None:
+        yield from _group_calls(masks.key_groups, masks.visible_groups)
+        return
+    key_mask = masks.key_mask
+    # On a CPU a look at the mask costs next to nothing; a GPU would have to be waited for, where a mask is as good.
+    if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
+        key_mask = None
+    if masks.cu_seqlens is None:
+        mask, plain = _mask(query, key.shape[2], key_mask, causal)
+        yield _Call(mask=mask, causal=plain)
+        return
+    for run in runs(masks.cu_seqlens, query.shape[2]):
+        part = _segments(query, run)
+        last = run.start + run.length * run.many
+        keys = None if key_mask is None else key_mask[0, run.start : last].view(run.many, run.length)
+        mask, plain = _mask(part, run.length, keys, causal)
+        yield _Call(run, mask=mask, causal=plain)
+
+
+def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
+    """One call for all rows that see the same groups: they need no mask, only their keys."""
+    patterns, run_of_row = (visible_groups != 0).unique_consecutive(dim=0, return_inverse=True)
+    patterns, pattern_of_run = patterns.unique(dim=0, return_inverse=True)
+    pattern_of_row = pattern_of_run[run_of_row]
+    for number, pattern in enumerate(patterns):
+        seen = pattern[key_groups.to(torch.int64)]
+        keys = None if bool(seen.all()) else seen.nonzero().squeeze(1)
+        if keys is None or len(keys):
+            yield _Call(rows=(pattern_of_row == number).nonzero().squeeze(1), keys=keys)
+
+
+def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
+    """An additive mask if one is needed, and whether the kernel's causal flag (aligned to the start) says it all."""
+    batch, _, length, _ = query.shape
+    causal = causal and length > 1  # the only query is the last one: it sees every key
+    if key_mask is None and (not causal or length == keys):
+        return None, causal
+    if causal or key_mask is None:
+        allowed = allowed_keys(length, keys, Masks(key_mask), causal, query.device)
+    else:
+        allowed = (key_mask != 0)[:, None, None, :]
+    additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+    additive = additive.masked_fill_(~allowed, float("-inf"))
+    return additive.expand(batch, additive.shape[1], length, keys), False
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """`[B, Hq, S, D]` in the memory order of the `[B, S, Hq, D]` result."""
+    batch, heads, length, dim = x.shape
+    return x.new_zeros((batch, length, heads, dim)).transpose(1, 2)
+
+
+def logsumexp_like(query: Tensor) -> Tensor:
+    """Zeros `[B, Hq, S]` in the dtype that kernels accumulate in."""
+    return query.new_zeros(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def _lane_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def sdpa_forward(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    check_attention(query, key, value, masks, causal)
+    query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
+    if query.numel() == 0 or key.numel() == 0:
+        return _rows_first(query).transpose(1, 2), logsumexp_like(query)
+    if cu_seqlens is None and key_groups is None:
+        (call,) = _calls(query, key, masks, causal)
+        result, rows = _run_forward(query, key, value, call, scale)
+        return result.transpose(1, 2).contiguous(), logsumexp_like(query) if rows is None else rows
+    out, logsumexp = _rows_first(query), logsumexp_like(query)
+    for call in _calls(query, key, masks, causal):
+        result, rows = _run_forward(call.of_rows(query), call.of_keys(key), call.of_keys(value), call, scale)
+        call.put_rows(out, result)
+        if rows is not None:
+            call.put_rows(logsumexp.unsqueeze(-1), rows.unsqueeze(-1))
+    return out.transpose(1, 2), logsumexp
+
+
+def _run_forward(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: float) -> tuple[Tensor, Tensor | None]:
+    if query.device.type == "cpu":
+        out, rows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, call.causal, attn_mask=call.mask, scale=scale
+        )
+        return out, rows.contiguous()
+    return _any_device(query, key, value, call, scale), None
+
+
+def _any_device(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    mask = call.mask if call.mask is None else call.mask.contiguous()
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=call.causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def sdpa_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    key_groups: Tensor | None, visible_groups: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
+    scale: float,
+) -> Grads:  # fmt: skip
+    """Gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
+    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
+    grad, out = _lane_dense(grad).transpose(1, 2), out.transpose(1, 2)
+    shapes = (query.shape, key.shape, value.shape)
+    if query.numel() == 0 or key.numel() == 0:
+        return query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2])
+    if cu_seqlens is None and key_groups is None:
+        (call,) = _calls(query, key, masks, causal)
+        grads = _run_backward(grad, query, key, value, out, logsumexp, call, scale)
+        return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
+    whole = (query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2]))
+    for call in _calls(query, key, masks, causal):
+        rows = call.of_rows(logsumexp.unsqueeze(-1)).squeeze(-1)
+        g, q, o = (call.of_rows(x) for x in (grad, query, out))
+        k, v = call.of_keys(key), call.of_keys(value)
+        grad_query, grad_key, grad_value = _run_backward(g, q, k, v, o, rows, call, scale)
+        call.put_rows(whole[0], grad_query)
+        call.add_keys(whole[1], grad_key)
+        call.add_keys(whole[2], grad_value)
+    return whole
+
+
+def _run_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, rows: Tensor, call: _Call, scale: float
+) -> Grads:
+    if query.device.type == "cpu":
+        grads: Grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, out, rows, 0.0, call.causal, attn_mask=call.mask, scale=scale
+        )
+        return grads
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        again = _any_device(leaves[0], leaves[1], leaves[2], call, scale)
+    first, second, third = torch.autograd.grad(again, leaves, grad)
+    return first, second, third

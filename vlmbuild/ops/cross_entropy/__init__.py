@@ -1,0 +1,1 @@
+"""Cross-entropy from logits in one pass."""

@@ -1,0 +1,1 @@
+"""Linear layers on 4-bit weights."""

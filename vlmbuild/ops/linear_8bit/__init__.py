@@ -1,0 +1,1 @@
+"""Linear layers on 8-bit weights (LLM.int8)."""

@@ -1,0 +1,1 @@
+"""float32 linear layers through oneDNN on CPUs."""

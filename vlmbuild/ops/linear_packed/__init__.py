@@ -1,0 +1,1 @@
+"""Linear layers on blocks of 4-bit integers (ONNX Runtime)."""

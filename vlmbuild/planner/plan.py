@@ -1,0 +1,243 @@
+"""What a build would do, from config.json alone: no weights are read, downloaded or needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor
+from transformers.image_utils import SizeDict
+
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.builder.build import planned_weights, read_model, rewrite, trace_program
+from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
+from vlmbuild.checkpoint.source import Progress, Source, resolve
+from vlmbuild.checkpoint.tensors import announced_formats, published_name, source_tensors, stored_formats
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families import Family, ImageCost
+from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.program import Program
+from vlmbuild.planner.memory import Memory, Workload, estimate_memory
+from vlmbuild.quant.decide import decide
+from vlmbuild.recipe import Recipe
+from vlmbuild.rewrite.pass_manager import PassReport
+
+Image = str | Path | tuple[int, int]
+"""A file, or (height, width)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedImage:
+    """An image, before the processor resizes it (height and width in pixels), and what it costs."""
+
+    name: str
+    height: int
+    width: int
+    cost: ImageCost
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A build before it happens.
+
+    Attributes:
+        source: Where it would come from, as the manifest would name it.
+        family: The model family.
+        architecture: As config.json names it.
+        recipe: What was asked for.
+        variants: Kinds of batches that have a graph of their own.
+        regions: Graphs and how often they occur: name, instances, operators, parameters (of one instance).
+        passes: What each pass did.
+        roles: role, parameters, quantized (parameters), bytes as stored, kept (why parameters are not quantized).
+        ties: Name of a tensor that is not stored -> the one that it shares.
+        images: What the given images cost.
+        memory: What the model needs to load, to infer, and to train an adapter.
+    """
+
+    source: str
+    family: str
+    architecture: str
+    recipe: Recipe
+    variants: tuple[str, ...]
+    regions: tuple[dict[str, Any], ...]
+    passes: tuple[PassReport, ...]
+    roles: tuple[dict[str, Any], ...]
+    ties: dict[str, str]
+    images: tuple[PlannedImage, ...]
+    memory: Memory
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        return sum(role["parameters"] for role in self.roles)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stored tensors; a nested quantization state may turn out a few bytes shorter."""
+        return sum(role["bytes"] for role in self.roles)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "source": self.source,
+            "family": self.family,
+            "architecture": self.architecture,
+            "recipe": self.recipe.to_mapping(),
+            "variants": list(self.variants),
+            "regions": list(self.regions),
+            "passes": [report.record() for report in self.passes],
+            "roles": list(self.roles),
+            "ties": self.ties,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "images": [
+                {"name": image.name, "height": image.height, "width": image.width, **image.cost._asdict()}
+                for image in self.images
+            ],
+            "memory": self.memory.to_json(),
+        }
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe = Recipe(),
+    *,
+    images: Iterable[Image] = (),
+    limits: Mapping[str, int] | None = None,
+    workload: Workload = Workload(),
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Say what a build would do.
+
+    Args:
+        source: As for `vlmbuild.build`; a directory with nothing but config.json is enough.
+        recipe: What to build.
+        images: Files or (height, width) pairs whose patches and tokens to count; needs the image processor's settings too.
+            Each sample of the batch that memory is estimated for has all of them; without any it is text only.
+        limits: Take the place of those in the image processor's `size`: "longest_edge", "shortest_edge".
+        workload: The batch and the adapter that memory is estimated for.
+        revision: Of a hub id.
+        progress: Called with a stage's name, the amount done, and the total.
+
+    Raises:
+        UsageError: An image cannot be read, a size is not positive, or the target is not one to train.
+        SourceError: The source cannot be used, or images are given and it has no processor.
+        CaptureError, PassError: The graph cannot be built as asked.
+    """
+    told = progress or (lambda _stage, _done, _total: None)
+    if recipe.target != "trainable":
+        raise UsageError(
+            f"A plan is about the memory to train, and the target {recipe.target} cannot. Leave --target out."
+        )
+    if recipe.quantize is not None and recipe.quantize.format == "auto":
+        raise UsageError(
+            "auto measures weights, and a plan reads none. Plan with nf4; a budget is the bits per weight of what is "
+            "quantized."
+        )
+    sizes = [_size(image) for image in images]
+    if limits and not sizes:
+        raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
+    found = resolve(source, revision=revision, weights=False, progress=told)
+    values, family, config = read_model(found)
+    costs = tuple(_costs(found, family, config, sizes, limits or {}))
+    program = trace_program(family, config, told)
+    stored = _stored_formats(found, family, values, program)
+    reports, _ = rewrite(
+        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published_name(family)), told
+    )
+    refusals = refusals_by_role(program, [report.record() for report in reports])
+    regions = tuple(describe_regions(program))
+    roles = tuple(describe_roles(_weights(program, family, recipe), refusals))
+    told("memory", 0, 1)
+    # The last to look at the program: it adds an adapter.
+    memory = estimate_memory(
+        program, family, config, getattr(torch, recipe.dtype), [image.cost for image in costs], workload
+    )
+    told("memory", 1, 1)
+    return Plan(
+        source=found.uri,
+        family=family.name,
+        architecture=next(name for name in values["architectures"] if name in family.architectures),
+        recipe=recipe,
+        variants=tuple(program.variants),
+        regions=regions,
+        passes=reports,
+        roles=roles,
+        ties=program.ties,
+        images=costs,
+        memory=memory,
+    )
+
+
+def _stored_formats(
+    source: Source, family: Family, values: Mapping[str, Any], program: Program
+) -> Mapping[str, WeightFormat]:
+    """Formats of a quantized source: of its weights if they are here, else what its config tells of."""
+    if values.get("quantization_config") is not None and any(source.directory.glob("*.safetensors")):
+        return stored_formats(source_tensors(CheckpointWeights(source.directory), family, values))
+    return announced_formats(family, values, program, str(source.directory))
+
+
+def _weights(program: Program, family: Family, recipe: Recipe) -> Iterable[StoredWeight]:
+    for parameter in planned_weights(program, family, recipe):
+        nbytes = sum(spec.nbytes for spec in parameter.specs)
+        yield StoredWeight(
+            parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format
+        )
+
+
+def _size(image: Image) -> tuple[str, int, int]:
+    """(name, height, width)."""
+    if isinstance(image, str | Path):
+        from PIL import Image as Images
+
+        try:
+            with Images.open(image) as opened:
+                return str(image), opened.height, opened.width
+        except (OSError, Images.DecompressionBombError) as error:  # OSError also for a file that is no image
+            raise UsageError(
+                f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH."
+            ) from error
+    height, width = image
+    if height < 1 or width < 1:
+        raise UsageError(f"An image cannot have {height} x {width} pixels. Give a positive height and width.")
+    return f"{height}x{width}", height, width
+
+
+def _costs(
+    source: Source, family: Family, config: Any, sizes: Sequence[tuple[str, int, int]], limits: Mapping[str, int]
+) -> Iterable[PlannedImage]:
+    """What images cost, by the image processor's own rules; its settings are enough, no tokenizer is needed."""
+    if not sizes:
+        return
+    image_processor = _image_processor(source)
+    size = dict(image_processor.size)
+    if unread := sorted(set(limits) - set(size)):
+        raise UsageError(
+            f"This model's image processor has no size.{unread[0]} to put a limit on; it has {', '.join(sorted(size))}."
+        )
+    size |= limits
+    if size.get("shortest_edge", 1) > size.get("longest_edge", math.inf):
+        raise UsageError(f"shortest_edge {size['shortest_edge']} is above longest_edge {size['longest_edge']}.")
+    image_processor.size = SizeDict(**size)
+    for name, height, width in sizes:
+        try:
+            cost = family.image_cost(image_processor, config, height, width)
+        except ValueError as error:  # the processor's own limits, for example on the aspect ratio
+            raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
+        yield PlannedImage(name, height, width, cost)
+
+
+def _image_processor(source: Source) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(source.directory, local_files_only=True, backend="pil")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SourceError(
+            f"{source.directory} has no readable preprocessor_config.json or processor_config.json, so the tokens of images "
+            "cannot be counted. Add one, or plan without images."
+        ) from error

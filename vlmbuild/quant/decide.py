@@ -1,0 +1,165 @@
+"""Which linear layers are quantized, and how: decided by what a layer does in the model, and by the user's patterns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.program import Program, Region, Role, Slot, join
+from vlmbuild.quant.spec import QuantSpec
+
+QUANTIZE = "quantize_linear"
+"""The name of the pass that carries decisions out."""
+LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How the weight of a linear layer is stored.
+
+    Attributes:
+        format: None keeps the dtype.
+        reason: Why it keeps the dtype; "" for a quantized one.
+        pinned: A pattern of the user's decided, so that no measurement may.
+        error: What quantization would do to it or does to it (`vlmbuild.measure.sensitivity`), if that was measured.
+    """
+
+    format: WeightFormat | None
+    reason: str = ""
+    error: float | None = None
+    pinned: bool = False
+
+    def record(self, module: str) -> dict[str, str]:
+        """Plain values, as the manifest has them."""
+        record = {"module": module, "format": self.format.describe() if self.format else "", "reason": self.reason}
+        return record if self.error is None else {**record, "error": f"{self.error:.2e}"}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer of an instance.
+
+    Attributes:
+        module: Its name, "model.language_model.layers.0.mlp.up_proj".
+        role: Of its weight.
+        shape: (out features, in features).
+        refusal: Why it can only keep its dtype, or "".
+    """
+
+    module: str
+    role: Role
+    shape: tuple[int, ...]
+    refusal: str
+
+
+def weight_slot(region: Region, node: Node) -> Slot | None:
+    """The slot of a linear layer's weight, None when the weight is computed or has another name."""
+    weight: Any = node.args[1]
+    slot = region.slot_nodes().get(weight)
+    return slot if slot is not None and slot.name.endswith(".weight") else None
+
+
+def linear_layers(program: Program) -> Iterator[LinearLayer]:
+    """Every linear layer whose weight is stored, each once per instance."""
+    holders = Counter(
+        join(instance, slot.name)
+        for region in program.regions.values()
+        for instance in region.instances
+        for slot in region.slots
+    )
+    for region in program.regions.values():
+        for node in region.graph.graph.nodes:
+            slot = weight_slot(region, node) if node.target is LINEAR else None
+            if slot is not None:
+                weight: Any = node.args[1]
+                for instance in region.instances:
+                    name = join(instance, slot.name)
+                    # A tied head is the embedding of another region.
+                    shared = len(weight.users) > 1 or holders[name] > 1
+                    refusal = "its weight is used elsewhere too" if shared else ""
+                    yield LinearLayer(name.removesuffix(".weight"), slot.role, slot.shape, refusal)
+
+
+def decide(
+    program: Program,
+    spec: QuantSpec | None,
+    *,
+    stored: Mapping[str, WeightFormat] | None = None,
+    published: Callable[[str], str] = str,
+) -> dict[str, Decision]:
+    """The decision for every linear layer of a program, by module name.
+
+    Args:
+        program: Before it is quantized.
+        spec: What is asked for; None leaves everything as the source has it.
+        stored: Formats of the layers that the source has quantized already.
+        published: Other name of a module, which patterns may match too.
+
+    Raises:
+        UsageError: A pattern matches no linear layer.
+        SourceError: A layer is quantized already, and another format is asked for.
+    """
+    stored = stored or {}
+    patterns = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
+    decisions = {}
+    for layer in linear_layers(program):
+        names = (layer.module, published(layer.module))
+        if spec is None:
+            decision = Decision(
+                stored.get(layer.module), "" if layer.module in stored else "not quantized in the source"
+            )
+        else:
+            hits = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
+            decision = _decide(layer, spec, set(hits), stored)
+        decisions[layer.module] = decision
+        _check_stored(layer.module, stored.get(layer.module), decision)
+    if spec is not None:
+        _check_matched(decisions, spec, published)
+    return decisions
+
+
+def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping[str, WeightFormat]) -> Decision:
+    """The first rule that says something: what is impossible, the user's patterns, the role, the source."""
+    if layer.refusal:
+        return Decision(None, layer.refusal)
+    if hits.intersection(spec.skip):
+        return Decision(None, "in the skip list")
+    override = next((item for item in spec.overrides if item.pattern in hits), None)
+    if override is not None:
+        form = override.weight_format()
+        return Decision(form, "" if form else "kept by an override", pinned=True)
+    kept = stored.get(layer.module)
+    if spec.format == "source":
+        return Decision(kept, "" if kept else "not quantized in the source")
+    if spec.format == "none":
+        return Decision(None, "nothing is to be quantized")
+    if layer.role not in spec.roles:
+        return Decision(kept, "" if kept else f"role {layer.role} keeps its dtype")
+    return Decision(spec.weight_format())
+
+
+def _check_stored(module: str, stored: WeightFormat | None, decision: Decision) -> None:
+    if stored is not None and decision.format not in (None, stored):
+        raise SourceError(
+            f"{module} is quantized already ({stored.describe()}), and {decision.format.describe()} is asked for; "
+            "rounding twice loses more than once. Build from the unquantized checkpoint, leave the format out to keep the "
+            "source's, or dequantize first with --quantize none."
+        )
+
+
+def _check_matched(decisions: Mapping[str, Decision], spec: QuantSpec, published: Callable[[str], str]) -> None:
+    names = [name for module in decisions for name in (module, published(module))]
+    for pattern in (*spec.skip, *(item.pattern for item in spec.overrides)):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"The pattern {pattern!r} matches no linear layer. Patterns match module names, for example "
+                f"{next(iter(decisions), '*.o_proj')!r} or '*.self_attn.o_proj'."
+            )

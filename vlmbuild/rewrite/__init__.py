@@ -1,0 +1,1 @@
+"""Graph rewriting: patterns, near misses, simplification, and the pass manager."""

@@ -1,0 +1,187 @@
+"""Run passes over a program: all that a pass must not do itself (checking, cleaning up, counting, timing) is done here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from vlmbuild.errors import PassError
+from vlmbuild.ir.printer import digest
+from vlmbuild.ir.program import Geometry, Program, Region
+from vlmbuild.rewrite.pattern import Rewrite
+from vlmbuild.util.gc_paused import resting_collector
+
+
+@dataclass(slots=True)
+class PassOutcome:
+    """What a pass did.
+
+    Attributes:
+        sites: Region name -> rewritten sites of its graph (not multiplied by instances).
+        refusals: Region name -> why sites that looked alike were left alone.
+        divided: Name of a new region -> the region that some of its instances were taken from.
+    """
+
+    sites: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, list[str]] = field(default_factory=dict)
+    divided: dict[str, str] = field(default_factory=dict)
+
+    def add(self, region: str, sites: int, refusals: Iterable[str] = ()) -> None:
+        """Count sites and reasons of a region."""
+        if sites:
+            self.sites[region] = self.sites.get(region, 0) + sites
+        for reason in refusals:
+            self.refusals.setdefault(region, []).append(reason)
+
+    def add_part(self, part: str, region: str) -> None:
+        """Say which region a part was taken from; one that was not divided is its own part."""
+        if part != region:
+            self.divided[part] = region
+
+
+class Pass(Protocol):
+    """A graph rewrite: a frozen dataclass whose fields are its options.
+
+    A pass changes the regions of a program in place and returns what it did. It sees the whole program, because a rewrite
+    may hold in one region only when it holds in its callers, but it must not know the model family. A second run finds
+    nothing. `exact` promises the same values (bit-identical or within 1e-6 in float32), forward and backward.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in reports, manifests and `--require`."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether values stay the same."""
+
+    def __call__(self, program: Program) -> PassOutcome:
+        """Rewrite in place."""
+
+
+@runtime_checkable
+class PatternPass(Protocol):
+    """A pass that says what it looks for, so that one can be told why it found nothing."""
+
+    @property
+    def name(self) -> str:
+        """As of every pass."""
+
+    def rewrites(self, geometry: Geometry) -> tuple[Rewrite, ...]:
+        """What it looks for in a model of this geometry."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """A pass's outcome with what the runner measured.
+
+    Attributes:
+        name: The pass.
+        exact: Whether it keeps values.
+        sites: Region name -> rewritten sites of its graph.
+        matches: Sites in the whole model: those of a region count once per instance.
+        refusals: "region: reason" for sites that looked alike and were left alone.
+        seconds: Time taken.
+    """
+
+    name: str
+    exact: bool
+    sites: dict[str, int]
+    matches: int
+    refusals: tuple[str, ...]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """The part that is the same in every run, as the manifest has it."""
+        return {"name": self.name, "matches": self.matches, "refusals": list(self.refusals)}
+
+
+@resting_collector()
+def run(
+    passes: Iterable[Pass],
+    program: Program,
+    *,
+    require: Iterable[str] = (),
+    before: Iterable[PassReport] = (),
+    on_pass: Callable[[PassReport], None] | None = None,
+) -> tuple[PassReport, ...]:
+    """Run passes in order and hold each to its contract.
+
+    Args:
+        passes: In order.
+        program: Changed in place.
+        require: Names of passes that must rewrite at least one site.
+        before: Of passes that ran earlier, for messages.
+        on_pass: Called after each pass.
+
+    Raises:
+        PassError: A pass failed, left an invalid graph, changed a region it did not count or counted one it did not
+            change, or a required pass matched nothing (or does not exist in this pipeline).
+    """
+    passes = tuple(passes)
+    if unknown := sorted(set(require) - {step.name for step in passes}):
+        known = ", ".join(step.name for step in passes)
+        raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Its passes: {known}.")
+    reports: list[PassReport] = []
+    for step in passes:
+        report = _run_one(step, program, [*before, *reports])
+        if step.name in require and not report.matches:
+            reasons = "; ".join(report.refusals)
+            raise PassError(
+                f"Required pass {step.name} matched nothing{f' ({reasons})' if reasons else ''}. The model's graph has "
+                "another form than the pass knows; check the transformers version, or drop the requirement."
+            )
+        reports.append(report)
+        if on_pass is not None:
+            on_pass(report)
+    return tuple(reports)
+
+
+def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassReport:
+    states = {name: _state(region) for name, region in program.regions.items()}
+    started = time.perf_counter()
+    try:
+        outcome = step(program)
+        for name, region in program.regions.items():
+            if _state(region) != states.get(name):  # shapes are part of the text, so the others' are still right
+                refresh(region)
+    except Exception as error:
+        done = ", ".join(report.name for report in before) or "none"
+        raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error
+    seconds = time.perf_counter() - started
+    origins = {name: outcome.divided.get(name, name) for name in program.regions}
+    changed = {name for name, region in program.regions.items() if _state(region) != states.get(origins[name])}
+    counted = {name for name, sites in outcome.sites.items() if sites}
+    if changed != counted:
+        raise PassError(
+            f"Pass {step.name} breaks its contract: it changed {sorted(changed) or 'nothing'} "
+            f"but counted {sorted(counted) or 'nothing'}."
+        )
+    matches = sum(sites * len(program.regions[name].instances) for name, sites in outcome.sites.items())
+    refusals = tuple(f"{region}: {reason}" for region, reasons in outcome.refusals.items() for reason in reasons)
+    return PassReport(step.name, step.exact, outcome.sites, matches, refusals, seconds)
+
+
+def _state(region: Region) -> tuple[str, int]:
+    """What a pass may change: the digest, and the number of nodes (assertions are not part of the dataflow)."""
+    return digest(region), len(region.graph.graph.nodes)
+
+
+def refresh(region: Region) -> None:
+    """Drop dead nodes, check the graph, recompile its code, and recompute the shapes that rewriting made stale (graphs of
+    a loaded artifact have none)."""
+    graph = region.graph.graph
+    graph.eliminate_dead_code()
+    graph.lint()
+    region.graph.recompile()
+    values = [node.meta.get("val") for node in region.placeholders()]
+    mode = detect_fake_mode(values)
+    if mode is not None:
+        with torch.no_grad():
+            FakeTensorProp(region.graph, mode).propagate_dont_convert_inputs(*values)

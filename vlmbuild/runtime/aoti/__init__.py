@@ -1,0 +1,1 @@
+"""Models that run code compiled ahead of time."""

@@ -1,0 +1,182 @@
+"""Open an artifact's compiled code: a runner for each region, from bytes that were verified, where it can run."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from vlmbuild.errors import IncompatibleError, UsageError
+from vlmbuild.ir.printer import digest
+from vlmbuild.ir.program import Program, Region
+from vlmbuild.kv_cache.block import FORMS
+from vlmbuild.kv_cache.program import cached_inputs
+from vlmbuild.runtime.aoti.code_index import CODE_INDEX, CodeEntry, CodeFile, CodeIndex, compiled_regions
+from vlmbuild.runtime.aoti.platform import check_platform
+from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.key_value_cache import KeyValueCache
+from vlmbuild.runtime.torch.decoding import CachedProgram
+from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.runtime.torch.region_instance import slots_getter
+
+Read = Callable[[str], bytes]
+"""The content of a file of an artifact, checked against its manifest."""
+Runner = Callable[[list[Tensor]], list[Tensor]]
+
+_ROOM = 64
+"""Places that a growing cache gets at once: copying it costs a step 1/64 of what concatenating does, and attention passes over
+at most so many that are empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Machine code that was opened.
+
+    Attributes:
+        runner: Takes a list of tensors, and empties it.
+        inputs: Places among a region's activations, in the order in which it takes them, and their dtypes.
+    """
+
+    runner: Runner
+    inputs: tuple[tuple[int, torch.dtype], ...]
+
+    @classmethod
+    def of(cls, file: CodeFile, runners: Mapping[str, Runner]) -> Self:
+        """From the index."""
+        return cls(runners[file.file], tuple((place, getattr(torch, dtype)) for place, dtype in file.inputs))
+
+
+class CompiledRegion:
+    """A region whose graph was compiled, for inference.
+
+    Args:
+        region: Of the program with a cache.
+        entry: Of the index.
+        runners: By file.
+    """
+
+    def __init__(self, region: Region, entry: CodeEntry, runners: Mapping[str, Runner]) -> None:
+        self.region = region
+        self.code = Code.of(entry.code, runners)
+        self._token = None if entry.token is None else Code.of(entry.token, runners)
+        self._token_axis = entry.token_axis
+        self._written = written_activations(region)
+        self._tensors_of = slots_getter([slot.name for slot in region.slots])
+        self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the code with the owner's tensors, which stay as they are."""
+        tensors = self._tensors.get(owner)
+        if tensors is None:
+            tensors = self._tensors[owner] = tuple(x.detach().contiguous() for x in self._tensors_of(owner))
+        return self.run(tensors, activations)
+
+    def run(self, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run the code, or that for one token.
+
+        Raises:
+            UsageError: An activation is not what the code was compiled for. It would read memory as if it were.
+        """
+        code = self.code
+        if self._token is not None and self._token_axis is not None:
+            place, axis = self._token_axis
+            code = self._token if activations[place].shape[axis] == 1 else code
+        inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in code.inputs]
+        return tuple(code.runner([*tensors, *inputs]))
+
+    def _laid_out(self, value: Tensor, place: int, dtype: torch.dtype) -> Tensor:
+        if value.dtype != dtype or value.device.type != "cpu":
+            raise UsageError(
+                f"{self.region.name} was compiled for {dtype} on a CPU and got {value.dtype} on {value.device}. Leave the "
+                "model as it was loaded."
+            )
+        if not value.is_contiguous() and place in self._written:
+            raise UsageError(
+                f"{self.region.name} writes into its cache, which has to be contiguous. Make it by new_cache."
+            )
+        return value.contiguous()
+
+
+def written_activations(region: Region) -> frozenset[int]:
+    """Places of the activations that a region's graph writes into."""
+    places = {node: place for place, node in enumerate(region.placeholders()[len(region.slots) :])}
+    return frozenset(
+        places[node.args[0]]
+        for node in region.graph.graph.nodes
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.args[0] in places
+    )
+
+
+def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
+    """Let a model's programs with a cache run the compiled regions of its artifact.
+
+    Raises:
+        IncompatibleError: The code is for another platform, dtype or graph, or cannot be opened.
+    """
+    index = read_index(read, where)
+    check_platform(index.platform, where)
+    if getattr(torch, index.dtype, None) != model.dtype:
+        raise IncompatibleError(
+            f"{where}: its code computes in {index.dtype}, and its weights are in {model.dtype}. Build the artifact again."
+        )
+    runners: dict[str, Runner] = {}
+    for form in FORMS:
+        cached = model.cached(form)
+        bound = dict(cached.bound)
+        for name, region in compiled_regions(cached.program).items():
+            entry = _entry(index, cached.program, form, name, where)
+            for code in entry.files:
+                if code.file not in runners:
+                    runners[code.file] = _runner(read(code.file), f"{where}: {code.file}")
+            bound[name] = CompiledRegion(region, entry, runners)
+        model.use_cached(form, CachedProgram(cached.program, bound))
+
+
+def new_code_cache(model: VisionLanguageModel, length: int | None) -> KeyValueCache:
+    """An empty cache for compiled regions, growing or with room for so many tokens. A single token is written in place in
+    both: that is what there is code for."""
+    program = model.cached("growing").program
+    return KeyValueCache(cached_inputs(program.variants["text"]), length, _ROOM)
+
+
+def read_index(read: Read, where: str) -> CodeIndex:
+    """Raises IncompatibleError for an index that this vlmbuild does not know."""
+    try:
+        return CodeIndex.from_record(json.loads(read(CODE_INDEX)))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"{where}: {CODE_INDEX} cannot be read: {error!r}. Build the artifact again."
+        ) from error
+
+
+def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str) -> CodeEntry:
+    entry = index.regions.get(form, {}).get(name)
+    if entry is None or entry.graph != digest(program.regions[name], shapes=False):
+        raise IncompatibleError(
+            f"{where}: this version of vlmbuild has another graph for {name} than its code was compiled from. Build the "
+            "artifact again."
+        )
+    return entry
+
+
+def _runner(package: bytes, where: str) -> Runner:
+    """Runs the machine code of a package, which is opened from a file of its own: nobody else can write to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "region.pt2"
+        file.write_bytes(package)
+        try:
+            opened = torch._inductor.aoti_load_package(
+                str(file), run_single_threaded=True
+            )  # no locks: a model serves one caller at a time
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise IncompatibleError(f"{where} cannot be opened: {reason} Build the artifact again.") from error
+    runner: Runner = opened.loader.boxed_run
+    return runner

@@ -1,0 +1,73 @@
+"""An ONNX artifact as a model: transformers' generation over ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import IncompatibleError, SourceError, UsageError
+from vlmbuild.families import Family, family_named
+from vlmbuild.ir.serialize import PROGRAM_FILE
+from vlmbuild.runtime.inference_model import InferenceModel, dtype_name
+from vlmbuild.runtime.key_value_cache import KeyValueCache
+from vlmbuild.runtime.onnx.decoding import OnnxDecoding, OnnxModels
+
+
+class OnnxVisionLanguageModel(InferenceModel):
+    """`model(**processor_batch)` gives `.logits`; `model.generate(**processor_batch, ...)` is transformers' own generation.
+
+    Tensors go in and come out on the CPU, whatever device the models run on. It has no weights that could be trained.
+    """
+
+    target = "onnx"
+
+    def __init__(self, models: OnnxModels, family: Family, config: Any, processor: Any, path: Path) -> None:
+        super().__init__(family, config, processor, path)
+        self.models = models
+
+    def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
+        return OnnxDecoding(self.models, self.family, self.config, self.processor, cache, keep).logits(batch)
+
+    def new_cache(self, length: int | None = None) -> KeyValueCache:
+        """An empty cache. Raises UsageError for one of fixed length."""
+        if length is not None:
+            raise UsageError("An ONNX artifact has a cache that grows. Leave cache_implementation='static' out.")
+        return KeyValueCache(self.models.cached())
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors go in and come out."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings and logits."""
+        return next(entry.dtype for entry in self.models.decoder.inputs if entry.name == "inputs_embeds")
+
+    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+        if isinstance(target, torch.dtype):
+            return f"The models were exported in {self.dtype}. Build them with --dtype {dtype_name(target)}."
+        return (
+            f"Tensors go in and come out on the CPU. To run the models on {target}, load with device={str(target)!r}."
+        )
+
+
+def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:
+    """The model of an ONNX artifact whose files have been verified.
+
+    Raises:
+        DeviceError: There is no execution provider for the device.
+        IncompatibleError: A file does not fit the others.
+    """
+    try:
+        program = json.loads((directory / PROGRAM_FILE).read_text(encoding="utf-8"))
+        family = family_named(program["family"])
+        config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, SourceError) as error:
+        raise IncompatibleError(f"The files of {directory} do not belong together: {error} Build it again.") from error
+    processor = family.processor(directory)
+    return OnnxVisionLanguageModel(OnnxModels.open(directory, device), family, config, processor, directory)

@@ -1,0 +1,149 @@
+"""Open ONNX models of an artifact: which execution provider runs them, and that their weights lie in the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import DeviceError, IncompatibleError
+from vlmbuild.ir.program import Input
+from vlmbuild.util.cpu import available_cores
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FOLDER = "onnx"
+_WARNINGS = 3
+"""ONNX Runtime's log level from which it writes: errors. Its warnings are about its own optimizations."""
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSession:
+    """One model, ready to run.
+
+    Attributes:
+        inputs: What must be passed.
+        optional: Names of what may be passed besides.
+    """
+
+    session: Any
+    inputs: tuple[Input, ...]
+    optional: frozenset[str]
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs by name, from the inputs among the values."""
+        names = [entry.name for entry in self.inputs] + sorted(self.optional & values.keys())
+        dtypes = {entry.name: entry.dtype for entry in self.inputs}
+        fed = {name: np.asarray(values[name].to(dtypes.get(name, values[name].dtype)).contiguous()) for name in names}
+        outputs = self.session.get_outputs()
+        results = self.session.run(None, fed)
+        return {output.name: torch.from_numpy(result) for output, result in zip(outputs, results, strict=True)}
+
+
+def open_session(directory: Path, stem: str, device: str = "cpu", *, economical: bool = False) -> OnnxSession:
+    """Open `onnx/STEM.onnx` of an artifact whose files have been verified.
+
+    Args:
+        directory: The artifact.
+        stem: Of the file's name.
+        device: "cpu" or "cuda".
+        economical: Read weights where they are mapped, and do not lay them out anew; slower, in a fraction of the memory.
+
+    Raises:
+        DeviceError: This onnxruntime has no provider for the device, or it does not start.
+        IncompatibleError: The model is not one that this onnxruntime can run, or its weights are not in the artifact.
+    """
+    import onnxruntime
+
+    provider = check_provider(device)
+    file = directory / FOLDER / f"{stem}.onnx"
+    check_data_files(file)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = _WARNINGS
+    if economical:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=[provider])
+    except Exception as error:  # its exceptions have no common type of their own
+        raise IncompatibleError(
+            f"{file}: onnxruntime {onnxruntime.__version__} cannot open it: {_first_line(error)} Build it again with this "
+            "version of vlmbuild, or use a newer onnxruntime."
+        ) from error
+    if provider not in session.get_providers():
+        raise DeviceError(
+            f"onnxruntime did not start its provider for {device!r}, and took {session.get_providers()[0]}. Install CUDA "
+            "and cuDNN as it needs them, or use the CPU."
+        )
+    inputs = tuple(Input(entry.name, _dtype(file, entry), tuple(entry.shape)) for entry in session.get_inputs())
+    optional = frozenset(entry.name for entry in session.get_overridable_initializers())
+    return OnnxSession(session, inputs, optional)
+
+
+def check_provider(device: str) -> str:
+    """The execution provider of a device. Raises DeviceError when the installed onnxruntime has none."""
+    import onnxruntime
+
+    provider = PROVIDERS.get(device)
+    available = onnxruntime.get_available_providers()
+    if provider is None or provider not in available:
+        raise DeviceError(
+            f"The installed onnxruntime {onnxruntime.__version__} cannot run on {device!r}; it has "
+            f"{', '.join(available)}. Use device='cpu', or install onnxruntime-gpu."
+        )
+    return provider
+
+
+def check_data_files(file: Path) -> None:
+    """Refuse a model whose weights are not whole files beside it.
+
+    Raises:
+        IncompatibleError: The model is no ONNX model, or its weights are missing, lie elsewhere, or end too early.
+    """
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise IncompatibleError(f"{file} is not a readable ONNX model: {_first_line(error)} Build it again.") from error
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_location(file, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
+
+
+def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
+    location = where.get("location", "")
+    data = file.parent / location
+    if not location or Path(location).name != location or location in (".", ".."):
+        raise IncompatibleError(
+            f"{file}: the weight {tensor} lies at {location!r}, outside of the folder of its model. Such a model is not "
+            "opened; build it again."
+        )
+    if data.is_symlink() or not data.is_file():
+        raise IncompatibleError(
+            f"{file}: its weights {location!r} are missing. Copy the whole folder, or build it again."
+        )
+    offset, length = where.get("offset", "0"), where.get("length", "0")
+    if not (offset.isdigit() and length.isdigit()) or int(offset) + int(length) > data.stat().st_size:
+        raise IncompatibleError(f"{data} ends before the weight {tensor} of {file.name} does. Copy it again.")
+
+
+def _dtype(file: Path, entry: Any) -> torch.dtype:
+    if entry.type not in _DTYPES:
+        raise IncompatibleError(f"{file}: the input {entry.name} is a {entry.type}, which vlmbuild never writes.")
+    return _DTYPES[entry.type]
+
+
+def _first_line(error: Exception) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".") + "."

@@ -1,0 +1,1 @@
+"""Trainable models that run their program in torch."""

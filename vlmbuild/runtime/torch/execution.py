@@ -1,0 +1,134 @@
+"""Run a variant of a bound program: its regions in order, then the head, for logits or for a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from vlmbuild.families import HostBatch
+from vlmbuild.ir.program import Call, Program, join
+from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.torch.loss import IGNORED, labelled_rows, summed_cross_entropy
+from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
+from vlmbuild.runtime.torch.state import module_at
+
+if TYPE_CHECKING:
+    from vlmbuild.runtime.torch.model import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One batch on one model.
+
+    Attributes:
+        model: Bound to weights.
+        prepared: The batch, after the host prologue.
+        shape: Of input_ids, (batch, sequence).
+        compiler: The callback of a surrounding `torch.compile`, or None.
+    """
+
+    model: VisionLanguageModel
+    prepared: HostBatch
+    shape: torch.Size
+    compiler: Compiler = None
+
+    def hidden(self) -> Tensor:
+        """What the head reads: (tokens, hidden), packed. A value is let go after its last reader."""
+        check_same_variant(self.model, self.prepared.variant)
+        gather_unreached(self.model)
+        device = self.model.device
+        values = {name: tensor.to(device, non_blocking=True) for name, tensor in self.prepared.tensors.items()}
+        run_calls(self._calls()[:-1], values, self._call)
+        return values[self._head().inputs[0]].squeeze(0)
+
+    def logits(self, hidden: Tensor, keep: int = 0) -> Tensor:
+        """(batch, sequence, vocabulary) from packed hidden states; of the last `keep` places alone if that is not 0."""
+        if not keep:
+            (logits,) = self._call(self._head(), (hidden.unsqueeze(0),))
+            return self.unpack(logits.squeeze(0))
+        last = self.unpack(hidden)[:, -keep:]
+        (logits,) = self._call(self._head(), (last.flatten(0, 1).unsqueeze(0),))
+        return logits.view(*last.shape[:2], -1)
+
+    def loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of every token's successor in its own row, as transformers has it, over the number of labels or of
+        `items`. A padding place predicts nothing here (transformers lets the last place of left padding predict the first
+        token)."""
+        rows, targets = labelled_rows(labels, self.prepared.places)
+        region = self.model.bound[self._head().region]
+        total = summed_cross_entropy(
+            lambda tensors, states: region.run(tensors, self.compiler, (states,), self.model.training)[0],
+            region.tensors_of(self.model),
+            hidden[rows.to(hidden.device)],
+            targets.to(hidden.device),
+            self.model.vocabulary,
+        )
+        total = total + self._unused()
+        count = (targets != IGNORED).sum().clamp(min=1) if items is None else items
+        return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Packed rows (tokens, width) as (batch, sequence, width); zero at padding."""
+        places = self.prepared.places
+        if len(places) == self.shape.numel():
+            return rows.view(*self.shape, -1)
+        padded = rows.new_zeros(self.shape.numel(), rows.shape[-1])
+        return padded.index_copy(0, places.to(rows.device), rows).view(*self.shape, -1)
+
+    def _calls(self) -> tuple[Call, ...]:
+        program: Program = self.model.program
+        return program.variants[self.prepared.variant].calls
+
+    def _head(self) -> Call:
+        return self._calls()[-1]
+
+    def _call(self, call: Call, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        model = self.model
+        bound = model.bound[call.region]
+        if not call.instance:
+            return bound(model, self.compiler, arguments)
+        instance = module_at(model, call.instance)
+        checkpointing = model.checkpointing if model.training and torch.is_grad_enabled() else None
+        results: tuple[Tensor, ...]
+        if checkpointing is not None and checkpointing.covers(call.instance):
+            results = checkpointing.run(instance, self.compiler, arguments, random=bound.random)
+        else:
+            results = instance(self.compiler, *arguments)
+        return results
+
+    def _unused(self) -> Tensor | float:
+        """Zero, of every trainable parameter that this variant does not use: all processes then have the same gradients to
+        average, whichever of them has no image in its batch. (A sharded model's processes all have the same variant.)"""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
+            return 0.0
+        if isinstance(self.model, FSDPModule):
+            return 0.0
+        program = self.model.program
+        used = {join(call.instance, slot.name) for call in self._calls() for slot in program.regions[call.region].slots}
+        unused = (p for name, p in self.model.trainable_parameters() if name not in used)
+        return sum((parameter.sum() * 0 for parameter in unused), start=0.0)
+
+
+def run_calls(
+    calls: Sequence[Call],
+    values: dict[str, Tensor],
+    run: Callable[[Call, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    keep: Collection[str] = (),
+) -> None:
+    """Run calls in order on named values, and add what they return. A value is let go after its last reader, but for those
+    to keep."""
+    last = {name: number for number, call in enumerate(calls) for name in call.inputs}
+    for number, call in enumerate(calls):
+        arguments = tuple(values[name] for name in call.inputs)
+        for name in set(call.inputs):
+            if last[name] == number and name not in keep:
+                del values[name]
+        results = run(call, arguments)
+        del arguments
+        values.update(zip(call.outputs, results, strict=True))
+        del results

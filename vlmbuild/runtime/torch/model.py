@@ -1,0 +1,302 @@
+"""The trainable model: a module tree with transformers' parameter names whose blocks share one graph each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vlmbuild.adapters.lora import AdapterSpec, linear_features, linear_nodes
+from vlmbuild.adapters.peft_files import write_adapter
+from vlmbuild.errors import UsageError
+from vlmbuild.families import Family, HostBatch
+from vlmbuild.ir.program import Program, Slot
+from vlmbuild.kv_cache.block import CacheForm
+from vlmbuild.kv_cache.program import cached_inputs
+from vlmbuild.runtime.compiler import Compiler, swap_compiler
+from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.key_value_cache import KeyValueCache
+from vlmbuild.runtime.torch.conventions import Backbone, LossOutput, TrainerConventions, head_module
+from vlmbuild.runtime.torch.decoding import CachedProgram, Decoding
+from vlmbuild.runtime.torch.execution import Execution
+from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
+from vlmbuild.runtime.torch.state import module_at
+
+
+class VisionLanguageModel(TrainerConventions, Generation):
+    """A program bound to weights.
+
+    `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
+    transformers' own generation. Under `torch.compile` each distinct region compiles once, for all instances, batch
+    shapes and image sizes.
+    """
+
+    main_input_name = "input_ids"
+    _is_stateful = False
+
+    def __init__(
+        self, program: Program, family: Family, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            program: After its passes.
+            family: The program's family.
+            config: The transformers config.
+            tensors: Every slot of kind "parameter" or "buffer" by module name; constants come from the family.
+            dtype: The compute dtype.
+        """
+        super().__init__()
+        self.program = program
+        self.family = family
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.processor: Any = None
+        """Belongs to the model; batches are held against its pixel limits."""
+        self.path: Path | None = None
+        """The artifact that it was loaded from."""
+        self.source: str | None = None
+        """What its user called that."""
+        self.adapter: AdapterSpec | None = None
+        self.vocabulary = _vocabulary(program)
+        self._dtype = dtype
+        self.bound: dict[str, BoundRegion] = {}
+        """The program's regions in the compute dtype, by name."""
+        self._cached: dict[CacheForm, CachedProgram] = {}
+        self._bind_regions()
+        constants = family.constants(config)
+        for name, slot in program.slots():
+            self.set_tensor(name, slot, constants[name] if slot.kind == "constant" else tensors[name])
+        self.tie_weights()
+
+    # Tensors ------------------------------------------------------------------------------------------------------
+
+    def set_tensor(self, name: str, slot: Slot, tensor: Tensor) -> None:
+        """Register a slot's tensor under its name; floating weights follow the compute dtype."""
+        path, _, leaf = name.rpartition(".")
+        owner = module_at(self, path)
+        tensor = tensor.to(self._dtype if is_compute(slot) else slot.dtype)
+        if slot.kind == "parameter":
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
+
+    def adopt_adapter(self, spec: AdapterSpec) -> None:
+        """Take over what passes have added to the program for an adapter: LoRA matrices, which start as PEFT's do (A uniform
+        by He et al., arXiv:1502.01852; B zero), and parameters that are trained whole, in float32."""
+        for name, slot in self.program.slots():
+            if ".lora_" in slot.name:
+                tensor = torch.zeros(slot.shape, device=self.device)
+                if ".lora_A." in slot.name:
+                    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+                self.set_tensor(name, slot, tensor)
+            elif name in spec.trained:
+                self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
+        self.tie_weights()
+        self._bind_regions()
+        self.adapter = spec
+
+    def _bind_regions(self) -> None:
+        """Bind every region of the program anew, and hand each instance its region's."""
+        self._cached.clear()
+        for name, region in self.program.regions.items():
+            carried = carried_activations(region, self.program.variants)
+            self.bound[name] = BoundRegion(region, self._dtype, carried)
+            for instance in region.instances:
+                if instance:
+                    path, _, leaf = instance.rpartition(".")
+                    parent = module_at(self, path)
+                    if leaf not in parent._modules:
+                        parent.add_module(leaf, RegionInstance(self.bound[name]))
+                    self.get_submodule(instance).bound = self.bound[name]  # type: ignore[assignment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to`, `.half`, `.cuda`, ...: tensors with a dtype of their own (frequencies, scales, adapters) keep it."""
+        fixed = {self.tensor(name) for name, slot in self.program.slots() if not is_compute(slot)}
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            if tensor in fixed and converted.dtype != tensor.dtype:
+                return tensor.to(converted.device)
+            return converted
+
+        super()._apply(convert, recurse)  # type: ignore[no-untyped-call]
+        dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
+        if dtype != self._dtype:
+            self._dtype = dtype
+            self._cached.clear()
+            for bound in self.bound.values():
+                bound.rebind(dtype)
+        return self
+
+    # Running ------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        *,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: KeyValueCache | None = None,
+        logits_to_keep: int = 0,
+        **batch: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, sequence) token ids; -100 is ignored. The shift by one place is done here.
+            num_items_in_batch: Divides the summed loss, for gradient accumulation; None averages over the labels.
+            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
+                that follow, and `attention_mask` is that of all.
+            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
+            **batch: The processor's output.
+
+        Returns:
+            `.loss` when labels are given, `.logits` (batch, sequence, vocabulary).
+
+        Raises:
+            BatchError: The batch contradicts itself; the message names the sample.
+        """
+        compiler = swap_compiler(None)  # before anything that a compiler would look into
+        try:
+            with self._own_precision():
+                if past_key_values is not None and labels is None:
+                    self.check_names("model", batch)
+                    logits = Decoding(self, past_key_values, logits_to_keep, compiler).logits(batch)
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                execution = self._execution(batch, labels, compiler)
+                hidden = execution.hidden()
+                if labels is None:
+                    return CausalLMOutputWithPast(logits=execution.logits(hidden, logits_to_keep))
+                output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
+                if self.training:
+                    eager = replace(execution, compiler=None)  # one product: not worth a compilation
+                    return output.on_demand(lambda: self._late_logits(eager, hidden))
+                output.logits = execution.logits(hidden)
+                return output
+        finally:
+            swap_compiler(compiler)
+
+    def _late_logits(self, execution: Execution, hidden: Tensor) -> Tensor:
+        with self._own_precision():
+            return execution.logits(hidden)
+
+    def _own_precision(self) -> AbstractContextManager[None]:
+        """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
+        return off
+
+    def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
+        """After the host prologue of what a trainer passes."""
+        self.check_names("model", batch)
+        checked = batch if labels is None else {**batch, "labels": labels}
+        prepared = self.family.prepare(checked, self.config, self.processor)
+        return Execution(self, prepared, batch["input_ids"].shape, compiler)
+
+    def cached(self, form: CacheForm) -> CachedProgram:
+        """Its program with a key-value cache; derived once."""
+        if form not in self._cached:
+            self._cached[form] = CachedProgram.of(self, form)
+        return self._cached[form]
+
+    def use_cached(self, form: CacheForm, cached: CachedProgram) -> None:
+        """Generate with this one from now on."""
+        self._cached[form] = cached
+
+    def new_cache(self, length: int | None = None) -> KeyValueCache:
+        program = self.cached("growing").program
+        return KeyValueCache(cached_inputs(program.variants["text"]), length)
+
+    def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
+        """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids.
+
+        Returns:
+            The loss when labels are given, else the logits.
+        """
+        execution = Execution(self, prepared, shape)
+        hidden = execution.hidden()
+        return execution.logits(hidden) if labels is None else execution.loss(hidden, labels, None)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """For DistributedDataParallel: stored buffers (quantized weights and scales) and constants are the same in all
+        processes, so that nothing need be sent before every forward pass."""
+        return [name for name, _ in self.named_buffers()]
+
+    @property
+    def base_model(self) -> Backbone:
+        """The model without its head: takes a batch, gives `.last_hidden_state` (batch, sequence, hidden)."""
+
+        def hidden_states(batch: dict[str, Any]) -> Tensor:
+            compiler = swap_compiler(None)
+            try:
+                with self._own_precision():
+                    execution = self._execution(batch, None, compiler)
+                    return execution.unpack(execution.hidden())
+            finally:
+                swap_compiler(compiler)
+
+        return Backbone(hidden_states, self.get_output_embeddings())
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head: `weight` (vocabulary, hidden) and `bias`."""
+        return head_module(self)
+
+    # transformers' conventions --------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self._dtype
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
+
+        Raises:
+            UsageError: The model has no adapter.
+            OutputError: The directory cannot be written.
+        """
+        if self.adapter is None:
+            raise UsageError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
+        write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that takes a gradient."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+
+def unwrap(model: nn.Module) -> VisionLanguageModel:
+    """The model itself, also of one that is compiled or wrapped for several processes.
+
+    Raises:
+        UsageError: It is not a vlmbuild model.
+    """
+    inner: Any = model
+    while not isinstance(inner, VisionLanguageModel):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if wrapped is None:
+            break
+        inner = wrapped
+    if not isinstance(inner, VisionLanguageModel):
+        raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
+    return inner
+
+
+def _vocabulary(program: Program) -> int:
+    """How many logits a token has."""
+    head = program.regions[next(iter(program.variants.values())).calls[-1].region]
+    node, _ = linear_nodes(head)[-1]
+    return linear_features(head, node)[0]

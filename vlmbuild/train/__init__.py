@@ -1,0 +1,1 @@
+"""Training: batches from chats, packing, LoRA, audits and callbacks."""

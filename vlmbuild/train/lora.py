@@ -1,0 +1,115 @@
+"""LoRA adapters on a loaded model: new ones, and those that a directory holds in PEFT's format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlmbuild.adapters.fit import check_fits, trained_parameters, with_module_names
+from vlmbuild.adapters.lora import ALL_LINEAR, AdapterSpec, Lora, Targets, choose
+from vlmbuild.adapters.peft_files import read_adapter
+from vlmbuild.builder.build import adapt
+from vlmbuild.errors import UsageError
+from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target: str | Sequence[str] = ALL_LINEAR,
+    *,
+    language: bool = True,
+    vision: bool = False,
+    attention: bool = True,
+    mlp: bool = True,
+    layers: Sequence[int] | None = None,
+    use_rslora: bool = False,
+    modules_to_save: Sequence[str] | None = (),
+) -> None:
+    """Freeze the model and add a trainable LoRA adapter to its linear layers, plain or quantized, in place.
+
+    What a layer is (language or vision, attention or MLP) is read from the graph, not from its name.
+
+    Args:
+        model: From `vlmbuild.load`; may be compiled already.
+        r: Rank.
+        alpha: Scale is alpha / r; None is 2 r.
+        dropout: Probability that a channel of an adapter's input is zeroed, in training.
+        target: "all-linear" (those of the language model and, with `vision`, of the vision tower), roles ("language",
+            "vision", "projector", or "head" where it has a weight of its own), names as PEFT has them ("q_proj"), patterns
+            ("*.layers.0.*"), or several of these.
+        language, vision: Whether layers of the language model and of the vision tower may be chosen.
+        attention, mlp: Whether those that belong to attention, and the other ones of blocks, may be chosen.
+        layers: Numbers of the blocks to adapt; None is all.
+        use_rslora: Scale is alpha / sqrt(r) (arXiv:2312.03732).
+        modules_to_save: Modules to train whole, in float32: "lm_head", "embed_tokens", "visual.merger",
+            "multi_modal_projector". A head that is tied to the embeddings is trained with them.
+
+    Raises:
+        UsageError: A value is out of range, a target or module matches nothing, a module to train is quantized, or the model
+            has an adapter already.
+    """
+    model = unwrap(model)
+    _check_free(model)
+    lora = Lora(r, 2 * r if alpha is None else alpha, dropout, use_rslora)
+    names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
+    trained = trained_parameters(model.program, names)
+    loras = choose(model.program, Targets(target, language, vision, attention, mlp, layers), lora)
+    covered = {module: lora for module, lora in loras.items() if not _inside(module, trained)}
+    _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())))
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Give a model without an adapter the one that a directory holds in PEFT's format, trainable.
+
+    Raises:
+        UsageError: The model has an adapter already.
+        SourceError: It is not a LoRA adapter, or it does not fit the model; the tensor is named. The model is then as it was.
+    """
+    model = unwrap(model)
+    _check_free(model)
+    adapter = with_module_names(read_adapter(directory), model.family, directory)
+    program = model.program
+    check_fits(program, adapter, directory)
+    aliases = {alias: name for alias, name in program.ties.items() if alias in adapter.trained}
+    trained = trained_parameters(program, adapter.modules)
+    _add(model, AdapterSpec(adapter.loras, tuple(trained), frozenset().union(*trained.values())))
+    with torch.no_grad():
+        for name, tensor in {**adapter.tensors, **adapter.trained}.items():
+            model.get_parameter(aliases.get(name, name)).copy_(tensor)
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write what training has changed: LoRA matrices, and the modules that were trained whole.
+
+    With sharded parameters every process must call it; the first one writes.
+
+    Args:
+        model: Has an adapter; may be compiled or wrapped for several processes.
+        directory: Created if missing; an adapter in it is replaced.
+
+    Raises:
+        UsageError: The model has no adapter, or is not one from `vlmbuild.load`.
+        OutputError: The directory cannot be written.
+    """
+    unwrap(model).save_pretrained(directory)
+
+
+def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
+    adapt(model.program, spec.loras, spec.trained)
+    model.requires_grad_(False)
+    model.adopt_adapter(spec)
+
+
+def _check_free(model: VisionLanguageModel) -> None:
+    if model.adapter is not None:
+        raise UsageError("The model has an adapter already; load the artifact again for another one.")
+
+
+def _inside(module: str, trained: Mapping[str, object]) -> bool:
+    return any(f"{module}.".startswith(f"{outer}.") for outer in trained)

@@ -1,0 +1,239 @@
+"""Packs of samples with a steady number of tokens: what a step computes, since the model computes no padding.
+
+The model puts the tokens of all samples of a batch in one row, each sample an attention segment with positions of its own. So
+a padded batch costs what its samples have, and batches of equal numbers of samples cost unequal amounts. A pack holds as many
+samples as fit a budget.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.train.collator import Measure, VisionDataCollator
+from vlmbuild.util.validation import one_of
+
+WINDOW = 1024
+"""Samples among which companions are sought: more fill packs better and mix samples less."""
+
+Overlong = Literal["error", "alone"]
+
+
+def pack(
+    lengths: Sequence[int],
+    max_tokens: int,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    window: int = WINDOW,
+    seed: int = 0,
+    overlong: Overlong = "error",
+) -> list[list[int]]:
+    """Samples in packs of at most `max_tokens` tokens: best-fit decreasing within windows of the shuffled samples.
+
+    Args:
+        lengths: Tokens of every sample.
+        max_tokens: The budget of a pack.
+        groups: Only samples of equal groups share a pack; None: all may.
+        window: Samples of a window.
+        seed: Of the shuffling; the same arguments give the same packs.
+        overlong: Of a sample longer than the budget: "error", or a pack of its own ("alone").
+
+    Returns:
+        Indices into `lengths`, each exactly once.
+
+    Raises:
+        UsageError: An option is not valid.
+        BatchError: A sample is longer than the budget.
+    """
+    one_of("overlong", overlong, ("error", "alone"))
+    for name, value in (("max_tokens", max_tokens), ("window", window)):
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name} must be a whole number, at least 1; got {value!r}.")
+    if groups is not None and len(groups) != len(lengths):
+        raise UsageError(f"groups has {len(groups)} entries, lengths {len(lengths)}; they must be equal.")
+    for index, length in enumerate(lengths):
+        if length > max_tokens and overlong == "error":
+            raise BatchError(
+                f"Sample {index} of the data set has {length} tokens, more than the {max_tokens} of a pack. Raise max_tokens, "
+                'keep fewer pixels per image, set the collator\'s max_length, or allow it a pack of its own: overlong="alone".'
+            )
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)  # noqa: S311 - an order, no secret
+    packs: list[list[int]] = []
+    for start in range(0, len(order), window):
+        by_group: dict[Hashable, list[int]] = {}
+        for index in order[start : start + window]:
+            by_group.setdefault(None if groups is None else groups[index], []).append(index)
+        for members in by_group.values():
+            packs += _best_fit(members, lengths, max_tokens)
+    return packs
+
+
+def _best_fit(members: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Longest first, each into the fullest pack that has room (Johnson et al., 1974: at most 11/9 of the fewest packs)."""
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, number of the pack), ascending
+    for index in sorted(members, key=lambda index: -lengths[index]):
+        place = bisect.bisect_left(room, (lengths[index], -1))
+        free, number = room.pop(place) if place < len(room) else (max_tokens, len(packs))
+        if number == len(packs):
+            packs.append([])
+        packs[number].append(index)
+        bisect.insort(room, (free - lengths[index], number))
+    return packs
+
+
+class PackedDataset(Dataset[list[Any]]):
+    """A data set whose items are packs: lists of samples, which `VisionDataCollator` takes. Use it with a batch size of 1 in
+    a DataLoader or transformers' Trainer; TRL's SFTTrainer takes no data sets but those of `datasets`.
+
+    Where the model computes the images that pad a batch (Llama 3.2 Vision), only samples with equally many images share a
+    pack. A sample in a pack is then computed as it is alone.
+
+    Args:
+        dataset: Samples by index; `measure` of the collator says what each costs, once, when this is made.
+        collator: Of these samples.
+        max_tokens: Most tokens of a pack.
+        seed: Of the shuffling.
+        overlong: Of a sample longer than that: "error", or a pack of its own ("alone").
+
+    Attributes:
+        indices: Of the data set's samples that are packed: all, but for those that the collator drops as overlong.
+        lengths: Tokens of each of them.
+        packs: Places in `indices`.
+
+    Raises:
+        BatchError: A sample is malformed, or too long.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collator: VisionDataCollator,
+        max_tokens: int,
+        *,
+        seed: int = 0,
+        overlong: Overlong = "error",
+    ) -> None:
+        self.dataset = dataset
+        measured = [(index, collator.measure(dataset[index])) for index in range(len(dataset))]
+        self.indices = _fitting(measured, collator)
+        measures = [measured[index][1] for index in self.indices]
+        self.lengths = [measure.tokens for measure in measures]
+        groups = [measure.images for measure in measures] if collator.family.pads_images else None
+        self.packs = pack(self.lengths, max_tokens, groups=groups, seed=seed, overlong=overlong)
+        self.max_tokens = max_tokens
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, number: int) -> list[Any]:
+        return [self.dataset[self.indices[place]] for place in self.packs[number]]
+
+
+def _fitting(measured: Sequence[tuple[int, Measure]], collator: VisionDataCollator) -> list[int]:
+    """Indices of the samples that the collator can cut to its `max_length`; now, and not in the middle of training."""
+    left_out = [index for index, measure in measured if not measure.fits]
+    if left_out:
+        what = (
+            f"of {len(measured)} samples, {len(left_out)} have an image or their first response beyond "
+            f"max_length={collator.max_length}; the first is sample {left_out[0]} of the data set"
+        )
+        if collator.overlong == "error" or len(left_out) == len(measured):
+            raise BatchError(f'{what.capitalize()}. Raise max_length, keep fewer pixels per image, or overlong="drop".')
+        warnings.warn(f"Left out {what}.", stacklevel=3)
+    return [index for index, measure in measured if measure.fits]
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingReport:
+    """Padding and steadiness before and after packing; `str` of it is a table.
+
+    Attributes:
+        tokens: Of all samples.
+        batch_size: Samples of a padded batch, taken in the order of the data set.
+        batches: Their number.
+        padded: Places in padded batches, padding included: what a model computes that computes its padding.
+        batch_range: Least and most tokens of a batch, padding included.
+        packs: Their number.
+        packed: Places in packs, which is what this model computes of them.
+        pack_range: Least and most tokens of a pack.
+        budget: Most tokens that a pack may have, or that the fullest has.
+    """
+
+    tokens: int
+    batch_size: int
+    batches: int
+    padded: int
+    batch_range: tuple[int, int]
+    packs: int
+    packed: int
+    pack_range: tuple[int, int]
+    budget: int
+
+    @property
+    def padding_before(self) -> float:
+        """Share of padding in padded batches."""
+        return 1 - self.tokens / self.padded
+
+    @property
+    def padding_after(self) -> float:
+        """Share of padding in what this model computes of packs: none, as long as packs hold every sample once."""
+        return 1 - self.tokens / self.packed
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' budget that is used."""
+        return self.packed / (self.packs * self.budget)
+
+    def __str__(self) -> str:
+        rows = (
+            (f"padded batches of {self.batch_size}", self.batches, self.padded, self.padding_before, self.batch_range),
+            (f"packs of {self.budget} tokens", self.packs, self.packed, self.padding_after, self.pack_range),
+        )
+        lines = [f"{'':28}{'steps':>8}{'tokens computed':>18}{'padding':>10}{'tokens of a step':>20}"]
+        for name, steps, tokens, share, (least, most) in rows:
+            lines.append(f"{name:28}{steps:>8,}{tokens:>18,}{share:>10.1%}{f'{least:,} to {most:,}':>20}")
+        return "\n".join([*lines, f"The packs are {self.fill:.1%} full."])
+
+
+def padding_report(
+    lengths: Sequence[int], packs: Sequence[Sequence[int]], batch_size: int, max_tokens: int | None = None
+) -> PaddingReport:
+    """What padded batches of `batch_size` samples compute, beside packs.
+
+    Args:
+        lengths: Tokens of every sample.
+        packs: From `pack`, or the attribute of a `PackedDataset`.
+        batch_size: Samples of a padded batch.
+        max_tokens: The packs' budget; None: what the fullest has.
+
+    Raises:
+        UsageError: There are no samples, the packs are not of these samples, or the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1; got {batch_size}.")
+    if not lengths or sorted(index for one in packs for index in one) != list(range(len(lengths))):
+        raise UsageError(f"The packs must hold each of the {len(lengths)} samples once, and there must be some.")
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    padded = [len(batch) * max(batch) for batch in batches]
+    sums = [sum(lengths[index] for index in one) for one in packs]
+    return PaddingReport(
+        tokens=sum(lengths),
+        batch_size=batch_size,
+        batches=math.ceil(len(lengths) / batch_size),
+        padded=sum(padded),
+        batch_range=(min(padded), max(padded)),
+        packs=len(packs),
+        packed=sum(sums),
+        pack_range=(min(sums), max(sums)),
+        budget=max_tokens or max(sums),
+    )

@@ -18,9 +18,18 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import Pass
 
 __all__ = [
-    "AddCache", "AddLora", "FuseMrope", "FuseRmsNorm", "Normalize", "QuantizeLinear", "SwapAttention", "TrainWeights",
-    "adapter_passes", "passes_for", "quantization_passes",
-]  # fmt: skip
+    "AddCache",
+    "AddLora",
+    "FuseMrope",
+    "FuseRmsNorm",
+    "Normalize",
+    "QuantizeLinear",
+    "SwapAttention",
+    "TrainWeights",
+    "adapter_passes",
+    "passes_for",
+    "quantization_passes",
+]
 
 
 def passes_for(recipe: Recipe) -> tuple[Pass, ...]:

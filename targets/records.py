@@ -50,9 +50,13 @@ def source_records(request: Request) -> list[Mapping[str, Any]]:
 
 
 def publish(
-    writer: ArtifactWriter, request: Request, *, formats: Iterable[str], numerics: Sequence[Mapping[str, Any]],
+    writer: ArtifactWriter,
+    request: Request,
+    *,
+    formats: Iterable[str],
+    numerics: Sequence[Mapping[str, Any]],
     toolchain: Mapping[str, str] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Publish what was written, under the recipe's target.
 
     Args:

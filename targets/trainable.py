@@ -90,8 +90,9 @@ def format_names(program: Program) -> list[str]:
 
 def _formats(program: Program) -> list[WeightFormat]:
     """Those that occur, the most frequent first."""
-    counts = Counter(recipe.format for region in program.regions.values() for recipe in region.recipes
-                     for _ in region.instances)  # fmt: skip
+    counts = Counter(
+        recipe.format for region in program.regions.values() for recipe in region.recipes for _ in region.instances
+    )
     return [form for form, _ in counts.most_common()]
 
 

@@ -102,8 +102,11 @@ def test_modules_have_a_docstring_and_a_readable_size(name, path):
 
 def test_packages_listed_by_hand_are_the_tree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found = {".".join([package, *init.parent.relative_to(ROOT / folder).parts]) for folder, package in FOLDERS.items()
-             for init in (ROOT / folder).rglob("__init__.py")}  # fmt: skip
+    found = {
+        ".".join([package, *init.parent.relative_to(ROOT / folder).parts])
+        for folder, package in FOLDERS.items()
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
     assert set(project["tool"]["setuptools"]["packages"]) == found
 
 

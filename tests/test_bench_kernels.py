@@ -108,8 +108,11 @@ def test_candidates_that_spill_do_not_fit_or_promise_little_are_not_timed():
     def compiled(launch, target):
         rows = launch.tile["ROWS"]
         return {
-            "spilled": int(rows == 16), "shared": 300_000 if rows == 32 else 40_000, "registers": 100, "tensor_core": "wgmma",
-        }  # fmt: skip
+            "spilled": int(rows == 16),
+            "shared": 300_000 if rows == 32 else 40_000,
+            "registers": 100,
+            "tensor_core": "wgmma",
+        }
 
     candidates = [(16, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2), (1, 1, 4, 1)]
     assert fitting("attention_forward", 64, candidates, 90, ARCHITECTURES[90], compiled) == [(64, 64, 4, 2)]

@@ -15,8 +15,17 @@ from vlmbuild import add_lora, load, load_adapter, save_adapter
 from vlmbuild.builder.build import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
-CASES = ("one image", "several sizes", "counts differ, right", "counts differ, left", "text only", "very wide",
-         "very tall", "smallest", "largest")  # fmt: skip
+CASES = (
+    "one image",
+    "several sizes",
+    "counts differ, right",
+    "counts differ, left",
+    "text only",
+    "very wide",
+    "very tall",
+    "smallest",
+    "largest",
+)
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)

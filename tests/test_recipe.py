@@ -24,9 +24,14 @@ def test_fingerprint_changes_with_every_field():
     assert other.keys() == {field.name for field in fields(Recipe)}
     changed = {replace(base, **{name: value}).fingerprint() for name, value in other.items() if value is not None}
     specs = [
-        QuantSpec("fp4"), QuantSpec(double_quant=False), QuantSpec(skip=("x",)), QuantSpec(roles=("vision",)),
-        QuantSpec(overrides=(Override("x", "int8"),)), QuantSpec(threshold=5.5), QuantSpec("auto", budget=5),
-    ]  # fmt: skip
+        QuantSpec("fp4"),
+        QuantSpec(double_quant=False),
+        QuantSpec(skip=("x",)),
+        QuantSpec(roles=("vision",)),
+        QuantSpec(overrides=(Override("x", "int8"),)),
+        QuantSpec(threshold=5.5),
+        QuantSpec("auto", budget=5),
+    ]
     changed |= {Recipe(quantize=spec).fingerprint() for spec in specs} | {Recipe().fingerprint()}
     assert len(changed) == 12
     assert base.fingerprint() not in changed

@@ -103,8 +103,11 @@ class BlockInt4:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "name": self.name, "blocksize": self.blocksize, "symmetric": self.symmetric, "exact_inputs": self.exact_inputs,
-        }  # fmt: skip
+            "name": self.name,
+            "blocksize": self.blocksize,
+            "symmetric": self.symmetric,
+            "exact_inputs": self.exact_inputs,
+        }
 
 
 WeightFormat = FourBit | EightBit | BlockInt4

@@ -33,9 +33,13 @@ class Compilation:
             stderr = stack.enter_context(self._log.open("w", encoding="utf-8"))
             self._process = subprocess.Popen(  # noqa: S603  (our own interpreter)
                 [sys.executable, "-m", "vlmbuild.targets.aoti.worker", str(self._folder), str(available_cores())],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, **_SETTINGS},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env={**os.environ, **_SETTINGS},
                 start_new_session=True,
-            )  # fmt: skip
+            )
             stack.callback(self._end)
             self._stack = stack.pop_all()
         return self

@@ -27,9 +27,16 @@ def lower(graph: GraphModule) -> None:
 
 def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-        key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-    ) -> Tensor:  # fmt: skip
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        key_groups: Tensor | None,
+        visible_groups: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
         """As the operator; with a cache on a CPU, torch's kernel, which C++ calls itself."""
         if query.device.type != "cpu" or key_mask is None or cu_seqlens is not None:
             return operator(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)

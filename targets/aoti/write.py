@@ -45,9 +45,12 @@ def _write(compilation: Compilation, writer: ArtifactWriter, request: Request) -
         plan = _write_code(writer, request, compilation)
         numerics = measurement.records(request.progress)
     return publish(
-        writer, request, formats=format_names(request.program), numerics=[*merged, *numerics],
+        writer,
+        request,
+        formats=format_names(request.program),
+        numerics=[*merged, *numerics],
         toolchain={"c++ compiler": plan.compiler},
-    )  # fmt: skip
+    )
 
 
 def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilation) -> CodePlan:

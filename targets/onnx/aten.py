@@ -192,4 +192,4 @@ ATEN: dict[Any, Handler] = {
     aten.tanh.default: _unary("Tanh"),
     aten.to.dtype: _to_dtype,
     aten.where.self: _where,
-}  # fmt: skip
+}

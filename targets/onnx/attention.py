@@ -17,9 +17,17 @@ ROWS = 512
 
 
 def attention(
-    site: Site, query: Value, key: Value, value: Value, key_mask: Value | None, cu_seqlens: Value | None,
-    key_groups: Value | None, visible_groups: Value | None, causal: bool, scale: float,
-) -> str:  # fmt: skip
+    site: Site,
+    query: Value,
+    key: Value,
+    value: Value,
+    key_mask: Value | None,
+    cu_seqlens: Value | None,
+    key_groups: Value | None,
+    visible_groups: Value | None,
+    causal: bool,
+    scale: float,
+) -> str:
     """`vlmbuild::attention`: query [B, Hq, S, D], key and value [B, Hkv, T, D] -> [B, S, Hq, D].
 
     Measured on a CPU (one thread, float32): segments in a loop of MultiHeadAttention take as long as, and up to 17 times
@@ -32,9 +40,7 @@ def attention(
     if key_groups is not None and visible_groups is not None:
         return _by_groups(builder, (query.name, key.name, value.name), key_groups.name, visible_groups.name, scale)
     if key_mask is not None and cu_seqlens is None:
-        bias = builder.once(
-            ("bias", key_mask.name, causal), lambda: _bias(builder, query.name, key_mask.name, causal)
-        )  # fmt: skip
+        bias = builder.once(("bias", key_mask.name, causal), lambda: _bias(builder, query.name, key_mask.name, causal))
         return _attend(builder, query.name, key.name, value.name, bias, scale)
     raise PassError("Attention of this form has no translation to ONNX. This is a limit of vlmbuild; report it.")
 
@@ -67,9 +73,7 @@ def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_s
     heads, dim = states[0].static(1), states[0].static(3)
     assert heads is not None
     assert dim is not None
-    rows = [
-        builder.reshape(builder.op("Transpose", x.name, perm=[0, 2, 1, 3]), [1, -1, heads * dim]) for x in states
-    ]  # fmt: skip
+    rows = [builder.reshape(builder.op("Transpose", x.name, perm=[0, 2, 1, 3]), [1, -1, heads * dim]) for x in states]
     bounds = builder.once(("bounds", cu_seqlens.name), lambda: builder.cast(cu_seqlens.name, torch.int64))
     count = builder.op("Sub", builder.op("Squeeze", builder.size(bounds, 0)), builder.constant(1))
 

@@ -23,9 +23,13 @@ from vlmbuild.targets.weights import parameter_values
 
 
 def write_data(
-    writer: ArtifactWriter, path: str, data: DataFile, formats: Mapping[str, WeightFormat], request: Request,
+    writer: ArtifactWriter,
+    path: str,
+    data: DataFile,
+    formats: Mapping[str, WeightFormat],
+    request: Request,
     told: Callable[[int], None],
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Write one data file.
 
     Args:

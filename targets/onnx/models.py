@@ -144,8 +144,9 @@ class _Maker:
         name = builder.take_input(entry.name, dtype, _shape(entry.shape))
         if TOKENS not in entry.shape:
             return name
-        return builder.reshape(name, [-1 if size == TOKENS else _kept(builder, name, entry, axis)
-                                      for axis, size in enumerate(entry.shape)])  # fmt: skip
+        return builder.reshape(
+            name, [-1 if size == TOKENS else _kept(builder, name, entry, axis) for axis, size in enumerate(entry.shape)]
+        )
 
     def _last(self, builder: GraphBuilder, hidden: str, batch: str, width: int) -> str:
         """The hidden states of the tokens whose logits are wanted: the last so many of every row, or all of them."""

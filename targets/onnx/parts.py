@@ -67,10 +67,8 @@ def embedded_tokens(program: Program, variant: Variant) -> str:
             region = program.regions[call.region]
             ids = region.placeholders()[len(region.slots) :][call.inputs.index("input_ids")]
             names = [
-                name
-                for node, name in zip(region.results(), call.outputs, strict=True)
-                if ids in needed_nodes([node])
-            ]  # fmt: skip
+                name for node, name in zip(region.results(), call.outputs, strict=True) if ids in needed_nodes([node])
+            ]
             (name,) = names
             return name
     raise AssertionError("a variant reads input_ids")

@@ -94,9 +94,7 @@ def gather(site: Site, x: Value, dim: int, place: int) -> str:
 
 
 def _split(site: Site, x: Value, sizes: Sequence[int], dim: int = 0) -> tuple[str, ...]:
-    names = site.builder.op(
-        "Split", x.name, site.builder.constant(list(sizes)), axis=x.axis(dim), outputs=len(sizes)
-    )  # fmt: skip
+    names = site.builder.op("Split", x.name, site.builder.constant(list(sizes)), axis=x.axis(dim), outputs=len(sizes))
     return (names,) if isinstance(names, str) else names
 
 

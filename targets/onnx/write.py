@@ -58,9 +58,12 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         for module, decision in request.decisions.items()
     }
     return publish(
-        writer, replace(request, decisions=decisions), formats=[form.name for form, _ in packed_formats(program).values()],
-        toolchain=_toolchain(), numerics=numerics,
-    )  # fmt: skip
+        writer,
+        replace(request, decisions=decisions),
+        formats=[form.name for form, _ in packed_formats(program).values()],
+        toolchain=_toolchain(),
+        numerics=numerics,
+    )
 
 
 def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Request) -> dict[str, float]:

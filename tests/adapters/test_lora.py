@@ -66,8 +66,10 @@ def test_roles_names_and_patterns(built):
     assert leaves(names(built, target=["q_proj", "v_proj"])) == {"q_proj", "v_proj"}
     assert len(names(built, target="*.layers.1.*")) == 7
     assert names(built, target=("projector", "*.layers.0.mlp.up_proj")) == [
-        "visual.merger.mlp.0", "visual.merger.mlp.2", "language_model.layers.0.mlp.up_proj"
-    ]  # fmt: skip
+        "visual.merger.mlp.0",
+        "visual.merger.mlp.2",
+        "language_model.layers.0.mlp.up_proj",
+    ]
     assert len(names(built, target="vision")) == 2 * 4
 
 
@@ -107,9 +109,15 @@ def test_scaling():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((0, 1.0), "at least 1"), ((2.5, 1.0), "whole number"), ((True, 1.0), "whole number"), ((2, math.nan), "alpha"),
-     ((2, 1.0, 1.0), "below 1"), ((2, 1.0, -0.1), "at least 0")],
-)  # fmt: skip
+    [
+        ((0, 1.0), "at least 1"),
+        ((2.5, 1.0), "whole number"),
+        ((True, 1.0), "whole number"),
+        ((2, math.nan), "alpha"),
+        ((2, 1.0, 1.0), "below 1"),
+        ((2, 1.0, -0.1), "at least 0"),
+    ],
+)
 def test_bad_values(values, message):
     with pytest.raises(UsageError, match=message):
         Lora(*values)

@@ -66,8 +66,13 @@ def test_sums_include_the_manifest():
 
 
 NAMES = st.text("abcdefgh", min_size=1, max_size=4)
-ENTRY = st.builds(FileEntry, NAMES, st.integers(0, 2**63 - 1), st.text("0123456789abcdef", min_size=64, max_size=64),
-                  st.sampled_from(module.ROLES))  # fmt: skip
+ENTRY = st.builds(
+    FileEntry,
+    NAMES,
+    st.integers(0, 2**63 - 1),
+    st.text("0123456789abcdef", min_size=64, max_size=64),
+    st.sampled_from(module.ROLES),
+)
 
 
 @given(st.lists(ENTRY, unique_by=lambda entry: entry.path, max_size=5), st.dictionaries(NAMES, st.integers(0, 9)))

@@ -29,16 +29,28 @@ def model_config(layers: int, depth: int) -> Any:
     from vlmbuild.families import FAMILIES
 
     text = {
-        "vocab_size": 320, "hidden_size": 256, "intermediate_size": 192, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "intermediate_size": 192,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-    }  # fmt: skip
+    }
     vision = {"depth": depth, "embed_dim": 64, "hidden_size": 256, "num_heads": 2}
     values = {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "text_config": text, "vision_config": vision,
-        "image_token_id": 318, "video_token_id": 319, "vision_start_token_id": 316, "vision_end_token_id": 317,
-        "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_id": 318,
+        "video_token_id": 319,
+        "vision_start_token_id": 316,
+        "vision_end_token_id": 317,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     return FAMILIES["qwen2_vl"].config(values)
 
 

@@ -36,16 +36,31 @@ def models(dtype: torch.dtype) -> tuple[Any, Any]:
     """transformers' and ours."""
     family = FAMILIES["qwen2_vl"]
     text = {
-        "vocab_size": 8000, "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": 8000,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-    }  # fmt: skip
-    config = family.config({
-        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "text_config": text,
-        "vision_config": {"depth": 2, "embed_dim": 256, "hidden_size": WIDTH, "num_heads": 4},
-        "tie_word_embeddings": True, "image_token_id": IMAGE, "video_token_id": IMAGE + 1, "eos_token_id": None,
-        "vision_start_token_id": START, "vision_end_token_id": END, "bos_token_id": None,
-    })  # fmt: skip
+    }
+    config = family.config(
+        {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "text_config": text,
+            "vision_config": {"depth": 2, "embed_dim": 256, "hidden_size": WIDTH, "num_heads": 4},
+            "tie_word_embeddings": True,
+            "image_token_id": IMAGE,
+            "video_token_id": IMAGE + 1,
+            "eos_token_id": None,
+            "vision_start_token_id": START,
+            "vision_end_token_id": END,
+            "bos_token_id": None,
+        }
+    )
     torch.manual_seed(0)
     peer = Qwen2VLForConditionalGeneration(config).to(dtype).eval()
     program = trace_program(family, config, lambda *_: None)
@@ -61,10 +76,12 @@ def batch(rows: int) -> dict[str, torch.Tensor]:
     picture = torch.tensor([START, *[IMAGE] * 64, END]).expand(rows, -1)
     ids = torch.cat([words[0], picture, words[1]], 1)
     return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
         "image_grid_thw": torch.tensor([[1, 16, 16]] * rows),
         "pixel_values": torch.randn(rows * 256, 1176, generator=generator),
-    }  # fmt: skip
+    }
 
 
 def tokens_per_second(generate: Callable[[int], torch.Tensor], rows: int) -> float:
@@ -102,11 +119,12 @@ def measure(dtype: torch.dtype, rows: int, rounds: int) -> dict[str, Any]:
         for name, side in sides.items():
             speeds[name].append(tokens_per_second(side, rows))
     return {
-        "dtype": str(dtype).removeprefix("torch."), "rows": rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rows": rows,
         "tokens_per_second": {name: round(median(found), 1) for name, found in speeds.items()},
         "same_tokens": all(torch.equal(found, answers["transformers"]) for found in answers.values()),
         "graphs_compiled_in_the_rounds": counters["stats"]["unique_graphs"] - graphs,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -50,14 +50,26 @@ def checkpoint(directory: Path, width: int, layers: int, vision_layers: int) -> 
     values = json.loads((random_checkpoint.CONFIG / "config.json").read_text())
     heads = width // 128
     values |= {
-        "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
-        "intermediate_size": 4 * width, "num_hidden_layers": layers, "max_window_layers": layers,
-        "vocab_size": VOCABULARY, "image_token_id": 318, "video_token_id": 319, "vision_start_token_id": 315,
-        "vision_end_token_id": 316, "bos_token_id": 307, "eos_token_id": 306,
-    }  # fmt: skip
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 4),
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "max_window_layers": layers,
+        "vocab_size": VOCABULARY,
+        "image_token_id": 318,
+        "video_token_id": 319,
+        "vision_start_token_id": 315,
+        "vision_end_token_id": 316,
+        "bos_token_id": 307,
+        "eos_token_id": 306,
+    }
     values["vision_config"] |= {
-        "embed_dim": width, "num_heads": width // 64, "hidden_size": width, "depth": vision_layers,
-    }  # fmt: skip
+        "embed_dim": width,
+        "num_heads": width // 64,
+        "hidden_size": width,
+        "depth": vision_layers,
+    }
     random_checkpoint.write_checkpoint(directory, values, random_checkpoint.CONFIG, seed=0, rank=64)
     return directory
 
@@ -73,9 +85,13 @@ class Bench:
         """One fresh process."""
         output = self.work / SAME_FILES.get(side, side).replace(" ", "-").replace(",", "")
         options = {
-            "side": side, "checkpoint": self.source, "output": output, "tokens": self.arguments.tokens,
-            "steps": self.arguments.steps, "core": self.cores[turn % len(self.cores)] if stage == "run" else None,
-        }  # fmt: skip
+            "side": side,
+            "checkpoint": self.source,
+            "output": output,
+            "tokens": self.arguments.tokens,
+            "steps": self.arguments.steps,
+            "core": self.cores[turn % len(self.cores)] if stage == "run" else None,
+        }
         found = run_fresh("tests.bench.export_workers", stage, 1, python=self._python(side), **options)
         shown = {name: round(x, 4) for name, x in found.items() if isinstance(x, float)}
         print(f"  {stage:7} {side:44} {found.get('absent') or shown}", flush=True)
@@ -133,9 +149,11 @@ def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, Any]]:
         same = next((n for n, (a, b) in enumerate(zip(result["said"], said, strict=False)) if a != b), len(said))
         found[side] = {
             "prompt_tokens_per_second": round(tokens / result["prompt"], 1),
-            "tokens_per_second": round(1 / result["token"], 1), "bytes_per_second": round(rate),
-            "share_of_bandwidth": round(rate / widest, 3) if rate else None, "first_tokens_as_transformers": same,
-        }  # fmt: skip
+            "tokens_per_second": round(1 / result["token"], 1),
+            "bytes_per_second": round(rate),
+            "share_of_bandwidth": round(rate / widest, 3) if rate else None,
+            "first_tokens_as_transformers": same,
+        }
     return found
 
 

@@ -249,9 +249,11 @@ class OptimumPeer(Side):
         positions = np.arange(self.past, self.past + ids.shape[1])[None, None].repeat(3, 0)
         self.past += ids.shape[1]
         values = {
-            "inputs_embeds": embeds, "attention_mask": np.ones((1, self.past), np.int64), "position_ids": positions,
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, self.past), np.int64),
+            "position_ids": positions,
             "beam_idx": np.zeros(1, np.int32),
-        }  # fmt: skip
+        }
         self.language.request.infer(values, share_inputs=True)
         return torch.from_numpy(self.language.request.get_tensor("logits").data)[0, -1]
 

@@ -55,10 +55,12 @@ def image_batch() -> dict[str, torch.Tensor]:
     patches = GRID[1] * GRID[2]
     ids = torch.cat([torch.tensor([[START] + [IMAGE] * (patches // 4) + [END]]), prompt(16)], 1)
     return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int(),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
         "image_grid_thw": torch.tensor([GRID]),
         "pixel_values": torch.randn(patches, 1176, generator=torch.Generator().manual_seed(0)),
-    }  # fmt: skip
+    }
 
 
 def bandwidth() -> dict[str, float]:

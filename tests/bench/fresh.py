@@ -105,9 +105,17 @@ def machine() -> dict[str, Any]:
 
 
 _DISTRIBUTIONS = (
-    "torch", "transformers", "bitsandbytes", "accelerate", "peft", "liger_kernel", "safetensors", "onnxruntime",
-    "onnxruntime-gpu", "openvino",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "accelerate",
+    "peft",
+    "liger_kernel",
+    "safetensors",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+)
 
 
 def _lines(path: str) -> list[str]:

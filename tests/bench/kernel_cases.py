@@ -48,21 +48,24 @@ def resource_cases() -> list[Case]:
     half = torch.bfloat16
     cases = [
         Case(f"{kernel} {dim} {mode}", partial(attention_launch, kernel, dim, mode, half), (kernel, dim))
-        for kernel in _KERNELS for dim in (64, 80, 96, 128) for mode in ("packed causal", "groups")
-    ]  # fmt: skip
+        for kernel in _KERNELS
+        for dim in (64, 80, 96, 128)
+        for mode in ("packed causal", "groups")
+    ]
     cases += [Case(f"attention_decode {dim}", partial(decode_launch, dim)) for dim in (64, 80, 96, 128)]
     cases += [
         Case(f"{kernel} {rows} rows", partial(linear_launch, kernel, rows))
         for kernel, sides in (("linear_4bit_vector", (1,)), ("linear_4bit", ROW_SIDES), ("linear_4bit_grad", ROW_SIDES))
         for rows in sides
-    ]  # fmt: skip
+    ]
     cases += [
         Case(f"{kernel} {_ROWS} rows", partial(quantize_case, kernel)) for kernel in ("int8 outliers", "int8 rows")
     ]
     cases += [
         Case(f"{kernel} {rows} rows", partial(linear_8bit_launch, kernel, rows))
-        for kernel in ("linear_8bit", "linear_8bit_grad") for rows in ROW_SIDES
-    ]  # fmt: skip
+        for kernel in ("linear_8bit", "linear_8bit_grad")
+        for rows in ROW_SIDES
+    ]
     cases += [Case(f"lora {part} {rank}", partial(lora_case, part, rank)) for part in _LORA for rank in (16, 64)]
     cases += [
         Case(f"rotation {heads}/{kv} x {dim}", partial(rotate_case, heads, kv, dim)) for heads, kv, dim in _ROTARY
@@ -112,10 +115,8 @@ def attention_launches(dim: int, mode: str, dtype: torch.dtype, target: int) -> 
     causal = "causal" in mode
     launches = (
         *forward_launches(query, key, value, masks, out, logsumexp, causal, 0.125, target),
-        *backward_launches(
-            out, query, key, value, masks, out, logsumexp, logsumexp, grads, causal, 0.125, target
-        ),
-    )  # fmt: skip
+        *backward_launches(out, query, key, value, masks, out, logsumexp, logsumexp, grads, causal, 0.125, target),
+    )
     return tuple(launch for launch in launches if "GQA" in launch.constants)  # not those that make masks ready
 
 
@@ -124,9 +125,11 @@ def linear_launch(kernel: str, rows: int, target: int, tile: tuple[int, ...] | N
     wide, narrow, half = 1536, 8960, torch.bfloat16
     blocks = wide * narrow // 64
     buffers = (
-        _meta(wide * narrow // 2, dtype=torch.uint8), _meta(blocks, dtype=torch.uint8),
-        _meta(-(-blocks // 256), dtype=torch.float32), _meta(dtype=torch.float32),
-    )  # fmt: skip
+        _meta(wide * narrow // 2, dtype=torch.uint8),
+        _meta(blocks, dtype=torch.uint8),
+        _meta(-(-blocks // 256), dtype=torch.float32),
+        _meta(dtype=torch.float32),
+    )
     geometry = (narrow, wide, 64, "nf4", half)
     x, out = _meta(rows, narrow, dtype=half), _meta(rows, wide, dtype=half)
     if kernel == "linear_4bit_grad":

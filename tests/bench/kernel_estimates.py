@@ -67,9 +67,11 @@ def _estimate(problem: Problem, target: int, shares: Mapping[tuple[str, str], fl
     }
     slowest = max(times, key=lambda unit: times[unit])
     return {
-        "limit_ms": _rounded(1e3 * limit), "limited_by": bound,
-        "estimated_ms": _rounded(1e3 * (times[slowest] + problem.before / chip.bandwidth)), "slowest": slowest,
-    }  # fmt: skip
+        "limit_ms": _rounded(1e3 * limit),
+        "limited_by": bound,
+        "estimated_ms": _rounded(1e3 * (times[slowest] + problem.before / chip.bandwidth)),
+        "slowest": slowest,
+    }
 
 
 def _tensor_seconds(

@@ -38,15 +38,19 @@ def linear_4bit(setting: Setting, rows: int, wide: int, narrow: int) -> dict[str
     forward, backward = (lambda: F.linear(x, weight)), (lambda: grad @ weight)
     return {
         "forward": Sides(
-            lambda: linear_4bit_triton(x, buffers, None, geometry), forward,
+            lambda: linear_4bit_triton(x, buffers, None, geometry),
+            forward,
             {"bitsandbytes": lambda: matmul_4bit(x, packed.t(), state), "16-bit weight": forward},
         ),
         "input gradient": Sides(
-            lambda: grad_input_triton(grad, buffers, geometry), backward,
-            {"dequantize, then multiply": lambda: grad @ dequantize_4bit_triton(buffers, geometry),
-             "16-bit weight": backward},
+            lambda: grad_input_triton(grad, buffers, geometry),
+            backward,
+            {
+                "dequantize, then multiply": lambda: grad @ dequantize_4bit_triton(buffers, geometry),
+                "16-bit weight": backward,
+            },
         ),
-    }  # fmt: skip
+    }
 
 
 def linear_8bit(setting: Setting, rows: int, wide: int, narrow: int) -> dict[str, Sides]:
@@ -64,15 +68,19 @@ def linear_8bit(setting: Setting, rows: int, wide: int, narrow: int) -> dict[str
     state.CB, state.SCB, state.threshold, state.has_fp16_weights = weight, scales, THRESHOLD, False
     return {
         "forward": Sides(
-            lambda: linear_8bit_triton(x, weight, scales, None, THRESHOLD), forward,
+            lambda: linear_8bit_triton(x, weight, scales, None, THRESHOLD),
+            forward,
             {"bitsandbytes": lambda: matmul(x, weight, state=state, threshold=THRESHOLD), "16-bit weight": forward},
         ),
         "input gradient": Sides(
-            lambda: grad_input_8bit_triton(grad, weight, scales), backward,
-            {"dequantize, then multiply": lambda: grad @ dequantize_8bit(weight, scales, setting.dtype),
-             "16-bit weight": backward},
+            lambda: grad_input_8bit_triton(grad, weight, scales),
+            backward,
+            {
+                "dequantize, then multiply": lambda: grad @ dequantize_8bit(weight, scales, setting.dtype),
+                "16-bit weight": backward,
+            },
         ),
-    }  # fmt: skip
+    }
 
 
 def lora(setting: Setting, rows: int, wide: int, narrow: int, rank: int) -> dict[str, Sides]:
@@ -90,10 +98,11 @@ def lora(setting: Setting, rows: int, wide: int, narrow: int, rank: int) -> dict
     return {
         "forward": Sides(lambda: lora_triton(base, x, down, up, 0.5), plain, peers),
         "gradients": Sides(
-            lambda: lora_backward_triton(grad, x, down, up, 0.5), gradients(plain),
+            lambda: lora_backward_triton(grad, x, down, up, 0.5),
+            gradients(plain),
             {name: gradients(call) for name, call in peers.items()},
         ),
-    }  # fmt: skip
+    }
 
 
 def cross_entropy(setting: Setting, rows: int, vocabulary: int) -> Sides:

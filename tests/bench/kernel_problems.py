@@ -98,9 +98,12 @@ def _attention(length: int, heads: tuple[int, int], dim: int, causal: bool, segm
     moved = 2 * length * dim * 2 * (heads[0] + heads[1])
     for part, factor, traffic in (("forward", 1.0, 1), ("backward", 2.5, 2)):
         yield Problem(
-            f"attention {part}", sizes, factor * flops, traffic * moved,
+            f"attention {part}",
+            sizes,
+            factor * flops,
+            traffic * moved,
             lambda setting, part=part: sides.attention(setting, length, heads, dim, causal, segments)[part],
-        )  # fmt: skip
+        )
 
 
 def _one_row(keys: int, heads: tuple[int, int], dim: int) -> Problem:
@@ -127,11 +130,14 @@ def _linear_4bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
     for part in ("forward", "input gradient"):
         dense = rows > FUSED_ROWS and part == "forward"  # then a 16-bit weight is written first
         yield Problem(
-            f"nf4 linear {part}", {"rows": rows, "out": wide, "in": narrow}, 2 * rows * weights,
+            f"nf4 linear {part}",
+            {"rows": rows, "out": wide, "in": narrow},
+            2 * rows * weights,
             NF4 * weights + 2 * rows * (wide + narrow),
             lambda setting, part=part: linear.linear_4bit(setting, rows, wide, narrow)[part],
-            0 if dense else _DECODE * weights * turns, (NF4 + 2) * weights if dense else 0,
-        )  # fmt: skip
+            0 if dense else _DECODE * weights * turns,
+            (NF4 + 2) * weights if dense else 0,
+        )
 
 
 def _linear_8bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
@@ -139,9 +145,12 @@ def _linear_8bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
     for part, flops in (("forward", rows * weights), ("input gradient", 2 * rows * weights)):
         # Tensor cores multiply integers twice as fast as bfloat16.
         yield Problem(
-            f"int8 linear {part}", {"rows": rows, "out": wide, "in": narrow}, flops, weights + 2 * rows * (wide + narrow),
+            f"int8 linear {part}",
+            {"rows": rows, "out": wide, "in": narrow},
+            flops,
+            weights + 2 * rows * (wide + narrow),
             lambda setting, part=part: linear.linear_8bit(setting, rows, wide, narrow)[part],
-        )  # fmt: skip
+        )
 
 
 def _lora(rows: int, wide: int, narrow: int, rank: int) -> Iterator[Problem]:
@@ -149,9 +158,13 @@ def _lora(rows: int, wide: int, narrow: int, rank: int) -> Iterator[Problem]:
     products = rows * rank * (wide + narrow)  # a multiply and an addition are one instruction
     for part, moved, turns in (("forward", once + 2 * rows * wide, 1), ("gradients", 2 * once, 3)):
         yield Problem(
-            f"lora {part}", {"rows": rows, "out": wide, "in": narrow, "rank": rank}, 0, moved,
-            lambda setting, part=part: linear.lora(setting, rows, wide, narrow, rank)[part], turns * products,
-        )  # fmt: skip
+            f"lora {part}",
+            {"rows": rows, "out": wide, "in": narrow, "rank": rank},
+            0,
+            moved,
+            lambda setting, part=part: linear.lora(setting, rows, wide, narrow, rank)[part],
+            turns * products,
+        )
 
 
 def _cross_entropy(rows: int, vocabulary: int) -> Problem:

@@ -77,14 +77,16 @@ def attention(
     kept = (out, logsumexp, *rest[-2:])
     return {
         "forward": Sides(
-            lambda: attention_forward_triton(query, key, value, *rest)[0].transpose(1, 2), torch.no_grad()(exact),
+            lambda: attention_forward_triton(query, key, value, *rest)[0].transpose(1, 2),
+            torch.no_grad()(exact),
             {name: torch.no_grad()(call) for name, call in peers.items()},
         ),
         "backward": Sides(
-            lambda: attention_backward_triton(grad, query, key, value, *rest[:-2], *kept), gradients(exact),
+            lambda: attention_backward_triton(grad, query, key, value, *rest[:-2], *kept),
+            gradients(exact),
             {name: gradients(call) for name, call in with_gradients.items()},
         ),
-    }  # fmt: skip
+    }
 
 
 def _attention_peers(setting: Setting, leaves: list[Tensor], bounds: Tensor, causal: bool) -> dict[str, Run]:
@@ -115,8 +117,9 @@ def one_row(setting: Setting, keys: int, heads: tuple[int, int], dim: int) -> Si
     sdpa = lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=True)  # noqa: E731
     return Sides(
         lambda: attention_forward_triton(query, key, value, None, None, None, None, True, scale)[0].transpose(1, 2),
-        sdpa, {"sdpa": sdpa},
-    )  # fmt: skip
+        sdpa,
+        {"sdpa": sdpa},
+    )
 
 
 def rotation(setting: Setting, rows: int, heads: tuple[int, int], dim: int) -> dict[str, Sides]:
@@ -137,14 +140,16 @@ def rotation(setting: Setting, rows: int, heads: tuple[int, int], dim: int) -> d
 
     return {
         "forward": Sides(
-            lambda: rotate_triton(query, key, cos, sin), lambda: rotate_reference(query, key, cos, sin),
+            lambda: rotate_triton(query, key, cos, sin),
+            lambda: rotate_reference(query, key, cos, sin),
             {name: forward(call) for name, call in _rotations().items()},
         ),
         "backward": Sides(
-            lambda: rotate_triton(*grads, cos, sin, back=True), lambda: rotate_reference(*grads, cos, -sin),
+            lambda: rotate_triton(*grads, cos, sin, back=True),
+            lambda: rotate_reference(*grads, cos, -sin),
             {name: backward(call) for name, call in _rotations().items()},
         ),
-    }  # fmt: skip
+    }
 
 
 def _rotations() -> dict[str, Callable[..., Any]]:

@@ -24,15 +24,31 @@ from vlmbuild.util.cpu import available_cores
 DIMS = (64, 80, 96, 128)
 CANDIDATES = {
     "attention_forward": [
-        (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3),
+        (128, 128, 8, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
     ],
     "attention_grad_query": [
-        (128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 32, 4, 2), (64, 32, 4, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (128, 32, 8, 2),
+        (128, 32, 8, 3),
+        (64, 32, 4, 2),
+        (64, 32, 4, 3),
     ],
     "attention_grad_key": [
-        (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 32, 4, 2),
+        (64, 128, 8, 2),
+        (32, 128, 8, 2),
+        (64, 64, 4, 2),
+        (32, 64, 4, 2),
+        (32, 64, 4, 3),
+        (32, 32, 4, 2),
     ],
-}  # fmt: skip
+}
 """Kernel -> (sides, warps, stages)."""
 
 LINEAR = {
@@ -104,8 +120,11 @@ def main() -> None:
     table = json.loads(FILE.read_text())
     cases = [
         Case(kernel, dim, dtype, target)
-        for target in TARGETS for dtype in (torch.bfloat16, torch.float32) for kernel in CANDIDATES for dim in DIMS
-    ]  # fmt: skip
+        for target in TARGETS
+        for dtype in (torch.bfloat16, torch.float32)
+        for kernel in CANDIDATES
+        for dim in DIMS
+    ]
     with ThreadPoolExecutor(available_cores()) as pool:
         for case, tile in zip(cases, pool.map(Case.choose, cases), strict=True):
             name = f"{case.kernel} float32" if case.dtype == torch.float32 else case.kernel

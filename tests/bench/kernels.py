@@ -127,9 +127,12 @@ def record(command: str, device: str, **content: Any) -> Row:
         except PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "command": command, "date": datetime.now(UTC).date().isoformat(), "device": device,
-        "versions": versions | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {}), **content,
-    }  # fmt: skip
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device,
+        "versions": versions | ({"cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
+        **content,
+    }
 
 
 def _estimate() -> Row:

@@ -65,10 +65,17 @@ class Bench:
 
     def run(self, side: str, artifact: str = "nf4", **options: Any) -> dict[str, Any]:
         chosen = {
-            "artifact": self.paths[artifact], "adapter": self.paths["adapter"], "checkpointing": False, "compile": False,
-            "dtype": "bfloat16", "liger": False, "limit": 400, "samples": self.arguments.samples, "seed": 1,
+            "artifact": self.paths[artifact],
+            "adapter": self.paths["adapter"],
+            "checkpointing": False,
+            "compile": False,
+            "dtype": "bfloat16",
+            "liger": False,
+            "limit": 400,
+            "samples": self.arguments.samples,
+            "seed": 1,
             "steps": self.arguments.steps,
-        }  # fmt: skip
+        }
         found = run_fresh("tests.bench.training_workers", side, self.arguments.threads, **{**chosen, **options})
         print(f"  {side:13} {options}: {found.get('absent') or [round(s, 1) for s in found['seconds']]}", flush=True)
         return found
@@ -128,9 +135,12 @@ def data(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = [sizes[n : n + arguments.samples] for n in range(0, len(sizes), arguments.samples)]
     padded = sum(max(row) * len(row) for row in rows)
     return {
-        "samples": len(sizes), "tokens": sum(sizes), "padded_tokens": padded, "labels": sum(a for _, a, _ in drawn),
+        "samples": len(sizes),
+        "tokens": sum(sizes),
+        "padded_tokens": padded,
+        "labels": sum(a for _, a, _ in drawn),
         "padding_share": round(1 - sum(sizes) / padded, 3),
-    }  # fmt: skip
+    }
 
 
 def ratios(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -155,9 +155,14 @@ def run(side: str, options: dict[str, Any]) -> dict[str, Any]:
         peaks = memory.figures()
     graphs = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     return {
-        "first_step": first, "seconds": seconds, "losses": losses, "imports_resident": base, **peaks, "compilations": graphs,
+        "first_step": first,
+        "seconds": seconds,
+        "losses": losses,
+        "imports_resident": base,
+        **peaks,
+        "compilations": graphs,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -54,9 +54,12 @@ def test_quantization_is_felt(nf4, reference):
 
 def test_packed_bytes_are_those_that_transformers_writes(nf4, checkpoint, tmp_path):
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head", "model.visual"],
-    )  # fmt: skip
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", "model.visual"],
+    )
     AutoModelForImageTextToText.from_pretrained(
         checkpoint, quantization_config=config, dtype=torch.float32
     ).save_pretrained(tmp_path)
@@ -163,15 +166,22 @@ def missing_shard(directory):
         (lambda d: (d / "config.json").write_text("{"), r"config.json is not valid JSON"),
         (lambda d: (d / "config.json").write_text("[]"), r"holds list, not a JSON object"),
         (lambda d: edit_config(d, lambda v: v.update(architectures=["T5"])), r"unknown architecture T5.*Qwen2VLFor"),
-        (lambda d: edit_config(d, lambda v: v.update(quantization_config={"quant_method": "gptq"})), "quantized with gptq"),
-        (lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": torch.ones(256, dtype=torch.int8)})),
-         r"model.norm.weight is torch.int8"),
+        (
+            lambda d: edit_config(d, lambda v: v.update(quantization_config={"quant_method": "gptq"})),
+            "quantized with gptq",
+        ),
+        (
+            lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": torch.ones(256, dtype=torch.int8)})),
+            r"model.norm.weight is torch.int8",
+        ),
         (lambda d: edit_weights(d, lambda t: t.pop("model.norm.weight")), r"lacks model.norm.weight"),
-        (lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": torch.ones(7)})),
-         r"model.norm.weight has shape \[7\].*asks for \[256\]"),
+        (
+            lambda d: edit_weights(d, lambda t: t.update({"model.norm.weight": torch.ones(7)})),
+            r"model.norm.weight has shape \[7\].*asks for \[256\]",
+        ),
         (lambda d: edit_weights(d, lambda t: t.update({"model.layers.9.x": torch.ones(7)})), r"model.layers.9.x"),
     ],
-)  # fmt: skip
+)
 def test_unusable_sources_are_named_and_leave_nothing(spoil, message, checkpoint, tmp_path):
     source = copied(checkpoint, tmp_path / "source")
     spoil(source)

@@ -261,12 +261,20 @@ FIRST = f"base_model.model.{Q_PROJ}"
         (lambda d: (d / "adapter_config.json").unlink(), "not a readable adapter"),
         (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "not a readable adapter"),
         (lambda d: edit_adapter_config(d, use_dora=True), "only plain LoRA.*use_dora"),
-        (lambda d: edit_adapter(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")), "q_proj.lora_B.default.weight is missing"),
-        (lambda d: edit_adapter(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})), r"shape \[4, 7\]"),
-        (lambda d: edit_adapter(d, lambda t: t[f"{FIRST}.lora_A.weight"][0, 0].fill_(float("nan"))),
-         f"{Q_PROJ}.lora_A.default.weight holds NaN"),
+        (
+            lambda d: edit_adapter(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")),
+            "q_proj.lora_B.default.weight is missing",
+        ),
+        (
+            lambda d: edit_adapter(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})),
+            r"shape \[4, 7\]",
+        ),
+        (
+            lambda d: edit_adapter(d, lambda t: t[f"{FIRST}.lora_A.weight"][0, 0].fill_(float("nan"))),
+            f"{Q_PROJ}.lora_A.default.weight holds NaN",
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapters_that_cannot_be_merged(spoil, message, quantized, bases, tmp_path):
     adapter = shutil.copytree(quantized[1], tmp_path / "adapter")
     spoil(adapter)

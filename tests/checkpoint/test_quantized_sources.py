@@ -120,8 +120,11 @@ def test_another_format_on_top_is_refused(nf4, tmp_path):
 def test_a_pattern_dequantizes_one_layer(nf4, checkpoint, tmp_path):
     spec = QuantSpec(skip=("model.layers.0.self_attn.o_proj",))  # published names match too
     built = build(nf4.path, tmp_path / "out", Recipe(quantize=spec, dtype="float32"))
-    changed = {name for name, tensor in tensors_of(built.path).items() if tensor.dtype == torch.float32 and "_proj.weight" in name
-               and "." not in name.partition(".weight")[2]}  # fmt: skip
+    changed = {
+        name
+        for name, tensor in tensors_of(built.path).items()
+        if tensor.dtype == torch.float32 and "_proj.weight" in name and "." not in name.partition(".weight")[2]
+    }
     assert changed == {"model.layers.0.self_attn.o_proj.weight"}
 
 
@@ -147,8 +150,9 @@ def test_int8_bytes_are_those_that_transformers_writes(int8, checkpoint, tmp_pat
 
 def test_four_bit_formats_mixed_open_with_transformers(checkpoint, tmp_path):
     overrides = (
-        Override("*.layers.0.mlp.*", "fp4", double_quant=False), Override("*.layers.2.*.o_proj", "none"),
-    )  # fmt: skip
+        Override("*.layers.0.mlp.*", "fp4", double_quant=False),
+        Override("*.layers.2.*.o_proj", "none"),
+    )
     built = build(checkpoint, tmp_path / "out", Recipe(quantize=QuantSpec(overrides=overrides), dtype="float32"))
     model, _ = load(built.path)
     theirs = AutoModelForImageTextToText.from_pretrained(built.path)
@@ -224,8 +228,11 @@ def test_other_families_pass_through_and_come_back(name, form, tmp_path):
 def test_an_override_alone_leaves_the_rest_as_the_source_has_it(nf4, tmp_path):
     spec = QuantSpec("source", overrides=(Override("*.layers.0.mlp.up_proj", "none"),))
     built = build(nf4.path, tmp_path / "out", Recipe(quantize=spec, dtype="float32"))
-    changed = {name for name, tensor in tensors_of(built.path).items()
-               if name in tensors_of(nf4.path) and tensor.dtype != tensors_of(nf4.path)[name].dtype}  # fmt: skip
+    changed = {
+        name
+        for name, tensor in tensors_of(built.path).items()
+        if name in tensors_of(nf4.path) and tensor.dtype != tensors_of(nf4.path)[name].dtype
+    }
     assert changed == {LAYER}
 
 
@@ -254,7 +261,7 @@ def shortened(name):
         (lambda t: t[f"{LAYER}.quant_state.bitsandbytes__nf4"].fill_(0), "cannot be used"),
         (lambda t: t.update({LAYER: t[LAYER].view(torch.int8)}), "up_proj.weight is"),
     ],
-)  # fmt: skip
+)
 def test_broken_four_bit_weights_are_named(spoil, message, four_bit, tmp_path):
     source = copied(four_bit, tmp_path / "source")
     edit_weights(source, spoil)

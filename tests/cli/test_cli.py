@@ -88,7 +88,11 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf5"), 2, "nf5"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--recipe", "{tmp}/no.toml"), 2, "no.toml"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--require", "fuse_rope"), 1, "fuse_rope"),
-        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--skip", "no.such"), 2, "matches no linear"),
+        (
+            ("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--skip", "no.such"),
+            2,
+            "matches no linear",
+        ),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--skip", "*"), 2, "--skip changes nothing without"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--budget", "5"), 2, "--quantize auto"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "int8", "--blocksize", "128"), 2, "--blocksize"),
@@ -101,7 +105,7 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
         (("inspect", "{tmp}/missing"), 3, "missing"),
         (("teach",), 2, "No such command"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_paragraph_and_leave_nothing(run, arguments, code, message, checkpoint, tmp_path):
     import re
 

@@ -24,11 +24,13 @@ def cache(tmp_path, monkeypatch):
 def conversation(sample):
     return {
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": LARGEST.question},
-                                         {"type": "image", "image": sample.image}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": LARGEST.question}, {"type": "image", "image": sample.image}],
+            },
             {"role": "assistant", "content": [{"type": "text", "text": LARGEST.answer(sample.digits)}]},
         ]
-    }  # fmt: skip
+    }
 
 
 def loaded(**options):
@@ -40,13 +42,23 @@ def test_notebook_from_loading_to_saving_and_back(tmp_path):
     assert any(region.recipes for region in model.program.regions.values())
     assert not list(model.trainable_parameters())
     model = FastVisionModel.get_peft_model(
-        model, finetune_vision_layers=True, finetune_language_layers=True, finetune_attention_modules=True,
-        finetune_mlp_modules=True, r=8, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407, use_rslora=False,
+        model,
+        finetune_vision_layers=True,
+        finetune_language_layers=True,
+        finetune_attention_modules=True,
+        finetune_mlp_modules=True,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0,
+        bias="none",
+        random_state=3407,
+        use_rslora=False,
         loftq_config=None,
-    )  # fmt: skip
+    )
     assert {name.partition(".layers.")[0].partition(".blocks.")[0] for name, _ in model.trainable_parameters()} == {
-        "model.language_model", "model.visual"
-    }  # fmt: skip
+        "model.language_model",
+        "model.visual",
+    }
     FastVisionModel.for_training(model)
     assert model.training and model.checkpointing == Checkpointing()  # offloading is for GPUs
     collator = UnslothVisionDataCollator(model, tokenizer)

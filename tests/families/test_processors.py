@@ -95,11 +95,38 @@ def test_qwen_tokenizer_composes_accents_first():
     [
         ("qwen2_vl", dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True)), 151657),
         ("mllama", dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
-        ("mllama", {"<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004, "<|eom_id|>": 128008, "<|image|>": 128256}, 128257),
-        ("mllama", {"<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eot_id|>": 128009, "<|python_tag|>": 128010}, 128257),
-        ("pixtral", {"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4, "[IMG]": 10, "<pad>": 11, "[IMG_BREAK]": 12, "[IMG_END]": 13}, 131072),
+        (
+            "mllama",
+            {"<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004, "<|eom_id|>": 128008, "<|image|>": 128256},
+            128257,
+        ),
+        (
+            "mllama",
+            {
+                "<|start_header_id|>": 128006,
+                "<|end_header_id|>": 128007,
+                "<|eot_id|>": 128009,
+                "<|python_tag|>": 128010,
+            },
+            128257,
+        ),
+        (
+            "pixtral",
+            {
+                "<unk>": 0,
+                "<s>": 1,
+                "</s>": 2,
+                "[INST]": 3,
+                "[/INST]": 4,
+                "[IMG]": 10,
+                "<pad>": 11,
+                "[IMG_BREAK]": 12,
+                "[IMG_END]": 13,
+            },
+            131072,
+        ),
     ],
-)  # fmt: skip
+)
 def test_special_tokens_have_their_published_ids(name, ids, size):
     tokenizer = PROCESSORS[name]().tokenizer
     assert len(tokenizer) == size
@@ -190,14 +217,18 @@ def test_pixtral_chat_and_image_tokens_equal_mistrals(names, monkeypatch):
     monkeypatch.setattr(image, "transform_image", lambda *_: np.zeros((3, 1, 1)))  # needs OpenCV; tokens do not
     photos = [ImageChunk(image=photographs()[name]) for name in names]
     turns = [
-        instruct.SystemMessage(content="Be brief."), instruct.UserMessage(content="Bonjour"),
-        instruct.AssistantMessage(content="Salut !"), instruct.UserMessage(content=[*photos, TextChunk(text="这是什么？")]),
-    ]  # fmt: skip
+        instruct.SystemMessage(content="Be brief."),
+        instruct.UserMessage(content="Bonjour"),
+        instruct.AssistantMessage(content="Salut !"),
+        instruct.UserMessage(content=[*photos, TextChunk(text="这是什么？")]),
+    ]
     expected = reference("pixtral").encode_chat_completion(ChatCompletionRequest(messages=turns)).tokens
     content = [
-        {"role": "system", "content": "Be brief."}, say("Bonjour"), {"role": "assistant", "content": "Salut !"},
+        {"role": "system", "content": "Be brief."},
+        say("Bonjour"),
+        {"role": "assistant", "content": "Salut !"},
         say(*[IMAGE] * len(names), "这是什么？"),
-    ]  # fmt: skip
+    ]
     text = processors.pixtral().apply_chat_template(content)
     assert text.startswith("<s>[INST]Bonjour[/INST]Salut !</s>[INST]Be brief.\n\n[IMG]")
     assert process("pixtral", [text], [names])["input_ids"][0].tolist() == expected

@@ -30,9 +30,12 @@ def test_positions_and_places_equal_transformers(layout, side, config, reference
     batch, _ = make_batch(layout, side)
     prepared = FAMILY.prepare(batch, config)
     expected, _ = reference.model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch.get("image_grid_thw"), batch.get("video_grid_thw"),
+        batch["input_ids"],
+        batch["mm_token_type_ids"],
+        batch.get("image_grid_thw"),
+        batch.get("video_grid_thw"),
         batch["attention_mask"],
-    )  # fmt: skip
+    )
     places = batch["attention_mask"].flatten().nonzero().squeeze(1)
     assert torch.equal(prepared.places, places)
     assert torch.equal(prepared.tensors["position_ids"], expected.flatten(1)[:, places].unsqueeze(1))
@@ -81,7 +84,10 @@ def cut(batch):
     ("change", "message"),
     [
         (cut, r"Sample 0: image 1 \(grid 1 x 8 x 2\) has 4 features, but the text holds 0|image 1 .* has 4 features"),
-        (lambda b: b["input_ids"][0, 6:8].fill_(5), r"Sample 0: image 0 \(grid 1 x 4 x 6\) has 6 features, but .* 4 image"),
+        (
+            lambda b: b["input_ids"][0, 6:8].fill_(5),
+            r"Sample 0: image 0 \(grid 1 x 4 x 6\) has 6 features, but .* 4 image",
+        ),
         (lambda b: b["input_ids"][1, 10:11].fill_(5), r"image 2 \(grid 1 x 2 x 2\) has 1 features but no placeholder"),
         (lambda b: b["input_ids"][1, 1].fill_(IMAGE), r"image 2 .* has 1 features but|Sample 1 has 1 image tokens"),
         (lambda b: b.pop("pixel_values"), "has images but no pixel_values"),
@@ -93,7 +99,7 @@ def cut(batch):
         (lambda b: b.update(attention_mask=b["attention_mask"][:, 1:]), "attention_mask has shape"),
         (lambda b: b.pop("input_ids"), "no input_ids"),
     ],
-)  # fmt: skip
+)
 def test_bad_batch_is_named(change, message, config):
     with pytest.raises(BatchError, match=message):
         FAMILY.prepare(broken(change), config)

@@ -70,15 +70,23 @@ def test_saved_processor_has_the_stock_name_and_loads_again(setup, tmp_path):
 
 def test_videos_images_and_text_in_one_batch_equal_transformers(setup):
     photo = photographs()
-    texts = [text_of(setup, "Watch", "video", "and look", "image", "What happens?"), text_of(setup, "image", "Describe it."),
-             text_of(setup, "Name three planets."), text_of(setup, "video")]  # fmt: skip
+    texts = [
+        text_of(setup, "Watch", "video", "and look", "image", "What happens?"),
+        text_of(setup, "image", "Describe it."),
+        text_of(setup, "Name three planets."),
+        text_of(setup, "video"),
+    ]
     inputs = dict(
         setup.processor(
-            text=texts, images=[photo["chelsea"].resize((90, 60)), photo["tall"].resize((30, 200))],
-            videos=[pan(6), pan(3, (56, 112))], padding=True, padding_side="left", return_tensors="pt",
+            text=texts,
+            images=[photo["chelsea"].resize((90, 60)), photo["tall"].resize((30, 200))],
+            videos=[pan(6), pan(3, (56, 112))],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
             videos_kwargs={"size": SIZE},
         )
-    )  # fmt: skip
+    )
     assert inputs["video_grid_thw"].tolist() == [[3, 6, 8], [2, 8, 4]]
     counts = (inputs["input_ids"] == 151656).sum(1)
     assert counts.tolist() == [3 * 6 * 8 // 4, 0, 0, 2 * 8 * 4 // 4]

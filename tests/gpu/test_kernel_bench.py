@@ -17,11 +17,21 @@ def test_every_kernel_and_peer_runs_and_agrees():
     pytest.importorskip("bitsandbytes")
     rows = list(smoke())
     assert {row["name"].partition(":")[0] for row in rows} == {
-        "attention forward", "attention backward", "attention of one row", "rotation forward", "rotation backward",
-        "nf4 linear forward", "nf4 linear input gradient", "int8 linear forward", "int8 linear input gradient",
-        "lora forward", "lora gradients", "cross-entropy with gradient", "linear and cross-entropy with gradients",
+        "attention forward",
+        "attention backward",
+        "attention of one row",
+        "rotation forward",
+        "rotation backward",
+        "nf4 linear forward",
+        "nf4 linear input gradient",
+        "int8 linear forward",
+        "int8 linear input gradient",
+        "lora forward",
+        "lora gradients",
+        "cross-entropy with gradient",
+        "linear and cross-entropy with gradients",
         "sum and RMSNorm by inductor",
-    }  # fmt: skip
+    }
     assert {peer for row in rows for peer in row["peers"]} >= {"flex", "sdpa", "bitsandbytes", "transformers eager"}
     assert all(isinstance(distance, float) for row in rows for distance in row["peers"].values()), rows
 
@@ -30,10 +40,14 @@ def test_every_kernel_and_peer_runs_and_agrees():
 def test_a_run_on_a_gpu_writes_what_it_measures(monkeypatch, tmp_path, capsys):
     """All but the clock and the memory of the GPU is the real thing."""
     gpu = {
-        "is_available": lambda: True, "get_device_capability": lambda: (9, 0), "get_device_name": lambda: "Some Chip",
-        "synchronize": lambda: None, "memory_allocated": lambda: 3, "max_memory_allocated": lambda: 5,
+        "is_available": lambda: True,
+        "get_device_capability": lambda: (9, 0),
+        "get_device_name": lambda: "Some Chip",
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: 3,
+        "max_memory_allocated": lambda: 5,
         "reset_peak_memory_stats": lambda: None,
-    }  # fmt: skip
+    }
     for name, function in gpu.items():
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr("triton.testing.do_bench", lambda call, **_: (call(), (2.0, 1.0, 3.0))[1])

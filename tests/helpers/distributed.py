@@ -137,10 +137,19 @@ def refusal(model, batch):
 def train(artifact, output, world):
     """Two batches a step in all, through transformers' Trainer, which takes DDP by itself."""
     arguments = TrainingArguments(
-        str(output), max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=2 // world, save_steps=3,
-        logging_steps=1, report_to="none", remove_unused_columns=False, learning_rate=1e-2, disable_tqdm=True,
-        use_cpu=True, train_sampling_strategy="sequential",
-    )  # fmt: skip
+        str(output),
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2 // world,
+        save_steps=3,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+    )
     callback = vlmbuild.TrainingCallback(vlmbuild.TrainingLog(show=None))
     trainer = Trainer(adapted(artifact), arguments, lambda batches: batches[0], ready(MIXED), callbacks=[callback])
     trainer.train()

@@ -99,18 +99,37 @@ def qwen2_vl(full: bool) -> Setup:
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = SizeDict(shortest_edge=56 * 56, longest_edge=tokens * 28 * 28)
     values = {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "tie_word_embeddings": True,
-        "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653, "bos_token_id": None, "eos_token_id": None,
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "tie_word_embeddings": True,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "text_config": {
-            "vocab_size": 151936, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None,
+            "vocab_size": 151936,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "bos_token_id": None,
+            "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
         },
         "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
-    }  # fmt: skip
-    return Setup(FAMILIES["qwen2_vl"], values, processor, Qwen2VLForConditionalGeneration, (3000, 2000), (20, 20),
-                 ("<|image_pad|>",))  # fmt: skip
+    }
+    return Setup(
+        FAMILIES["qwen2_vl"],
+        values,
+        processor,
+        Qwen2VLForConditionalGeneration,
+        (3000, 2000),
+        (20, 20),
+        ("<|image_pad|>",),
+    )
 
 
 def mllama(full: bool) -> Setup:
@@ -120,23 +139,48 @@ def mllama(full: bool) -> Setup:
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = SizeDict(height=side, width=side)
     values = {
-        "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": 128256,
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": 128256,
         "text_config": {
-            "vocab_size": 128256, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 5,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 3],
-            "pad_token_id": 128004, "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "vocab_size": 128256,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "cross_attention_layers": [1, 3],
+            "pad_token_id": 128004,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             },
         },
         "vision_config": {
-            "hidden_size": 64, "num_hidden_layers": 4, "num_global_layers": 2, "attention_heads": 2,
-            "intermediate_size": 96, "image_size": side, "patch_size": 14, "intermediate_layers_indices": [0, 2],
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_global_layers": 2,
+            "attention_heads": 2,
+            "intermediate_size": 96,
+            "image_size": side,
+            "patch_size": 14,
+            "intermediate_layers_indices": [0, 2],
             "vision_output_dim": 192,
         },
-    }  # fmt: skip
-    return Setup(FAMILIES["mllama"], values, processor, MllamaForConditionalGeneration, (4 * side, 4 * side), (1, 1),
-                 ("<|image|>",))  # fmt: skip
+    }
+    return Setup(
+        FAMILIES["mllama"],
+        values,
+        processor,
+        MllamaForConditionalGeneration,
+        (4 * side, 4 * side),
+        (1, 1),
+        ("<|image|>",),
+    )
 
 
 def pixtral(full: bool) -> Setup:
@@ -146,20 +190,43 @@ def pixtral(full: bool) -> Setup:
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = SizeDict(longest_edge=edge)
     values = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 10,
-        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_token_index": 10,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
         "text_config": {
-            "model_type": "mistral", "vocab_size": 131072, "hidden_size": 128, "intermediate_size": 192,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-            "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
+            "model_type": "mistral",
+            "vocab_size": 131072,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
         },
         "vision_config": {
-            "model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "intermediate_size": 96, "patch_size": 16, "image_size": 1024, "hidden_act": "silu",
+            "model_type": "pixtral",
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 96,
+            "patch_size": 16,
+            "image_size": 1024,
+            "hidden_act": "silu",
         },
-    }  # fmt: skip
-    return Setup(FAMILIES["pixtral"], values, processor, LlavaForConditionalGeneration, (2 * edge, 2 * edge), (1, 1),
-                 ("[IMG]", "[IMG_BREAK]", "[IMG_END]"))  # fmt: skip
+    }
+    return Setup(
+        FAMILIES["pixtral"],
+        values,
+        processor,
+        LlavaForConditionalGeneration,
+        (2 * edge, 2 * edge),
+        (1, 1),
+        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
+    )
 
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}

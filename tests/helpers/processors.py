@@ -24,15 +24,34 @@ from vlmbuild.families.qwen2_vl.processor import ImageTextProcessor
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 QWEN_SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 _LLAMA_NAMED = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
     "<|python_tag|>",
-]  # fmt: skip
+]
 # Meta's own tokenizer has <|image|> at 128011; published for transformers, it is the last, behind all reserved ones.
 LLAMA_SPECIAL = [*_LLAMA_NAMED, *(f"<|reserved_special_token_{2 + index}|>" for index in range(245)), "<|image|>"]
 
@@ -137,9 +156,13 @@ def qwen2_vl() -> Any:
     tokenizer = Qwen2Tokenizer(
         tokenizer_object=backend,
         unk_token=None,  # type: ignore[arg-type]  # as published; the annotation is too narrow
-        bos_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left",
-        extra_special_tokens=QWEN_SPECIAL[1:], model_max_length=32768,
-    )  # fmt: skip
+        bos_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        extra_special_tokens=QWEN_SPECIAL[1:],
+        model_max_length=32768,
+    )
     return ImageTextProcessor(_image_processor("qwen2-vl-2b"), tokenizer, chat_template=QWEN_TEMPLATE)
 
 
@@ -149,9 +172,12 @@ def mllama() -> Any:
     converter = TikTokenConverter(str(shipped("llama-models", "llama3/tokenizer.model")))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_with_special(converter.converted(), LLAMA_SPECIAL),
-        bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>",
-        model_input_names=["input_ids", "attention_mask"], model_max_length=131072,
-    )  # fmt: skip
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        pad_token="<|finetune_right_pad_id|>",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=131072,
+    )
     return MllamaProcessor(_image_processor("llama-3.2-11b-vision"), tokenizer, chat_template=LLAMA_TEMPLATE)
 
 
@@ -161,9 +187,13 @@ def pixtral() -> Any:
     converter = MistralConverter(str(shipped("mistral-common", "data/tekken_240911.json")))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
-        bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        model_input_names=["input_ids", "attention_mask"], model_max_length=1024000,
-    )  # fmt: skip
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=1024000,
+    )
     return ImageTextPixtralProcessor(_image_processor("pixtral-12b"), tokenizer, chat_template=PIXTRAL_TEMPLATE)
 
 
@@ -172,8 +202,14 @@ def photographs() -> dict[str, Image.Image]:
     """Photographs by name; width x height: astronaut and camera (grey, made RGB) 512x512, chelsea 451x300, coffee 600x400,
     hubble_deep_field 1000x872, retina 1411x1411, rocket 640x427; wide 1000x100 and tall 50x872 are crops."""
     files = (
-        "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg",
-    )  # fmt: skip
+        "astronaut.png",
+        "camera.png",
+        "chelsea.png",
+        "coffee.png",
+        "hubble_deep_field.jpg",
+        "retina.jpg",
+        "rocket.jpg",
+    )
     paths = [shipped("scikit-image", f"skimage/data/{file}") for file in files]
     whole = {path.stem: Image.open(path).convert("RGB") for path in paths}
     sky = whole["hubble_deep_field"]

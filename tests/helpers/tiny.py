@@ -32,16 +32,30 @@ Layout = Sequence[Sequence[Part]]
 def config_values(layers: int = 3, depth: int = 2, tied: bool = True, **changes: Any) -> dict[str, Any]:
     """A nested config.json: two query heads on one key head, head size 128 with the published M-RoPE sections."""
     text = {
-        "vocab_size": VOCAB, "hidden_size": 2 * HEAD_DIM, "intermediate_size": 192, "num_hidden_layers": layers,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+        "vocab_size": VOCAB,
+        "hidden_size": 2 * HEAD_DIM,
+        "intermediate_size": 192,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": None,
         "rope_parameters": {"rope_type": "default", "mrope_section": list(SECTIONS), "rope_theta": 1e6},
-    }  # fmt: skip
+    }
     vision = {"depth": depth, "embed_dim": 64, "hidden_size": 2 * HEAD_DIM, "num_heads": 2}
     values = {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "text_config": text,
-        "vision_config": vision, "tie_word_embeddings": tied, "image_token_id": IMAGE, "video_token_id": VIDEO,
-        "vision_start_token_id": START, "vision_end_token_id": END, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": tied,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": START,
+        "vision_end_token_id": END,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     return values | changes
 
 

@@ -130,9 +130,14 @@ def places(value, path=()):
 
 
 JUNK = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**40), 2**40), st.text(max_size=8), st.just([]), st.just({}),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**40), 2**40),
+    st.text(max_size=8),
+    st.just([]),
+    st.just({}),
     st.sampled_from(["__class__", "forward", "a b", {"node": -1}, {"node": "x"}, [[[]]], {"float": "nan"}]),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -94,10 +94,18 @@ def test_a_program_that_lacks_what_it_returns_is_refused(growing):
 
 
 def test_the_same_weights_in_the_same_places(traced, growing):
-    names = {join(instance, slot.name) for region in traced.regions.values()
-             for instance in region.instances for slot in region.slots}  # fmt: skip
-    cached = {join(instance, slot.name) for region in growing.regions.values()
-              for instance in region.instances for slot in region.slots}  # fmt: skip
+    names = {
+        join(instance, slot.name)
+        for region in traced.regions.values()
+        for instance in region.instances
+        for slot in region.slots
+    }
+    cached = {
+        join(instance, slot.name)
+        for region in growing.regions.values()
+        for instance in region.instances
+        for slot in region.slots
+    }
     assert cached == names
 
 

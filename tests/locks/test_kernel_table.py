@@ -174,8 +174,9 @@ def test_without_triton_the_table_says_why(pristine_built, monkeypatch):
     kernels = kernel_table(pristine_built, torch.bfloat16)
     assert kernels == Kernels("triton is not installed")
     assert kernel_findings(kernels, Kernels()) == (
-        [], ["Kernels were not compared: the old lock has no table, since: triton is not installed."],
-    )  # fmt: skip
+        [],
+        ["Kernels were not compared: the old lock has no table, since: triton is not installed."],
+    )
 
 
 def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):

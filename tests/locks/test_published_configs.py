@@ -16,17 +16,31 @@ PUBLISHED = {
     "qwen2-vl-7b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 8_291_375_616),
     "qwen2-vl-72b": ({"visual.blocks": 32, "language_model.layers": 80}, (115, 112, 7 * 80), 73_405_560_320),
     "llama-3.2-11b-vision": (
-        {"vision_model.transformer.layers": 32, "vision_model.global_transformer.layers": 8, "language_model.layers": 32,
-         "language_model.layers.cross_attn": 8},
-        (34, 80, 7 * 40), 10_670_220_835,
+        {
+            "vision_model.transformer.layers": 32,
+            "vision_model.global_transformer.layers": 8,
+            "language_model.layers": 32,
+            "language_model.layers.cross_attn": 8,
+        },
+        (34, 80, 7 * 40),
+        10_670_220_835,
     ),
     "llama-3.2-90b-vision": (
-        {"vision_model.transformer.layers": 32, "vision_model.global_transformer.layers": 8, "language_model.layers": 80,
-         "language_model.layers.cross_attn": 20},
-        (82, 140, 7 * 100), 88_593_355_323,
+        {
+            "vision_model.transformer.layers": 32,
+            "vision_model.global_transformer.layers": 8,
+            "language_model.layers": 80,
+            "language_model.layers.cross_attn": 20,
+        },
+        (82, 140, 7 * 100),
+        88_593_355_323,
     ),
-    "pixtral-12b": ({"vision_tower.transformer.layers": 24, "language_model.layers": 40}, (67, 64, 7 * 40), 12_682_739_712),
-}  # fmt: skip
+    "pixtral-12b": (
+        {"vision_tower.transformer.layers": 24, "language_model.layers": 40},
+        (67, 64, 7 * 40),
+        12_682_739_712,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -106,8 +106,10 @@ def layer(name, shape):
 
 def test_budget_is_spent_where_a_bit_saves_most_and_never_exceeded():
     losses = [
-        Loss(layer("large", (512, 512)), 0.02), Loss(layer("small", (64, 512)), 0.01), Loss(layer("dull", (64, 512)), 1e-9),
-    ]  # fmt: skip
+        Loss(layer("large", (512, 512)), 0.02),
+        Loss(layer("small", (64, 512)), 0.01),
+        Loss(layer("dull", (64, 512)), 1e-9),
+    ]
     total = sum(math.prod(loss.layer.shape) for loss in losses)
     for budget in (4.2, 5.5, 7.0, 14.0, 16.0):
         chosen = keep_within(losses, FORM, budget, 16)

@@ -149,9 +149,14 @@ def loss(batch, length, kind):
 
 
 KINDS = [
-    *((attention, kind) for kind in ("padded", "packed", "groups")), (one_row, ""), (rotation, ""), (linear, "nf4"),
-    (linear, "int8"), (lora, ""), (loss, ""),
-]  # fmt: skip
+    *((attention, kind) for kind in ("padded", "packed", "groups")),
+    (one_row, ""),
+    (rotation, ""),
+    (linear, "nf4"),
+    (linear, "int8"),
+    (lora, ""),
+    (loss, ""),
+]
 
 
 @pytest.mark.parametrize(("make", "kind"), KINDS)

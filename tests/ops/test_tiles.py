@@ -29,8 +29,14 @@ def test_float32_has_tiles_of_its_own():
 
 def test_architectures():
     assert [architecture(target) for target in (80, 86, 89, 90, 100, 103, 120)] == [
-        "sm_80", "sm_80", "sm_80", "sm_90", "sm_100", "sm_100", "sm_80",
-    ]  # fmt: skip
+        "sm_80",
+        "sm_80",
+        "sm_80",
+        "sm_90",
+        "sm_100",
+        "sm_100",
+        "sm_80",
+    ]
 
 
 def test_sizes_and_chips(monkeypatch):

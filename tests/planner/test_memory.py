@@ -24,28 +24,61 @@ from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 NF4 = QuantSpec()
 MLLAMA = {
-    "architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "image_token_index": 320,
+    "architectures": ["MllamaForConditionalGeneration"],
+    "model_type": "mllama",
+    "image_token_index": 320,
     "text_config": {
-        "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "cross_attention_layers": [1],
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
     },
     "vision_config": {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "intermediate_size": 96,
-        "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0, 1], "vision_output_dim": 192,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_global_layers": 1,
+        "attention_heads": 2,
+        "intermediate_size": 96,
+        "image_size": 28,
+        "patch_size": 14,
+        "intermediate_layers_indices": [0, 1],
+        "vision_output_dim": 192,
     },
-}  # fmt: skip
+}
 PIXTRAL = {
-    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": 10,
-    "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "image_token_index": 10,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
     "text_config": {
-        "model_type": "mistral", "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "sliding_window": None,
+        "model_type": "mistral",
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": None,
     },
     "vision_config": {
-        "model_type": "pixtral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 96, "patch_size": 4, "image_size": 128, "hidden_act": "silu",
+        "model_type": "pixtral",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 96,
+        "patch_size": 4,
+        "image_size": 128,
+        "hidden_act": "silu",
     },
-}  # fmt: skip
+}
 
 
 def highest(run):

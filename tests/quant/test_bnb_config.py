@@ -42,8 +42,18 @@ def test_four_and_eight_bits_together_are_not_transformers():
 
 def test_skipping_follows_transformers():
     skips = ["lm_head", "model.visual", "model.layers.1.mlp", "model.layers.1"]
-    names = ["lm_head", "model.lm_head", "model.visual.blocks.0.attn.qkv", "model.visual2.x", "model.layers.1.q",
-             "model.layers.11.q", "model.layers.1", "x.model.layers.1", "model", "lm_head2"]  # fmt: skip
+    names = [
+        "lm_head",
+        "model.lm_head",
+        "model.visual.blocks.0.attn.qkv",
+        "model.visual2.x",
+        "model.layers.1.q",
+        "model.layers.11.q",
+        "model.layers.1",
+        "x.model.layers.1",
+        "model",
+        "lm_head2",
+    ]
     for name in names:
         assert is_skipped(name, skips) != should_convert_module(name, skips), name
     assert not is_skipped("lm_head", [])

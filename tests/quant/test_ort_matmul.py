@@ -19,10 +19,12 @@ def product(weight, parts, x):
     names = [f"w{part.suffix}" for part in weight.parts]
     node = helper.make_node(weight.operator, ["x", *names], ["y"], domain="com.microsoft", **weight.attributes)
     graph = helper.make_graph(
-        [node], "g", [helper.make_tensor_value_info("x", 1, [None, weight.attributes["K"]])],
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", 1, [None, weight.attributes["K"]])],
         [helper.make_tensor_value_info("y", 1, None)],
         [numpy_helper.from_array(parts[p.suffix].numpy().reshape(p.shape), f"w{p.suffix}") for p in weight.parts],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -50,9 +52,14 @@ def test_int4_is_what_onnxruntime_multiplies_by(blocksize, symmetric, exact, col
 def test_int4_asymmetric_loses_less_on_values_of_one_sign():
     values = torch.rand(ROWS, 128) + 0.5
     lost = [
-        float((unpacked(packed_weight(form, (ROWS, 128), torch.float32, "w"), pack_int4(values, form, torch.float32))
-               - values).norm()) for form in (BlockInt4(32), BlockInt4(32, False))
-    ]  # fmt: skip
+        float(
+            (
+                unpacked(packed_weight(form, (ROWS, 128), torch.float32, "w"), pack_int4(values, form, torch.float32))
+                - values
+            ).norm()
+        )
+        for form in (BlockInt4(32), BlockInt4(32, False))
+    ]
     assert lost[1] < lost[0]
 
 

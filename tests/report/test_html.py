@@ -92,10 +92,17 @@ def test_a_browser_renders_it(text, tmp_path, scheme, flag):
     file, picture = tmp_path / "page.html", tmp_path / f"{scheme}.png"
     file.write_text(text.replace("<details>", "<details open>"))
     command = [
-        browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1240,4000",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={flag}",
-        f"--screenshot={picture}", file.as_uri(),
-    ]  # fmt: skip
+        browser,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1240,4000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--blink-settings=preferredColorScheme={flag}",
+        f"--screenshot={picture}",
+        file.as_uri(),
+    ]
     subprocess.run(command, capture_output=True, timeout=120, check=True)
     with Image.open(picture) as image:
         pixels = image.convert("L")

@@ -19,8 +19,12 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.targets import weights as transfer
 from vlmbuild.util import cpu as cores
 
-RECIPES = [Recipe(), Recipe(quantize=QuantSpec()), Recipe(quantize=QuantSpec("int8")),
-           Recipe(quantize=QuantSpec("fp4", double_quant=False), dtype="float16")]  # fmt: skip
+RECIPES = [
+    Recipe(),
+    Recipe(quantize=QuantSpec()),
+    Recipe(quantize=QuantSpec("int8")),
+    Recipe(quantize=QuantSpec("fp4", double_quant=False), dtype="float16"),
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe.quantize and recipe.quantize.format))

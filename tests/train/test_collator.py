@@ -41,8 +41,10 @@ def test_labels_are_all_responses_with_their_ends(name, processor):
     batch = VisionDataCollator(processor)([text_only(), one_image(), two_images()])
     end = END[name]
     assert learned(processor, batch) == [
-        f"Mars, Venus and Earth.{end}", f"A cat.{end}", f"One is a cup.{end}The sky at night.{end}",
-    ]  # fmt: skip
+        f"Mars, Venus and Earth.{end}",
+        f"A cat.{end}",
+        f"One is a cup.{end}The sky at night.{end}",
+    ]
     chosen = batch["labels"] != -100
     assert torch.equal(batch["labels"][chosen], batch["input_ids"][chosen])
 
@@ -73,9 +75,12 @@ def test_forms_of_samples_are_equal(processor):
         {"messages": [turn("user", picture, question), answer]},
         {"messages": [{"role": "user", "content": bare}, answer], "images": [picture]},
         {"messages": [{"role": "user", "content": bare}, answer], "image": picture},
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A rocket."}], "images": [picture]},
+        {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "A rocket."}],
+            "images": [picture],
+        },
         {"prompt": [turn("user", picture, question)], "completion": [answer], "images": None},
-    ]  # fmt: skip
+    ]
     collator = VisionDataCollator(processor)
     first, *others = [collator([form]) for form in forms]
     for other in others:
@@ -103,7 +108,10 @@ def test_only_the_completion_is_learned(name, processor):
 def test_padding_on_the_left_is_the_processors(processor):
     examples = [text_only(), two_images(), one_image()]
     right, left = (VisionDataCollator(processor, padding_side=side)(examples) for side in ("right", "left"))
-    asked = [processor.apply_chat_template(VisionDataCollator(processor)._samples([e])[0].conversation.messages) for e in examples]  # fmt: skip
+    asked = [
+        processor.apply_chat_template(VisionDataCollator(processor)._samples([e])[0].conversation.messages)
+        for e in examples
+    ]
     images = [[], examples[1]["images"], [photographs()["chelsea"]]]
     expected = processor(
         text=asked, images=images, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
@@ -195,9 +203,9 @@ def test_a_system_message_is_read_not_learned():
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"text": "hello"}, "Sample 0 has no \"messages\".*it has: text.*remove_unused_columns=False"),
+        ({"text": "hello"}, 'Sample 0 has no "messages".*it has: text.*remove_unused_columns=False'),
         ("hello", "it has: str"),
-        ({"messages": []}, "has no \"messages\""),
+        ({"messages": []}, 'has no "messages"'),
         ({"messages": [{"content": "x"}]}, "a message must be"),
         ({"messages": [{"role": "user", "content": None}]}, "content of the user message must be a string or a list"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a content part must be .*audio"),
@@ -206,7 +214,7 @@ def test_a_system_message_is_read_not_learned():
         ({"messages": [turn("assistant", "x")], "images": [1]}, "no user message"),
         ({"messages": [turn("user", "?"), turn("assistant", "x")], "images": ["gone.png"]}, "gone.png cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_malformed_samples_are_named(processor, example, message):
     with pytest.raises(BatchError, match=message):
         VisionDataCollator(processor)([example])

@@ -89,8 +89,11 @@ def test_we_read_pefts_variants(options, nf4, tmp_path):
     vlmbuild.load_adapter(ours, tmp_path / "theirs")
     expected = logits(theirs)
     assert_close(logits(ours), expected, SAME_WEIGHTS_FP32)
-    trainable = {name.replace("base_model.model.", "").replace("modules_to_save.default.", "")
-                 for name, p in theirs.named_parameters() if p.requires_grad}  # fmt: skip
+    trainable = {
+        name.replace("base_model.model.", "").replace("modules_to_save.default.", "")
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
     assert {name for name, _ in ours.trainable_parameters()} == trainable
 
     vlmbuild.save_adapter(ours, tmp_path / "ours")
@@ -176,12 +179,20 @@ FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
         (lambda d: edit_config(d, bias="all"), "bias='all'"),
         (lambda d: edit_config(d, r=0), "r must be a whole number"),
         (lambda d: edit_config(d, modules_to_save=["nowhere"]), "no module of the model is named 'nowhere'"),
-        (lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")), "q_proj.lora_B.default.weight is missing"),
-        (lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})), r"shape \[4, 7\]"),
-        (lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
-         "other is not a linear layer"),
+        (
+            lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")),
+            "q_proj.lora_B.default.weight is missing",
+        ),
+        (
+            lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})),
+            r"shape \[4, 7\]",
+        ),
+        (
+            lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+            "other is not a linear layer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
     vlmbuild.save_adapter(adapted, tmp_path)
     spoil(tmp_path)

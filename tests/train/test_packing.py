@@ -15,9 +15,14 @@ from vlmbuild import PackedDataset, VisionDataCollator, pack, padding_report
 from vlmbuild.errors import BatchError, UsageError
 
 SAMPLES = [
-    text_only(), one_image("chelsea"), two_images("coffee", "tall"), one_image("wide", "Stars, far away."),
-    text_only("Write a haiku.", "No."), two_images("camera", "rocket"), one_image("retina", "An eye."),
-]  # fmt: skip
+    text_only(),
+    one_image("chelsea"),
+    two_images("coffee", "tall"),
+    one_image("wide", "Stars, far away."),
+    text_only("Write a haiku.", "No."),
+    two_images("camera", "rocket"),
+    one_image("retina", "An eye."),
+]
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
@@ -117,7 +122,14 @@ def test_the_model_computes_no_padding_of_a_pack(setup, dataset, collate):
 
 def test_images_that_would_pad_are_kept_apart(setup, dataset):
     """A pack of Llama's has as many images in every sample: none is computed that no sample has."""
-    counts = [{len(s.get("images", [])) or ("content" in s["messages"][0] and not isinstance(s["messages"][0]["content"], str)) for s in samples} for samples in dataset]  # fmt: skip
+    counts = [
+        {
+            len(s.get("images", []))
+            or ("content" in s["messages"][0] and not isinstance(s["messages"][0]["content"], str))
+            for s in samples
+        }
+        for samples in dataset
+    ]
     if setup.family.pads_images:
         assert all(len(found) == 1 for found in counts)
     else:
@@ -196,9 +208,16 @@ def test_transformers_trainer_takes_packs(tmp_path, setup, ours):
         return {**batch, "input_ids": ids, "labels": torch.where(batch["labels"] == -100, -100, ids)}
 
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=1, gradient_accumulation_steps=3, num_train_epochs=1,
-        report_to=[], save_strategy="no", use_cpu=True, learning_rate=0.0, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=3,
+        num_train_epochs=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        learning_rate=0.0,
+        disable_tqdm=True,
+    )
     result = Trainer(model=ours, args=arguments, train_dataset=dataset, data_collator=shrunk).train()
     assert sum(seen) == len(SAMPLES)
     assert len(seen) == len(dataset)

@@ -17,9 +17,15 @@ import vlmbuild
 from vlmbuild.errors import UsageError
 
 LAYOUTS = (
-    [[5, (1, 4, 6), 7]], [[1, (1, 8, 8), 2]], [[5], [9]], [[3, (1, 2, 6), 2], [4, (1, 6, 2), 11]],
-    [[9, (1, 2, 10)]], [[7]], [[6, (1, 4, 4), 3]], [[2, (1, 2, 2), 8]],
-)  # fmt: skip
+    [[5, (1, 4, 6), 7]],
+    [[1, (1, 8, 8), 2]],
+    [[5], [9]],
+    [[3, (1, 2, 6), 2], [4, (1, 6, 2), 11]],
+    [[9, (1, 2, 10)]],
+    [[7]],
+    [[6, (1, 4, 4), 3]],
+    [[2, (1, 2, 2), 8]],
+)
 BATCHES = [{**batch, "labels": labels} for batch, labels in map(make_batch, LAYOUTS)]
 """Ready batches, text-only ones among them."""
 
@@ -49,9 +55,17 @@ def full(plain):
 
 
 OPTIONS = {
-    "max_steps": 6, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "logging_steps": 1, "save_steps": 3,
-    "learning_rate": 1e-3, "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True, "use_cpu": True,
-}  # fmt: skip
+    "max_steps": 6,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "logging_steps": 1,
+    "save_steps": 3,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 def trainer(model, path, data=BATCHES, callbacks=None, **options):
@@ -138,8 +152,15 @@ def test_log_and_adapters_beside_checkpoints(adapted, nf4, tmp_path, capsys):
 
 def sft(model, processor, path, **options):
     arguments = trl.SFTConfig(
-        str(path), **{**OPTIONS, "dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False, "bf16": False, **options}
-    )  # fmt: skip
+        str(path),
+        **{
+            **OPTIONS,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "gradient_checkpointing": False,
+            "bf16": False,
+            **options,
+        },
+    )
     data = datasets.Dataset.from_dict({"number": list(range(len(BATCHES)))})
     return trl.SFTTrainer(model, arguments, chosen, data, processing_class=processor)
 

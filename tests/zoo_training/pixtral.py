@@ -18,9 +18,21 @@ from vlmbuild.families.pixtral.processor import ImageTextPixtralProcessor
 WARM_UP_STEPS, STEPS = 3000, 2500
 PATCH = 20
 SPECIAL_TOKENS = (
-    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
-)  # fmt: skip
+    "<unk>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
+    "[TOOL_CALLS]",
+    "[IMG]",
+    "<pad>",
+    "[IMG_BREAK]",
+    "[IMG_END]",
+)
 CHAT_TEMPLATE = """<s>{% for message in messages %}{% if message['role'] == 'assistant' %}\
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
 {{ part['text'] }}{% endfor %}{% endif %}</s>{% else %}[INST]{% if message['content'] is string %}\

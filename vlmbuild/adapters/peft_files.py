@@ -23,9 +23,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
-    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "arrow_config",
-)  # fmt: skip
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 _SLOT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.default\.weight")
 _STORED = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
@@ -143,9 +150,13 @@ def read_adapter(directory: str | Path) -> Adapter:
 
 
 def _adapter(
-    stored: Mapping[str, Tensor], lora: Lora, ranks: Mapping[str, int], alphas: Mapping[str, float],
-    modules: tuple[str, ...], path: Path,
-) -> Adapter:  # fmt: skip
+    stored: Mapping[str, Tensor],
+    lora: Lora,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    modules: tuple[str, ...],
+    path: Path,
+) -> Adapter:
     loras, tensors, trained = {}, {}, {}
     for key, tensor in stored.items():
         name = key.removeprefix(_PREFIX)

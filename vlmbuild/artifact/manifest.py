@@ -34,9 +34,23 @@ MAX_FILES: Final = 100_000
 
 # Loading one of these can run code, whatever the manifest calls it, so it may carry no other role.
 _CODE_SUFFIXES = (
-    ".pt2", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib", ".o",
-    ".cubin", ".fatbin", ".ptx",
-)  # fmt: skip
+    ".pt2",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".py",
+    ".pyc",
+    ".so",
+    ".dll",
+    ".dylib",
+    ".o",
+    ".cubin",
+    ".fatbin",
+    ".ptx",
+)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

@@ -128,11 +128,24 @@ def build(
             reference, merged = _parity_programs(traced, recipe, decisions, merge)
             check = ParityCheck(
                 family, config, reference, merged, weights, tensors, merge.adapter, probe, recipe.dtype, told
-            )  # fmt: skip
+            )
         request = Request(
-            program, reports, family, values, recipe, found, digests.futures, weights, tensors, decisions,
-            batches_digest(calibration), device, merge, check.measure if check else lambda _directory: (), told,
-        )  # fmt: skip
+            program,
+            reports,
+            family,
+            values,
+            recipe,
+            found,
+            digests.futures,
+            weights,
+            tensors,
+            decisions,
+            batches_digest(calibration),
+            device,
+            merge,
+            check.measure if check else lambda _directory: (),
+            told,
+        )
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
@@ -241,9 +254,7 @@ def rewrite(
     progress("passes", 0, len(passes))
     done = iter(range(1, len(passes) + 1))
     early = [name for name in recipe.require if name != QUANTIZE]
-    reports = run(
-        passes, program, require=early, on_pass=lambda _: progress("passes", next(done), len(passes))
-    )  # fmt: skip
+    reports = run(passes, program, require=early, on_pass=lambda _: progress("passes", next(done), len(passes)))
     decisions = decisions_for()
     quantization = quantization_passes(recipe, decisions)
     if QUANTIZE in recipe.require and not quantization:

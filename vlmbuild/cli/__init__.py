@@ -148,9 +148,16 @@ def cli() -> None:
 @build_options
 @json_option
 def build(
-    source: str, output: Path, recipe: Recipe, overwrite: bool, revision: str | None, device: str, calibrate: Path | None,
-    adapter: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    output: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    revision: str | None,
+    device: str,
+    calibrate: Path | None,
+    adapter: Path | None,
+    as_json: bool,
+) -> None:
     """Build an artifact from a checkpoint.
 
     SOURCE is a checkpoint folder, a hub id, or the name of a zoo checkpoint (qwen2-vl-digits, mllama-digits,
@@ -172,9 +179,16 @@ def build(
     batches = [] if calibrate is None else _calibration(source, revision, recipe, calibrate)
     with StageProgress(lines=not as_json) as progress:
         artifact = run_build(
-            source, output, recipe, overwrite=overwrite, revision=revision, device=device, calibration=batches,
-            adapter=adapter, progress=progress,
-        )  # fmt: skip
+            source,
+            output,
+            recipe,
+            overwrite=overwrite,
+            revision=revision,
+            device=device,
+            calibration=batches,
+            adapter=adapter,
+            progress=progress,
+        )
     _show(run_inspect(artifact.path), as_json, "build_report")
 
 
@@ -200,9 +214,14 @@ def _calibration(source: str, revision: str | None, recipe: Recipe, file: Path) 
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @json_option
 def plan(
-    source: str, recipe: Recipe, images: tuple[str, ...], limits: Mapping[str, int], workload: Workload,
-    revision: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    recipe: Recipe,
+    images: tuple[str, ...],
+    limits: Mapping[str, int],
+    workload: Workload,
+    revision: str | None,
+    as_json: bool,
+) -> None:
     """Say what a build would do, and the memory that the model needs, without weights.
 
     config.json of SOURCE is enough: no weights are read or downloaded. Memory is that to load the model, to infer (one
@@ -218,9 +237,14 @@ def plan(
 
     with StageProgress(lines=not as_json) as progress:
         planned = run_plan(
-            source, recipe, images=map(_image, images), limits=limits, workload=workload, revision=revision,
+            source,
+            recipe,
+            images=map(_image, images),
+            limits=limits,
+            workload=workload,
+            revision=revision,
             progress=progress,
-        )  # fmt: skip
+        )
     _show(planned.to_json(), as_json, "plan_report")
 
 

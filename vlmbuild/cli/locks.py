@@ -69,9 +69,12 @@ def lock(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str
         made = make(source, recipe, revision=revision, kernels=kernels, progress=progress)
     write_lock(output, made)
     summary = {
-        "path": str(output), "regions": len(made.regions), "kernels": len(made.kernels.table),
-        "kernels_skipped": made.kernels.skipped, "passes": {name: entry.matches for name, entry in made.passes.items()},
-    }  # fmt: skip
+        "path": str(output),
+        "regions": len(made.regions),
+        "kernels": len(made.kernels.table),
+        "kernels_skipped": made.kernels.skipped,
+        "passes": {name: entry.matches for name, entry in made.passes.items()},
+    }
     skipped = f" (no kernel table: {made.kernels.skipped})" if made.kernels.skipped else ""
     said = f"{output}: {len(made.regions)} regions, {len(made.kernels.table)} kernels{skipped}"
     click.echo(json.dumps(summary, indent=2) if as_json else said)
@@ -96,9 +99,16 @@ def lock(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str
 @click.option("--processes", type=click.IntRange(min=1), help="How many at once.  [default: one a core]")
 @json_option
 def check(
-    locks: tuple[Path, ...], style: str, kernels: bool, limit: Severity, junit: Path | None, update: bool, bisect: bool,
-    processes: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    locks: tuple[Path, ...],
+    style: str,
+    kernels: bool,
+    limit: Severity,
+    junit: Path | None,
+    update: bool,
+    bisect: bool,
+    processes: int | None,
+    as_json: bool,
+) -> None:
     """Hold locks against the code.
 
     LOCKS are files or folders of them. Exits with 6, and says what changed and what that means, if a graph, a pass or a

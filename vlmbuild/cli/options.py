@@ -133,11 +133,22 @@ def recipe_option_values(command: Command) -> Command:
     )
     @functools.wraps(command)
     def with_options(
-        target: str | None, quantize: str | None, blocksize: int | None, double_quant: bool | None,
-        symmetric: bool | None, exact_inputs: bool | None, roles: tuple[str, ...],
-        overrides: tuple[str, ...], skip: tuple[str, ...], budget: str | None, attention: str | None, dtype: str | None,
-        require: tuple[str, ...], file: Path | None, **others: Any,
-    ) -> Any:  # fmt: skip
+        target: str | None,
+        quantize: str | None,
+        blocksize: int | None,
+        double_quant: bool | None,
+        symmetric: bool | None,
+        exact_inputs: bool | None,
+        roles: tuple[str, ...],
+        overrides: tuple[str, ...],
+        skip: tuple[str, ...],
+        budget: str | None,
+        attention: str | None,
+        dtype: str | None,
+        require: tuple[str, ...],
+        file: Path | None,
+        **others: Any,
+    ) -> Any:
         details = _given(
             {
                 "blocksize": blocksize,
@@ -148,10 +159,16 @@ def recipe_option_values(command: Command) -> Command:
         )
         given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
         spec = {
-            "format": quantize, "blocksize": blocksize, "double_quant": double_quant, "roles": roles or None,
-            "overrides": tuple(_override(text, details) for text in overrides) or None, "skip": skip or None, "budget": budget,
-            "symmetric": symmetric, "exact_inputs": exact_inputs,
-        }  # fmt: skip
+            "format": quantize,
+            "blocksize": blocksize,
+            "double_quant": double_quant,
+            "roles": roles or None,
+            "overrides": tuple(_override(text, details) for text in overrides) or None,
+            "skip": skip or None,
+            "budget": budget,
+            "symmetric": symmetric,
+            "exact_inputs": exact_inputs,
+        }
         return command(options=RecipeOptions(file, _given(spec), _given(given)), **others)
 
     return with_options

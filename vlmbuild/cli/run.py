@@ -29,9 +29,15 @@ from vlmbuild.cli.options import json_option, trust_option
 @trust_option
 @json_option
 def run(
-    artifact: Path, prompt: str, images: tuple[str, ...], max_new_tokens: int, temperature: float, device: str,
-    trust_code: bool, as_json: bool,
-) -> None:  # fmt: skip
+    artifact: Path,
+    prompt: str,
+    images: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    device: str,
+    trust_code: bool,
+    as_json: bool,
+) -> None:
     """Ask an artifact about images.
 
     The answer appears on stdout while it is generated. With --json it comes whole, with the number of tokens and the
@@ -50,7 +56,13 @@ def run(
             click.echo(text, nl=False)
 
     answer = ask(
-        artifact, prompt, images, max_new_tokens=max_new_tokens, temperature=temperature, device=device, write=write,
+        artifact,
+        prompt,
+        images,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        device=device,
+        write=write,
         trust=("code",) if trust_code else (),
-    )  # fmt: skip
+    )
     click.echo(json.dumps(asdict(answer), indent=2) if as_json else "")

@@ -46,9 +46,13 @@ def verify(artifact: Path, expected_id: str | None, numerics: bool, trust_code: 
         manifest = run_verify(artifact, expected_id=expected_id, progress=functools.partial(progress, "verify"))
         records = _numerics(artifact, manifest, progress, trusted=trust_code) if numerics else []
     document = {
-        "path": str(artifact), "id": manifest.id, "name": manifest.name, "files": len(manifest.files) + 2,
-        "bytes": manifest.total_bytes, "numerics": records,
-    }  # fmt: skip
+        "path": str(artifact),
+        "id": manifest.id,
+        "name": manifest.name,
+        "files": len(manifest.files) + 2,
+        "bytes": manifest.total_bytes,
+        "numerics": records,
+    }
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(verify_report(document)))
 
 

@@ -14,8 +14,10 @@ THRESHOLD = 0.10
 or larger spill and a lost tensor-core path always are one."""
 
 _FIGURES = {
-    "registers": "registers of a thread", "shared": "bytes of shared memory", "cubin": "bytes of code",
-}  # fmt: skip
+    "registers": "registers of a thread",
+    "shared": "bytes of shared memory",
+    "cubin": "bytes of code",
+}
 
 
 def kernel_findings(old: Kernels, new: Kernels) -> tuple[list[Found], list[str]]:
@@ -43,9 +45,7 @@ def _renamed(old: Kernels, new: Kernels) -> dict[str, str]:
     """New label -> old one, of kernels that the same regions launch with other constants, so that figures can be held side
     by side: a kernel that is tiled anew may not lose its tensor cores unseen."""
     gone, come = _unmatched(old, new), _unmatched(new, old)
-    return {
-        now: was for key in come.keys() & gone.keys() for now, was in zip(come[key], gone[key], strict=False)
-    }  # fmt: skip
+    return {now: was for key in come.keys() & gone.keys() for now, was in zip(come[key], gone[key], strict=False)}
 
 
 def _unmatched(kernels: Kernels, others: Kernels) -> dict[tuple[str, tuple[str, ...]], list[str]]:

@@ -13,8 +13,12 @@ from vlmbuild.locks.checking import Checked
 from vlmbuild.locks.difference import SEVERITIES, TITLES, Difference, Finding, Severity
 
 _COLOURS: dict[Severity, str] = {
-    "interface": "red", "numerics": "red", "fusion": "magenta", "cost": "yellow", "cosmetic": "cyan",
-}  # fmt: skip
+    "interface": "red",
+    "numerics": "red",
+    "fusion": "magenta",
+    "cost": "yellow",
+    "cosmetic": "cyan",
+}
 _LINE_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 _MOST_LINES = 60
 """Of a listing's diff that a report shows; the rest is counted."""
@@ -64,13 +68,15 @@ def check_document(results: Sequence[Checked], limit: Severity) -> dict[str, Any
     return {
         "locks": [
             {
-                "path": str(result.path), "fails": result.fails(limit), "error": result.error,
+                "path": str(result.path),
+                "fails": result.fails(limit),
+                "error": result.error,
                 "seconds": round(result.seconds, 2),
                 **document(result.difference),
             }
             for result in results
         ]
-    }  # fmt: skip
+    }
 
 
 def junit(results: Sequence[Checked], limit: Severity) -> str:
@@ -78,9 +84,13 @@ def junit(results: Sequence[Checked], limit: Severity) -> str:
     failures = sum(result.fails(limit) and not result.error for result in results)
     errors = sum(bool(result.error) for result in results)
     suite = ElementTree.Element(
-        "testsuite", name="vlmbuild check", tests=str(len(results)), failures=str(failures), errors=str(errors),
+        "testsuite",
+        name="vlmbuild check",
+        tests=str(len(results)),
+        failures=str(failures),
+        errors=str(errors),
         time=f"{sum(result.seconds for result in results):.3f}",
-    )  # fmt: skip
+    )
     for result in results:
         case = ElementTree.SubElement(
             suite, "testcase", classname="vlmbuild.locks", name=result.path.stem, time=f"{result.seconds:.3f}"

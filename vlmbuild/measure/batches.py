@@ -53,9 +53,12 @@ def cases(processor: Any) -> Iterator[Case]:
         texts = [_text(processor, question, len(sizes)) for question, sizes in samples]
         try:
             made = processor(
-                text=texts, **({"images": pictures} if any(pictures) else {}), padding=True, add_special_tokens=False,
+                text=texts,
+                **({"images": pictures} if any(pictures) else {}),
+                padding=True,
+                add_special_tokens=False,
                 return_tensors="pt",
-            )  # fmt: skip
+            )
         except Exception as error:  # processors raise whatever they like
             raise SourceError(
                 f"The processor cannot make the batch {name!r} that exports are checked with: {error}. Put the model's own "

@@ -51,9 +51,7 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
         if line.strip():
             try:
                 messages = json.loads(line)["messages"]
-                batch = processor.apply_chat_template(
-                    messages, tokenize=True, return_dict=True, return_tensors="pt"
-                )  # fmt: skip
+                batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
             except Exception as error:  # templates and processors raise whatever they like
                 raise UsageError(
                     f'{file}, line {number} is not a conversation: {error}. Lines look like {{"messages": [{{"role": "user", '

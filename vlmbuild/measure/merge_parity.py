@@ -138,11 +138,17 @@ class ParityCheck:
         agreed = int((found.argmax(-1) == expected.argmax(-1)).sum())
         return [
             {
-                "case": "merged against source and adapter", "batch": self.probe.digest, "dtype": self.dtype,
-                "formats": formats, "error": f"{error:.1e}", "tolerance": "" if formats else f"{limit:.1e}",
-                "effect": f"{effect:.1e}", "tokens": found.shape[-2], "top1": agreed,
+                "case": "merged against source and adapter",
+                "batch": self.probe.digest,
+                "dtype": self.dtype,
+                "formats": formats,
+                "error": f"{error:.1e}",
+                "tolerance": "" if formats else f"{limit:.1e}",
+                "effect": f"{effect:.1e}",
+                "tokens": found.shape[-2],
+                "top1": agreed,
             }
-        ]  # fmt: skip
+        ]
 
     def _limit(self, effect: float) -> float:
         """The error up to which weights are published; an adapter that does nothing has no share to lose."""

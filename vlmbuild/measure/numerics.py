@@ -134,10 +134,11 @@ def compare(
     top = [values["logits"].argmax(-1) for values in (found, expected)]
     record = _errors(case, "logits", found["logits"][shown], expected["logits"][shown])
     record |= {
-        "tokens": int(shown.sum()), "top1": int((top[0] == top[1])[shown].sum()),
+        "tokens": int(shown.sum()),
+        "top1": int((top[0] == top[1])[shown].sum()),
         "generated": top[1][:, -STEPS - 1 : -1].numel(),
         "greedy": int((top[1][:, -STEPS - 1 : -1] == batch["input_ids"][:, -STEPS:]).sum()),
-    }  # fmt: skip
+    }
     others = []
     for name in sorted(expected.keys() - {"logits"}):
         mine, theirs = found[name], expected[name]

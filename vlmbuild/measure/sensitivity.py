@@ -84,9 +84,7 @@ def rounded(values: Tensor, form: FourBit, name: str) -> Tensor:
             f"The tensor {name} holds NaN or infinity. Repair the checkpoint, or add it to the skip list."
         )
     count = values.numel()
-    return dequantize_4bit(
-        packed, absmax, None, None, count, 1, form.blocksize, form.name, torch.float32
-    ).flatten()  # fmt: skip
+    return dequantize_4bit(packed, absmax, None, None, count, 1, form.blocksize, form.name, torch.float32).flatten()
 
 
 def keep_within(losses: Sequence[Loss], form: FourBit, budget: float, kept_bits: int) -> dict[str, WeightFormat | None]:

@@ -25,9 +25,13 @@ from vlmbuild.report.graph_view import ViewNode, view_nodes
 from vlmbuild.report.stages import CAPTURED, STORED, Staged, stages_of
 
 _SECTIONS = (
-    ("pipeline", "Pipeline"), ("charts", "Operators and bytes"), ("weights", "Weights and quantization"),
-    ("parity", "Parity"), ("regions", "Regions"), ("manifest", "Manifest"),
-)  # fmt: skip
+    ("pipeline", "Pipeline"),
+    ("charts", "Operators and bytes"),
+    ("weights", "Weights and quantization"),
+    ("parity", "Parity"),
+    ("regions", "Regions"),
+    ("manifest", "Manifest"),
+)
 _MOST_BARS = 16
 
 
@@ -42,9 +46,13 @@ def page(path: Path, progress: Progress | None = None) -> str:
     staged = stages_of(path, progress)
     style = (files("vlmbuild.report") / "style.css").read_text(encoding="utf-8")
     bodies = {
-        "pipeline": _pipeline(document, staged), "charts": _charts(document, staged), "weights": _weights(document),
-        "parity": _parity(staged), "regions": _regions(staged), "manifest": _manifest(document),
-    }  # fmt: skip
+        "pipeline": _pipeline(document, staged),
+        "charts": _charts(document, staged),
+        "weights": _weights(document),
+        "parity": _parity(staged),
+        "regions": _regions(staged),
+        "manifest": _manifest(document),
+    }
     sections = "".join(
         f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>'
         f"{''.join(bodies[key])}</section>"
@@ -105,12 +113,14 @@ def _charts(document: Mapping[str, Any], staged: Staged) -> Iterator[str]:
 def _weights(document: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         [
-            role["role"], f"{role['parameters']:,}", human_size(role["bytes"]),
+            role["role"],
+            f"{role['parameters']:,}",
+            human_size(role["bytes"]),
             "; ".join(f"{form}: {count:,}" for form, count in role["formats"].items()) or document["recipe"]["dtype"],
             "; ".join(role["kept"]),
         ]
         for role in document["roles"]
-    ]  # fmt: skip
+    ]
     yield _table(["role", "parameters", "stored", "formats", "why the rest keeps its dtype"], rows)
     refusals = [(record["name"], text) for record in document["passes"] for text in record["refusals"]]
     if refusals:

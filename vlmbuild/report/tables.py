@@ -100,11 +100,14 @@ def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
         return _export_parity_lines(numerics)
     rows = [
         [
-            record["case"], record["error"], record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
-            record["effect"], f"{record['top1']}/{record['tokens']}",
+            record["case"],
+            record["error"],
+            record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+            record["effect"],
+            f"{record['top1']}/{record['tokens']}",
         ]
         for record in numerics
-    ]  # fmt: skip
+    ]
     heads = ["Parity of logits", "relative error", "allowed", "adapter's effect", "same best token"]
     return table(heads, rows, "<>>>>") if rows else []
 
@@ -113,12 +116,15 @@ def _export_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
     """How far ONNX models are from the program."""
     rows = [
         [
-            record["case"], record["output"], record["error"], record["tolerance"],
+            record["case"],
+            record["output"],
+            record["error"],
+            record["tolerance"],
             f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
             f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
         ]
         for record in numerics
-    ]  # fmt: skip
+    ]
     heads = ["Export against the program", "output", "relative error", "allowed", "same best token", "same generated"]
     return table(heads, rows, "<<>>>>")
 
@@ -164,10 +170,14 @@ def memory_table(memory: Mapping[str, Any]) -> list[str]:
         "train": (state, memory["train_activations"]),
     }
     rows = [
-        [name, human_size(memory["load"]), *(human_size(size) if size else "" for size in sizes),
-         human_size(memory["load"] + sum(sizes))]
+        [
+            name,
+            human_size(memory["load"]),
+            *(human_size(size) if size else "" for size in sizes),
+            human_size(memory["load"] + sum(sizes)),
+        ]
         for name, sizes in parts.items()
-    ]  # fmt: skip
+    ]
     samples, images = memory["batch"], memory["images"]
     batch = f"{samples} sample{'s' * (samples > 1)} of {memory['tokens']:,} tokens"
     batch += f", {images} image{'s' * (images > 1)} in each" if images else ""

@@ -90,12 +90,18 @@ def test_packed(name: str, causal: bool, masked: bool, bounds: list[int]) -> Non
 
 
 GROUPS = {
-    "padding sees what is real": ([0, 0, 0, 1, 1, 2, 2, 3], [[1, 1, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2 + [[0, 0, 1, 0]]),
-    "text before, between and after images": ([0, 0, 1, 1, 2, 2, 3, 3], [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]]),
+    "padding sees what is real": (
+        [0, 0, 0, 1, 1, 2, 2, 3],
+        [[1, 1, 0, 0]] * 3 + [[1, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2 + [[0, 0, 1, 0]],
+    ),
+    "text before, between and after images": (
+        [0, 0, 1, 1, 2, 2, 3, 3],
+        [[1, 1, 1, 1], [1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1]],
+    ),
     "nothing, all, one of the groups": ([2, 0, 1, 0, 2, 2], [[0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1]]),
     "a group without keys": ([0, 0, 2], [[0, 1, 0], [1, 1, 0], [1, 0, 1], [0, 0, 1]]),
     "one row": ([0, 1, 1, 0], [[0, 1]]),
-}  # fmt: skip
+}
 """Name -> the group of every key, and the groups that every query sees."""
 
 
@@ -292,9 +298,11 @@ def test_exports_on_meta_with_symbolic_sizes(name: str) -> None:
 
     batch, length, past = (torch.export.Dim(n, min=2, max=4096) for n in ("batch", "length", "past"))
     example = (
-        torch.empty(3, 4, 5, 8, device="meta"), torch.empty(3, 2, 9, 8, device="meta"),
-        torch.empty(3, 2, 9, 8, device="meta"), torch.empty(3, 9, dtype=torch.long, device="meta"),
-    )  # fmt: skip
+        torch.empty(3, 4, 5, 8, device="meta"),
+        torch.empty(3, 2, 9, 8, device="meta"),
+        torch.empty(3, 2, 9, 8, device="meta"),
+        torch.empty(3, 9, dtype=torch.long, device="meta"),
+    )
     sizes = ({0: batch, 2: length}, {0: batch, 2: past}, {0: batch, 2: past}, {0: batch, 1: past})
     program = torch.export.export(Model(), example, dynamic_shapes=sizes)
     calls = [node for node in program.graph.nodes if node.op == "call_function"]

@@ -157,9 +157,11 @@ def test_exports_on_meta_with_symbolic_sizes() -> None:
 
     batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=4096)
     example = (
-        torch.empty(5, 4, 7, 20, device="meta"), torch.empty(5, 2, 7, 20, device="meta"),
-        torch.empty(3, 5, 7, dtype=torch.long, device="meta"), torch.empty(10, device="meta"),
-    )  # fmt: skip
+        torch.empty(5, 4, 7, 20, device="meta"),
+        torch.empty(5, 2, 7, 20, device="meta"),
+        torch.empty(3, 5, 7, dtype=torch.long, device="meta"),
+        torch.empty(10, device="meta"),
+    )
     sizes = ({0: batch, 2: length}, {0: batch, 2: length}, {1: batch, 2: length}, None)
     program = torch.export.export(Model(), example, dynamic_shapes=sizes)
     names = {str(node.target) for node in program.graph.nodes}

@@ -40,10 +40,12 @@ class Client:
         wanted = [f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
         shapes = {entry.name: entry.shape for entry in self.decoder.get_inputs()}
         return {
-            name: np.zeros([size if isinstance(size, int) else batch if size == "batch_size" else 0 for size in shapes[name]],
-                           np.float32)
+            name: np.zeros(
+                [size if isinstance(size, int) else batch if size == "batch_size" else 0 for size in shapes[name]],
+                np.float32,
+            )
             for name in wanted
-        }  # fmt: skip
+        }
 
     def generate(self, ids, mask, images, positions):
         """Greedy; `images` are the vision encoder's inputs, `positions(length, past)` those of the tokens."""
@@ -56,9 +58,12 @@ class Client:
         cache, found, past = self.empty_cache(len(ids)), [], 0
         for _ in range(STEPS):
             values = {
-                "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions(embeds.shape[1], past),
-                "num_logits_to_keep": np.array(1, np.int64), **cache,
-            }  # fmt: skip
+                "inputs_embeds": embeds,
+                "attention_mask": mask,
+                "position_ids": positions(embeds.shape[1], past),
+                "num_logits_to_keep": np.array(1, np.int64),
+                **cache,
+            }
             results = self.run(self.decoder, values)
             assert results["logits"].shape[1] == 1
             past += embeds.shape[1]

@@ -58,8 +58,9 @@ def one_token(bound, tensors):
 
 
 def generate(model, batch, form):
-    return model.eval().generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None,
-                                 cache_implementation=form)  # fmt: skip
+    return model.eval().generate(
+        **batch, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None, cache_implementation=form
+    )
 
 
 @pytest.mark.parametrize("form", ["static", None])

@@ -10,8 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vlmbuild.errors import UsageError
 
-OPTIONS = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True,
-           "return_dict_in_generate": True}  # fmt: skip
+OPTIONS = {
+    "max_new_tokens": 12,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 SAME = 1e-5  # relative, float32: sums over masked keys too
 
 
@@ -28,8 +34,10 @@ def model(setup):
 @pytest.fixture(scope="module")
 def batches(setup):
     said = matrix.conversations(setup)
-    return {name: matrix.batch(setup, said[name][0], "left")[0] for name in ("several sizes", "counts differ, left",
-                                                                             "text only")}  # fmt: skip
+    return {
+        name: matrix.batch(setup, said[name][0], "left")[0]
+        for name in ("several sizes", "counts differ, left", "text only")
+    }
 
 
 def assert_same(one, other):

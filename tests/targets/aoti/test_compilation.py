@@ -18,9 +18,13 @@ from vlmbuild.targets.aoti.units import Unit
 
 FIRST, SECOND = Unit("growing", "first"), Unit("static", "second")
 PLAN = CodePlan(
-    this_platform(levels=False), "g++ 12", {"growing": {"first": "1"}, "static": {"second": "2"}}, {"1": FIRST, "2": SECOND},
-    {"2": (0, 1)}, {FIRST: 3, SECOND: 2},
-)  # fmt: skip
+    this_platform(levels=False),
+    "g++ 12",
+    {"growing": {"first": "1"}, "static": {"second": "2"}},
+    {"1": FIRST, "2": SECOND},
+    {"2": (0, 1)},
+    {FIRST: 3, SECOND: 2},
+)
 PLANNED = json.dumps({"plan": PLAN.record()})
 
 
@@ -33,9 +37,10 @@ def compiling(monkeypatch, tmp_path, built):
         file = tmp_path / "script.py"
         file.write_text(f"import os, subprocess, sys, time\nasked = sys.stdin.read()\n{script}")
         monkeypatch.setattr(
-            compilation.subprocess, "Popen",
+            compilation.subprocess,
+            "Popen",
             lambda command, **options: popen([sys.executable, file, *command[3:]], **options),
-        )  # fmt: skip
+        )
         begun.append(Compilation())
         begun[-1].__enter__()
         begun[-1].begin(built, "float32")

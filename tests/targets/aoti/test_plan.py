@@ -16,8 +16,11 @@ def plan(built):
 def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built):
     block = "language_model.layers.cached"
     assert plan(built).weights.keys() == {
-        Unit("growing", "visual.blocks"), Unit("growing", block), Unit("static", block), Unit("static", block).of_token(),
-    }  # fmt: skip
+        Unit("growing", "visual.blocks"),
+        Unit("growing", block),
+        Unit("static", block),
+        Unit("static", block).of_token(),
+    }
 
 
 def test_it_comes_back_from_json(built):

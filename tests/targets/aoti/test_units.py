@@ -16,8 +16,10 @@ def test_names_come_back(unit):
 def test_files_are_distinct():
     unit = Unit("growing", "layers")
     assert {unit.file, unit.of_token().file, Unit("static", "layers").file} == {
-        "growing/layers.pt2", "growing/layers.token.pt2", "static/layers.pt2",
-    }  # fmt: skip
+        "growing/layers.pt2",
+        "growing/layers.token.pt2",
+        "static/layers.pt2",
+    }
 
 
 def test_a_graph_that_two_forms_share_is_compiled_once():
@@ -27,9 +29,17 @@ def test_a_graph_that_two_forms_share_is_compiled_once():
 
 @pytest.mark.parametrize(
     ("size", "one"),
-    [(4, 4), ("batch", 1), ("batch*new", 1), ("new*batch", 1), ("past + new", "past + 1"), ("4*images", "4*images"),
-     ("2*batch", 2), ("batch + new", 2)],
-)  # fmt: skip
+    [
+        (4, 4),
+        ("batch", 1),
+        ("batch*new", 1),
+        ("new*batch", 1),
+        ("past + new", "past + 1"),
+        ("4*images", "4*images"),
+        ("2*batch", 2),
+        ("batch + new", 2),
+    ],
+)
 def test_sizes_of_one_token(size, one):
     assert of_one_token(((size, 8),)) == ((one, 8),)
 

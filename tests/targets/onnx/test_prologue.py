@@ -28,8 +28,10 @@ def check(opened, family, config, batch):
     """Patches, positions and bounds; the host repeats the last bound, and adds a second feature to a single one."""
     host = family.prepare(batch, config).tensors
     feed = {name: tensor.numpy() for name, tensor in family.client_batch(batch).items()}
-    found = {output.name.removesuffix("_out"): torch.from_numpy(value)
-             for output, value in zip(opened.get_outputs(), opened.run(None, feed), strict=True)}  # fmt: skip
+    found = {
+        output.name.removesuffix("_out"): torch.from_numpy(value)
+        for output, value in zip(opened.get_outputs(), opened.run(None, feed), strict=True)
+    }
     count = len(found["pixel_values"])
     assert found["pixel_values"].equal(host["pixel_values"][:count])
     assert found["vision_position_ids"].equal(host["vision_position_ids"][:count])

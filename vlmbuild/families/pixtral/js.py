@@ -65,16 +65,27 @@ def client_files(values: Mapping[str, Any], files: ClientFiles, template: str | 
     patch = patch["height"] if isinstance(patch, Mapping) else patch
     merge = processor.get("spatial_merge_size", 1)
     images = {
-        **settings, "processor_class": "PixtralProcessor", "image_processor_type": "PixtralImageProcessor",
-        "patch_size": patch, "spatial_merge_size": merge, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        **settings,
+        "processor_class": "PixtralProcessor",
+        "image_processor_type": "PixtralImageProcessor",
+        "patch_size": patch,
+        "spatial_merge_size": merge,
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
         "resample": 3,
-    }  # fmt: skip
+    }
     return {
         "config.json": {**values, "image_token_index": values.get("image_token_index", values.get("image_token_id"))},
         "preprocessor_config.json": images,
         "processor_config.json": {
-            "image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", **processor,
-            "processor_class": "PixtralProcessor", "patch_size": patch, "spatial_merge_size": merge,
+            "image_token": "[IMG]",
+            "image_break_token": "[IMG_BREAK]",
+            "image_end_token": "[IMG_END]",
+            **processor,
+            "processor_class": "PixtralProcessor",
+            "patch_size": patch,
+            "spatial_merge_size": merge,
         },
         "tokenizer_config.json": with_template(files, template),
-    }  # fmt: skip
+    }

@@ -74,9 +74,14 @@ def client_files(values: Mapping[str, Any], files: ClientFiles, template: str | 
         flat.pop("rope_parameters", None)
     flat["model_type"] = "qwen2_vl"
     images = {
-        **image_settings(files), "processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor",
-        "do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-    }  # fmt: skip
+        **image_settings(files),
+        "processor_class": "Qwen2VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "resample": 3,
+    }
     return {
         "config.json": flat,
         "preprocessor_config.json": images,

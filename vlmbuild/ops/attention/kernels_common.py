@@ -138,9 +138,21 @@ def word_span(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def seen_keys(  # type: ignore[no-untyped-def]
-    start, end, cols, col_ok, rows, row_ok, length, key_mask, mask_key, key_groups, visible_bits, word,
-    MASKED: tl.constexpr, GROUPED: tl.constexpr,
-):  # fmt: skip
+    start,
+    end,
+    cols,
+    col_ok,
+    rows,
+    row_ok,
+    length,
+    key_mask,
+    mask_key,
+    key_groups,
+    visible_bits,
+    word,
+    MASKED: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
     """Which keys of a block each of its rows sees, `[rows, keys]`."""
     if GROUPED:
         bits = tl.load(visible_bits + word * length + rows, mask=row_ok, other=0)

@@ -61,9 +61,16 @@ def _auto_cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     check_attention(query, key, value, Masks(key_mask, cu_seqlens, key_groups, visible_groups), causal)
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim)), logsumexp_like(query)

@@ -125,9 +125,16 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     """Softmax attention in float32 with a dense mask: the meaning of the operator.
 
     Args:
@@ -158,9 +165,17 @@ def attention_reference(
 
 
 def attention_reference_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value, from the inputs alone: the probabilities are computed again."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     batch, heads, _, dim = query.shape
@@ -181,18 +196,32 @@ def attention_reference_backward(
 
 @torch.library.custom_op("vlmbuild::attention", mutates_args=(), schema=SCHEMA)
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     """See `attention_reference`. Differentiable in query, key and value."""
     return attention_reference(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
 
 
 @attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     check_attention(query, key, value, Masks(key_mask, cu_seqlens, key_groups, visible_groups), causal)
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim))
@@ -204,9 +233,17 @@ def _(
     schema=f"(Tensor grad, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
 )
 def attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `attention_reference_backward`."""
     masks = (key_mask, cu_seqlens, key_groups, visible_groups)
     grads = attention_reference_backward(grad, query, key, value, *masks, causal, scale)

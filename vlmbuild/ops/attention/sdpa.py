@@ -156,9 +156,16 @@ def _lane_dense(x: Tensor) -> Tensor:
 
 
 def sdpa_forward(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """`attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)
@@ -196,10 +203,19 @@ def _any_device(query: Tensor, key: Tensor, value: Tensor, call: _Call, scale: f
 
 
 def sdpa_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
     scale: float,
-) -> Grads:  # fmt: skip
+) -> Grads:
     """Gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)

@@ -121,9 +121,16 @@ def _check(query: Tensor, scale: float) -> None:
 
 
 def forward_launches(
-    query: Tensor, key: Tensor, value: Tensor, masks: Masks, out: Tensor, logsumexp: Tensor, causal: bool, scale: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+    scale: float,
     target: int,
-) -> tuple[Launch, ...]:  # fmt: skip
+) -> tuple[Launch, ...]:
     """The launches into `out` and `logsumexp`, on a GPU of compute capability `target`: of the masks' ranges, then of the
     forward kernel; of `one_row_launches` where there is one row and many keys."""
     batch, heads, length, dim = query.shape
@@ -138,9 +145,15 @@ def forward_launches(
 
 
 def one_row_launches(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, out: Tensor, logsumexp: Tensor, scale: float,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
     target: int,
-) -> tuple[Launch, ...]:  # fmt: skip
+) -> tuple[Launch, ...]:
     """The launches for a single query row, which is the last one: causal order hides no key from it."""
     mask = None if key_mask is None else _bytes(key_mask)
     lanes, parts = split_lanes(query.shape[3]), decode_parts(key)
@@ -148,9 +161,19 @@ def one_row_launches(
 
 
 def backward_launches(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, masks: Masks, out: Tensor, logsumexp: Tensor, delta: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor], causal: bool, scale: float, target: int,
-) -> tuple[Launch, ...]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masks,
+    out: Tensor,
+    logsumexp: Tensor,
+    delta: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
+    causal: bool,
+    scale: float,
+    target: int,
+) -> tuple[Launch, ...]:
     """The launches into `grads`, in order: of the masks' ranges, of what writes `delta`, of what reads it."""
     batch, heads, length, dim = query.shape
     keys = key.shape[2]
@@ -171,9 +194,16 @@ def backward_launches(
 
 
 def attention_forward_triton(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """`vlmbuild.ops.attention.op.attention_reference`, and the log-sum-exp of every row to base two, `[B, Hq, S]`.
 
     Raises:
@@ -194,10 +224,19 @@ def attention_forward_triton(
 
 
 def attention_backward_triton(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None,
-    key_groups: Tensor | None, visible_groups: Tensor | None, out: Tensor, logsumexp: Tensor, causal: bool,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_groups: Tensor | None,
+    visible_groups: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value, contiguous, from what `attention_forward_triton` returned.
 
     Raises:

@@ -29,9 +29,17 @@ def decode_parts(key: Tensor) -> int:
 
 
 def decode_launches(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, out: Tensor, logsumexp: Tensor, scale: float,
-    lanes: tuple[int, int], parts: int, target: int,
-) -> tuple[Launch, Launch]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    lanes: tuple[int, int],
+    parts: int,
+    target: int,
+) -> tuple[Launch, Launch]:
     """The launches into `out` `[B, 1, Hq, D]` and `logsumexp` `[B, Hq, 1]`, in order.
 
     Args:
@@ -53,20 +61,31 @@ def decode_launches(
     split = ceil_div(ceil_div(keys, parts), tile["KEYS"]) * tile["KEYS"]
     mask = query if key_mask is None else key_mask
     strides = (
-        query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(),
+        query.stride(0),
+        query.stride(1),
+        query.stride(3),
+        *key.stride(),
+        *value.stride(),
         *((0, 0) if key_mask is None else key_mask.stride()),
-    )  # fmt: skip
+    )
     constants = {
-        "GQA": heads // kv_heads, "DIM": dim, "LANES": lanes[0], "TAIL": lanes[1], "MASKED": key_mask is not None,
+        "GQA": heads // kv_heads,
+        "DIM": dim,
+        "LANES": lanes[0],
+        "TAIL": lanes[1],
+        "MASKED": key_mask is not None,
         **precision(query.dtype),
         "ROWS": power_of_two(heads // kv_heads, _LEAST_ROWS),
-    }  # fmt: skip
+    }
     arguments = (query, key, value, mask, partial, shares, *strides, kv_heads, keys, split, scale)
     joined = (out, partial, shares, logsumexp, parts, batch * heads)
     return (
         Launch(decode_kernel, (parts, batch * kv_heads), arguments, constants, tile),
         Launch(
-            join_kernel, (batch * heads,), joined, {"DIM": dim, "LANES": power_of_two(dim)},
+            join_kernel,
+            (batch * heads,),
+            joined,
+            {"DIM": dim, "LANES": power_of_two(dim)},
             {"num_warps": 1, "num_stages": 1},
         ),
-    )  # fmt: skip
+    )

@@ -116,14 +116,20 @@ def groups_launches(
     spans = group_spans.unbind(0)
     return (
         Launch(
-            groups_kernel, (32 * words,), (key_groups, visible, *spans, groups, length, keys), {},
+            groups_kernel,
+            (32 * words,),
+            (key_groups, visible, *spans, groups, length, keys),
+            {},
             {"MANY": _MANY, **_TILE},
         ),
         Launch(
-            words_kernel, (ceil_div(length, _ROWS),),
-            (visible, *spans[:2], bits, *row_spans.unbind(0), groups, words, length, keys), {}, {"ROWS": _ROWS, **_TILE},
+            words_kernel,
+            (ceil_div(length, _ROWS),),
+            (visible, *spans[:2], bits, *row_spans.unbind(0), groups, words, length, keys),
+            {},
+            {"ROWS": _ROWS, **_TILE},
         ),
-    )  # fmt: skip
+    )
 
 
 def int32(like: Tensor, *shape: int) -> Tensor:

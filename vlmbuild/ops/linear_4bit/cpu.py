@@ -108,9 +108,14 @@ _REPACKED: WeakKeyDictionary[UntypedStorage, dict[tuple[int, ...], _Repacked]] =
 
 
 def fits_fused(
-    input: Tensor, buffers: tuple[Tensor | None, ...], in_features: int, out_features: int, blocksize: int,
-    quant_type: str, weight_dtype: torch.dtype,
-) -> bool:  # fmt: skip
+    input: Tensor,
+    buffers: tuple[Tensor | None, ...],
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> bool:
     """Whether `fused_product` takes these. FP4 is not for it: with rounded scales it would miss the bound on errors."""
     return (
         input.device.type == "cpu"
@@ -128,9 +133,14 @@ def fits_fused(
 
 
 def fused_product(
-    input: Tensor, buffers: tuple[Tensor | None, ...], bias: Tensor | None, in_features: int, out_features: int,
-    blocksize: int, dense_scales: Callable[[], Tensor],
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    buffers: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    dense_scales: Callable[[], Tensor],
+) -> Tensor:
     """`input @ weight.T + bias` for few rows of bfloat16, from packed weights, summed in float32.
 
     The kernel rounds scales and the table to bfloat16. What that shifts the mean of every 32 weights by is known: it
@@ -167,9 +177,13 @@ def forget(weight: Tensor) -> None:
 
 
 def _repacked(
-    buffers: tuple[Tensor | None, ...], bias: Tensor | None, in_features: int, out_features: int, blocksize: int,
+    buffers: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
     dense_scales: Callable[[], Tensor],
-) -> _Repacked:  # fmt: skip
+) -> _Repacked:
     weight = buffers[0]
     assert weight is not None
     source = tuple((buffer.data_ptr(), buffer._version) for buffer in (*buffers, bias) if buffer is not None)

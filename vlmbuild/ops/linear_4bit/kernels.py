@@ -25,9 +25,20 @@ def _scales(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pairs(  # type: ignore[no-untyped-def]
-    weight, absmax, nested_absmax, nested_offset, code, nested_code, at, ok,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-):  # fmt: skip
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    at,
+    ok,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+):
     """Earlier and later values of the bytes of UNITS units from flat positions `at` on, `[rows, UNITS, UNIT // 2]`."""
     unit_at = at[:, None] + tl.arange(0, UNITS)[None, :] * UNIT
     scale = _scales(absmax, nested_absmax, nested_offset, nested_code, unit_at // BLOCKSIZE, ok, NESTED)[:, :, None]
@@ -40,27 +51,70 @@ def _pairs(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tile(  # type: ignore[no-untyped-def]
-    weight, absmax, nested_absmax, nested_offset, code, nested_code, features, first, wide, narrow,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-    OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    features,
+    first,
+    wide,
+    narrow,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """Weights `[OUTS, INS]` from lane `first` on; zero where there are none."""
     units: tl.constexpr = INS // UNIT
     ok = (features < wide)[:, None] & (first + tl.arange(0, units) * UNIT < narrow)[None, :]
     early, late = _pairs(
-        weight, absmax, nested_absmax, nested_offset, code, nested_code, features * narrow + first, ok,
-        BLOCKSIZE, NESTED, UNIT, units, WEIGHT_DTYPE,
-    )  # fmt: skip
+        weight,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        code,
+        nested_code,
+        features * narrow + first,
+        ok,
+        BLOCKSIZE,
+        NESTED,
+        UNIT,
+        units,
+        WEIGHT_DTYPE,
+    )
     values = tl.where(ok[:, :, None, None], tl.join(early, late), 0.0)
     return tl.reshape(values, [OUTS, INS])
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])  # type: ignore[untyped-decorator]
 def linear_kernel(  # type: ignore[no-untyped-def]
-    x, weight, absmax, nested_absmax, nested_offset, code, nested_code, bias, out, rows, wide, narrow, tiles,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    bias,
+    out,
+    rows,
+    wide,
+    narrow,
+    tiles,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """`out[part, row, feature]`: the product over `tiles` tiles of lanes, a part of them a program of the third axis."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1).to(tl.int64) * OUTS + tl.arange(0, OUTS)
@@ -74,9 +128,23 @@ def linear_kernel(  # type: ignore[no-untyped-def]
             x + row[:, None] * narrow + lane[None, :], mask=row_ok[:, None] & (lane < narrow)[None, :], other=0.0
         )
         w = _tile(
-            weight, absmax, nested_absmax, nested_offset, code, nested_code, feature, first, wide, narrow,
-            BLOCKSIZE, NESTED, UNIT, WEIGHT_DTYPE, OUTS, INS,
-        )  # fmt: skip
+            weight,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            code,
+            nested_code,
+            feature,
+            first,
+            wide,
+            narrow,
+            BLOCKSIZE,
+            NESTED,
+            UNIT,
+            WEIGHT_DTYPE,
+            OUTS,
+            INS,
+        )
         total = tl.dot(w.to(a.dtype), tl.trans(a), total, input_precision=PRECISION)
     feature_ok = feature < wide
     if BIAS:
@@ -87,10 +155,25 @@ def linear_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def vector_kernel(  # type: ignore[no-untyped-def]
-    x, weight, absmax, nested_absmax, nested_offset, code, nested_code, bias, out, wide, narrow,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-    OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    bias,
+    out,
+    wide,
+    narrow,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """The product with one row: OUTS features a program, in float32 on ordinary units, since memory is what takes the time."""
     units: tl.constexpr = INS // UNIT
     feature = tl.program_id(0).to(tl.int64) * OUTS + tl.arange(0, OUTS)
@@ -103,9 +186,20 @@ def vector_kernel(  # type: ignore[no-untyped-def]
         values = tl.load(x + first + place, mask=unit_ok[:, None, None], other=0.0)
         even, odd = tl.split(values.to(tl.float32))
         early, late = _pairs(
-            weight, absmax, nested_absmax, nested_offset, code, nested_code, feature * narrow + first,
-            feature_ok[:, None] & unit_ok[None, :], BLOCKSIZE, NESTED, UNIT, units, WEIGHT_DTYPE,
-        )  # fmt: skip
+            weight,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            code,
+            nested_code,
+            feature * narrow + first,
+            feature_ok[:, None] & unit_ok[None, :],
+            BLOCKSIZE,
+            NESTED,
+            UNIT,
+            units,
+            WEIGHT_DTYPE,
+        )
         total = tl.fma(early.to(values.dtype).to(tl.float32), even[None, :, :], total)
         total = tl.fma(late.to(values.dtype).to(tl.float32), odd[None, :, :], total)
     result = tl.sum(tl.sum(total, 2), 1)
@@ -116,10 +210,26 @@ def vector_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def grad_input_kernel(  # type: ignore[no-untyped-def]
-    grad, weight, absmax, nested_absmax, nested_offset, code, nested_code, out, rows, wide, narrow,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    out,
+    rows,
+    wide,
+    narrow,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """The gradient for the input: `grad @ weight`, ROWS by INS a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * INS
@@ -131,9 +241,23 @@ def grad_input_kernel(  # type: ignore[no-untyped-def]
         at = row[:, None] * wide + feature[None, :]
         g = tl.load(grad + at, mask=row_ok[:, None] & (feature < wide)[None, :], other=0.0)
         w = _tile(
-            weight, absmax, nested_absmax, nested_offset, code, nested_code, feature.to(tl.int64), first, wide, narrow,
-            BLOCKSIZE, NESTED, UNIT, WEIGHT_DTYPE, OUTS, INS,
-        )  # fmt: skip
+            weight,
+            absmax,
+            nested_absmax,
+            nested_offset,
+            code,
+            nested_code,
+            feature.to(tl.int64),
+            first,
+            wide,
+            narrow,
+            BLOCKSIZE,
+            NESTED,
+            UNIT,
+            WEIGHT_DTYPE,
+            OUTS,
+            INS,
+        )
         total = tl.dot(g, w.to(g.dtype), total, input_precision=PRECISION)
     target = out + row[:, None] * narrow + lane[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=row_ok[:, None] & (lane < narrow)[None, :])
@@ -141,15 +265,37 @@ def grad_input_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def dequantize_kernel(  # type: ignore[no-untyped-def]
-    weight, absmax, nested_absmax, nested_offset, code, nested_code, out, units,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, UNIT: tl.constexpr, WEIGHT_DTYPE: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
+    weight,
+    absmax,
+    nested_absmax,
+    nested_offset,
+    code,
+    nested_code,
+    out,
+    units,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    UNIT: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    UNITS: tl.constexpr,
+):
     """The dense weight, UNITS units a program."""
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     ok = unit < units
     early, late = _pairs(
-        weight, absmax, nested_absmax, nested_offset, code, nested_code, unit * UNIT, ok[:, None],
-        BLOCKSIZE, NESTED, UNIT, 1, WEIGHT_DTYPE,
-    )  # fmt: skip
+        weight,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        code,
+        nested_code,
+        unit * UNIT,
+        ok[:, None],
+        BLOCKSIZE,
+        NESTED,
+        UNIT,
+        1,
+        WEIGHT_DTYPE,
+    )
     values = tl.reshape(tl.join(early, late), [UNITS, UNIT])
     tl.store(out + unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :], values, mask=ok[:, None])

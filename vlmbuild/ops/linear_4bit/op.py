@@ -24,9 +24,16 @@ _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, S
 
 
 def check_weight(
-    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> None:  # fmt: skip
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> None:
     """Raise UsageError unless every buffer has the size and dtype the geometry needs: kernels do not check.
 
     Sizes are all that is checked, so this also serves tensors without data.
@@ -76,9 +83,14 @@ def scales_reference(absmax: Tensor, nested_absmax: Tensor | None, nested_offset
 
 
 def dequantize_reference(
-    weight: Tensor, scales: Tensor, in_features: int, out_features: int, blocksize: int, quant_type: str,
+    weight: Tensor,
+    scales: Tensor,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The `[out, in]` weight from packed values and float32 scales, in plain torch."""
     packed = weight.flatten()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: in_features * out_features]
@@ -88,9 +100,16 @@ def dequantize_reference(
 
 
 def dequantize_4bit(
-    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:
     """The `[out_features, in_features]` weight in `weight_dtype`, bit-identical to bitsandbytes' own.
 
     Args:
@@ -111,10 +130,18 @@ def dequantize_4bit(
 
 
 def _dequantize(
-    weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-    *, reuse: bool = False,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+    *,
+    reuse: bool = False,
+) -> Tensor:
     """`dequantize_4bit` unchecked; with `reuse`, on a CPU, possibly in memory that the next such call overwrites."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)
 
@@ -149,10 +176,18 @@ def _scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor 
     "vlmbuild::linear_4bit", mutates_args=(), schema=f"(Tensor input, {_WEIGHT}, Tensor? bias, {_GEOMETRY}) -> Tensor"
 )
 def linear_4bit(
-    input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    bias: Tensor | None, in_features: int, out_features: int, blocksize: int, quant_type: str,
+    input: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
     weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`input @ weight.T + bias`, `[..., in]` to `[..., out]`; the weight as in `dequantize_4bit`, cast to the input.
 
     Differentiable in `input` and `bias`. The dequantized weight lives for this call only: the backward makes it again.
@@ -170,10 +205,18 @@ def linear_4bit(
 
 @linear_4bit.register_kernel("cuda")
 def _(
-    input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    bias: Tensor | None, in_features: int, out_features: int, blocksize: int, quant_type: str,
+    input: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
     weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_input(input, bias, in_features, out_features)
     buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
     check_weight(*buffers, *geometry, quant_type, weight_dtype)
@@ -195,10 +238,18 @@ def _triton(dtype: torch.dtype, geometry: tuple[int, int, int, str, torch.dtype]
 
 @linear_4bit.register_fake
 def _(
-    input: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    bias: Tensor | None, in_features: int, out_features: int, blocksize: int, quant_type: str,
+    input: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
     weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     _check_input(input, bias, in_features, out_features)
     check_weight(
         weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
@@ -210,9 +261,17 @@ def _(
     "vlmbuild::linear_4bit_backward", mutates_args=(), schema=f"(Tensor grad, {_WEIGHT}, {_GEOMETRY}) -> Tensor"
 )
 def linear_4bit_backward(
-    grad: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:
     """Gradient of `linear_4bit` for its input. One operator, so that a compiler cannot keep the dense weight."""
     buffers = (weight, absmax, nested_absmax, nested_offset)
     check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
@@ -223,9 +282,17 @@ def linear_4bit_backward(
 
 @linear_4bit_backward.register_kernel("cuda")
 def _(
-    grad: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:
     buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
     check_weight(*buffers, *geometry, quant_type, weight_dtype)
     if kernels := _triton(grad.dtype, (*geometry, quant_type, weight_dtype)):
@@ -237,9 +304,17 @@ def _(
 
 @linear_4bit_backward.register_fake
 def _(
-    grad: Tensor, weight: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None,
-    in_features: int, out_features: int, blocksize: int, quant_type: str, weight_dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    weight: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    in_features: int,
+    out_features: int,
+    blocksize: int,
+    quant_type: str,
+    weight_dtype: torch.dtype,
+) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 

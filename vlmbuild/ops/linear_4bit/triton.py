@@ -47,9 +47,11 @@ def _pointers(buffers: Buffers, quant_type: str) -> tuple[Tensor, ...]:
 def _constants(buffers: Buffers, geometry: Geometry) -> dict[str, Any]:
     _, _, blocksize, _, weight_dtype = geometry
     return {
-        "BLOCKSIZE": blocksize, "NESTED": buffers[2] is not None, "UNIT": unit_of(blocksize),
+        "BLOCKSIZE": blocksize,
+        "NESTED": buffers[2] is not None,
+        "UNIT": unit_of(blocksize),
         "WEIGHT_DTYPE": _DTYPES[weight_dtype],
-    }  # fmt: skip
+    }
 
 
 def _unfused(tile: dict[str, Any]) -> dict[str, Any]:

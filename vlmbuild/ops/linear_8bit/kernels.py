@@ -73,10 +73,26 @@ def _list_columns(flags, columns, narrow, INS: tl.constexpr):  # type: ignore[no
 
 @triton.jit(do_not_specialize=["rows", "tiles"])  # type: ignore[untyped-decorator]
 def linear_8bit_kernel(  # type: ignore[no-untyped-def]
-    x, quantized, row_scales, columns, weight, scales, bias, out, rows, wide, narrow, tiles,
-    OUTLIERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    x,
+    quantized,
+    row_scales,
+    columns,
+    weight,
+    scales,
+    bias,
+    out,
+    rows,
+    wide,
+    narrow,
+    tiles,
+    OUTLIERS: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """`out[part, row, feature]`: the integers' product over `tiles` tiles of lanes, a part of them a program of the third
     axis; the first part has the outliers' product, too."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -113,9 +129,18 @@ def linear_8bit_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def grad_input_8bit_kernel(  # type: ignore[no-untyped-def]
-    grad, weight, scales, out, rows, wide, narrow,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, INS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    weight,
+    scales,
+    out,
+    rows,
+    wide,
+    narrow,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    INS: tl.constexpr,
+):
     """The gradient for the input: `grad @ (weight * scale / 127)`, ROWS by INS a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1) * INS + tl.arange(0, INS)

@@ -48,9 +48,18 @@ def quantize_launch(
 
 
 def linear_8bit_launch(
-    x: Tensor, quantized: Tensor, row_scales: Tensor, columns: Tensor, weight: Tensor, scales: Tensor,
-    bias: Tensor | None, out: Tensor, target: int, *, outliers: bool,
-) -> Launch:  # fmt: skip
+    x: Tensor,
+    quantized: Tensor,
+    row_scales: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    target: int,
+    *,
+    outliers: bool,
+) -> Launch:
     """The launch of the product into `out`: `[rows, out]`, or `[parts, rows, out]` in float32 and without bias."""
     rows, (wide, narrow) = len(x), weight.shape
     side = row_tile(rows)
@@ -111,9 +120,18 @@ def linear_8bit_triton(input: Tensor, weight: Tensor, scales: Tensor, bias: Tens
 
 
 def product_8bit_launch(
-    x: Tensor, quantized: Tensor, row_scales: Tensor, columns: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None,
-    out: Tensor, target: int, *, outliers: bool,
-) -> tuple[Launch, Tensor | None]:  # fmt: skip
+    x: Tensor,
+    quantized: Tensor,
+    row_scales: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    target: int,
+    *,
+    outliers: bool,
+) -> tuple[Launch, Tensor | None]:
     """The launch for these rows `[N, in]`, with the bias into `out` `[N, out]`; or into float32 parts of the result without
     it, `[parts, N, out]`, which are given back to be summed."""
     known = (x, quantized, row_scales, columns, weight, scales)

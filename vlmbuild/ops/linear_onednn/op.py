@@ -37,6 +37,8 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def suits_onednn(states: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN takes a product that torch gives to another BLAS, and is not slower."""
     return (
-        _AVAILABLE and states.dtype == torch.float32 == weight.dtype and states.device.type == "cpu"
+        _AVAILABLE
+        and states.dtype == torch.float32 == weight.dtype
+        and states.device.type == "cpu"
         and weight.numel() >= _LEAST
-    )  # fmt: skip
+    )

@@ -11,9 +11,20 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def low_kernel(  # type: ignore[no-untyped-def]
-    x, matrix, low, rows, lanes, rank, matrix_rank, matrix_lane, factor,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    x,
+    matrix,
+    low,
+    rows,
+    lanes,
+    rank,
+    matrix_rank,
+    matrix_lane,
+    factor,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """`low[row, rank] = factor * sum over lanes of x[row, lane] * matrix[rank, lane]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
@@ -31,9 +42,22 @@ def low_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def sum_kernel(  # type: ignore[no-untyped-def]
-    base, low, matrix, out, rows, lanes, rank, matrix_rank, matrix_lane, factor,
-    BASE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    base,
+    low,
+    matrix,
+    out,
+    rows,
+    lanes,
+    rank,
+    matrix_rank,
+    matrix_lane,
+    factor,
+    BASE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """`out[row, lane] = base[row, lane] + factor * sum over ranks of low[row, rank] * matrix[rank, lane]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lane = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -56,9 +80,20 @@ def sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def matrix_gradient_kernel(  # type: ignore[no-untyped-def]
-    x, low, out, rows, lanes, rank, out_rank, out_lane, factor,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
+    x,
+    low,
+    out,
+    rows,
+    lanes,
+    rank,
+    out_rank,
+    out_lane,
+    factor,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    RANKS: tl.constexpr,
+):
     """`out[rank, lane] = factor * sum over rows of low[row, rank] * x[row, lane]`."""
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     place = tl.program_id(1) * RANKS + tl.arange(0, RANKS)

@@ -18,9 +18,19 @@ _TILE = 1024
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _turn_heads(  # type: ignore[no-untyped-def]
-    x, out, x_head, x_lane, out_head, out_lane, cos, sin, lanes,
-    HEADS: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    x_head,
+    x_lane,
+    out_head,
+    out_lane,
+    cos,
+    sin,
+    lanes,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """All heads of one row, TILE of them at a time."""
     for first_head in tl.static_range(0, HEADS, TILE):
         heads = first_head + tl.arange(0, TILE)
@@ -35,16 +45,43 @@ def _turn_heads(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["seq"])  # type: ignore[untyped-decorator]
 def _rotate_kernel(  # type: ignore[no-untyped-def]
-    query, key, cos, sin, out_query, out_key, seq,
-    query_batch, query_head, query_row, query_lane,
-    key_batch, key_head, key_row, key_lane,
-    outq_batch, outq_head, outq_row, outq_lane,
-    outk_batch, outk_head, outk_row, outk_lane,
-    cos_batch, cos_row, cos_lane,
-    sin_batch, sin_row, sin_lane,
-    QUERY_HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, HALF: tl.constexpr, LANES: tl.constexpr, BACK: tl.constexpr,
-    QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    cos,
+    sin,
+    out_query,
+    out_key,
+    seq,
+    query_batch,
+    query_head,
+    query_row,
+    query_lane,
+    key_batch,
+    key_head,
+    key_row,
+    key_lane,
+    outq_batch,
+    outq_head,
+    outq_row,
+    outq_lane,
+    outk_batch,
+    outk_head,
+    outk_row,
+    outk_lane,
+    cos_batch,
+    cos_row,
+    cos_lane,
+    sin_batch,
+    sin_row,
+    sin_lane,
+    QUERY_HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    LANES: tl.constexpr,
+    BACK: tl.constexpr,
+    QUERY_TILE: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+):
     # 64-bit offsets: batch * heads * sequence * head_dim can pass 2**31.
     batch = (tl.program_id(0) // seq).to(tl.int64)
     place = (tl.program_id(0) % seq).to(tl.int64)
@@ -55,13 +92,33 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     if BACK:
         s = -s
     _turn_heads(
-        query + batch * query_batch + place * query_row, out_query + batch * outq_batch + place * outq_row,
-        query_head, query_lane, outq_head, outq_lane, c, s, lanes, QUERY_HEADS, HALF, QUERY_TILE,
-    )  # fmt: skip
+        query + batch * query_batch + place * query_row,
+        out_query + batch * outq_batch + place * outq_row,
+        query_head,
+        query_lane,
+        outq_head,
+        outq_lane,
+        c,
+        s,
+        lanes,
+        QUERY_HEADS,
+        HALF,
+        QUERY_TILE,
+    )
     _turn_heads(
-        key + batch * key_batch + place * key_row, out_key + batch * outk_batch + place * outk_row,
-        key_head, key_lane, outk_head, outk_lane, c, s, lanes, KEY_HEADS, HALF, KEY_TILE,
-    )  # fmt: skip
+        key + batch * key_batch + place * key_row,
+        out_key + batch * outk_batch + place * outk_row,
+        key_head,
+        key_lane,
+        outk_head,
+        outk_lane,
+        c,
+        s,
+        lanes,
+        KEY_HEADS,
+        HALF,
+        KEY_TILE,
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -98,15 +155,28 @@ def rotate_launch(
     seq = cos.shape[-2]
     rows = cos.shape[0] * seq if cos.dim() == 3 else seq
     arguments = (
-        query, key, cos, sin, out_query, out_key, seq,
-        *_strides(query), *_strides(key), *_strides(out_query), *_strides(out_key),
-        *_table_strides(cos), *_table_strides(sin),
-    )  # fmt: skip
+        query,
+        key,
+        cos,
+        sin,
+        out_query,
+        out_key,
+        seq,
+        *_strides(query),
+        *_strides(key),
+        *_strides(out_query),
+        *_strides(out_key),
+        *_table_strides(cos),
+        *_table_strides(sin),
+    )
     heads = {"QUERY": query.shape[1], "KEY": key.shape[1]}
     most = max(1, _TILE // lanes)
     constants: dict[str, Any] = {
-        **{f"{name}_HEADS": many for name, many in heads.items()}, "HALF": half, "LANES": lanes, "BACK": back,
-    }  # fmt: skip
+        **{f"{name}_HEADS": many for name, many in heads.items()},
+        "HALF": half,
+        "LANES": lanes,
+        "BACK": back,
+    }
     tile: dict[str, Any] = {f"{name}_TILE": min(most, power_of_two(many)) for name, many in heads.items()}
     # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}

@@ -22,9 +22,27 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 
 
 _SETS = (
-    "abm", "adx", "aes", "amx", "avx", "bmi", "cx16", "f16c", "fma", "gfni", "lahf", "movbe", "pclmul", "popcnt", "sha", "sse",
-    "ssse", "vaes", "vpclmul", "xsave",
-)  # fmt: skip
+    "abm",
+    "adx",
+    "aes",
+    "amx",
+    "avx",
+    "bmi",
+    "cx16",
+    "f16c",
+    "fma",
+    "gfni",
+    "lahf",
+    "movbe",
+    "pclmul",
+    "popcnt",
+    "sha",
+    "sse",
+    "ssse",
+    "vaes",
+    "vpclmul",
+    "xsave",
+)
 """How names of instruction sets begin on x86, where the system lists much else, also of virtual machines."""
 
 
@@ -73,9 +91,12 @@ def this_platform(features: tuple[str, ...] = (), *, levels: bool = True) -> Cod
         level = name
         needed.update(added)
     return CodePlatform(
-        platform.machine(), level, tuple(sorted(needed if level else here)), _torch_version(),
+        platform.machine(),
+        level,
+        tuple(sorted(needed if level else here)),
+        _torch_version(),
         " ".join(platform.libc_ver()).strip(),
-    )  # fmt: skip
+    )
 
 
 def check_platform(needed: CodePlatform, where: str) -> None:
@@ -91,8 +112,11 @@ def check_platform(needed: CodePlatform, where: str) -> None:
         (not needed.features, "for a processor whose features are not known"),
         (bool(missing), f"for processors with {', '.join(missing)}, which this one lacks"),
         (needed.torch != here.torch, f"for torch {needed.torch}, and {here.torch} is installed"),
-        (not _runs_on(needed.libc, here.libc), f"for {needed.libc} or newer, and here is {here.libc or 'another C library'}"),
-    ]  # fmt: skip
+        (
+            not _runs_on(needed.libc, here.libc),
+            f"for {needed.libc} or newer, and here is {here.libc or 'another C library'}",
+        ),
+    ]
     for wrong, problem in problems:
         if wrong:
             raise IncompatibleError(

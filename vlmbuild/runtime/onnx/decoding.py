@@ -149,8 +149,10 @@ class OnnxDecoding:
         axes = next(len(entry.shape) for entry in session.inputs if entry.name == "position_ids")
         values = {name: x.unsqueeze(1).expand(-1, new, *x.shape[1:]) for name, x in cache.rows.items()} | cache.images
         values |= {
-            EMBEDS: self._embed(ids), MASK: mask, "position_ids": positions.expand(3, -1, -1) if axes == 3 else positions,
-        }  # fmt: skip
+            EMBEDS: self._embed(ids),
+            MASK: mask,
+            "position_ids": positions.expand(3, -1, -1) if axes == 3 else positions,
+        }
         logits = self._run(session, values)
         cache.positions = cache.positions + mask[:, past:].sum(1)
         return logits

@@ -37,7 +37,7 @@ def test_positions_and_places_equal_transformers(layout, side, config, reference
         batch["attention_mask"],
     )
     places = batch["attention_mask"].flatten().nonzero().squeeze(1)
-    assert torch.equal(prepared.places, places)
+    assert torch.equal(prepared.index, places)
     assert torch.equal(prepared.tensors["position_ids"], expected.flatten(1)[:, places].unsqueeze(1))
     assert torch.equal(prepared.tensors["input_ids"][0], batch["input_ids"].flatten()[places])
     lengths = batch["attention_mask"].sum(1).cumsum(0).tolist()

@@ -176,7 +176,7 @@ def test_an_answer_is_the_prompt_of_the_next_turn(case, batches, ours):
     logits = ours(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache).logits
     tokens = {
         name: torch.cat([batch[name], batch[name][:, -1:].expand(-1, 6, *[-1] * (batch[name].ndim - 2))], 1)
-        for name, row in ours.family.batch_rows.items()
+        for name, row in ours.family.input_layout.items()
         if row == "token" and name in batch
     }
     expected = ours(**batch | whole | tokens).logits[:, -6:]
@@ -188,7 +188,7 @@ def test_a_returned_cache_goes_on(batches, ours, theirs):
     (first,) = answers(batch, {"max_new_tokens": 8, "return_dict_in_generate": True}, ours)
     text = torch.cat([first.sequences, words(ours, 3)[None]], 1)
     longer = batch | {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    for name, row in ours.family.batch_rows.items():
+    for name, row in ours.family.input_layout.items():
         if row == "token" and name in batch:
             last = batch[name][:, -1:]
             longer[name] = torch.cat([batch[name], last.repeat(1, 11, *[1] * (last.ndim - 2))], 1)

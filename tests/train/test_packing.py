@@ -130,7 +130,7 @@ def test_images_that_would_pad_are_kept_apart(setup, dataset):
         }
         for samples in dataset
     ]
-    if setup.family.pads_images:
+    if setup.family.pads_image_batch:
         assert all(len(found) == 1 for found in counts)
     else:
         assert any(len(found) > 1 for found in counts)

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
-from vlmbuild.families.base import BatchRow, Family, HostBatch, ImageCost, KeyGroups
+from vlmbuild.families.base import Family, ImageCost, InputLayout, KeyGroups, PackedBatch
 from vlmbuild.families.batch import check_ids
 from vlmbuild.families.js import ClientVision
 from vlmbuild.families.mllama.family import Mllama
@@ -79,12 +79,12 @@ def family_of_processor(processor: Any) -> Family:
 
 __all__ = [
     "FAMILIES",
-    "BatchRow",
     "ClientVision",
     "Family",
-    "HostBatch",
     "ImageCost",
+    "InputLayout",
     "KeyGroups",
+    "PackedBatch",
     "check_ids",
     "family_named",
     "family_of",

@@ -14,7 +14,7 @@ from vlmbuild.errors import SourceError
 from vlmbuild.families.js import ClientFiles, ClientVision
 from vlmbuild.ir.program import Geometry, Input, Role
 
-BatchRow = Literal["sample", "token", "medium"]
+InputLayout = Literal["sample", "token", "medium"]
 """What the rows of a batch's tensor are: samples; samples with an entry for every token, which generation repeats for the
 tokens that it adds; or the images and videos of all samples in one list."""
 
@@ -23,18 +23,18 @@ STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True, slots=True)
-class HostBatch:
+class PackedBatch:
     """A batch after the host prologue, packed: the tokens of all samples in one row, without padding.
 
     Attributes:
         variant: Which variant of the program runs it.
         tensors: That variant's inputs.
-        places: Where each packed token stood in the flattened (batch, sequence) input ids.
+        index: Where each packed token stood in the flattened (batch, sequence) input ids.
     """
 
     variant: str
     tensors: dict[str, Tensor]
-    places: Tensor
+    index: Tensor
 
 
 class ImageCost(NamedTuple):
@@ -74,7 +74,7 @@ class Family(Protocol):
         """Values of `architectures` in config.json that this family reads."""
 
     @property
-    def batch_rows(self) -> Mapping[str, BatchRow]:
+    def input_layout(self) -> Mapping[str, InputLayout]:
         """What else the processor's output has besides input_ids and attention_mask."""
 
     @property
@@ -82,11 +82,11 @@ class Family(Protocol):
         """Names of the classes of this family's processors."""
 
     @property
-    def limits(self) -> tuple[str, ...]:
+    def resizable_keys(self) -> tuple[str, ...]:
         """Keys of the image processor's `size` that may be set lower without another model."""
 
     @property
-    def pads_images(self) -> bool:
+    def pads_image_batch(self) -> bool:
         """Whether a batch gives every sample as many images as the one with most, and the model computes them."""
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
@@ -136,7 +136,7 @@ class Family(Protocol):
     def module_name(self, stored: str) -> str:
         """Name in a checkpoint file, published or as newer versions write it -> module name."""
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         """The host prologue: everything that depends on data, as tensors, and the checks that name a bad sample.
 
         Args:
@@ -149,7 +149,7 @@ class Family(Protocol):
         """
 
     @property
-    def spare_embeddings(self) -> int:
+    def extra_embedding_rows(self) -> int:
         """How many rows the table of embeddings has beyond the vocabulary."""
 
     def client_vision(self, config: Any) -> ClientVision | None:

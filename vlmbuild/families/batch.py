@@ -21,16 +21,16 @@ class Tokens:
     Attributes:
         ids: (batch, sequence).
         mask: bool (batch, sequence), on the CPU: which tokens are attended to.
-        places: int64 (tokens,), on the CPU: where each packed token stands in the flattened ids.
+        index: int64 (tokens,), on the CPU: where each packed token stands in the flattened ids.
     """
 
     ids: Tensor
     mask: Tensor
-    places: Tensor
+    index: Tensor
 
     def pack(self, values: Tensor) -> Tensor:
         """The rows (batch, sequence, ...) of attended tokens: (tokens, ...)."""
-        return values.flatten(0, 1)[self.places.to(values.device)]
+        return values.flatten(0, 1)[self.index.to(values.device)]
 
     def positions(self) -> Tensor:
         """Place of every token in its own sample, without padding: int64 (1, tokens)."""
@@ -38,7 +38,7 @@ class Tokens:
 
     def samples(self) -> Tensor:
         """The sample of every token: int64 (tokens,)."""
-        return self.places // self.ids.shape[1]
+        return self.index // self.ids.shape[1]
 
     def inputs(self, position_ids: Tensor) -> dict[str, Tensor]:
         """The inputs of a variant that are about text."""

@@ -169,7 +169,7 @@ def _symbol_ranges(size: torch.SymInt, names: Mapping[str, str]) -> dict[str, st
 
 def _prologue(family: Family, values: Mapping[str, Any]) -> dict[str, str]:
     """What the host prologue takes besides input_ids and attention_mask, and the constants that follow from the config."""
-    rows = {name: f"one row a {row}" for name, row in sorted(family.batch_rows.items())}
+    rows = {name: f"one row a {row}" for name, row in sorted(family.input_layout.items())}
     constants = family.constants(family.config(values))
     return rows | {
         name: f"constant {dtype_name(tensor.dtype)}{list(tensor.shape)}" for name, tensor in sorted(constants.items())

@@ -72,7 +72,7 @@ def extended(batch: Mapping[str, Tensor], token: Tensor, family: Family) -> dict
     longer = dict(batch)
     longer["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
     longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
-    for name, row in family.batch_rows.items():
+    for name, row in family.input_layout.items():
         if row == "token" and name in batch:
             longer[name] = torch.cat([batch[name], batch[name][:, -1:]], dim=1)
     return longer

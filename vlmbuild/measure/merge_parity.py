@@ -21,7 +21,7 @@ from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.checkpoint.values import source_values
 from vlmbuild.errors import BatchError, ParityError, SourceError
-from vlmbuild.families import Family, HostBatch
+from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Program, Region, join
 from vlmbuild.measure.calibration import Batch, batches_digest
 from vlmbuild.runtime.load import instance_tensors
@@ -55,7 +55,7 @@ class Probe:
         digest: SHA-256 (hex) of what the processor gave.
     """
 
-    prepared: HostBatch
+    prepared: PackedBatch
     digest: str
 
 

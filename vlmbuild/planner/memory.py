@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from vlmbuild.errors import UsageError
-from vlmbuild.families import Family, HostBatch, ImageCost
+from vlmbuild.families import Family, ImageCost, PackedBatch
 from vlmbuild.ir.program import Input, Program, parse_size
 from vlmbuild.ops.workspace import WORKSPACES, Workspace
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
@@ -211,10 +211,10 @@ class _Step:
             parameter.grad = torch.empty_like(parameter)
         return self._peak(self._forward_and_backward)
 
-    def _forward_and_backward(self, batch: Callable[[], HostBatch], ids: Tensor) -> None:
+    def _forward_and_backward(self, batch: Callable[[], PackedBatch], ids: Tensor) -> None:
         self.model.forward_prepared(batch(), ids.shape, ids).backward()
 
-    def _peak(self, run: Callable[[Callable[[], HostBatch], Tensor], object]) -> int:
+    def _peak(self, run: Callable[[Callable[[], PackedBatch], Tensor], object]) -> int:
         """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and
         with labels (samples, tokens), one for every token. The program's inputs count, since the model brings them to its
         device."""
@@ -223,7 +223,7 @@ class _Step:
         live = _LiveBytes(_tensors(self.model), WORKSPACES[self.workload.device])
         with live:
             # The host prologue needs data; what it makes of a batch has the same sizes.
-            run(lambda: HostBatch(self.variant, self._inputs(), places), ids)
+            run(lambda: PackedBatch(self.variant, self._inputs(), places), ids)
         return live.peak
 
     def _inputs(self) -> dict[str, Tensor]:

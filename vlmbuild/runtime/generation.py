@@ -31,7 +31,7 @@ class Generation(GenerationMixin):
 
     def check_names(self, caller: str, given: Mapping[str, Any]) -> None:
         """Refuse misspelled names, which would be ignored."""
-        known = {"input_ids", "attention_mask", *self.family.batch_rows}
+        known = {"input_ids", "attention_mask", *self.family.input_layout}
         unknown = sorted(key for key, value in given.items() if value is not None and key not in known | _PASSED_ALONG)
         if unknown:
             raise UsageError(f"{caller}: unknown argument {unknown[0]!r}. A batch may have {', '.join(sorted(known))}.")
@@ -57,7 +57,7 @@ class Generation(GenerationMixin):
         """What a step passes to the model: with a cache the new tokens, and with the first of them the images; without a
         cache everything."""
         inputs = {"attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
-        images = {name: batch[name] for name in self.family.batch_rows if batch.get(name) is not None}
+        images = {name: batch[name] for name in self.family.input_layout if batch.get(name) is not None}
         if past_key_values is None:
             return {"input_ids": input_ids, **inputs, **images}
         if next_sequence_length is not None:
@@ -101,7 +101,7 @@ class Generation(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Without a cache, a generated token looks where the last one looked; a cache knows."""
-        names = [name for name, row in self.family.batch_rows.items() if row == "token"]
+        names = [name for name, row in self.family.input_layout.items() if row == "token"]
         lengths = {name: model_kwargs[name].shape[1] for name in names if model_kwargs.get(name) is not None}
         batch: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         for name, length in lengths.items():
@@ -114,7 +114,7 @@ class Generation(GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat the text, for beams and for several answers. Images stay as they are: with a cache the prompt is run once a
         sample, and what it leaves is repeated."""
-        names = [name for name in self.family.batch_rows if kwargs.get(name) is not None]
+        names = [name for name in self.family.input_layout if kwargs.get(name) is not None]
         media = {name: kwargs.pop(name) for name in names}
         expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
         ids, expanded = expand(self, expand_size, is_encoder_decoder, input_ids, **kwargs)
@@ -128,7 +128,7 @@ def repeat_images(family: Family, batch: dict[str, Any], copies: int, samples: i
     Raises:
         UsageError: There are several.
     """
-    for name, row in family.batch_rows.items():
+    for name, row in family.input_layout.items():
         tensor = batch.get(name)
         if tensor is None or copies == 1:
             continue
@@ -142,7 +142,7 @@ def repeat_images(family: Family, batch: dict[str, Any], copies: int, samples: i
 
 def media_shapes(family: Family, batch: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Shapes of a batch's images."""
-    names = (name for name, row in family.batch_rows.items() if row != "token" and batch.get(name) is not None)
+    names = (name for name, row in family.input_layout.items() if row != "token" and batch.get(name) is not None)
     return {name: batch[name].shape for name in names}
 
 

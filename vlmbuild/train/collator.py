@@ -213,7 +213,9 @@ class VisionDataCollator:
             f"and the beginning of a response, but max_length is {self.max_length}."
         )
         remedy = "Raise max_length" + (
-            f' or make images smaller (size={{"{self.family.limits[-1]}": ...}}).' if self.family.limits else "."
+            f' or make images smaller (size={{"{self.family.resizable_keys[-1]}": ...}}).'
+            if self.family.resizable_keys
+            else "."
         )
         if self.overlong == "error":
             raise BatchError(f'{reason} {remedy} Or leave such samples out: overlong="drop".')
@@ -227,7 +229,7 @@ class VisionDataCollator:
 
     def _trimmed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cut to `max_length` at the end, and padded on the side that is asked for."""
-        rows = self.family.batch_rows
+        rows = self.family.input_layout
         lengths = batch["attention_mask"][:, : self.max_length].sum(1)
         for key in ("input_ids", "attention_mask", "labels", *(key for key in rows if rows[key] == "token")):
             if key in batch:
@@ -253,8 +255,8 @@ def _with_size(processor: Any, size: Mapping[str, int], family: Any) -> Any:
     """The processor with lower limits for images; the given one stays as it is."""
     own = dict(processor.image_processor.size)
     for key, value in size.items():
-        if key not in family.limits:
-            known = ", ".join(family.limits) or f"none: {family.title} has images of one size"
+        if key not in family.resizable_keys:
+            known = ", ".join(family.resizable_keys) or f"none: {family.title} has images of one size"
             raise UsageError(f"size: {key!r} cannot be set. Limits that can: {known}.")
         if not isinstance(value, int) or not 1 <= value <= own[key]:
             raise UsageError(f"size: {key} must be from 1 to {own[key]}, the limit of the processor; got {value!r}.")

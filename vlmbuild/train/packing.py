@@ -128,7 +128,7 @@ class PackedDataset(Dataset[list[Any]]):
         self.indices = _fitting(measured, collator)
         measures = [measured[index][1] for index in self.indices]
         self.lengths = [measure.tokens for measure in measures]
-        groups = [measure.images for measure in measures] if collator.family.pads_images else None
+        groups = [measure.images for measure in measures] if collator.family.pads_image_batch else None
         self.packs = pack(self.lengths, max_tokens, groups=groups, seed=seed, overlong=overlong)
         self.max_tokens = max_tokens
 

@@ -14,11 +14,11 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.base import (
-    BatchRow,
-    HostBatch,
     ImageCost,
+    InputLayout,
     KeyGroups,
     Names,
+    PackedBatch,
     check_text,
     load_processor,
     read_config,
@@ -46,10 +46,10 @@ class Mllama:
     title = "Llama 3.2 Vision"
     architectures = ("MllamaForConditionalGeneration",)
     processors = ("MllamaProcessor",)
-    limits = ()  # the size of a tile is the model's
-    pads_images = True
-    spare_embeddings = 8
-    batch_rows: Mapping[str, BatchRow] = {
+    resizable_keys = ()  # the size of a tile is the model's
+    pads_image_batch = True
+    extra_embedding_rows = 8
+    input_layout: Mapping[str, InputLayout] = {
         "pixel_values": "sample",
         "aspect_ratio_ids": "sample",
         "aspect_ratio_mask": "sample",
@@ -101,7 +101,7 @@ class Mllama:
     def module_name(self, stored: str) -> str:
         return _NAMES.module(stored)
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         return prepare(batch, config)
 
     def processor(self, directory: Path) -> Any:

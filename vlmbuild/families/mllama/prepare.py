@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import BatchError
-from vlmbuild.families.base import HostBatch
+from vlmbuild.families.base import PackedBatch
 from vlmbuild.families.batch import Tokens, cut_patches, read_tokens
 
 _SHAPES = {
@@ -43,7 +43,7 @@ def padded_patches(vision: Any) -> int:
     return -(-patches_per_tile(vision) // 8) * 8
 
 
-def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
+def prepare(batch: Mapping[str, Tensor], config: Any) -> PackedBatch:
     """Everything about a batch that depends on its data.
 
     Args:
@@ -64,7 +64,7 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
     tiles = _tiles(batch, tokens, config.vision_config)
     _check_images(tokens, tiles, config)
     if tiles is None:
-        return HostBatch("text", text, tokens.places)
+        return PackedBatch("text", text, tokens.index)
     vision = config.vision_config
     count = tiles.ratio_ids.numel()
     per_tile = torch.arange(count * vision.max_num_tiles, dtype=torch.int32)
@@ -81,7 +81,7 @@ def prepare(batch: Mapping[str, Tensor], config: Any) -> HostBatch:
         "visible_tiles": visible,
         "sees_image": sees_image,
     }
-    return HostBatch("image", {**text, **image}, tokens.places)
+    return PackedBatch("image", {**text, **image}, tokens.index)
 
 
 def _tiles(batch: Mapping[str, Tensor], tokens: Tokens, vision: Any) -> _Tiles | None:

@@ -17,10 +17,10 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbe
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.base import (
-    BatchRow,
-    HostBatch,
     ImageCost,
+    InputLayout,
     Names,
+    PackedBatch,
     check_text,
     load_processor,
     read_config,
@@ -50,10 +50,10 @@ class Pixtral:
     title = "Pixtral"
     architectures = ("LlavaForConditionalGeneration",)
     processors = ("PixtralProcessor",)
-    limits = ("longest_edge",)
-    pads_images = False
-    spare_embeddings = 0
-    batch_rows: Mapping[str, BatchRow] = {"pixel_values": "medium", "image_sizes": "medium"}
+    resizable_keys = ("longest_edge",)
+    pads_image_batch = False
+    extra_embedding_rows = 0
+    input_layout: Mapping[str, InputLayout] = {"pixel_values": "medium", "image_sizes": "medium"}
 
     def config(self, values: Mapping[str, Any]) -> LlavaConfig:
         config: LlavaConfig = read_config(values, LlavaConfig, _check, "Pixtral")
@@ -104,7 +104,7 @@ class Pixtral:
     def module_name(self, stored: str) -> str:
         return _NAMES.module(stored)
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         return prepare(batch, config, processor)
 
     def processor(self, directory: Path) -> Any:

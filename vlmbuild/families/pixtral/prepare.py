@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import BatchError
-from vlmbuild.families.base import HostBatch
+from vlmbuild.families.base import PackedBatch
 from vlmbuild.families.batch import Tokens, cumulative_bounds, cut_patches, read_tokens, with_spare_feature
 
 Ints = npt.NDArray[np.int64]
@@ -40,7 +40,7 @@ class _Image:
         return f"image {self.number} ({self.rows} x {self.columns} patches)"
 
 
-def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
     """Everything about a batch that depends on its data.
 
     Args:
@@ -63,14 +63,14 @@ def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> 
     _check_edges(sizes, processor)
     index = _place(tokens, images, config.image_token_id)
     if pixels is None:
-        return HostBatch("text", text, tokens.places)
+        return PackedBatch("text", text, tokens.index)
     image = {
         "feature_index": tokens.pack(torch.from_numpy(index)).unsqueeze(0),
         "pixel_values": torch.cat([cut_patches(p[:, :h, :w], patch) for p, (h, w) in zip(pixels, sizes, strict=True)]),
         "vision_position_ids": torch.cat([_positions(image) for image in images]),
         "vision_cu_seqlens": cumulative_bounds(torch.tensor([image.features for image in images])),
     }
-    return HostBatch("image", {**text, **with_spare_feature(image, 1)}, tokens.places)
+    return PackedBatch("image", {**text, **with_spare_feature(image, 1)}, tokens.index)
 
 
 def _pixels(batch: Mapping[str, Tensor], config: Any) -> tuple[Tensor | None, list[tuple[int, int]]]:

@@ -13,10 +13,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbeddin
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.base import (
-    BatchRow,
-    HostBatch,
     ImageCost,
+    InputLayout,
     Names,
+    PackedBatch,
     check_text,
     load_processor,
     read_config,
@@ -41,10 +41,10 @@ class Qwen2VL:
     title = "Qwen2-VL"
     architectures = ("Qwen2VLForConditionalGeneration",)
     processors = ("Qwen2VLProcessor",)
-    limits = ("shortest_edge", "longest_edge")
-    pads_images = False
-    spare_embeddings = 0
-    batch_rows: Mapping[str, BatchRow] = {
+    resizable_keys = ("shortest_edge", "longest_edge")
+    pads_image_batch = False
+    extra_embedding_rows = 0
+    input_layout: Mapping[str, InputLayout] = {
         "pixel_values": "medium",
         "image_grid_thw": "medium",
         "pixel_values_videos": "medium",
@@ -107,7 +107,7 @@ class Qwen2VL:
     def module_name(self, stored: str) -> str:
         return _NAMES.module(stored)
 
-    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         return prepare(batch, config, processor)
 
     def processor(self, directory: Path) -> Any:

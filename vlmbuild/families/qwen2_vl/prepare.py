@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_position_ids
 
 from vlmbuild.errors import BatchError
-from vlmbuild.families.base import HostBatch
+from vlmbuild.families.base import PackedBatch
 from vlmbuild.families.batch import cumulative_bounds, read_tokens, with_spare_feature
 
 Ints = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class _Medium:
         return f"{self.kind} {self.number} (grid {t} x {h} x {w})"
 
 
-def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> HostBatch:
+def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
     """Everything about a batch that depends on its data, computed on the CPU.
 
     Args:
@@ -72,9 +72,9 @@ def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> 
             f"{leftover} has {leftover.features} features but no placeholder tokens in any sample. The texts hold fewer "
             f"media than the batch, or truncation cut them off: {_SHRINK}."
         )
-    tensors = text.inputs(torch.from_numpy(positions).flatten(1)[:, text.places].unsqueeze(1))
+    tensors = text.inputs(torch.from_numpy(positions).flatten(1)[:, text.index].unsqueeze(1))
     if not images and not videos:
-        return HostBatch("text", tensors, text.places)
+        return PackedBatch("text", tensors, text.index)
     grids = torch.cat([image_grids, video_grids])
     image = {
         "feature_index": text.pack(torch.from_numpy(index)).unsqueeze(0),
@@ -82,7 +82,7 @@ def prepare(batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> 
         "vision_position_ids": get_vision_position_ids(grids, merge),
         "vision_cu_seqlens": cumulative_bounds(torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0])),
     }
-    return HostBatch("image", {**tensors, **with_spare_feature(image, merge**2)}, text.places)
+    return PackedBatch("image", {**tensors, **with_spare_feature(image, merge**2)}, text.index)
 
 
 def _check_pixels(images: Iterable[_Medium], patch: int, merge: int, processor: Any) -> None:

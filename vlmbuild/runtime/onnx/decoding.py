@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.families import Family, HostBatch, check_ids
+from vlmbuild.families import Family, PackedBatch, check_ids
 from vlmbuild.ir.program import Input
 from vlmbuild.kv_cache.program import MASK, PAST, present_name
 from vlmbuild.runtime.generation import media_shapes
@@ -106,13 +106,13 @@ class OnnxDecoding:
         """What the vision encoder makes of a processor's images; nothing of none."""
         return self._encoded(batch, self.family.prepare(batch, self.config, self.processor))
 
-    def _encoded(self, given: Mapping[str, Tensor], prepared: HostBatch) -> dict[str, Tensor]:
+    def _encoded(self, given: Mapping[str, Tensor], prepared: PackedBatch) -> dict[str, Tensor]:
         if prepared.variant == "text":
             return {}
         client = self.family.client_batch(given)
         return self.models.vision.run(prepared.tensors if client is None else client)
 
-    def _images(self, given: Mapping[str, Tensor], prepared: HostBatch) -> dict[str, Tensor]:
+    def _images(self, given: Mapping[str, Tensor], prepared: PackedBatch) -> dict[str, Tensor]:
         """What the tokens read of the images; nothing without images."""
         found = self._encoded(given, prepared)
         if not found:
@@ -126,7 +126,7 @@ class OnnxDecoding:
         return self.models.embed.run({"input_ids": ids})[EMBEDS]
 
     def _remember(
-        self, prepared: HostBatch, session: OnnxSession, values: Mapping[str, Tensor], shape: torch.Size
+        self, prepared: PackedBatch, session: OnnxSession, values: Mapping[str, Tensor], shape: torch.Size
     ) -> None:
         """What the tokens after a prompt take over from it."""
         self.cache.positions, last = row_ends(prepared, shape)
@@ -144,7 +144,7 @@ class OnnxDecoding:
         cache, ids = self.cache, batch["input_ids"].cpu()
         new, past = ids.shape[1], cache.get_seq_length()
         mask, positions = step_places(cache, batch, ids.device)
-        check_ids(ids, self.config.get_text_config().vocab_size + self.family.spare_embeddings)
+        check_ids(ids, self.config.get_text_config().vocab_size + self.family.extra_embedding_rows)
         session = self.models.decoder_of(cache.variant or "")
         axes = next(len(entry.shape) for entry in session.inputs if entry.name == "position_ids")
         values = {name: x.unsqueeze(1).expand(-1, new, *x.shape[1:]) for name, x in cache.rows.items()} | cache.images
@@ -173,16 +173,16 @@ def _by_token(models: OnnxModels) -> set[str]:
     return {entry.name for entry in models.decoder.inputs if _is_by_token(entry)}
 
 
-def _placed(embeds: Tensor, features: Tensor, prepared: HostBatch) -> Tensor:
+def _placed(embeds: Tensor, features: Tensor, prepared: PackedBatch) -> Tensor:
     """Embeddings (batch, sequence, hidden) with the features of images in their places."""
     flat = embeds.flatten(0, 1).clone()
     index = prepared.tensors[_PLACES].flatten()
     shown = index >= 0
-    flat[prepared.places[shown]] = features[index[shown]].to(flat.dtype)
+    flat[prepared.index[shown]] = features[index[shown]].to(flat.dtype)
     return flat.view(embeds.shape)
 
 
-def _by_rows(prepared: HostBatch, inputs: tuple[Input, ...], shape: torch.Size) -> dict[str, Tensor]:
+def _by_rows(prepared: PackedBatch, inputs: tuple[Input, ...], shape: torch.Size) -> dict[str, Tensor]:
     """The prepared inputs that have a row for every token, as (batch, sequence) rows; those of padding are zero."""
     found = {}
     for entry in inputs:
@@ -190,9 +190,9 @@ def _by_rows(prepared: HostBatch, inputs: tuple[Input, ...], shape: torch.Size) 
         if tensor is None or not _is_by_token(entry):
             continue
         before = entry.shape.index(_ROWS[0])
-        packed = tensor.reshape(*tensor.shape[:before], len(prepared.places), *_behind(tensor, before, entry))
+        packed = tensor.reshape(*tensor.shape[:before], len(prepared.index), *_behind(tensor, before, entry))
         whole = packed.new_zeros((*packed.shape[:before], shape.numel(), *packed.shape[before + 1 :]))
-        whole = whole.index_copy(before, prepared.places, packed)
+        whole = whole.index_copy(before, prepared.index, packed)
         found[entry.name] = whole.unflatten(before, tuple(shape))
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.families import Family, HostBatch, check_ids
+from vlmbuild.families import Family, PackedBatch, check_ids
 from vlmbuild.ir.program import Call, Input, Program, Variant
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import MASK, PAST, POSITION, STEP, TOKENS, present_name, with_cache
@@ -102,7 +102,7 @@ class Decoding:
             cache.batch_repeat_interleave(cache.copies)
         return logits.repeat_interleave(cache.copies, 0)
 
-    def _remember(self, prepared: HostBatch, values: Mapping[str, Tensor], step: str) -> None:
+    def _remember(self, prepared: PackedBatch, values: Mapping[str, Tensor], step: str) -> None:
         """What the tokens after a prompt take over from it."""
         self.cache.positions, last = (ends.to(self.model.device) for ends in row_ends(prepared, values[MASK].shape))
         self.cache.variant = step
@@ -175,29 +175,29 @@ class Decoding:
         return logits.view(*hidden.shape[:2], -1), {name: values[name] for name in variant.presents}
 
 
-def rectangle(prepared: HostBatch, variant: Variant, shape: torch.Size) -> dict[str, Tensor]:
+def rectangle(prepared: PackedBatch, variant: Variant, shape: torch.Size) -> dict[str, Tensor]:
     """A prepared batch with a row for every place of `input_ids`, of this shape; those of padding are zero, and nothing
     looks at them."""
     inputs = {}
     for entry in variant.inputs:
         tensor = prepared.tensors.get(entry.name)
-        if tensor is not None and TOKENS in entry.shape and len(prepared.places) != shape.numel():
+        if tensor is not None and TOKENS in entry.shape and len(prepared.index) != shape.numel():
             axis = entry.shape.index(TOKENS)
             sizes = (*tensor.shape[:axis], shape.numel(), *tensor.shape[axis + 1 :])
-            tensor = tensor.new_zeros(sizes).index_copy(axis, prepared.places.to(tensor.device), tensor)
+            tensor = tensor.new_zeros(sizes).index_copy(axis, prepared.index.to(tensor.device), tensor)
         if tensor is not None:
             inputs[entry.name] = tensor
     return inputs
 
 
-def row_ends(prepared: HostBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def row_ends(prepared: PackedBatch, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Of a prompt's rows: the position after the last token, and the last token's place in `input_ids` of this shape when
     rows stand one after another; int64 (batch,), on the CPU."""
     batch, length = shape
-    samples, start = prepared.places // length, torch.full((batch,), -1)
+    samples, start = prepared.index // length, torch.full((batch,), -1)
     highest = prepared.tensors["position_ids"].flatten(0, -2).amax(0)
     return start.scatter_reduce(0, samples, highest, "amax") + 1, start.scatter_reduce(
-        0, samples, prepared.places, "amax"
+        0, samples, prepared.index, "amax"
     )
 
 
@@ -209,7 +209,7 @@ def check_step(batch: Mapping[str, Tensor | None], family: Family) -> None:
     """
     if batch.get("input_ids") is None:
         raise BatchError("There are no input_ids. A cache goes on with the tokens that follow.")
-    prompts = {name for name, row in family.batch_rows.items() if row != "token"} | _OF_PROMPTS
+    prompts = {name for name, row in family.input_layout.items() if row != "token"} | _OF_PROMPTS
     if extra := sorted(name for name in prompts if batch.get(name) is not None):
         raise BatchError(
             f"{extra[0]} belongs to a prompt, and past_key_values holds one already. Pass the tokens that follow alone, or "

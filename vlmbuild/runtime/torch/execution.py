@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from vlmbuild.families import HostBatch
+from vlmbuild.families import PackedBatch
 from vlmbuild.ir.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.torch.loss import IGNORED, labelled_rows, summed_cross_entropy
@@ -33,7 +33,7 @@ class Execution:
     """
 
     model: VisionLanguageModel
-    prepared: HostBatch
+    prepared: PackedBatch
     shape: torch.Size
     compiler: Compiler = None
 
@@ -59,7 +59,7 @@ class Execution:
         """Cross-entropy of every token's successor in its own row, as transformers has it, over the number of labels or of
         `items`. A padding place predicts nothing here (transformers lets the last place of left padding predict the first
         token)."""
-        rows, targets = labelled_rows(labels, self.prepared.places)
+        rows, targets = labelled_rows(labels, self.prepared.index)
         region = self.model.bound[self._head().region]
         total = summed_cross_entropy(
             lambda tensors, states: region.run(tensors, self.compiler, (states,), self.model.training)[0],
@@ -74,11 +74,11 @@ class Execution:
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Packed rows (tokens, width) as (batch, sequence, width); zero at padding."""
-        places = self.prepared.places
-        if len(places) == self.shape.numel():
+        index = self.prepared.index
+        if len(index) == self.shape.numel():
             return rows.view(*self.shape, -1)
         padded = rows.new_zeros(self.shape.numel(), rows.shape[-1])
-        return padded.index_copy(0, places.to(rows.device), rows).view(*self.shape, -1)
+        return padded.index_copy(0, index.to(rows.device), rows).view(*self.shape, -1)
 
     def _calls(self) -> tuple[Call, ...]:
         program: Program = self.model.program

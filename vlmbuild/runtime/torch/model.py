@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from vlmbuild.adapters.lora import AdapterSpec, linear_features, linear_nodes
 from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
-from vlmbuild.families import Family, HostBatch
+from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Program, Slot
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import cached_inputs
@@ -215,7 +215,7 @@ class VisionLanguageModel(TrainerConventions, Generation):
         program = self.cached("growing").program
         return KeyValueCache(cached_inputs(program.variants["text"]), length)
 
-    def forward_prepared(self, prepared: HostBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
+    def forward_prepared(self, prepared: PackedBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
         """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids.
 
         Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 
 import checkpoints
 import pytest
@@ -15,6 +16,19 @@ from vlmbuild.builder.build import build
 from vlmbuild.cli import main
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+
+
+WORKER_BYTES = 3 << 30
+"""Memory of a test process: torch, transformers, tiny models and what they compile."""
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process a core, as memory allows, for the whole suite; none for tests named on the command line."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        return 0
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes inherit it: threads of each would wait for the others
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES, 16))
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""The README's training script runs as it stands, and its commands exist."""
+"""The training script of the README runs as printed; commands and files that documents name exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import pytest
 
 from vlmbuild.cli import cli
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    path
+    for path in (*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("*/**/*.md"))
+    if ".venv" not in path.parts and "build" not in path.parts
+]
+README = (ROOT / "README.md").read_text()
 
 
 def test_training_script_runs_as_it_stands(tmp_path, monkeypatch):
@@ -28,13 +34,31 @@ def test_training_script_runs_as_it_stands(tmp_path, monkeypatch):
     assert (tmp_path / "largest-digit-adapter" / "adapter_model.safetensors").is_file()
 
 
-BLOCKS = "\n".join(re.findall(r"```(?:sh)?\n(.*?)```", README, re.DOTALL))
-COMMANDS = sorted(set(re.findall(r"^(?:\$ )?vlmbuild (\w+ .*?)(?:#.*)?$", BLOCKS, re.MULTILINE)))
+def commands(path):
+    blocks = "\n".join(re.findall(r"```(?:sh)?\n(.*?)```", path.read_text(), re.DOTALL))
+    blocks += "\n".join(re.findall(r"^    (vlmbuild .*)$", path.read_text(), re.MULTILINE))
+    return sorted(set(re.findall(r"^(?:\$ )?vlmbuild (\w+ .*?)(?:#.*)?$", blocks, re.MULTILINE)))
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_options_of_commands_exist(line):
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [pytest.param(path, line, id=f"{path.parent.name}: {line}") for path in DOCUMENTS for line in commands(path)],
+)
+def test_options_of_commands_exist(path, line):
     name, *arguments = shlex.split(line)
-    command = cli.commands[name]
+    command = cli.get_command(click.Context(cli), name)
     known = {option for parameter in command.params if isinstance(parameter, click.Option) for option in parameter.opts}
-    assert {argument for argument in arguments if re.fullmatch(r"--?[a-z][a-z-]*", argument)} <= known
+    assert {argument for argument in arguments if re.fullmatch(r"--?[a-z][a-z-]*", argument)} <= known, path
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    links = [(path.parent, link) for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    names = re.findall(r"`((?:vlmbuild|passes|targets|tests|artifacts|\.github|\.ci)/[\w./-]*)`", text)
+    for folder, name in (*links, *((ROOT, name) for name in names)):
+        assert (folder / name).exists(), name
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150

@@ -17,7 +17,6 @@ from vlmbuild.cli import main
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
-
 WORKER_BYTES = 3 << 30
 """Memory of a test process: torch, transformers, tiny models and what they compile."""
 

@@ -8,7 +8,7 @@ import matrix
 import pytest
 import torch
 from checkpoints import dequantized
-from parity import BF16_RATIO, GATE_RATIO, MODEL_FP32, SAME_WEIGHTS_FP32, assert_close, relative
+from parity import BF16_RATIO, MODEL_FP32, SAME_WEIGHTS_FP32, assert_close, relative
 from transformers import AutoModelForImageTextToText
 
 from vlmbuild import add_lora, load, load_adapter, save_adapter
@@ -61,9 +61,8 @@ def artifact(setup, theirs, tmp_path_factory):
 def test_logits_loss_and_every_gradient_equal_transformers(case, batches, ours, theirs):
     found = matrix.errors(ours, theirs, *batches[case])
     assert found["gradients"] >= 25  # of about as many that are more than rounding
-    for what in ("logits", "loss", "gradient"):
+    for what in ("logits", "loss", "gradient", "gate"):
         assert found[what] <= MODEL_FP32, (what, found)
-    assert found["gate"] <= max(MODEL_FP32, GATE_RATIO * found["their gate"]), found
 
 
 def test_matrix_is_what_it_says(setup, batches):

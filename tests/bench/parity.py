@@ -30,7 +30,7 @@ from vlmbuild import load
 from vlmbuild.builder.build import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
-COLUMNS = ("logits", "loss", "gradient", "gate", "their gate", "nf4 logits")
+COLUMNS = ("logits", "loss", "gradient", "gate", "nf4 logits")
 
 
 def measure(name: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from parity import CANCELLED, relative
 from PIL import Image
 from processors import photographs
+from torch.overrides import TorchFunctionMode
 from traces import traced
 from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.image_utils import SizeDict
@@ -315,26 +316,30 @@ Gradients = dict[str, torch.Tensor]
 
 
 def errors(ours: Any, theirs: Any, inputs: Batch, labels: torch.Tensor) -> dict[str, Any]:
-    """Relative errors of logits, loss and the worst gradient, forward and backward; every gradient must exist.
+    """Relative errors of logits, loss, the worst gradient and the worst scalar gate against transformers in float64.
 
-    The gradient of a scalar gate sums thousands of terms that cancel, so that float32 itself is far off: "gate" is its
-    error against transformers in float64, and "their gate" that of transformers in float32.
+    The gradient of a scalar gate sums thousands of terms that cancel. Rounding leaves each term with an error relative to the
+    term, so the error of the sum is relative to the sum of their absolute values.
     """
-    results, found = _step(ours, inputs, labels)
-    expected_results, expected = _step(theirs, inputs, labels)
-    assert found.keys() == expected.keys()
+    results, gradients = _step(ours, inputs, labels)
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    reference = copy.deepcopy(theirs).double()
+    with _GateTerms(reference) as terms:
+        expected_results, expected = _step(reference, exact, labels)
+    assert gradients.keys() == expected.keys()
     floor = CANCELLED * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    wide = {name for name, gradient in expected.items() if gradient.numel() > 1}
-    apart = {name: _apart(found[name], expected[name], floor) for name in wide}
-    worst = max(apart, key=apart.__getitem__)
+    assert set(terms.norms) == {name for name, gradient in expected.items() if gradient.numel() == 1}
+    scales = {name: max(gradient.norm(), floor) for name, gradient in expected.items()} | terms.norms
+    error = {name: float((gradients[name] - expected[name]).norm() / scale) for name, scale in scales.items()}
+    worst = max(error.keys() - terms.norms.keys(), key=error.__getitem__)
     attended = inputs["attention_mask"].bool()
     return {
         "logits": relative(results.logits[attended], expected_results.logits[attended]),
-        "loss": relative(results.loss, expected_results.loss),
-        "gradient": apart[worst],
+        "loss": relative(results.loss, _loss(expected_results.logits, labels)),
+        "gradient": error[worst],
         "parameter": worst,
         "gradients": sum(bool(gradient.norm() > floor) for gradient in expected.values()),
-        **_gate_errors(theirs, inputs, labels, [{n: g[n] for n in g.keys() - wide} for g in (found, expected)], floor),
+        "gate": max((error[name] for name in terms.norms), default=0.0),
     }
 
 
@@ -345,16 +350,36 @@ def _step(model: Any, inputs: Batch, labels: torch.Tensor) -> tuple[Any, Gradien
     return results, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _apart(found: torch.Tensor, expected: torch.Tensor, floor: torch.Tensor) -> float:
-    return float((found - expected).norm() / max(expected.norm(), floor))
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """transformers computes its loss in float32 whatever the model's dtype is; this is in the logits' own."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def _gate_errors(
-    theirs: Any, inputs: Batch, labels: torch.Tensor, gates: Sequence[Gradients], floor: torch.Tensor
-) -> dict[str, float]:
-    if not gates[0]:
-        return {"gate": 0.0, "their gate": 0.0}
-    exact = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
-    _, wanted = _step(copy.deepcopy(theirs).double(), exact, labels)
-    ours, others = (max(_apart(g[name], wanted[name], floor) for name in g) for g in gates)
-    return {"gate": ours, "their gate": others}
+class _GateTerms(TorchFunctionMode):
+    """Sum of |dL/dy * x * (1 - tanh(g)^2)| for each scalar gate g with y = tanh(g) * x: its gradient without cancellation."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.numel() == 1}
+        self._gates: dict[torch.Tensor, torch.nn.Parameter] = {}
+        self.norms: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        gate = next(
+            (self._gates.get(value, value) for value in tensors if self._gates.get(value, value) in self._names), None
+        )
+        if gate is None or not isinstance(result, torch.Tensor):
+            return result
+        if result.numel() == 1:  # tanh(g), 1 - tanh(g)
+            self._gates[result] = gate
+        elif result.requires_grad:
+            (factor,) = (value for value in tensors if value.numel() > 1)
+            result.register_hook(lambda gradient: self._add(gate, gradient * factor.detach()))
+        return result
+
+    def _add(self, gate: torch.nn.Parameter, terms: torch.Tensor) -> None:
+        with torch.no_grad():
+            total = (terms.abs().sum() * (1 - gate.tanh() ** 2)).squeeze()
+            self.norms[self._names[gate]] = self.norms.get(self._names[gate], 0) + total

@@ -18,9 +18,6 @@ EXACT_FP32_GRADIENT = 5e-6
 # A gradient that is nearly nothing, as a share of the norm of all gradients: below it, errors are held against this share.
 CANCELLED = 1e-4
 
-# Scalar gates, float32 against float64, as a multiple of transformers' own error: both only round.
-GATE_RATIO = 2.0
-
 # bfloat16 error against the float32 reference, as a multiple of transformers' own error on the same batches.
 BF16_RATIO = 1.1
 

@@ -1,7 +1,7 @@
 """The parity matrix at real image sizes: `python tests/bench/parity.py [--output artifacts/benchmarks/parity.json]`.
 
 Prints, for every family and kind of batch, relative errors: logits, loss and the worst gradient in float32 against transformers
-on the same weights; scalar gates, ours and transformers' own, against transformers in float64; and logits of an NF4 artifact
+in float64 on the same weights; scalar gates relative to the terms that their gradient sums; and logits of an NF4 artifact
 against transformers with the same packed weights. Image sizes, tiles and tokenizers are the published ones; widths, depths and
 the part of the vocabulary that occurs are tiny.
 """

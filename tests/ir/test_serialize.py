@@ -73,7 +73,7 @@ def changed(stored, *path_and_value):
 @pytest.mark.parametrize(
     "change",
     [
-        ("schema", "vlmbuild.ir.program/1"),
+        ("schema", "vlmbuild.program/1"),
         ("regions", 0, "nodes", 0, "op", "aten.load"),
         ("regions", 0, "nodes", 0, "op", "os.system"),
         ("regions", 0, "nodes", 0, "op", "__import__"),

@@ -33,7 +33,7 @@ from vlmbuild.ir.program import (
     WeightRecipe,
 )
 
-SCHEMA = "vlmbuild.ir.program/2"
+SCHEMA = "vlmbuild.program/2"
 PROGRAM_FILE = "graph/program.json"
 """Of an artifact."""
 

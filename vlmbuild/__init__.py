@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmbuild.builder.cache import from_pretrained
     from vlmbuild.compat.unsloth import FastVisionModel, UnslothVisionDataCollator, is_bf16_supported
     from vlmbuild.errors import VlmbuildError
-    from vlmbuild.locks.checking import check
+    from vlmbuild.locks.check import check
     from vlmbuild.locks.document import Lock
     from vlmbuild.locks.sources import diff, lock
     from vlmbuild.planner.memory import Workload
@@ -58,7 +58,7 @@ _HOMES = {
     "add_lora": "train.lora",
     "audit_gradients": "train.audit",
     "build": "builder.build",
-    "check": "locks.checking",
+    "check": "locks.check",
     "diff": "locks.sources",
     "from_pretrained": "builder.cache",
     "is_bf16_supported": "compat.unsloth",

@@ -26,7 +26,7 @@ def main() -> None:
     quiet_libraries()
     from vlmbuild.builder.tracing import trace
     from vlmbuild.locks.document import write_lock
-    from vlmbuild.locks.making import lock_traced
+    from vlmbuild.locks.make import lock_traced
     from vlmbuild.recipe import QuantSpec, Recipe
 
     for folder in sorted(CONFIGS.iterdir()):

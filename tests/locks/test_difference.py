@@ -12,7 +12,7 @@ import torch
 from vlmbuild.builder.tracing import trace
 from vlmbuild.ir.program import Geometry, Input
 from vlmbuild.locks.difference import SEVERITIES, compare
-from vlmbuild.locks.making import lock_traced
+from vlmbuild.locks.make import lock_traced
 from vlmbuild.recipe import QuantSpec, Recipe
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from make_locks import LOCKS
 from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.document import Lock, read_lock
-from vlmbuild.locks.making import lock_traced
+from vlmbuild.locks.make import lock_traced
 from vlmbuild.quant.spec import Override, QuantSpec
 from vlmbuild.recipe import Recipe
 

@@ -6,7 +6,7 @@ import pytest
 from make_locks import LOCKS, recipes
 from processors import CONFIGS
 
-from vlmbuild.locks.checking import check
+from vlmbuild.locks.check import check
 from vlmbuild.planner.plan import plan
 from vlmbuild.recipe import QuantSpec, Recipe
 

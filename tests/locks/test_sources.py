@@ -6,7 +6,7 @@ import pytest
 
 from vlmbuild import diff, lock
 from vlmbuild.cli.options import RecipeOptions
-from vlmbuild.locks.making import lock_artifact
+from vlmbuild.locks.make import lock_artifact
 from vlmbuild.recipe import QuantSpec, Recipe
 
 

@@ -17,7 +17,7 @@ from vlmbuild.locks.difference import SEVERITIES, Severity
 from vlmbuild.recipe import Recipe
 
 if TYPE_CHECKING:
-    from vlmbuild.locks.checking import Checked
+    from vlmbuild.locks.check import Checked
     from vlmbuild.measure.pass_parity import Parity
 
 format_option = click.option(
@@ -121,10 +121,10 @@ def check(
         vlmbuild check artifacts/locks/ --format markdown --junit check.xml
         vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
     """
-    from vlmbuild.locks.checking import check as run_check
+    from vlmbuild.locks.check import check as run_check
     from vlmbuild.locks.parity import lock_parities
-    from vlmbuild.locks.rendering import check_document, check_lines
-    from vlmbuild.locks.rendering import junit as junit_text
+    from vlmbuild.locks.render import check_document, check_lines
+    from vlmbuild.locks.render import junit as junit_text
     from vlmbuild.measure.pass_parity import parity_lines
 
     if junit is not None:  # before minutes of work are lost
@@ -199,7 +199,7 @@ def diff(old: str, new: str, options: RecipeOptions, style: str, kernels: bool, 
         vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
         vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
     """
-    from vlmbuild.locks.rendering import document, markdown, text
+    from vlmbuild.locks.render import document, markdown, text
     from vlmbuild.locks.sources import diff as compare_sources
 
     found = compare_sources(old, new, options.over if options.given() else None, kernels=kernels)

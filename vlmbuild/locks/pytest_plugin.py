@@ -55,11 +55,11 @@ def _held(path: Path, recipe: Recipe, source: str | Path | None, *, update: bool
 
     from vlmbuild.builder.tracing import trace
     from vlmbuild.errors import UsageError
-    from vlmbuild.locks.checking import keep_kernels
+    from vlmbuild.locks.check import keep_kernels
     from vlmbuild.locks.difference import compare
     from vlmbuild.locks.document import read_lock, write_lock
-    from vlmbuild.locks.making import lock_traced
-    from vlmbuild.locks.rendering import text
+    from vlmbuild.locks.make import lock_traced
+    from vlmbuild.locks.render import text
     from vlmbuild.locks.sources import trace_source
 
     if not path.exists() and not update:

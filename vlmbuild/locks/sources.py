@@ -11,7 +11,7 @@ from vlmbuild.checkpoint.source import Progress, resolve
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
-from vlmbuild.locks.making import lock_artifact, lock_traced
+from vlmbuild.locks.make import lock_artifact, lock_traced
 from vlmbuild.recipe import Recipe
 
 

@@ -17,7 +17,7 @@ from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.difference import SEVERITIES, Difference, Severity, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
-from vlmbuild.locks.making import lock_traced
+from vlmbuild.locks.make import lock_traced
 from vlmbuild.util.cpu import available_cores
 
 Told = Callable[[str, int, int], None]

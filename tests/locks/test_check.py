@@ -13,7 +13,7 @@ import pytest
 from make_locks import CONFIGS, LOCKS, recipes
 
 from vlmbuild.cli import main
-from vlmbuild.locks.checking import check, lock_files
+from vlmbuild.locks.check import check, lock_files
 from vlmbuild.locks.document import read_lock
 
 ONE = lock_files([LOCKS])[0]
@@ -57,11 +57,11 @@ def test_models_are_divided_among_processes(locks, tmp_path):
 
 
 def test_a_model_is_traced_once(locks, monkeypatch):
-    import vlmbuild.locks.checking as checking
+    import vlmbuild.locks.check as check_module
 
     calls = []
-    original = checking.trace
-    monkeypatch.setattr(checking, "trace", lambda *arguments: calls.append(arguments) or original(*arguments))
+    original = check_module.trace
+    monkeypatch.setattr(check_module, "trace", lambda *arguments: calls.append(arguments) or original(*arguments))
     results = check([locks], kernels=False, processes=1)
     assert [result.path.name for result in results] == ["digits-nf4.lock", "digits-none.lock"]
     assert len(calls) == 1

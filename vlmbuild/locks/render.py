@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import click
 
-from vlmbuild.locks.checking import Checked
+from vlmbuild.locks.check import Checked
 from vlmbuild.locks.difference import SEVERITIES, TITLES, Difference, Finding, Severity
 
 _COLOURS: dict[Severity, str] = {

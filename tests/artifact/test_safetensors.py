@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmbuild.artifact import safetensors as tensors
-from vlmbuild.artifact.safetensors import DTYPES, encode_header, frame_header, read_header, tensor_bytes
+from vlmbuild.artifact.safetensors import dtypes, encode_header, frame_header, read_header, tensor_bytes
 from vlmbuild.errors import SourceError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -31,15 +31,15 @@ def refused(path, words):
 
 
 def test_every_dtype_of_the_library(tmp_path):
-    written = {code: torch.zeros(2, 3, dtype=dtype) for code, dtype in DTYPES.items()}
+    written = {code: torch.zeros(2, 3, dtype=dtype) for code, dtype in dtypes().items()}
     safetensors.torch.save_file(written, tmp_path / "x.safetensors")
     infos = read_header(tmp_path / "x.safetensors")
-    assert {name: info.dtype for name, info in infos.items()} == dict(DTYPES)
-    assert set(DTYPES.items()) == set(safetensors.torch._TYPES.items())
+    assert {name: info.dtype for name, info in infos.items()} == dict(dtypes())
+    assert set(dtypes().items()) == set(safetensors.torch._TYPES.items())
     assert all(info.shape == (2, 3) and info.end - info.start == 6 * info.dtype.itemsize for info in infos.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", dtypes().values(), ids=dtypes())
 def test_bytes_are_raw(dtype):
     raw = torch.arange(16, dtype=torch.uint8) % 2
     tensor = raw.view(dtype)

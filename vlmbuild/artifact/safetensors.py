@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -10,40 +11,58 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
-
-import torch
+from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.artifact.canonical import unique_keys
 from vlmbuild.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES: Final = 32 * 2**20
 MAX_TENSORS: Final = 100_000
 METADATA_KEY: Final = "__metadata__"
 
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
-    {
-        "BOOL": torch.bool,
-        "U8": torch.uint8,
-        "I8": torch.int8,
-        "U16": torch.uint16,
-        "I16": torch.int16,
-        "U32": torch.uint32,
-        "I32": torch.int32,
-        "U64": torch.uint64,
-        "I64": torch.int64,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F32": torch.float32,
-        "F64": torch.float64,
-        "C64": torch.complex64,
-    }
+ITEM_SIZES: Final[Mapping[str, int]] = MappingProxyType(
+    {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "C64": 8}
+    | {"F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E5M2FNUZ": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 )
-CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
+"""Code of each dtype in headers -> bytes of an element."""
+
+
+@functools.cache
+def dtypes() -> Mapping[str, torch.dtype]:
+    """Return the dtype of each code; headers can be read without it, and so without torch."""
+    import torch
+
+    return MappingProxyType(
+        {
+            "BOOL": torch.bool,
+            "U8": torch.uint8,
+            "I8": torch.int8,
+            "U16": torch.uint16,
+            "I16": torch.int16,
+            "U32": torch.uint32,
+            "I32": torch.int32,
+            "U64": torch.uint64,
+            "I64": torch.int64,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+            "F8_E5M2": torch.float8_e5m2,
+            "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "F32": torch.float32,
+            "F64": torch.float64,
+            "C64": torch.complex64,
+        }
+    )
+
+
+@functools.cache
+def codes() -> Mapping[torch.dtype, str]:
+    """Return the code of each dtype."""
+    return MappingProxyType({dtype: code for code, dtype in dtypes().items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +70,16 @@ class TensorInfo:
     """Where a tensor lies: bytes `start` to `end` of `file`, counted from the beginning of the file."""
 
     name: str
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     file: Path
     start: int
     end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its elements."""
+        return dtypes()[self.code]
 
     @property
     def nbytes(self) -> int:
@@ -129,15 +153,15 @@ def _tensor_info(path: Path, name: str, value: object, data_start: int) -> Tenso
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
+    if not isinstance(code, str) or code not in ITEM_SIZES:
         raise _malformed(path, f"tensor {name!r} has the unknown dtype {code!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _malformed(path, f"tensor {name!r} has a shape or data_offsets that are not lists of sizes")
     start, end = offsets
-    expected = math.prod(shape) * DTYPES[code].itemsize
+    expected = math.prod(shape) * ITEM_SIZES[code]
     if end - start != expected:
         raise _malformed(path, f"tensor {name!r} has {end - start} bytes of data, but {code} {shape} needs {expected}")
-    return TensorInfo(name, DTYPES[code], tuple(shape), path, data_start + start, data_start + end)
+    return TensorInfo(name, code, tuple(shape), path, data_start + start, data_start + end)
 
 
 def _are_sizes(value: object) -> bool:
@@ -152,7 +176,7 @@ def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], int
     """The JSON of a header from (name, dtype, shape, start, end), with the one metadata key that readers look for."""
     header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}  # two keys would come in random order in other writers
     for name, dtype, shape, start, end in tensors:
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": codes()[dtype], "shape": list(shape), "data_offsets": [start, end]}
     return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -165,6 +189,8 @@ def frame_header(header: bytes, framed_length: int | None = None) -> bytes:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, with no conversion of its values; a view where that is possible."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return flat.numpy().data
 

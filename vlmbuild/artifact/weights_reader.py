@@ -9,15 +9,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from vlmbuild.artifact.canonical import unique_keys
 from vlmbuild.artifact.files import Identity
 from vlmbuild.artifact.paths import check_path
 from vlmbuild.artifact.safetensors import TensorInfo, pickled_files, read_header
 from vlmbuild.errors import IntegrityError, SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -67,6 +68,8 @@ class CheckpointWeights:
 
         Raises SourceError when there is no such tensor, or its file changed since the header was read.
         """
+        import torch
+
         info = self.info(name)
         # Memory of our own, not a mapping of the file: a mapped tensor changes when the file is written to, and its pages
         # count as ours.
@@ -98,6 +101,8 @@ class CheckpointWeights:
         info = self.info(name)
         if info.start % info.dtype.itemsize or not info.nbytes:
             return self.read(name)
+        import torch
+
         buffer = self._mapping(info.file)
         flat = torch.frombuffer(buffer, dtype=info.dtype, count=math.prod(info.shape), offset=info.start)
         return flat.reshape(info.shape)

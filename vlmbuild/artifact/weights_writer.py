@@ -11,9 +11,9 @@ from typing import Self
 import torch
 
 from vlmbuild.artifact.safetensors import (
-    CODES,
     METADATA_KEY,
     TensorInfo,
+    codes,
     encode_header,
     frame_header,
     read_header,
@@ -179,7 +179,7 @@ def _check_specs(specs: Sequence[TensorSpec]) -> None:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise OutputError(f"Tensors announced twice: {', '.join(twice)}. Give each stored tensor one name.")
     for spec in specs:
-        if spec.name == METADATA_KEY or spec.dtype not in CODES:
+        if spec.name == METADATA_KEY or spec.dtype not in codes():
             raise OutputError(f"The tensor {spec.name!r} with {spec.dtype} cannot be stored in safetensors.")
 
 

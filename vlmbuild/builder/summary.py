@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.families import Family, family_named
 from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.program import Program, Region, Role, join
-from vlmbuild.quant.decide import QUANTIZE
-from vlmbuild.runtime.load import read_program
-from vlmbuild.runtime.onnx.weights import OnnxWeights
+from vlmbuild.ir.schema import Role
+from vlmbuild.quant.spec import QUANTIZE_PASS
+
+if TYPE_CHECKING:
+    from vlmbuild.ir.program import Program, Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,79 +67,29 @@ def describe_roles(weights: Iterable[StoredWeight], refusals: dict[Role, list[st
     return described
 
 
-def refusals_by_role(program: Program, passes: Iterable[dict[str, Any]]) -> dict[Role, list[str]]:
-    """Why linear layers were not quantized, from the records of the passes."""
-    roles = {(region.name, slot.name): slot.role for region in program.regions.values() for slot in region.slots}
-    found: dict[Role, list[str]] = {}
+def refusals_by_role(
+    roles: Mapping[tuple[str, str], Role], passes: Iterable[Mapping[str, Any]]
+) -> dict[Role, list[str]]:
+    """Collect why linear layers were not quantized.
+
+    Args:
+        roles: (region, slot) -> role.
+        passes: Records of passes.
+    """
+    reasons: dict[Role, list[str]] = {}
     for record in passes:
-        for refusal in record["refusals"] if record["name"] == QUANTIZE else ():
+        for refusal in record["refusals"] if record["name"] == QUANTIZE_PASS else ():
             region, _, rest = refusal.partition(": ")
             module, _, reason = rest.partition(": ")
             role = roles.get((region, f"{module}.weight"))
             if role is not None:
-                found.setdefault(role, []).append(reason)
-    return found
+                reasons.setdefault(role, []).append(reason)
+    return reasons
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
-    """What an artifact says of itself; only the files that are read for it are verified.
-
-    Raises:
-        IntegrityError: It is no artifact, or its manifest or program is not what was written.
-        IncompatibleError: This vlmbuild does not know its format.
-    """
-    reader = ArtifactReader(path, verify=False)
-    manifest = reader.manifest
-    program = read_program(reader)
-    family = family_named(program.family)
-    passes = [dict(record) for record in manifest.passes]
-    if manifest.target == "onnx":
-        sizes = OnnxWeights(reader.path).sizes()
-    else:
-        sizes = _checkpoint_sizes(CheckpointWeights(reader.path), family)
-    weights = _stored_weights(program, family, sizes)
-    return {
-        "path": str(path),
-        "id": manifest.id,
-        "name": manifest.name,
-        "target": manifest.target,
-        "bytes": manifest.total_bytes,
-        "recipe": dict(manifest.recipe),
-        "source": [dict(entry) for entry in manifest.source],
-        "toolchain": dict(manifest.toolchain),
-        "trust": manifest.trust,
-        "files": [{"path": entry.path, "role": entry.role, "bytes": entry.size} for entry in manifest.files],
-        "variants": list(program.variants),
-        "regions": describe_regions(program),
-        "passes": passes,
-        "numerics": [dict(record) for record in manifest.numerics],
-        "roles": describe_roles(weights, refusals_by_role(program, passes)),
-        "ties": program.ties,
-    }
-
-
-def _checkpoint_sizes(checkpoint: CheckpointWeights, family: Family) -> dict[str, int]:
-    """Module name -> bytes that a weight takes in a checkpoint; a quantized one has several tensors."""
-    sizes: dict[str, int] = {}
-    for name, info in checkpoint.tensors.items():
-        owner, separator, _ = name.partition(".weight.")
-        if not separator:
-            owner, separator, _ = re.sub(r"\.(SCB|weight_format)$", ".weight.", name).partition(".weight.")
-        owner = family.module_name(owner + (".weight" if separator else ""))
-        sizes[owner] = sizes.get(owner, 0) + info.nbytes
-    return sizes
-
-
-def _stored_weights(program: Program, family: Family, sizes: Mapping[str, int]) -> Iterable[StoredWeight]:
-    """A program's weights with the bytes that they take."""
-    seen = set()
-    for region in program.regions.values():
-        for instance in region.instances:
-            for relative, shape, form in _weights_of(region):
-                name = join(instance, relative)
-                if name not in seen:
-                    seen.add(name)
-                    yield StoredWeight(name, family.role(name), math.prod(shape), sizes.get(name, 0), form)
+def slot_roles(program: Program) -> dict[tuple[str, str], Role]:
+    """Return the role of each (region, slot)."""
+    return {(region.name, slot.name): slot.role for region in program.regions.values() for slot in region.slots}
 
 
 def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], WeightFormat | None]]:

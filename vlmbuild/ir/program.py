@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.schema import Role as Role  # noqa: PLC0414  (exported)
+from vlmbuild.ir.schema import SlotKind as SlotKind  # noqa: PLC0414  (exported)
 
 COMPUTE_DTYPE = torch.bfloat16
 """Stands in graphs and slots for the dtype that is chosen when the program is bound to weights."""
-
-SlotKind = Literal["parameter", "buffer", "constant"]
-Role = Literal["vision", "projector", "embedding", "language", "head"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,17 +25,14 @@ from vlmbuild.ir.program import (
     Input,
     Program,
     Region,
-    Role,
     Rotary,
     Slot,
-    SlotKind,
     Variant,
     WeightRecipe,
 )
+from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role, SlotKind
 
-SCHEMA = "vlmbuild.program/2"
-PROGRAM_FILE = "graph/program.json"
-"""Of an artifact."""
+__all__ = ["OPERATORS", "PROGRAM_FILE", "SCHEMA", "from_json", "to_json"]
 
 _ATEN = (
     "add.Tensor",

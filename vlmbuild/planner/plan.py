@@ -14,7 +14,7 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.build import planned_weights, read_model, rewrite, trace_program
-from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role
+from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role, slot_roles
 from vlmbuild.checkpoint.source import Progress, Source, resolve
 from vlmbuild.checkpoint.tensors import announced_formats, published_name, source_tensors, stored_formats
 from vlmbuild.errors import SourceError, UsageError
@@ -103,7 +103,7 @@ class Plan:
 
 
 def plan(
-    source: str | Path,
+    source: str | Path | Source,
     recipe: Recipe = Recipe(),
     *,
     images: Iterable[Image] = (),
@@ -150,7 +150,7 @@ def plan(
     reports, _ = rewrite(
         program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published_name(family)), told
     )
-    refusals = refusals_by_role(program, [report.record() for report in reports])
+    refusals = refusals_by_role(slot_roles(program), [report.record() for report in reports])
     regions = tuple(describe_regions(program))
     roles = tuple(describe_roles(_weights(program, family, recipe), refusals))
     told("memory", 0, 1)

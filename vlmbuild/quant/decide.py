@@ -14,10 +14,9 @@ from torch.fx import Node
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Program, Region, Role, Slot, join
-from vlmbuild.quant.spec import QuantSpec
+from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
 
-QUANTIZE = "quantize_linear"
-"""The name of the pass that carries decisions out."""
+QUANTIZE = QUANTIZE_PASS
 LINEAR = torch.ops.aten.linear.default
 
 

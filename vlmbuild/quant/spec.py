@@ -10,6 +10,9 @@ from vlmbuild.errors import UsageError
 from vlmbuild.formats import BLOCK_SIZES, BlockInt4, EightBit, FourBit, WeightFormat
 from vlmbuild.util.validation import number, one_of, strings
 
+QUANTIZE_PASS = "quantize_linear"  # noqa: S105  (no password)
+"""Name of the pass that applies a `QuantSpec`."""
+
 FOUR_BIT = ("nf4", "fp4")
 FORMATS = (*FOUR_BIT, "int8", "int4")
 INT4_BLOCK_SIZES = (32, 64, 128, 256)

@@ -11,7 +11,6 @@ from typing import Any
 
 from vlmbuild.artifact.output import human_size
 from vlmbuild.builder.build import exact_passes
-from vlmbuild.builder.summary import inspect
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.cost import region_cost
@@ -20,6 +19,7 @@ from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
 from vlmbuild.measure.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
 from vlmbuild.report.charts import bars
+from vlmbuild.report.contents import contents
 from vlmbuild.report.drawing import draw
 from vlmbuild.report.graph_view import ViewNode, view_nodes
 from vlmbuild.report.stages import CAPTURED, STORED, Staged, stages_of
@@ -42,7 +42,7 @@ def page(path: Path, progress: Progress | None = None) -> str:
         IntegrityError, IncompatibleError: The artifact cannot be read.
         CaptureError: Its model cannot be traced again.
     """
-    document = inspect(path)
+    document = contents(path)
     staged = stages_of(path, progress)
     style = (files("vlmbuild.report") / "style.css").read_text(encoding="utf-8")
     bodies = {

@@ -16,9 +16,7 @@ from vlmbuild.errors import IncompatibleError
 from vlmbuild.ir.program import Region, join
 from vlmbuild.quant.ort_matmul import PackedWeight, unpacked
 from vlmbuild.runtime.onnx.session import FOLDER, check_data_files
-
-_PACKED = {"MatMulNBits": ("", "_scales", "_zero_points"), "MatMulBnb4": ("", "_absmax")}
-"""Operator -> suffixes of its weight's tensors, in the order of its inputs."""
+from vlmbuild.runtime.onnx.sizes import PACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,6 @@ class OnnxWeights:
         self.packed: dict[str, PackedWeight] = {}
         self.stems: set[str] = set()
         self.packing: set[str] = set()
-        self._copies: dict[tuple[Path, str], int] = {}
         for file in sorted((directory / FOLDER).glob("*.onnx")):
             check_data_files(file)
             self._read_model(file)
@@ -61,17 +58,8 @@ class OnnxWeights:
         packed = self.packed.get(name)
         if packed is None:
             return self._stored(name)
-        suffixes = _PACKED[packed.operator]
+        suffixes = PACKED[packed.operator]
         return unpacked(packed, {s: self._stored(name + s) for s in suffixes if name + s in self._places})
-
-    def sizes(self) -> dict[str, int]:
-        """Module name -> bytes that a parameter takes, with its scales, in all data files."""
-        found: dict[str, int] = {}
-        owners = {name + suffix: name for name, weight in self.packed.items() for suffix in _PACKED[weight.operator]}
-        for (_, name), length in self._copies.items():
-            owner = owners.get(name, name)
-            found[owner] = found.get(owner, 0) + length
-        return found
 
     def slots(self, region: Region, instance: str, constants: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """What an instance's slots hold, in float32."""
@@ -100,9 +88,8 @@ class OnnxWeights:
                     int(where["length"]),
                 )
                 self._places[tensor.name] = place
-                self._copies[place.file, tensor.name] = place.length
         for node in model.graph.node:
-            if node.op_type in _PACKED:
+            if node.op_type in PACKED:
                 attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
                 self.packed[node.input[1]] = PackedWeight(node.op_type, attributes, ())
                 self.packing.add(file.stem)

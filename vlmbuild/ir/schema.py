@@ -1,0 +1,12 @@
+"""Names in stored programs that are read without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SCHEMA = "vlmbuild.program/2"
+PROGRAM_FILE = "graph/program.json"
+"""Path in an artifact."""
+
+SlotKind = Literal["parameter", "buffer", "constant"]
+Role = Literal["vision", "projector", "embedding", "language", "head"]

@@ -1,0 +1,147 @@
+"""Contents of an artifact as plain values. Manifest, program and headers are read as data, without torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmbuild.artifact.manifest import parse_canonical
+from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.builder.summary import StoredWeight, describe_roles, refusals_by_role
+from vlmbuild.errors import IncompatibleError
+from vlmbuild.formats import WeightFormat, format_from_json
+from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role
+from vlmbuild.runtime.onnx.sizes import stored_sizes
+
+_PARTS = re.compile(r"\.weight\..*|\.(SCB|weight_format)$")
+"""Ends of the names of a quantized weight's further tensors."""
+
+
+def contents(path: str | Path) -> dict[str, Any]:
+    """Describe an artifact; only files that are read for it are verified.
+
+    Raises:
+        IntegrityError: It is no artifact, or its manifest or program was changed.
+        IncompatibleError: This version does not know its format.
+    """
+    reader = ArtifactReader(path, verify=False)
+    manifest = reader.manifest
+    program = _program(reader)
+    passes = [dict(record) for record in manifest.passes]
+    try:
+        weights = list(_weights(program, _sizes(reader, program)))
+        regions = [_region(entry) for entry in program["regions"]]
+        roles = {(entry["name"], slot["name"]): slot["role"] for entry in program["regions"] for slot in entry["slots"]}
+        variants, ties = list(program["variants"]), dict(program["ties"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"The stored program is malformed: {type(error).__name__} {error}. Build the artifact again."
+        ) from error
+    return {
+        "path": str(path),
+        "id": manifest.id,
+        "name": manifest.name,
+        "target": manifest.target,
+        "bytes": manifest.total_bytes,
+        "recipe": dict(manifest.recipe),
+        "source": [dict(entry) for entry in manifest.source],
+        "toolchain": dict(manifest.toolchain),
+        "trust": manifest.trust,
+        "files": [{"path": entry.path, "role": entry.role, "bytes": entry.size} for entry in manifest.files],
+        "variants": variants,
+        "regions": regions,
+        "passes": passes,
+        "numerics": [dict(record) for record in manifest.numerics],
+        "roles": describe_roles(weights, refusals_by_role(roles, passes)),
+        "ties": ties,
+    }
+
+
+def _program(reader: ArtifactReader) -> Mapping[str, Any]:
+    program = parse_canonical(reader.read(PROGRAM_FILE), where=PROGRAM_FILE)
+    schema = program.get("schema") if isinstance(program, Mapping) else type(program).__name__
+    if schema != SCHEMA or not isinstance(program, Mapping):
+        raise IncompatibleError(
+            f"The program has schema {schema!r}; this vlmbuild reads {SCHEMA!r}. Build the artifact again."
+        )
+    return program
+
+
+def _region(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": entry["name"],
+        "instances": len(entry["instances"]),
+        "operators": len(entry["nodes"]),
+        "parameters": sum(math.prod(shape) for _, shape, _, _ in _weights_of(entry)),
+    }
+
+
+def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], Role, WeightFormat | None]]:
+    """Yield (relative name, shape in the source, role, format) of a region's weights."""
+    roles = {slot["name"]: slot["role"] for slot in entry["slots"]}
+    quantized = {recipe["source"] for recipe in entry["recipes"]}
+    for recipe in entry["recipes"]:
+        form = format_from_json(recipe["format"])
+        yield recipe["source"], tuple(recipe["shape"]), roles[recipe["source"]], form
+    for slot in entry["slots"]:
+        if slot["kind"] == "parameter" and slot["name"] not in quantized:
+            yield slot["name"], tuple(slot["shape"]), slot["role"], None
+
+
+def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[StoredWeight]:
+    """Yield every weight of the program once."""
+    seen = set()
+    for entry in program["regions"]:
+        for instance in entry["instances"]:
+            for relative, shape, role, form in _weights_of(entry):
+                name = f"{instance}.{relative}" if instance else relative
+                if name not in seen:
+                    seen.add(name)
+                    yield StoredWeight(name, role, math.prod(shape), sizes.get(name, 0), form)
+
+
+def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of each weight, by module name."""
+    if reader.manifest.target == "onnx":
+        return stored_sizes(reader.path / "onnx")
+    stored: dict[str, int] = {}
+    for name, info in CheckpointWeights(reader.path).tensors.items():
+        owner = _PARTS.sub(".weight", name)
+        stored[owner] = stored.get(owner, 0) + info.nbytes
+    names = [weight.name for weight in _weights(program, {})]
+    return {module: stored[published] for module, published in published_names(names, stored).items()}
+
+
+def published_names(modules: Iterable[str], published: Iterable[str]) -> dict[str, str]:
+    """Match names of modules with published names, which differ in leading parts only.
+
+    A leading part (`model.language_model`) is replaced by the shortest one under which all its weights are published.
+
+    Raises:
+        IncompatibleError: A weight is not published under any name.
+    """
+    known = set(published)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in modules:
+        parts = name.split(".")
+        groups.setdefault(tuple(parts[: 2 if parts[0] == "model" else 1]), []).append(name)
+    names: dict[str, str] = {}
+    for group, members in groups.items():
+        for kept in (group[-1:], ()):  # "model.visual." -> "visual.", or "model.language_model." -> "model."
+            ends = {name: ".".join([*kept, *name.split(".")[len(group) :]]) for name in members}
+            first = ends[members[0]]
+            starts = {name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")}
+            fitting = [start for start in starts if all(start + end in known for end in ends.values())]
+            if fitting:
+                start = min(fitting, key=len)
+                names |= {name: start + end for name, end in ends.items()}
+                break
+        else:
+            raise IncompatibleError(
+                f"The weights lack {members[0]}, which the program needs. Build the artifact again."
+            )
+    return names

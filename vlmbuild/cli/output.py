@@ -1,18 +1,26 @@
-"""What the command line shows while it works, and how it keeps other libraries quiet."""
+"""Output of the command line: documents, tables, progress; and switches that keep other libraries quiet."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    Report = Callable[[Mapping[str, Any]], Iterable[str | Table]]
+
 _LABEL_WIDTH = 16
+_MAX_WIDTH = 100
 _NOISY_LOGGERS = ("bitsandbytes", "huggingface_hub", "torch", "transformers")
 
 
@@ -30,6 +38,32 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document on stdout."""
+    click.echo(json.dumps(document, indent=2, default=str))
+
+
+def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
+    """Print a command's document as JSON, or as the lines and tables that `report` makes of it."""
+    if as_json:
+        print_json(document)
+    else:
+        print_report(report(document))
+
+
+def print_report(parts: Iterable[str | Table]) -> None:
+    """Print lines as they are, and tables in the width of the terminal; 80 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = min(console.width, _MAX_WIDTH)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, str))
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())  # rich fills cells with spaces
 
 
 class StageProgress:

@@ -1,53 +1,62 @@
-"""Tables that a person can read, made from the documents that `--json` prints."""
+"""Reports for the terminal, made from the documents that `--json` prints. No table is wider than 80 columns."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
 
-_WIDTH = 100
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    Report = list[str | Table]
+
+_WIDTH = 80
+_CAVEAT = (
+    "tensors only, within 15 % of measurements on a CPU; not measured on a GPU, where the CUDA context and fragmentation "
+    "add to it"
+)
 
 
-def build_report(document: Mapping[str, Any]) -> list[str]:
-    """What `vlmbuild build` has made."""
+def build_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild build`."""
     path = document["path"]
     trust = ', trust=("code",)' if document["trust"]["code"] else ""
     return [
         *passes_table(document["passes"]),
         "",
-        *roles_table(document),
-        *_section(parity_lines(document["numerics"])),
+        roles_table(document),
+        *_section(parity_table(document["numerics"])),
         "",
         f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
         document["id"],
         "",
         f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
-        f"Look at it: vlmbuild inspect {path}",
+        f"Inspect it: vlmbuild inspect {path}",
     ]
 
 
-def plan_report(document: Mapping[str, Any]) -> list[str]:
-    """What `vlmbuild build` would make."""
-    lines = [
-        *_facts({"source": document["source"], "model": document["architecture"], **_recipe_facts(document["recipe"])}),
+def plan_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild plan`."""
+    parts: Report = [
+        _facts({"source": document["source"], "model": document["architecture"], **_recipe_facts(document["recipe"])}),
         "",
-        *regions_table(document),
+        regions_table(document),
         "",
         *passes_table(document["passes"]),
         "",
-        *roles_table(document),
+        roles_table(document),
     ]
     if document["images"]:
-        lines += ["", *images_table(document["images"])]
-    return [*lines, "", *memory_table(document["memory"])]
+        parts += ["", images_table(document["images"])]
+    return [*parts, "", *memory_table(document["memory"])]
 
 
-def images_table(images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What images cost."""
+def images_table(images: Sequence[Mapping[str, Any]]) -> Table:
+    """Make a table of the costs of images."""
     columns = {"rows of the vision tower": "patches", "tokens": "tokens"}
     if any(image["cross_keys"] for image in images):
         columns["cross-attention keys"] = "cross_keys"
@@ -58,46 +67,48 @@ def images_table(images: Sequence[Mapping[str, Any]]) -> list[str]:
     return table(["Images", "height x width", *columns], rows, "<>" + ">" * len(columns))
 
 
-def inspect_report(document: Mapping[str, Any]) -> list[str]:
-    """What an artifact holds."""
+def inspect_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild inspect`."""
     sources = {
         _source_name(number, entry): f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
         for number, entry in enumerate(document["source"])
     }
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
-    code = ", ".join(document["trust"]["code"]) or "none: loading it runs nothing from it"
+    code = ", ".join(document["trust"]["code"]) or "none; loading runs nothing from the artifact"
     recipe = _recipe_facts(document["recipe"])
     if "merged" in sources and document["recipe"].get("quantize") is None:
-        recipe["quantize"] = "none, since an adapter is merged"
-    facts = {"name": document["name"], "id": document["id"], **sources, **recipe}
+        recipe["quantize"] = "none, because an adapter is merged"
     return [
-        *_facts({**facts, "built with": tools, "code": code}),
+        document["name"],
+        document["id"],
         "",
-        *files_table(document),
+        _facts({**sources, **recipe, "built with": tools, "code": code}),
         "",
-        *regions_table(document),
+        files_table(document),
+        "",
+        regions_table(document),
         "",
         *passes_table(document["passes"]),
         "",
-        *roles_table(document),
-        *_section(parity_lines(document["numerics"])),
+        roles_table(document),
+        *_section(parity_table(document["numerics"])),
         "",
-        f"Contents not checked; for that: vlmbuild verify {document['path']}",
+        f"File contents were not checked. To check them: vlmbuild verify {document['path']}",
     ]
 
 
-def verify_report(document: Mapping[str, Any]) -> list[str]:
-    """That an artifact is what it says."""
-    found = f"{document['files']} files, {human_size(document['bytes'])}"
-    lines = [f"{document['path']}: {found}, all as the manifest says", document["id"]]
-    return [*lines, *_section(parity_lines(document["numerics"]))]
+def verify_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild verify`."""
+    size = f"{document['files']} files, {human_size(document['bytes'])}"
+    head = f"{document['path']}: {size}, all match the manifest"
+    return [head, document["id"], *_section(parity_table(document["numerics"]))]
 
 
-def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What was measured before the artifact was published."""
+def parity_table(numerics: Iterable[Mapping[str, Any]]) -> Table | None:
+    """Make a table of the parity that the build measured; None if it measured none."""
     numerics = list(numerics)
     if any("output" in record for record in numerics):
-        return _export_parity_lines(numerics)
+        return _export_parity_table(numerics)
     rows = [
         [
             record["case"],
@@ -108,12 +119,12 @@ def parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
         ]
         for record in numerics
     ]
-    heads = ["Parity of logits", "relative error", "allowed", "adapter's effect", "same best token"]
-    return table(heads, rows, "<>>>>") if rows else []
+    heads = ["Parity of logits", "relative error", "tolerance", "adapter effect", "same top token"]
+    return table(heads, rows, "<>>>>") if rows else None
 
 
-def _export_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
-    """How far ONNX models are from the program."""
+def _export_parity_table(numerics: Iterable[Mapping[str, Any]]) -> Table:
+    """Make a table of the errors of exported models."""
     rows = [
         [
             record["case"],
@@ -125,12 +136,12 @@ def _export_parity_lines(numerics: Iterable[Mapping[str, Any]]) -> list[str]:
         ]
         for record in numerics
     ]
-    heads = ["Export against the program", "output", "relative error", "allowed", "same best token", "same generated"]
+    heads = ["Export parity", "output", "relative error", "tolerance", "same top token", "same generated"]
     return table(heads, rows, "<<>>>>")
 
 
-def regions_table(document: Mapping[str, Any]) -> list[str]:
-    """Graphs and how often they occur."""
+def regions_table(document: Mapping[str, Any]) -> Table:
+    """Make a table of the regions."""
     rows = [
         [region["name"], str(region["instances"]), str(region["operators"]), f"{region['parameters']:,}"]
         for region in document["regions"]
@@ -138,17 +149,17 @@ def regions_table(document: Mapping[str, Any]) -> list[str]:
     return table(["Regions", "instances", "operators", "parameters each"], rows, "<>>>")
 
 
-def passes_table(passes: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What each pass rewrote, and what it left alone and why."""
+def passes_table(passes: Iterable[Mapping[str, Any]]) -> Report:
+    """Make a table of the rewrites of each pass, with notes on refused sites."""
     rows, notes = [], []
     for report in passes:
         rows.append([report["name"], f"{report['matches']:,}"])
         notes += _refusal_notes(report)
-    return table(["Passes", "rewritten"], rows, "<>") + notes
+    return [table(["Passes", "rewritten"], rows, "<>"), *notes]
 
 
-def roles_table(document: Mapping[str, Any]) -> list[str]:
-    """Parameters and bytes by what they do, and how they are stored."""
+def roles_table(document: Mapping[str, Any]) -> Table:
+    """Make a table of parameters, bytes and formats by role."""
     recipe = document["recipe"]
     rows = [
         [role["role"], f"{role['parameters']:,}", human_size(role["bytes"]), _storage(role, recipe)]
@@ -160,8 +171,8 @@ def roles_table(document: Mapping[str, Any]) -> list[str]:
     return table(["Weights", "parameters", "stored", "as"], rows, "<>><")
 
 
-def memory_table(memory: Mapping[str, Any]) -> list[str]:
-    """What a model needs to load, to infer and to train, and for which batch."""
+def memory_table(memory: Mapping[str, Any]) -> Report:
+    """Make a table of the memory to load, infer and train, with notes on the batch."""
     state = memory["adapter"] + memory["gradients"] + memory["optimizer"]
     parts = {
         "load": (0, 0),
@@ -181,37 +192,33 @@ def memory_table(memory: Mapping[str, Any]) -> list[str]:
     samples, images = memory["batch"], memory["images"]
     batch = f"{samples} sample{'s' * (samples > 1)} of {memory['tokens']:,} tokens"
     batch += f", {images} image{'s' * (images > 1)} in each" if images else ""
-    note = f"  - {batch}; on {memory['device']}, without torch.compile; training: LoRA of rank {memory['rank']}, AdamW"
-    caveat = (
-        "  - tensors only, within 15 % of what is measured on a CPU; never measured on a GPU, where the CUDA context and\n"
-        "    fragmentation come on top"
-    )
-    return [*table(["Memory", "weights", "LoRA and AdamW", "activations", "in all"], rows, "<>>>>"), note, caveat]
+    batch += f"; on {memory['device']}, without torch.compile; training: LoRA of rank {memory['rank']}, AdamW"
+    columns = table(["Memory", "weights", "LoRA and AdamW", "activations", "total"], rows, "<>>>>")
+    return [columns, *_notes(batch), *_notes(_CAVEAT)]
 
 
-def files_table(document: Mapping[str, Any]) -> list[str]:
-    """Files in the order of their roles."""
+def files_table(document: Mapping[str, Any]) -> Table:
+    """Make a table of files, sorted by role."""
     files = sorted(document["files"], key=lambda file: (file["role"], file["path"]))
     rows = [[file["path"], file["role"], human_size(file["bytes"])] for file in files]
     rows.append(["total", "", human_size(document["bytes"])])
     return table(["Files", "role", "size"], rows, "<<>")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
-    """Aligned columns; `alignment` has "<" or ">" for each."""
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    widths[0] = max(widths[0], 24)
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -> Table:
+    """Make a table; `alignment` has "<" or ">" for each column."""
+    from rich.table import Table
 
-    def line(indent: str, cells: Sequence[str]) -> str:
-        padded = [f"{cell:{side}{width}}" for cell, side, width in zip(cells, alignment, widths, strict=True)]
-        return (indent + "  ".join(padded)).rstrip()
+    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for head, side in zip(heads, alignment, strict=True):
+        columns.add_column(head, justify="left" if side == "<" else "right", overflow="fold")
+    for row in rows:
+        columns.add_row(*row)
+    return columns
 
-    first, *rest = heads
-    return [line("", [f"{first:<{widths[0]}}  ", *rest]), *(line("  ", row) for row in rows)]
 
-
-def _section(lines: list[str]) -> list[str]:
-    return ["", *lines] if lines else []
+def _section(part: Table | None) -> Report:
+    return [] if part is None else ["", part]
 
 
 def _source_name(number: int, entry: Mapping[str, Any]) -> str:
@@ -220,9 +227,10 @@ def _source_name(number: int, entry: Mapping[str, Any]) -> str:
     return f"source{number or ''}"
 
 
-def _facts(facts: Mapping[str, str]) -> list[str]:
-    width = max(map(len, facts))
-    return [f"{name:<{width}}  {value}" for name, value in facts.items()]
+def _facts(facts: Mapping[str, str]) -> Table:
+    columns = table(["", ""], facts.items(), "<<")
+    columns.show_header = False
+    return columns
 
 
 def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -247,7 +255,7 @@ def _quantization(spec: Mapping[str, Any] | None) -> str:
 
 
 def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """How a role's weights are stored: "nf4 99.9 %, bfloat16 the rest (norms and biases)"."""
+    """Describe how the weights of a role are stored: "nf4 99.9 %, bfloat16 the rest (norms and biases)"."""
     dtype = str(recipe.get("dtype"))
     kept = "; ".join(role["kept"])
     if not role["quantized"]:
@@ -260,14 +268,18 @@ def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 
 
 def _refusal_notes(report: Mapping[str, Any]) -> list[str]:
-    """Refusals ("region: place: reason") with the same region and reason on one line."""
+    """Group refusals ("region: site: reason") by region and reason."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for refusal in report["refusals"]:
         region, _, rest = refusal.partition(": ")
-        place, separator, reason = rest.rpartition(": ")
-        grouped.setdefault((region, reason), []).extend([place] if separator else [])
+        site, separator, reason = rest.rpartition(": ")
+        grouped.setdefault((region, reason), []).extend([site] if separator else [])
     notes = []
-    for (region, reason), places in grouped.items():
-        text = f"{report['name']} leaves {', '.join(places) or 'a site'} of {region}: {reason}"
-        notes += textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    for (region, reason), sites in grouped.items():
+        text = f"{report['name']} leaves {', '.join(sites) or 'a site'} of {region}: {reason}"
+        notes += _notes(text)
     return notes
+
+
+def _notes(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)

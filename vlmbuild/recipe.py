@@ -66,6 +66,13 @@ class Recipe:
         if self.target != "trainable" and self.attention == "triton":
             raise UsageError(f"attention: triton is for the trainable target. Leave it out for --target {self.target}.")
 
+    def check_calibration(self, calibrated: bool) -> None:
+        """Raise UsageError when there is calibration data, but no budget that it could serve."""
+        if calibrated and (self.quantize is None or self.quantize.budget is None):
+            raise UsageError(
+                "`calibration` needs a bit budget. Pass `--quantize auto --budget BPW`, or drop `--calibrate`."
+            )
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "recipe") -> Self:
         """A recipe from plain options, as a TOML file or the command line gives them.

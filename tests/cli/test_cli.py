@@ -40,7 +40,8 @@ def test_plan_is_for_people_and_machines(run, checkpoint):
     code, out, _ = run("plan", checkpoint, "--quantize", "nf4", "--image", "56x112")
     assert code == 0
     assert "language_model.layers" in out
-    assert "role vision keeps its dtype" in out.replace("\n    ", " ")
+    assert "role vision keeps its dtype" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
     assert "1 sample of 264 tokens, 1 image in each" in out
     document = json.loads(run("plan", checkpoint, "--quantize", "nf4", "--json", "--batch", 2, "--rank", 8)[1])
     assert (document["memory"]["batch"], document["memory"]["rank"], document["memory"]["tokens"]) == (2, 8, 256)
@@ -93,7 +94,7 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
             2,
             "matches no linear",
         ),
-        (("build", "{checkpoint}", "-o", "{tmp}/out", "--skip", "*"), 2, "--skip changes nothing without"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--skip", "*"), 2, "--skip has no effect on source"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--budget", "5"), 2, "--quantize auto"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "int8", "--blocksize", "128"), 2, "--blocksize"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--calibrate", "x.jsonl"), 2, "budget"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vlmbuild import verify
-from vlmbuild.demo.run import CHECKPOINTS, run
+from vlmbuild.demo.run import run
+from vlmbuild.zoo import CHECKPOINTS
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)

@@ -37,8 +37,8 @@ def test_text_round_trip(recipe):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, "tests/helpers")
-from test_locks_document import small_lock_text
+sys.path[:0] = ["tests/helpers", "tests/locks"]
+from test_document import small_lock_text
 print(small_lock_text(sys.argv[1]))
 """
 

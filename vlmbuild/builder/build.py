@@ -58,7 +58,7 @@ class Artifact:
 
 
 def build(
-    source: str | Path,
+    source: str | Path | Source,
     output: str | Path,
     recipe: Recipe = Recipe(),
     *,
@@ -103,7 +103,7 @@ def build(
         raise UsageError(
             "--target aoti compiles for CPUs. Leave --device out, or build the trainable target for a GPU."
         )
-    check_calibration(recipe, calibration)
+    recipe.check_calibration(bool(calibration))
     check_output(Path(output), overwrite=overwrite)
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
@@ -149,12 +149,6 @@ def build(
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
-
-
-def check_calibration(recipe: Recipe, calibration: object) -> None:
-    """Refuse calibration for a recipe without a budget. Raises UsageError."""
-    if calibration and (recipe.quantize is None or recipe.quantize.budget is None):
-        raise UsageError("Calibration is for quantization with a budget. Use auto with a budget, or leave it out.")
 
 
 def read_model(source: Source) -> tuple[dict[str, Any], Family, Any]:

@@ -63,7 +63,7 @@ class Source:
 
 
 def resolve(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     revision: str | None = None,
     weights: bool = True,
@@ -73,7 +73,7 @@ def resolve(
     """Find a checkpoint, downloading it from the hub when it is a hub id.
 
     Args:
-        source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name").
+        source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name"); a `Source` is returned as it is.
         revision: Branch, tag or commit of a hub id.
         weights: False downloads the config and the processor only.
         cache_dir: Where huggingface_hub keeps downloads; None for its default.
@@ -83,6 +83,8 @@ def resolve(
         UsageError: A revision is given for something that has none.
         SourceError: It is none of these, or the hub cannot be reached and the local cache does not hold it.
     """
+    if isinstance(source, Source):
+        return source
     path = Path(source)
     if revision is not None and (path.exists() or str(source) in ZOO):
         raise UsageError(f"{source} is not a hub id, so it has no revision {revision!r}. Drop the revision.")

@@ -1,64 +1,128 @@
-"""Options that several commands share, and what they make: a recipe, a workload. Nothing here imports torch by itself."""
+"""Options that several commands share. Options of recipes are derived from the fields of `Recipe` and `QuantSpec`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 from vlmbuild.errors import UsageError
-from vlmbuild.quant.spec import FORMATS, FOUR_BIT, QUANTIZE, ROLES, Override, QuantSpec
-from vlmbuild.recipe import ATTENTIONS, DTYPES, TARGETS, Recipe
+from vlmbuild.locks.difference import SEVERITIES
+from vlmbuild.quant.spec import FORMATS, FOUR_BIT, ROLES, QuantSpec
+from vlmbuild.recipe import Recipe
 
 Command = Callable[..., Any]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub id.")
 trust_option = click.option(
-    "--trust-code", is_flag=True, help="Run the artifact's compiled code, which has all your rights (target aoti)."
+    "--trust-code", is_flag=True, help="Run the compiled code of an aoti artifact, with all your permissions."
+)
+
+_FLAGS = {
+    "format": "--quantize",
+    "roles": "--quantize-role",
+    "overrides": "--quantize-module",
+    "symmetric": "--symmetric/--asymmetric",
+    "exact_inputs": "--exact-inputs/--rounded-inputs",
+}
+"""Fields whose option has another name than the field."""
+
+_CHOICES = {"roles": ROLES}
+_METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
+_HELP = {
+    "target": "Kind of artifact.  [default: trainable]",
+    "format": "Weight format of linear layers; none also dequantizes a quantized source.  [default: keep the source's]",
+    "blocksize": "Weights per scale (nf4, fp4, int4).  [default: 64]",
+    "double_quant": "Store the scales of nf4 and fp4 in 8 bits.  [default: yes]",
+    "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
+    "roles": "Part of the model whose linear layers are quantized. Repeatable.  [default: language]",
+    "overrides": "Format of matching modules, such as '*.down_proj=int8'. Repeatable; the first match wins.",
+    "threshold": "Compute input columns with a value above this in 16 bits (int8).  [default: 6.0]",
+    "budget": "Average bits per weight, scales included, such as 5.0bpw (auto).",
+    "symmetric": "Center blocks on zero, or store a zero point for each (int4).  [default: symmetric]",
+    "exact_inputs": "Multiply by exact inputs, or by inputs rounded to 8 bits, which is faster (int4).  [default: rounded]",
+    "attention": "Attention kernel; auto is Triton on CUDA and SDPA elsewhere.  [default: auto]",
+    "dtype": "Dtype of computation and unquantized weights.  [default: bfloat16; onnx: float32]",
+    "require": "Fail unless this pass rewrites something. Repeatable.",
+}
+_APPLIES_TO: dict[str, tuple[str, ...]] = {
+    "blocksize": (*FOUR_BIT, "int4", "auto"),
+    "double_quant": (*FOUR_BIT, "auto"),
+    "threshold": ("int8",),
+    "symmetric": ("int4",),
+    "exact_inputs": ("int4",),
+    "budget": ("auto",),
+    "roles": (*FORMATS, "auto"),
+    "skip": (*FORMATS, "auto"),
+}
+"""Option of quantization -> formats that it has an effect on; other options apply to all."""
+
+format_option = click.option(
+    "--format",
+    "style",
+    type=click.Choice(["text", "markdown"]),
+    default="text",
+    show_default=True,
+    help="Report format; markdown suits pull-request comments.",
+)
+kernels_option = click.option(
+    "--kernels/--no-kernels",
+    default=True,
+    show_default=True,
+    help="Compile Triton kernels ahead of time; no GPU is needed.",
+)
+fail_option = click.option(
+    "--fail-on",
+    "limit",
+    type=click.Choice(SEVERITIES),
+    default="cosmetic",
+    show_default=True,
+    help="Least severe difference that exits with 6; cosmetic means any.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
-    """What was given on the command line of a recipe.
+    """Recipe options of one command line; only options that were passed.
 
     Attributes:
-        file: A recipe file, or None.
-        spec: Of quantization.
-        others: The rest.
+        file: Recipe file, or None.
+        spec: Fields of `QuantSpec`.
+        others: Fields of `Recipe`.
     """
 
     file: Path | None
     spec: Mapping[str, Any]
     others: Mapping[str, Any]
 
-    def given(self) -> bool:
-        """Whether there is any."""
+    def __bool__(self) -> bool:
         return bool(self.file is not None or self.spec or self.others)
 
     def over(self, base: Recipe) -> Recipe:
-        """A recipe with what was given in its place; a file replaces it whole, a format keeps its other settings."""
+        """Apply the options to `base`: a file replaces it, other options replace single fields."""
         if self.file is None:
-            dtype = {"dtype": None} if "target" in self.others else {}  # a target has a default of its own
+            dtype = {"dtype": None} if "target" in self.others else {}  # each target has its own default
             recipe = replace(base, **{**dtype, **self.others})
         else:
             recipe = Recipe.from_toml(self.file, **self.others)
         if not self.spec:
             return recipe
-        known = recipe.quantize or QuantSpec("source")
-        form = self.spec.get("format", known.format)
-        _check_used(self.spec, form)
-        if known.budget is not None and form != "auto":
-            known = replace(known, format="nf4", budget=None)
-        return replace(recipe, quantize=replace(known, **self.spec))
+        values = recipe.to_mapping()
+        known = values["quantize"] or {"format": "source"}
+        spec = {**known, **self.spec}
+        _check_effect(self.spec, spec["format"])
+        if spec["format"] != "auto" and "budget" not in self.spec:
+            spec["budget"] = None
+        return Recipe.from_mapping({**values, "quantize": spec}, "command line")
 
 
 def recipe_options(command: Command) -> Command:
-    """The options that make a recipe; the command is called with `recipe`."""
+    """Add the options of a recipe; the command takes `recipe`."""
 
     @functools.wraps(command)
     def with_recipe(options: RecipeOptions, **others: Any) -> Any:
@@ -68,215 +132,80 @@ def recipe_options(command: Command) -> Command:
 
 
 def recipe_option_values(command: Command) -> Command:
-    """The same options; the command is called with `options`, `RecipeOptions`."""
-
-    @click.option("--target", type=click.Choice(TARGETS), help="What to write.  [default: trainable]")
-    @click.option(
-        "--quantize",
-        type=click.Choice(QUANTIZE),
-        help="Format of the linear layers; none also dequantizes a source.  [default: as in the source]",
-    )
-    @click.option("--blocksize", type=int, help="Weights per scale of 4-bit formats.  [default: 64]")
-    @click.option(
-        "--double-quant/--no-double-quant", default=None, help="Scales of 4-bit weights in 8 bits.  [default: yes]"
-    )
-    @click.option(
-        "--symmetric/--asymmetric",
-        default=None,
-        help="For int4: blocks without a zero point, or with.  [default: without]",
-    )
-    @click.option(
-        "--exact-inputs/--rounded-inputs",
-        default=None,
-        help="For int4: products of the inputs' own values, or of those rounded to 8 bits, faster.  [default: rounded]",
-    )
-    @click.option(
-        "--quantize-role",
-        "roles",
-        multiple=True,
-        type=click.Choice(ROLES),
-        help="Whose linear layers. Repeatable.  [default: language]",
-    )
-    @click.option(
-        "--quantize-module",
-        "overrides",
-        multiple=True,
-        metavar="PATTERN=FORMAT",
-        help="Another format for modules like '*.down_proj=int8'. Repeatable.",
-    )
-    @click.option(
-        "--skip",
-        multiple=True,
-        metavar="PATTERN",
-        help="Modules like '*.o_proj' keep their dtype, and are dequantized if a source has them quantized. Repeatable.",
-    )
-    @click.option("--budget", metavar="BPW", help="For auto: bits per weight, with scales, as in 5.0bpw.")
-    @click.option(
-        "--attention",
-        type=click.Choice(ATTENTIONS),
-        help="Attention kernel; auto is Triton on CUDA, else SDPA.  [default: auto]",
-    )
-    @click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        help="Of plain weights and of the computation.  [default: bfloat16; onnx: float32]",
-    )
-    @click.option(
-        "--require", multiple=True, metavar="PASS", help="Fail unless this pass rewrites something. Repeatable."
-    )
-    @click.option(
+    """Add the options of a recipe; the command takes `options`, a `RecipeOptions`."""
+    of_recipe = dict(_derived(Recipe, without=("quantize",)))
+    of_spec = dict(_derived(QuantSpec))
+    file = click.option(
         "--recipe",
-        "file",
+        "recipe_file",
         type=click.Path(path_type=Path),
         metavar="FILE.toml",
-        help="Read options from a file; those given here win.",
+        help="Read options from a file; options on the command line win.",
     )
-    @functools.wraps(command)
-    def with_options(
-        target: str | None,
-        quantize: str | None,
-        blocksize: int | None,
-        double_quant: bool | None,
-        symmetric: bool | None,
-        exact_inputs: bool | None,
-        roles: tuple[str, ...],
-        overrides: tuple[str, ...],
-        skip: tuple[str, ...],
-        budget: str | None,
-        attention: str | None,
-        dtype: str | None,
-        require: tuple[str, ...],
-        file: Path | None,
-        **others: Any,
-    ) -> Any:
-        details = _given(
-            {
-                "blocksize": blocksize,
-                "double_quant": double_quant,
-                "symmetric": symmetric,
-                "exact_inputs": exact_inputs,
-            }
-        )
-        given = {"target": target, "attention": attention, "dtype": dtype, "require": require or None}
-        spec = {
-            "format": quantize,
-            "blocksize": blocksize,
-            "double_quant": double_quant,
-            "roles": roles or None,
-            "overrides": tuple(_override(text, details) for text in overrides) or None,
-            "skip": skip or None,
-            "budget": budget,
-            "symmetric": symmetric,
-            "exact_inputs": exact_inputs,
-        }
-        return command(options=RecipeOptions(file, _given(spec), _given(given)), **others)
 
+    @functools.wraps(command)
+    def with_options(recipe_file: Path | None, **options: Any) -> Any:
+        spec = _passed({name: options.pop(name) for name in of_spec})
+        others = _passed({name: options.pop(name) for name in of_recipe})
+        if "overrides" in spec:
+            spec["overrides"] = [_override(text, spec) for text in spec["overrides"]]
+        return command(options=RecipeOptions(recipe_file, spec, others), **options)
+
+    ordered = {"target": of_recipe["target"], **of_spec, **of_recipe}
+    for option in reversed([*ordered.values(), file]):  # the last decorator is listed first
+        with_options = option(with_options)
     return with_options
 
 
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _derived(record: type, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Callable[[Command], Command]]]:
+    """Name of each field of a dataclass, and its option."""
+    hints = get_type_hints(record)
+    for entry in fields(record):
+        if entry.name not in without:
+            flag = _FLAGS.get(entry.name, _flag(entry.name, boolean=bool in _members(hints[entry.name])))
+            settings = {"help": _HELP[entry.name], "metavar": _METAVARS.get(entry.name), "default": None}
+            yield entry.name, click.option(flag, entry.name, **settings, **_option_type(entry.name, hints[entry.name]))
 
 
-def _override(text: str, details: Mapping[str, Any]) -> Override:
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Types of a union, or the type itself."""
+    return (hint,) if get_origin(hint) in (None, Literal, tuple) else get_args(hint)
+
+
+def _option_type(name: str, hint: Any) -> dict[str, Any]:
+    """Settings of `click.option` that follow from the type of a field."""
+    kind = next(member for member in _members(hint) if member is not type(None))
+    if get_origin(kind) is tuple:
+        return {"multiple": True, "type": click.Choice(_CHOICES[name]) if name in _CHOICES else str}
+    if get_origin(kind) is Literal:
+        return {"type": click.Choice(get_args(kind))}
+    return {} if kind is bool else {"type": str if name == "budget" else kind}  # "5.0bpw" is a valid budget
+
+
+def _flag(name: str, *, boolean: bool = False) -> str:
+    flag = name.replace("_", "-")
+    return f"--{flag}/--no-{flag}" if boolean else f"--{flag}"
+
+
+def _passed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None and value != ()}
+
+
+def _override(text: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse PATTERN=FORMAT; details of the format, such as --blocksize, apply to it too."""
     pattern, separator, form = text.rpartition("=")
     if not separator:
-        raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT, for example '*.down_proj=int8'.")
-    int4 = {"int4": ("blocksize", "symmetric", "exact_inputs")}
-    own = {**dict.fromkeys(FOUR_BIT, ("blocksize", "double_quant")), **int4}.get(form, ())
-    return Override(pattern, form, **{name: details[name] for name in own if name in details})  # type: ignore[arg-type]
+        raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT. Pass, for example, '*.down_proj=int8'.")
+    shared = ("blocksize", "double_quant", "threshold", "symmetric", "exact_inputs")
+    details = {name: spec[name] for name in shared if name in spec and form in _APPLIES_TO[name]}
+    return {"pattern": pattern, "format": form, **details}
 
 
-def _check_used(spec: Mapping[str, Any], form: str) -> None:
-    """Refuse options that would change nothing."""
-    formats = {form, *(item.format for item in spec.get("overrides", ()))}
-    uses = {
-        "blocksize": formats & {*FOUR_BIT, "int4", "auto"},
-        "symmetric": formats & {"int4"},
-        "exact_inputs": formats & {"int4"},
-        "double_quant": formats & {*FOUR_BIT, "auto"},
-        "roles": formats & {*FORMATS, "auto"},
-        "skip": formats & {*FORMATS, "auto"},
-        "budget": form == "auto",
-    }
-    names = {"roles": "--quantize-role", "double_quant": "--double-quant", "exact_inputs": "--exact-inputs"}
-    for name, used in uses.items():
-        if name in spec and not used:
-            remedy = {"budget": "auto", "symmetric": "int4", "exact_inputs": "int4"}.get(name, "nf4")
-            raise UsageError(
-                f"{names.get(name, f'--{name}')} changes nothing without a format for it. Add --quantize {remedy}, or drop it."
-            )
-
-
-def build_options(command: Command) -> Command:
-    """What a build takes besides its recipe; the command is called with each."""
-
-    @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there, in one step at the end.")
-    @click.option("--revision", help="Branch, tag or commit of a hub id.")
-    @click.option(
-        "--device",
-        type=click.Choice(["cpu", "cuda"]),
-        default="cpu",
-        show_default=True,
-        help="Where weights are quantized.",
-    )
-    @click.option(
-        "--calibrate",
-        type=click.Path(path_type=Path),
-        metavar="FILE.jsonl",
-        help='For auto: conversations to measure layers on, one a line: {"messages": [...]}.',
-    )
-    @click.option(
-        "--adapter",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="Merge a LoRA adapter (PEFT's format); the result is unquantized unless --quantize says otherwise.",
-    )
-    @functools.wraps(command)
-    def with_build(**options: Any) -> Any:
-        return command(**options)
-
-    return with_build
-
-
-def workload_options(command: Command) -> Command:
-    """The options that make a workload; the command is called with `workload`."""
-
-    @click.option(
-        "--batch", default=1, show_default=True, help="Samples that memory is for; each has all of the images."
-    )
-    @click.option(
-        "--text-tokens", default=256, show_default=True, help="Tokens of each sample, besides those of its images."
-    )
-    @click.option("--rank", default=16, show_default=True, help="LoRA rank that memory for training is for.")
-    @click.option(
-        "--device",
-        type=click.Choice(["cuda", "cpu"]),
-        default="cuda",
-        show_default=True,
-        help="Where the model would run.",
-    )
-    @functools.wraps(command)
-    def with_workload(batch: int, text_tokens: int, rank: int, device: str, **options: Any) -> Any:
-        from vlmbuild.planner.memory import Workload
-
-        return command(workload=Workload(batch, text_tokens, rank, device), **options)
-
-    return with_workload
-
-
-def limit_options(command: Command) -> Command:
-    """Limits in place of the image processor's own; the command is called with `limits`."""
-
-    @click.option(
-        "--longest-edge",
-        type=click.IntRange(min=1),
-        help="In place of the image processor's size.longest_edge, in its unit: pixels of an image, or of a side.",
-    )
-    @click.option("--shortest-edge", type=click.IntRange(min=1), help="The same for size.shortest_edge.")
-    @functools.wraps(command)
-    def with_limits(longest_edge: int | None, shortest_edge: int | None, **options: Any) -> Any:
-        given = {"longest_edge": longest_edge, "shortest_edge": shortest_edge}
-        return command(limits={name: edge for name, edge in given.items() if edge is not None}, **options)
-
-    return with_limits
+def _check_effect(spec: Mapping[str, Any], form: str) -> None:
+    """Refuse options that would have no effect."""
+    formats = {form, *(item["format"] for item in spec.get("overrides", ()))}
+    for name in spec:
+        if name in _APPLIES_TO and formats.isdisjoint(_APPLIES_TO[name]):
+            flag = _FLAGS.get(name, _flag(name)).partition("/")[0]
+            remedy = _APPLIES_TO[name][0]
+            raise UsageError(f"{flag} has no effect on {form} weights. Add --quantize {remedy}, or drop {flag}.")

@@ -20,9 +20,7 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.load import load
 from vlmbuild.train.audit import audit_gradients
 from vlmbuild.train.lora import add_lora, save_adapter
-
-CHECKPOINTS = {"qwen2_vl": "qwen2-vl-digits", "mllama": "mllama-digits", "pixtral": "pixtral-digits"}
-"""Family -> its packaged checkpoint."""
+from vlmbuild.zoo import CHECKPOINTS
 
 PUBLISHED = {
     "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",

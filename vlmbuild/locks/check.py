@@ -15,8 +15,8 @@ from pathlib import Path
 
 from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import UsageError, VlmbuildError
-from vlmbuild.locks.difference import SEVERITIES, Difference, Severity, compare
-from vlmbuild.locks.document import SUFFIX, Lock, read_lock
+from vlmbuild.locks.difference import Difference, Severity, compare
+from vlmbuild.locks.document import Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
 from vlmbuild.util.cpu import available_cores
 
@@ -42,9 +42,8 @@ class Checked:
     now: Lock | None = None
 
     def fails(self, limit: Severity = "cosmetic") -> bool:
-        """Whether it could not be compared, or differs by something that is at least so severe."""
-        worst = self.difference.worst
-        return bool(self.error) or (worst is not None and SEVERITIES.index(worst) <= SEVERITIES.index(limit))
+        """Whether it could not be compared, or a finding is at least as severe as `limit`."""
+        return bool(self.error) or self.difference.fails(limit)
 
 
 def check(
@@ -79,21 +78,6 @@ def check(
         if progress is not None:
             progress("check", len(done), len(files))
     return tuple(done[file] for file in files)
-
-
-def lock_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The lock files that paths name, folders searched for *.lock, each once.
-
-    Raises:
-        UsageError: A path does not exist, or a folder holds none.
-    """
-    files: dict[Path, None] = {}
-    for path in map(Path, paths):
-        found = sorted(file for file in path.glob(f"*{SUFFIX}") if file.is_file()) if path.is_dir() else [path]
-        if not found or not found[0].is_file():
-            raise UsageError(f"{path} holds no lock (*{SUFFIX}). Make one with vlmbuild lock.")
-        files |= dict.fromkeys(found)
-    return list(files)
 
 
 def _run(work: Sequence[tuple[list[Path], bool]], processes: int) -> Iterable[list[Checked]]:

@@ -63,6 +63,10 @@ class Difference:
         """The highest severity there is."""
         return self.findings[0].severity if self.findings else None
 
+    def fails(self, limit: Severity) -> bool:
+        """Whether a finding is at least as severe as `limit`."""
+        return self.worst is not None and SEVERITIES.index(self.worst) <= SEVERITIES.index(limit)
+
 
 def compare(old: Lock, new: Lock) -> Difference:
     """What changed from one lock to another.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,21 @@ class Lock:
             ) from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{where} is not a whole lock: {error}. Make it again with vlmbuild lock.") from error
+
+
+def lock_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The lock files that paths name, folders searched for *.lock, each once.
+
+    Raises:
+        UsageError: A path does not exist, or a folder holds none.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        found = sorted(file for file in path.glob(f"*{SUFFIX}") if file.is_file()) if path.is_dir() else [path]
+        if not found or not found[0].is_file():
+            raise UsageError(f"{path} holds no lock (*{SUFFIX}). Create one with `vlmbuild lock`.")
+        files |= dict.fromkeys(found)
+    return list(files)
 
 
 def read_lock(path: Path) -> Lock:

@@ -9,8 +9,7 @@ from pathlib import Path
 from vlmbuild.builder.build import exact_passes
 from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import VlmbuildError
-from vlmbuild.locks.check import lock_files
-from vlmbuild.locks.document import read_lock
+from vlmbuild.locks.document import lock_files, read_lock
 from vlmbuild.measure.pass_parity import Parity, pass_parity
 
 

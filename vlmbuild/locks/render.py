@@ -1,16 +1,19 @@
-"""Differences for people and machines: coloured text, Markdown for a pull request, JSON, and JUnit XML."""
+"""Render differences as coloured text, Markdown for a pull request, JSON, and JUnit XML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import click
 
-from vlmbuild.locks.check import Checked
 from vlmbuild.locks.difference import SEVERITIES, TITLES, Difference, Finding, Severity
+
+if TYPE_CHECKING:
+    from vlmbuild.locks.check import Checked
 
 _COLOURS: dict[Severity, str] = {
     "interface": "red",
@@ -20,27 +23,53 @@ _COLOURS: dict[Severity, str] = {
     "cosmetic": "cyan",
 }
 _LINE_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
-_MOST_LINES = 60
-"""Of a listing's diff that a report shows; the rest is counted."""
+_MAX_LINES = 60
+"""Lines of a listing's diff in a report; the rest is counted."""
+_MAX_SUMMARY = 8
+_WIDTH = 100
+
+
+def summary(name: str, difference: Difference) -> list[str]:
+    """Summarize a difference in at most ten lines: the places of each severity, and the number of notes."""
+    count = len(difference.findings)
+    title = _wrapped(f"{name}: {count or 'no'} difference{'s' * (count != 1)}", "", "  ")
+    lines = [click.style(line, bold=True) for line in title]
+    for severity in SEVERITIES:
+        if findings := difference.of(severity):
+            places = list(dict.fromkeys(finding.place for finding in findings))
+            lines.append(click.style(f"  {TITLES[severity]} ({len(findings)})", fg=_COLOURS[severity]))
+            lines[-1] += f": {places[0]}" + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+    return [*lines, *([f"  notes: {len(difference.notes)}"] if difference.notes else [])]
 
 
 def text(name: str, difference: Difference) -> list[str]:
-    """Lines with ANSI colours, which `click.echo` leaves out where they would not show."""
-    if not difference.findings:
-        return [*(f"{name}: note: {note}" for note in difference.notes), f"{name}: no difference"]
-    lines = [click.style(name, bold=True)]
+    """Render a difference as a summary and its findings, with ANSI colours (`click.echo` drops them outside terminals)."""
+    lines = summary(name, difference) if difference.findings else [f"{name}: no difference"]
     for severity in SEVERITIES:
-        findings = difference.of(severity)
-        if findings:
-            lines.append(click.style(f"  {TITLES[severity]} ({len(findings)})", fg=_COLOURS[severity], bold=True))
+        if findings := difference.of(severity):
+            lines += ["", click.style(TITLES[severity], fg=_COLOURS[severity], bold=True)]
         for finding in findings:
-            lines.append(f"    {finding.place}: {finding.text}")
-            lines += [f"      {_coloured(line)}" for line in _shown(finding)]
-    return [*lines, *(f"  note: {note}" for note in difference.notes)]
+            lines += _wrapped(f"{finding.place}: {finding.text}", "  ", "    ")
+            lines += [
+                click.style(part, fg=_LINE_COLOURS.get(line[:1])) for line in _shown(finding) for part in _folded(line)
+            ]
+    return [*lines, *(line for note in difference.notes for line in _wrapped(f"note: {note}", "  ", "    "))]
+
+
+def check_summary(results: Sequence[Checked], limit: Severity) -> list[str]:
+    """Summarize a check in at most ten lines: how many locks differ, and the first of them."""
+    failed = [result for result in results if result.fails(limit)]
+    lines = [click.style(f"{len(results)} lock{'s' * (len(results) != 1)}, {len(failed) or 'none'} failed", bold=True)]
+    for result in failed[:_MAX_SUMMARY]:
+        worst = result.difference.findings[0] if result.difference.findings else None
+        reason = f"{len(result.difference.findings)}, first: {worst.place}: {worst.text}" if worst else result.error
+        lines.append(_cut(f"  {result.path.stem}: {reason}"))
+    rest = len(failed) - _MAX_SUMMARY
+    return [*lines, *([f"  and {rest} more"] if rest > 0 else []), ""]
 
 
 def markdown(name: str, difference: Difference) -> list[str]:
-    """A section for a pull-request comment; listings are folded."""
+    """Render a section of a pull-request comment; listings are folded."""
     if not difference.findings:
         return [f"### `{name}`: no difference", *(f"> {note}" for note in difference.notes), ""]
     lines = [f"### `{name}`", ""]
@@ -59,12 +88,12 @@ def markdown(name: str, difference: Difference) -> list[str]:
 
 
 def document(difference: Difference) -> dict[str, Any]:
-    """Plain values for JSON."""
+    """Return plain values for JSON."""
     return {"findings": [asdict(finding) for finding in difference.findings], "notes": list(difference.notes)}
 
 
 def check_document(results: Sequence[Checked], limit: Severity) -> dict[str, Any]:
-    """Plain values of a whole check."""
+    """Return the plain values of a check."""
     return {
         "locks": [
             {
@@ -80,7 +109,7 @@ def check_document(results: Sequence[Checked], limit: Severity) -> dict[str, Any
 
 
 def junit(results: Sequence[Checked], limit: Severity) -> str:
-    """JUnit XML: one test case a lock, as CI servers show them; one fails from a severity on."""
+    """Render JUnit XML with one test case per lock; it fails from the severity `limit` on."""
     failures = sum(result.fails(limit) and not result.error for result in results)
     errors = sum(bool(result.error) for result in results)
     suite = ElementTree.Element(
@@ -106,12 +135,14 @@ def junit(results: Sequence[Checked], limit: Severity) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def check_lines(results: Iterable[Checked], style: str) -> Iterator[str]:
-    """The report of a check, as "text" or "markdown"."""
+def check_lines(results: Sequence[Checked], style: str, limit: Severity) -> Iterator[str]:
+    """Render a check as "text" or "markdown"."""
+    yield from (click.unstyle(line) if style == "markdown" else line for line in check_summary(results, limit))
     for result in results:
-        if result.error:
-            heading = f"### `{result.path.stem}`\n\n" if style == "markdown" else ""
-            yield f"{heading}{result.path}: cannot be compared: {result.error}"
+        if result.error and style == "markdown":
+            yield f"### `{result.path.stem}`\n\n{result.path}: cannot be compared: {result.error}"
+        elif result.error:
+            yield from _wrapped(f"{result.path}: cannot be compared: {result.error}", "", "  ")
         elif style == "markdown":
             yield from markdown(result.path.stem, result.difference)
         else:
@@ -119,17 +150,28 @@ def check_lines(results: Iterable[Checked], style: str) -> Iterator[str]:
 
 
 def _shown(finding: Finding) -> list[str]:
-    rest = len(finding.listing) - _MOST_LINES
-    return [*finding.listing[:_MOST_LINES], *([f"@@ and {rest} more lines"] if rest > 0 else [])]
+    rest = len(finding.listing) - _MAX_LINES
+    return [*finding.listing[:_MAX_LINES], *([f"@@ {rest} more lines"] if rest > 0 else [])]
 
 
-def _coloured(line: str) -> str:
-    colour = _LINE_COLOURS.get(line[:1])
-    return click.style(line, fg=colour) if colour else line
+def _wrapped(line: str, first: str, rest: str) -> list[str]:
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(line, _WIDTH, initial_indent=first, subsequent_indent=rest, **options)
+
+
+def _folded(line: str) -> list[str]:
+    """Wrap a line of a listing's diff; each part starts with the line's mark."""
+    mark, code = line[:1], line[1:]
+    indent = " " * (len(code) - len(code.lstrip()))
+    return _wrapped(code.strip(), f"    {mark}{indent}", f"    {mark}{indent}      ") or [f"    {mark}"]
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
 
 
 def _escaped(words: str) -> str:
-    """Markdown must not take what code has for its own marks; between backticks it does not."""
+    """Escape the marks of Markdown outside backticks."""
     parts = words.split("`")
     return "`".join(
         part if number % 2 else part.replace("*", "\\*").replace("_", "\\_") for number, part in enumerate(parts)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmbuild.artifact.paths import MANIFEST_NAME
-from vlmbuild.builder.tracing import Traced, trace
-from vlmbuild.checkpoint.source import Progress, resolve
+from vlmbuild.checkpoint.source import Progress, Source, resolve
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
-from vlmbuild.locks.make import lock_artifact, lock_traced
 from vlmbuild.recipe import Recipe
+
+if TYPE_CHECKING:
+    from vlmbuild.builder.tracing import Traced
 
 
 def lock(
-    source: str | Path,
+    source: str | Path | Source,
     recipe: Recipe = Recipe(),
     *,
     revision: str | None = None,
@@ -37,12 +39,21 @@ def lock(
         SourceError: The source cannot be used.
         CaptureError, PassError: The graph cannot be built as asked.
     """
-    return lock_traced(trace_source(source, revision=revision, progress=progress), recipe, kernels=kernels)
+    traced = trace_source(source, revision=revision, progress=progress)
+
+    from vlmbuild.locks.make import lock_traced
+
+    return lock_traced(traced, recipe, kernels=kernels)
 
 
-def trace_source(source: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Traced:
+def trace_source(
+    source: str | Path | Source, *, revision: str | None = None, progress: Progress | None = None
+) -> Traced:
     """A source's model as captured."""
     found = resolve(source, revision=revision, weights=False, progress=progress)
+
+    from vlmbuild.builder.tracing import trace
+
     return trace(found.config(), found.uri, progress)
 
 
@@ -84,4 +95,9 @@ def _read(side: str | Path, kernels: bool) -> Lock | None:
     path = Path(side)
     if path.is_file() or path.suffix == SUFFIX:
         return read_lock(path)
-    return lock_artifact(path, kernels=kernels) if (path / MANIFEST_NAME).is_file() else None
+    if not (path / MANIFEST_NAME).is_file():
+        return None
+
+    from vlmbuild.locks.make import lock_artifact
+
+    return lock_artifact(path, kernels=kernels)

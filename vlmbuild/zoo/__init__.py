@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-ZOO: dict[str, Path] = {
-    name: Path(__file__).with_name(name) for name in ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
-}
+CHECKPOINTS = {"qwen2_vl": "qwen2-vl-digits", "mllama": "mllama-digits", "pixtral": "pixtral-digits"}
+"""Model family -> name of its checkpoint."""
+
+ZOO: dict[str, Path] = {name: Path(__file__).with_name(name) for name in CHECKPOINTS.values()}
 """Name -> checkpoint directory, in the published layout."""
 
 DIGITS = Path(__file__).with_name("digits.npz")

@@ -1,4 +1,4 @@
-"""Ask an artifact about images: one user's turn, answered piece by piece while it is generated."""
+"""Answer one prompt with images from an artifact, streaming the text while it is generated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlmbuild.runtime.load import load
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a question.
+    """A generated answer.
 
     Attributes:
-        text: Without special tokens.
-        prompt_tokens: Of the question, images included.
-        new_tokens: Of the answer, its end included.
-        seconds: From the prompt to the last token.
+        text: Text without special tokens.
+        prompt_tokens: Tokens of the prompt, images included.
+        new_tokens: Tokens of the answer, the end token included.
+        seconds: Seconds from the prompt to the last token.
     """
 
     text: str
@@ -34,9 +34,9 @@ class Answer:
     seconds: float
 
 
-def ask(
+def answer(
     artifact: Path,
-    question: str,
+    prompt: str,
     images: Sequence[str | Path] = (),
     *,
     max_new_tokens: int = 256,
@@ -45,29 +45,27 @@ def ask(
     trust: Collection[str] = (),
     write: Callable[[str], None] = lambda _text: None,
 ) -> Answer:
-    """Load an artifact and put one question.
+    """Load an artifact and answer one prompt.
 
     Args:
-        artifact: Its directory.
-        question: The text; images stand before it.
-        images: Files or addresses.
-        max_new_tokens: Where an answer is cut that does not end before.
-        temperature: Of sampling; 0 takes the most probable token.
+        artifact: Folder of the artifact.
+        prompt: Text of the user's turn, after the images.
+        images: Files or URLs.
+        max_new_tokens: Limit on the tokens of the answer.
+        temperature: Sampling temperature; 0 means greedy decoding.
         device: "cpu" or "cuda"; None is the CPU.
         trust: As for `vlmbuild.load`.
-        write: Called with pieces of the answer, as soon as words are whole.
+        write: Called with each chunk of the answer as soon as its words are complete.
 
     Raises:
-        UsageError: The question is empty, or the artifact's processor has no chat template.
+        UsageError: The artifact's processor has no chat template.
         BatchError: An image cannot be read, or the processor refuses it.
         IntegrityError, TrustError, IncompatibleError, DeviceError: See `vlmbuild.load`.
     """
-    if not question.strip():
-        raise UsageError("The prompt is empty. Say what you want to know: --prompt 'What is in the picture?'.")
     pictures = [load_image(image, "--image") for image in images]
     model, processor = load(artifact, device=device, trust=trust)
-    batch = _batch(processor, question, pictures)
-    streamer = _Pieces(processor.tokenizer, write)
+    batch = _batch(processor, prompt, pictures)
+    streamer = _Streamer(processor.tokenizer, write)
     started = time.perf_counter()
     ids = generate(model, processor, batch, max_new_tokens=max_new_tokens, temperature=temperature, streamer=streamer)
     seconds = time.perf_counter() - started
@@ -76,8 +74,8 @@ def ask(
     return Answer(text.strip(), batch["input_ids"].shape[1], len(new), seconds)
 
 
-class _Pieces(TextStreamer):
-    """Hands on the answer's text, and not the prompt's."""
+class _Streamer(TextStreamer):
+    """Passes the text of the answer on, without the prompt."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -88,34 +86,34 @@ class _Pieces(TextStreamer):
 
 
 def generate(model: Any, processor: Any, batch: dict[str, Tensor], *, temperature: float, **options: Any) -> Tensor:
-    """Tokens after a prompt, with the ends that the artifact's generation_config.json, or its tokenizer, knows."""
+    """Generate until an end token of generation_config.json, or of the tokenizer if there is none."""
     config, tokenizer = model.generation_config, processor.tokenizer
     ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
     first_end = ends[0] if isinstance(ends, list) else ends
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    found: Tensor = model.generate(
+    tokens: Tensor = model.generate(
         **{name: tensor.to(model.device) for name, tensor in batch.items()},
         eos_token_id=ends,
         pad_token_id=first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **(sampling if temperature else greedy),
         **options,
     )
-    return found
+    return tokens
 
 
-def _batch(processor: Any, question: str, images: Sequence[Any]) -> dict[str, Tensor]:
+def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Tensor]:
     if not getattr(processor, "chat_template", None):
         raise UsageError(
-            "The artifact's processor has no chat template, so that a question cannot be written as the model knows it. Build "
-            "from a checkpoint that was tuned on conversations."
+            "The artifact's processor has no chat template to format the prompt with. Build from a checkpoint that was "
+            "tuned on conversations."
         )
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     try:
-        made = processor(
+        batch = processor(
             text=[text], **({"images": [list(images)]} if images else {}), add_special_tokens=False, return_tensors="pt"
         )
     except ValueError as error:
         raise BatchError(f"--image: the artifact's processor refuses the images: {error}") from error
-    return {name: tensor for name, tensor in made.items() if isinstance(tensor, torch.Tensor)}
+    return {name: tensor for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}

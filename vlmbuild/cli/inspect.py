@@ -1,4 +1,4 @@
-"""The command that shows an artifact: as a table, as JSON, as a page, and as files of graph viewers."""
+"""The command `vlmbuild inspect`: an artifact as a table, as JSON, as a page, or as a file for graph viewers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import click
 
 from vlmbuild.artifact.output import output_errors
 from vlmbuild.cli.options import json_option
-from vlmbuild.cli.output import StageProgress
+from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import UsageError
+from vlmbuild.report.contents import contents
+from vlmbuild.report.tables import inspect_report
 
 
 @click.command()
@@ -22,14 +24,14 @@ from vlmbuild.errors import UsageError
     type=click.Choice(["text", "json", "dot", "model-explorer"]),
     default="text",
     show_default=True,
-    help="dot is Graphviz's, and Netron opens it; model-explorer is the JSON of Google's Model Explorer.",
+    help="dot is for Graphviz and Netron, model-explorer is the JSON of Google's Model Explorer.",
 )
 @json_option
-def inspect(artifact: Path, html: Path | None, style: str, as_json: bool) -> None:
-    """Show what is in an artifact.
+def command(artifact: Path, html: Path | None, style: str, as_json: bool) -> None:
+    """Show the contents of an artifact.
 
-    Its id, recipe, files, graph, passes and weights. The page also has every region drawn before and after each pass, costs,
-    quantization decisions and parity; it needs no network.
+    Prints its id, recipe, files, regions, passes and weights. The page also shows costs, the effect of each pass,
+    quantization decisions and parity; it works offline.
 
     \b
     Examples:
@@ -38,18 +40,13 @@ def inspect(artifact: Path, html: Path | None, style: str, as_json: bool) -> Non
         vlmbuild inspect qwen2-vl-nf4 --format dot > graph.dot
     """
     if (html is not None) + (style != "text") + as_json > 1:
-        raise UsageError("inspect: --html, --format and --json are three forms of one thing. Give one of them.")
+        raise UsageError("--html, --format and --json exclude each other. Pass only one of them.")
     if html is not None:
         _write_page(artifact, html)
     elif style in ("dot", "model-explorer"):
         click.echo(_graph_file(artifact, style), nl=False)
     else:
-        from vlmbuild.builder.summary import inspect as run_inspect
-        from vlmbuild.report.tables import inspect_report
-
-        document = run_inspect(artifact)
-        as_json = as_json or style == "json"
-        click.echo(json.dumps(document, indent=2, default=str) if as_json else "\n".join(inspect_report(document)))
+        show(contents(artifact), inspect_report, as_json=as_json or style == "json")
 
 
 def _write_page(artifact: Path, html: Path) -> None:

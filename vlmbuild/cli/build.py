@@ -1,0 +1,96 @@
+"""The command `vlmbuild build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlmbuild.artifact.output import check_output
+from vlmbuild.checkpoint.source import Source, resolve
+from vlmbuild.cli.options import json_option, recipe_options, revision_option
+from vlmbuild.cli.output import StageProgress, show
+from vlmbuild.recipe import Recipe
+from vlmbuild.report.contents import contents
+from vlmbuild.report.tables import build_report
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to create.")
+@recipe_options
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact, in one step at the end.")
+@revision_option
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Device that quantizes weights.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help='Conversations to measure layers on (auto), one per line: {"messages": [...]}.',
+)
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Merge a LoRA adapter in PEFT's format. The result is unquantized unless --quantize is given.",
+)
+@json_option
+def command(
+    source: str,
+    output: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    revision: str | None,
+    device: str,
+    calibrate: Path | None,
+    adapter: Path | None,
+    as_json: bool,
+) -> None:
+    """Build an artifact from a checkpoint.
+
+    SOURCE is a checkpoint folder, a hub id, or the name of a demo checkpoint (qwen2-vl-digits, mllama-digits,
+    pixtral-digits). OUT is created complete or not at all. It is an ordinary Hugging Face checkpoint with the compiled
+    graph beside it.
+
+    \b
+    Examples:
+        vlmbuild build qwen2-vl-digits -o digits-nf4 --quantize nf4
+        vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4 --require fuse_mrope
+        vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
+        vlmbuild build qwen2-vl-nf4 -o qwen2-vl-bf16 --quantize none
+        vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
+        vlmbuild build qwen2-vl-nf4 -o qwen2-vl-merged --adapter my-adapter
+    """
+    recipe.check_calibration(calibrate is not None)
+    check_output(output, overwrite=overwrite)
+    with StageProgress(lines=not as_json) as progress:
+        found = resolve(source, revision=revision, progress=progress)
+
+        from vlmbuild.builder.build import build
+
+        artifact = build(
+            found,
+            output,
+            recipe,
+            overwrite=overwrite,
+            device=device,
+            calibration=[] if calibrate is None else _calibration(found, calibrate),
+            adapter=adapter,
+            progress=progress,
+        )
+    show(contents(artifact.path), build_report, as_json=as_json)
+
+
+def _calibration(source: Source, file: Path) -> list[Any]:
+    from vlmbuild.builder.build import read_model
+    from vlmbuild.measure.calibration import conversation_batches
+
+    _, family, _ = read_model(source)
+    return list(conversation_batches(file, family.processor(source.directory)))

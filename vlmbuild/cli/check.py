@@ -1,0 +1,132 @@
+"""The command `vlmbuild check`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.cli.options import fail_option, format_option, json_option, kernels_option
+from vlmbuild.cli.output import StageProgress, print_json
+from vlmbuild.errors import GraphDiffersError
+from vlmbuild.locks.difference import Severity
+from vlmbuild.locks.document import lock_files
+
+if TYPE_CHECKING:
+    from vlmbuild.locks.check import Checked
+    from vlmbuild.measure.pass_parity import Parity
+
+
+@click.command()
+@click.argument("locks", nargs=-1, required=True, type=click.Path(path_type=Path))
+@format_option
+@kernels_option
+@fail_option
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE.xml", help="Also write a JUnit report for CI.")
+@click.option(
+    "--update", is_flag=True, help="Rewrite locks that differ or that other versions made; differences no longer fail."
+)
+@click.option(
+    "--bisect", is_flag=True, help="Also run each model forward and backward, and name the pass that breaks it."
+)
+@click.option("--processes", type=click.IntRange(min=1), help="Parallel processes.  [default: one per core]")
+@json_option
+def command(
+    locks: tuple[Path, ...],
+    style: str,
+    kernels: bool,
+    limit: Severity,
+    junit: Path | None,
+    update: bool,
+    bisect: bool,
+    processes: int | None,
+    as_json: bool,
+) -> None:
+    """Compare locks with the graphs that this version compiles.
+
+    LOCKS are lock files or folders of them. Exits with 6 if a graph, a pass or a kernel differs, and explains each
+    difference. If a lock was made with another version of torch, transformers or triton, only parts that these versions
+    do not change are compared, and a note says so.
+
+    \b
+    Examples:
+        vlmbuild check artifacts/locks/
+        vlmbuild check artifacts/locks/ --format markdown --junit check.xml
+        vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
+    """
+    files = lock_files(locks)
+    if junit is not None:  # before minutes of work are lost
+        with output_errors(junit):
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            junit.touch()
+
+    from vlmbuild.locks.check import check
+    from vlmbuild.locks.parity import lock_parities
+
+    with StageProgress(lines=False) as progress:
+        results = check(files, kernels=kernels, processes=processes, progress=progress)
+    parities = lock_parities(files) if bisect else None
+    _report(results, parities, junit, limit, style, as_json=as_json)
+    if update:
+        _update(results)
+        results = tuple(result for result in results if result.error)
+    _fail([result for result in results if result.fails(limit)])
+    _fail_parity(parities or {})
+
+
+def _report(
+    results: Sequence[Checked],
+    parities: Mapping[Path, Parity] | None,
+    junit: Path | None,
+    limit: Severity,
+    style: str,
+    *,
+    as_json: bool,
+) -> None:
+    from vlmbuild.locks import render
+    from vlmbuild.measure.pass_parity import parity_lines
+
+    if junit is not None:
+        with output_errors(junit):
+            junit.write_text(render.junit(results, limit), encoding="utf-8")
+    if as_json:
+        document = render.check_document(results, limit)
+        if parities is not None:
+            document["parity"] = {str(path): parity.to_json() for path, parity in parities.items()}
+        print_json(document)
+    else:
+        tables = [line for path, parity in (parities or {}).items() for line in parity_lines(str(path), parity)]
+        click.echo("\n".join([*tables, *render.check_lines(results, style, limit)]))
+
+
+def _fail(failed: Sequence[Checked]) -> None:
+    if failed:
+        names = ", ".join(result.path.stem for result in failed[:5]) + (" and others" if len(failed) > 5 else "")
+        raise GraphDiffersError(
+            f"{len(failed)} lock{'s' * (len(failed) > 1)} differ{'s' * (len(failed) == 1)} from the code: {names}. "
+            "If this is intended, run with --update and commit the result."
+        )
+
+
+def _update(results: Iterable[Checked]) -> None:
+    """Rewrite locks, including those of other versions: only locks of these versions are compared whole."""
+    from vlmbuild.locks.document import write_lock
+
+    for result in results:
+        if result.now is not None and (result.difference.findings or result.difference.notes):
+            write_lock(result.path, result.now)
+            click.echo(f"{result.path}: updated", err=True)
+
+
+def _fail_parity(parities: Mapping[Path, Parity]) -> None:
+    for path, parity in parities.items():
+        if parity.refused:
+            raise GraphDiffersError(f"{path}: parity could not be computed: {parity.refused}")
+        if parity.broken_by:
+            raise GraphDiffersError(
+                f"{path}: the pass {parity.broken_by} changes values although it is declared exact. Fix the pass; the "
+                "table shows the errors."
+            )

@@ -1,0 +1,56 @@
+"""The command `vlmbuild demo`."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from vlmbuild.artifact.output import output_errors
+from vlmbuild.cli.options import json_option
+from vlmbuild.cli.output import print_json
+from vlmbuild.zoo import CHECKPOINTS
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the artifact and the adapter.  [default: a temporary folder]",
+)
+@click.option(
+    "--family",
+    type=click.Choice(list(CHECKPOINTS)),
+    default="qwen2_vl",
+    show_default=True,
+    help="Model family of the demo checkpoint.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Compute dtype."
+)
+@json_option
+def command(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
+    """Run the whole pipeline on a tiny model.
+
+    Plans, builds, verifies, loads and fine-tunes a checkpoint that ships with vlmbuild, offline and on a CPU.
+
+    \b
+    Examples:
+        vlmbuild demo -o digits-demo
+        vlmbuild demo --family pixtral
+    """
+    if output is None:
+        output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
+    with output_errors(output):
+        output.mkdir(exist_ok=True)
+
+    from vlmbuild.demo.run import run
+
+    result = run(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))
+    if as_json:
+        print_json(asdict(result))

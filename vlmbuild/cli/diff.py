@@ -1,0 +1,52 @@
+"""The command `vlmbuild diff`."""
+
+from __future__ import annotations
+
+import click
+
+from vlmbuild.cli.options import (
+    RecipeOptions,
+    fail_option,
+    format_option,
+    json_option,
+    kernels_option,
+    recipe_option_values,
+)
+from vlmbuild.cli.output import print_json
+from vlmbuild.errors import GraphDiffersError
+from vlmbuild.locks import render
+from vlmbuild.locks.difference import Severity
+from vlmbuild.locks.sources import diff
+
+
+@click.command()
+@click.argument("old")
+@click.argument("new")
+@recipe_option_values
+@format_option
+@kernels_option
+@fail_option
+@json_option
+def command(
+    old: str, new: str, options: RecipeOptions, style: str, kernels: bool, limit: Severity, as_json: bool
+) -> None:
+    """Explain the differences between two compiled models.
+
+    OLD and NEW are locks, artifacts or checkpoints, in any combination. A checkpoint is compiled with the recipe of the
+    other side; recipe options change that recipe. Exits with 6 if the models differ.
+
+    \b
+    Examples:
+        vlmbuild diff old.lock new.lock
+        vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
+        vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
+    """
+    difference = diff(old, new, options.over if options else None, kernels=kernels)
+    if as_json:
+        print_json(render.document(difference))
+    else:
+        lines = render.markdown if style == "markdown" else render.text
+        click.echo("\n".join(lines(f"{old} → {new}", difference)))
+    if difference.fails(limit):
+        count = f"{len(difference.findings)} difference{'s' * (len(difference.findings) > 1)}"
+        raise GraphDiffersError(f"{old} and {new} differ: {count}, the most severe: {difference.worst}.")

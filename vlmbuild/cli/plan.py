@@ -1,0 +1,80 @@
+"""The command `vlmbuild plan`."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from vlmbuild.checkpoint.source import resolve
+from vlmbuild.cli.options import json_option, recipe_options, revision_option
+from vlmbuild.cli.output import StageProgress, show
+from vlmbuild.recipe import Recipe
+from vlmbuild.report.tables import plan_report
+
+_POSITIVE = click.IntRange(1, 2**31 - 1)
+
+
+@click.command()
+@click.argument("source")
+@recipe_options
+@click.option("--image", "images", multiple=True, metavar="FILE|HxW", help="An image in every sample. Repeatable.")
+@click.option(
+    "--longest-edge",
+    type=_POSITIVE,
+    help="Replace size.longest_edge of the image processor (in its unit: pixels of an image, or of a side).",
+)
+@click.option("--shortest-edge", type=_POSITIVE, help="Replace size.shortest_edge of the image processor.")
+@click.option("--batch", type=_POSITIVE, default=1, show_default=True, help="Samples per batch.")
+@click.option("--text-tokens", type=_POSITIVE, default=256, show_default=True, help="Text tokens per sample.")
+@click.option("--rank", type=_POSITIVE, default=16, show_default=True, help="LoRA rank for the training estimate.")
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="Device the model runs on."
+)
+@revision_option
+@json_option
+def command(
+    source: str,
+    recipe: Recipe,
+    images: tuple[str, ...],
+    longest_edge: int | None,
+    shortest_edge: int | None,
+    batch: int,
+    text_tokens: int,
+    rank: int,
+    device: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Estimate the graph and the memory of a build.
+
+    Only the config.json of SOURCE is read; weights are neither read nor downloaded. The estimates cover loading the
+    model, inference (one forward pass), and training a LoRA adapter with AdamW, with and without gradient checkpointing.
+
+    \b
+    Examples:
+        vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920 --image photo.jpg
+        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --image 448x448 --batch 8 --text-tokens 512
+        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --image 2000x3000 --longest-edge 1003520
+    """
+    with StageProgress(lines=not as_json) as progress:
+        found = resolve(source, revision=revision, weights=False, progress=progress)
+
+        from vlmbuild.planner.memory import Workload
+        from vlmbuild.planner.plan import plan
+
+        edges = {"longest_edge": longest_edge, "shortest_edge": shortest_edge}
+        planned = plan(
+            found,
+            recipe,
+            images=map(_image, images),
+            limits={name: edge for name, edge in edges.items() if edge is not None},
+            workload=Workload(batch, text_tokens, rank, device),
+            progress=progress,
+        )
+    show(planned.to_json(), plan_report, as_json=as_json)
+
+
+def _image(text: str) -> str | tuple[int, int]:
+    size = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    return (int(size[1]), int(size[2])) if size else text

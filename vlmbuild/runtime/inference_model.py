@@ -8,19 +8,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
-from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.generation import check_names
+from vlmbuild.runtime.hf import CausalLMOutputWithPast, GenerationHooks
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 
 
-class InferenceModel(Generation):
+class InferenceModel(GenerationHooks):
     """A model of an artifact, without weights that could be trained."""
 
-    main_input_name = "input_ids"
-    _is_stateful = False
     training = False
     target: ClassVar[str]
     """Of the artifact."""
@@ -69,7 +67,7 @@ class InferenceModel(Generation):
                 f"An artifact of target {self.target} computes no loss. Build the trainable target to train, or leave labels "
                 "out."
             )
-        self.check_names("model", batch)
+        check_names(self.family, "model", batch)
         cache = self.new_cache() if past_key_values is None else past_key_values
         return CausalLMOutputWithPast(logits=self.logits(batch, cache, logits_to_keep), past_key_values=past_key_values)
 

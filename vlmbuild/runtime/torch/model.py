@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.adapters.lora import AdapterSpec, linear_features, linear_nodes
 from vlmbuild.adapters.peft_files import write_adapter
@@ -22,25 +21,23 @@ from vlmbuild.ir.program import Program, Slot
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import cached_inputs
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
-from vlmbuild.runtime.generation import Generation
+from vlmbuild.runtime.generation import check_names
+from vlmbuild.runtime.hf import CausalLMOutputWithPast, GenerationHooks, TrainingOutput
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.conventions import Backbone, LossOutput, TrainerConventions, head_module
+from vlmbuild.runtime.torch.conventions import Backbone, TrainerConventions
 from vlmbuild.runtime.torch.decoding import CachedProgram, Decoding
 from vlmbuild.runtime.torch.execution import Execution
 from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 from vlmbuild.runtime.torch.state import module_at
 
 
-class VisionLanguageModel(TrainerConventions, Generation):
+class VisionLanguageModel(TrainerConventions, GenerationHooks):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
     transformers' own generation. Under `torch.compile` each distinct region compiles once, for all instances, batch
     shapes and image sizes.
     """
-
-    main_input_name = "input_ids"
-    _is_stateful = False
 
     def __init__(
         self, program: Program, family: Family, config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype
@@ -147,7 +144,7 @@ class VisionLanguageModel(TrainerConventions, Generation):
         past_key_values: KeyValueCache | None = None,
         logits_to_keep: int = 0,
         **batch: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | TrainingOutput:
         """
         Args:
             labels: (batch, sequence) token ids; -100 is ignored. The shift by one place is done here.
@@ -167,19 +164,18 @@ class VisionLanguageModel(TrainerConventions, Generation):
         try:
             with self._own_precision():
                 if past_key_values is not None and labels is None:
-                    self.check_names("model", batch)
+                    check_names(self.family, "model", batch)
                     logits = Decoding(self, past_key_values, logits_to_keep, compiler).logits(batch)
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
                 execution = self._execution(batch, labels, compiler)
                 hidden = execution.hidden()
                 if labels is None:
                     return CausalLMOutputWithPast(logits=execution.logits(hidden, logits_to_keep))
-                output = LossOutput(loss=execution.loss(hidden, labels, num_items_in_batch))
-                if self.training:
-                    eager = replace(execution, compiler=None)  # one product: not worth a compilation
-                    return output.on_demand(lambda: self._late_logits(eager, hidden))
-                output.logits = execution.logits(hidden)
-                return output
+                loss = execution.loss(hidden, labels, num_items_in_batch)
+                if not self.training:
+                    return CausalLMOutputWithPast(loss=loss, logits=execution.logits(hidden))
+                eager = replace(execution, compiler=None)  # one product: not worth a compilation
+                return TrainingOutput(loss=loss).with_logits(lambda: self._late_logits(eager, hidden))
         finally:
             swap_compiler(compiler)
 
@@ -196,7 +192,7 @@ class VisionLanguageModel(TrainerConventions, Generation):
 
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
         """After the host prologue of what a trainer passes."""
-        self.check_names("model", batch)
+        check_names(self.family, "model", batch)
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
@@ -245,10 +241,6 @@ class VisionLanguageModel(TrainerConventions, Generation):
                 swap_compiler(compiler)
 
         return Backbone(hidden_states, self.get_output_embeddings())
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head: `weight` (vocabulary, hidden) and `bias`."""
-        return head_module(self)
 
     # transformers' conventions --------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
 from vlmbuild.ir.shapes import Shapes
-from vlmbuild.runtime.torch.bound_graph import aten_module, one_token_module
+from vlmbuild.runtime.torch.graphs import aten_module, one_token_module
 from vlmbuild.targets.aoti.lowering import lower
 from vlmbuild.targets.aoti.units import of_one_token
 

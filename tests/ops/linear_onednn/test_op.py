@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from vlmbuild.ops.linear_onednn.op import linear_onednn, suits_onednn
-from vlmbuild.runtime.torch import bound_graph
-from vlmbuild.runtime.torch import op_overrides as spellings
+from vlmbuild.runtime.torch import graphs, op_overrides
 from vlmbuild.targets.aoti.compile import compile_region, platform_compiled_for
 from vlmbuild.targets.aoti.lowering import lower
 
@@ -44,9 +43,9 @@ def test_graphs_use_it_without_gradients(monkeypatch):
     graph = Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     graph.output((graph.call_function(torch.ops.aten.linear.default, (x, weight)),))
-    eager = bound_graph._eager_module(GraphModule(nn.Module(), graph))
+    eager = graphs.eager_module(GraphModule(nn.Module(), graph))
     taken = []
-    monkeypatch.setattr(spellings, "linear_onednn", lambda *arguments: taken.append(1) or linear_onednn(*arguments))
+    monkeypatch.setattr(op_overrides, "linear_onednn", lambda *arguments: taken.append(1) or linear_onednn(*arguments))
     states, matrix = torch.randn(3, 512), torch.randn(LARGE, requires_grad=True)
     (trained,) = eager(states, matrix)
     assert trained.requires_grad

@@ -5,7 +5,7 @@ import torch
 
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.kv_cache.program import with_cache
-from vlmbuild.runtime.torch.bound_graph import aten_module
+from vlmbuild.runtime.torch.graphs import aten_module
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
 from vlmbuild.targets.aoti.units import token_axis
 

@@ -1,4 +1,4 @@
-"""Regions bound to a dtype, and the modules that call them with their own parameters."""
+"""A region bound to a compute dtype, and the modules that call it with their own parameters."""
 
 from __future__ import annotations
 
@@ -11,56 +11,63 @@ from torch.fx import GraphModule
 
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region, Slot, Variant
 from vlmbuild.runtime.compiler import Compiler, mark_dynamic
-from vlmbuild.runtime.torch.bound_graph import BoundGraph
+from vlmbuild.runtime.compiler import apply as run_compiled
+from vlmbuild.runtime.torch.graphs import aten_module, eager_module, has_dropout, one_token_module
 
 
 class RegionRunner(Protocol):
     """Runs a region: its graph, or code that was compiled from it."""
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The region's results, with the owner's tensors in the places of its slots."""
+        """Return the region's results, with the owner's tensors in its slots."""
 
 
 class BoundRegion:
-    """A region with a compute dtype: one graph module for all instances, so that it is compiled once. A region with dropout
-    has another one for evaluation, without it.
+    """A region in a compute dtype: one graph for all instances, so that it is compiled once.
+
+    A region with dropout has a second graph for evaluation, without it.
 
     Args:
-        region: From a program.
-        dtype: Takes the place of `COMPUTE_DTYPE` in the graph.
-        carried: Which activations are results of another instance of the region.
-        one_token: Whether it is a step of one token a row, with the same sizes again in the next call; else a compiler is to
-            expect others.
+        region: Region of a program.
+        dtype: Replaces `COMPUTE_DTYPE` in the graph.
+        carried: Indices of the activations that are results of another instance of the region.
+        one_token: Whether compilers expect one token per row, and the same sizes in every call.
     """
 
     def __init__(
-        self, region: Region, dtype: torch.dtype, carried: tuple[int, ...], *, one_token: bool = False
+        self, region: Region, dtype: torch.dtype, carried: tuple[int, ...] = (), *, one_token: bool = False
     ) -> None:
         self.region = region
         self.carried = carried
         self.one_token = one_token
+        self.random = has_dropout(region)
+        self.tensors_of = slots_getter([slot.name for slot in region.slots])
         self.rebind(dtype)
 
     def rebind(self, dtype: torch.dtype) -> None:
-        """Build the graph module anew, after a pass or for another dtype."""
-        self._training = BoundGraph(self.region, dtype, one_token=self.one_token)
-        self.random = self._training.random
-        self._evaluation = self._training
-        if self.random:
-            self._evaluation = BoundGraph(self.region, dtype, dropout=False, one_token=self.one_token)
-        names = [slot.name for slot in self.region.slots]
-        self.tensors_of: Callable[[nn.Module], tuple[Tensor, ...]] = slots_getter(names)
+        """Build the graph modules for another dtype."""
+        modules = {True: aten_module(self.region, dtype)}
+        modules[False] = aten_module(self.region, dtype, dropout=False) if self.random else modules[True]
+        self._eager = {training: eager_module(module) for training, module in modules.items()}
+        self._compiled = modules
+        if self.one_token:
+            self._compiled = {training: one_token_module(module) for training, module in modules.items()}
 
     @property
     def graph(self) -> GraphModule:
-        """As compilers get it: of aten's operators, and for steps of one token with spellings that they fuse."""
-        return self._training.compiled
+        """The training graph as compilers read it: aten's operators, with overrides for steps of one token."""
+        return self._compiled[True]
+
+    @property
+    def eager(self) -> GraphModule:
+        """The training graph as Python runs it."""
+        return self._eager[True]
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run the graph with the owner's tensors, under the compiler if there is one.
 
-        In training, a carried activation that needs no gradient yet (the first layer's, above frozen embeddings) is made
-        to need one: all instances then look alike to autograd, to checkpointing, and to the compiler.
+        In training, a carried activation without gradient (the first layer's, above frozen embeddings) is given one: all
+        instances then look alike to autograd, to checkpointing, and to the compiler.
         """
         tensors = self.tensors_of(owner)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -73,12 +80,17 @@ class BoundRegion:
     def run(
         self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
     ) -> tuple[Tensor, ...]:
-        """Run the graph with these tensors in the places of its slots; `training` applies dropout."""
-        if compiler is not None and not self.one_token:
-            for value, shape in zip(activations, self.region.activations, strict=True):
-                mark_dynamic(value, shape)
-        graph = self._training if training else self._evaluation
-        return graph.run(compiler, (*tensors, *activations))
+        """Run the graph with these tensors in its slots; `training` applies dropout."""
+        if compiler is not None:
+            if not self.one_token:
+                for value, shape in zip(activations, self.region.activations, strict=True):
+                    mark_dynamic(value, shape)
+            return run_compiled(compiler, self._compiled[training].forward, (*tensors, *activations))
+        forward: Callable[..., tuple[Tensor, ...]] = self._eager[training].forward
+        if torch.is_grad_enabled():
+            return forward(*tensors, *activations)
+        with torch._C._AutoDispatchBelowAutograd():  # autograd of an operator in Python is Python too
+            return forward(*tensors, *activations)
 
 
 class RegionInstance(nn.Module):
@@ -94,7 +106,7 @@ class RegionInstance(nn.Module):
     def forward(
         self, compiler: Compiler, *activations: Tensor, bound: RegionRunner | None = None
     ) -> tuple[Tensor, ...]:
-        """Run its graph, or another one of the same parameters."""
+        """Run the instance's graph, or another one of the same parameters."""
         return (bound or self.bound)(self, compiler, activations)
 
     def extra_repr(self) -> str:
@@ -102,14 +114,14 @@ class RegionInstance(nn.Module):
 
 
 def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[int, ...]:
-    """Places of a region's activations that come from another repeated block, of the same region or of one like it."""
-    places = set()
+    """Return indices of a region's activations that come from another repeated block, of the same region or a similar one."""
+    carried = set()
     for variant in variants.values():
         produced = {value for call in variant.calls if call.instance for value in call.outputs}
         for call in variant.calls:
             if call.region == region.name:
-                places |= {place for place, value in enumerate(call.inputs) if value in produced}
-    return tuple(sorted(places))
+                carried |= {index for index, value in enumerate(call.inputs) if value in produced}
+    return tuple(sorted(carried))
 
 
 def is_compute(slot: Slot) -> bool:
@@ -118,14 +130,14 @@ def is_compute(slot: Slot) -> bool:
 
 
 def slots_getter(names: list[str]) -> Callable[[nn.Module], tuple[Tensor, ...]]:
-    """Looks tensors up by name as they are now. Through the modules' own tables: attributes of modules are slow."""
-    places = [(tuple(name.split(".")[:-1]), name.rpartition(".")[2]) for name in names]
-    return lambda owner: tuple([_tensor(owner, path, leaf) for path, leaf in places])
+    """Return a function that looks tensors up by name, through the modules' own tables: module attributes are slow."""
+    paths = [(tuple(name.split(".")[:-1]), name.rpartition(".")[2]) for name in names]
+    return lambda owner: tuple([_tensor(owner, path, leaf) for path, leaf in paths])
 
 
 def _tensor(module: Any, path: tuple[str, ...], leaf: str) -> Tensor:
     for part in path:
         module = module._modules[part]
     parameter = module._parameters.get(leaf)
-    found: Tensor = getattr(module, leaf) if parameter is None else parameter
-    return found
+    tensor: Tensor = getattr(module, leaf) if parameter is None else parameter
+    return tensor

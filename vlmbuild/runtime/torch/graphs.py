@@ -1,8 +1,8 @@
-"""A region's graph in a compute dtype, as compilers read it and as Python runs it fastest.
+"""Graph modules of a region in a compute dtype: one for compilers, and one that Python runs with less overhead.
 
-A step of generation has operators so small that calling them takes longer than they do. An `OpOverload` is called through
-its schema, where torch's function or method of the same name calls the same kernel at once; an operator that is written in
-Python goes through Python at every level of the dispatcher.
+A step of generation has operators so small that calling them takes longer than running them. An `OpOverload` is called through
+its schema, where torch's function or method of the same name calls the same kernel directly; an operator written in Python
+passes through Python at every level of the dispatcher.
 """
 
 from __future__ import annotations
@@ -16,44 +16,18 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region
-from vlmbuild.runtime.compiler import Compiler
-from vlmbuild.runtime.compiler import apply as run_compiled
 from vlmbuild.runtime.torch.op_overrides import FOR_COMPILERS_OF_ONE_TOKEN, WITHOUT_GRADIENTS
 
 DROPOUT = torch.ops.aten.dropout.default
 
 
-class BoundGraph:
-    """A region's graph with a compute dtype.
-
-    Args:
-        region: From a program.
-        dtype: Takes the place of `COMPUTE_DTYPE`.
-        dropout: Whether to keep its dropout.
-        one_token: Whether compilers are to expect one token a row.
-    """
-
-    def __init__(self, region: Region, dtype: torch.dtype, *, dropout: bool = True, one_token: bool = False) -> None:
-        module = aten_module(region, dtype, dropout=dropout)
-        self.random = any(node.target is DROPOUT for node in module.graph.nodes)
-        self.compiled = one_token_module(module) if one_token else module
-        self.eager = _eager_module(module)
-
-    def run(self, compiler: Compiler, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Call it, under the compiler if there is one."""
-        if compiler is not None:
-            return run_compiled(compiler, self.compiled.forward, tensors)
-        results: tuple[Tensor, ...]
-        if torch.is_grad_enabled():
-            results = self.eager.forward(*tensors)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # autograd of an operator in Python is Python too
-                results = self.eager.forward(*tensors)
-        return results
+def has_dropout(region: Region) -> bool:
+    """Whether a region draws random numbers in training."""
+    return any(node.target is DROPOUT for node in region.graph.graph.nodes)
 
 
 def aten_module(region: Region, dtype: torch.dtype, *, dropout: bool = True) -> GraphModule:
-    """A copy of a region's graph with a dtype in the place of `COMPUTE_DTYPE`, with or without its dropout."""
+    """Copy a region's graph with `dtype` for `COMPUTE_DTYPE`, with or without its dropout."""
     graph = Graph()
     values: dict[Node, Node] = {}
     for node in region.graph.graph.nodes:
@@ -69,19 +43,19 @@ def aten_module(region: Region, dtype: torch.dtype, *, dropout: bool = True) -> 
 
 
 def one_token_module(module: GraphModule) -> GraphModule:
-    """A copy for compilers, of a step that has one token a row."""
+    """Copy a graph for compilers of a step with one token per row."""
     graph = _copy(module)
     for node in graph.nodes:
         node.target = FOR_COMPILERS_OF_ONE_TOKEN.get(node.target, node.target)
     return GraphModule(nn.Module(), graph, class_name="Region")
 
 
-def _eager_module(module: GraphModule) -> GraphModule:
-    """A copy with torch's functions and methods in the places of aten's operators, where there are any."""
+def eager_module(module: GraphModule) -> GraphModule:
+    """Copy a graph with torch's functions and methods in place of aten's operators, where they exist."""
     graph = _copy(module)
     for node in graph.nodes:
-        if node.op == "call_function" and (spelled := _in_python(node.target)):
-            node.op, node.target = spelled
+        if node.op == "call_function" and (override := _without_schema(node.target)):
+            node.op, node.target = override
     return GraphModule(nn.Module(), graph, class_name="Region")
 
 
@@ -91,8 +65,8 @@ def _copy(module: GraphModule) -> Graph:
     return graph
 
 
-def _in_python(operator: object) -> tuple[str, Any] | None:
-    """The kind of node, and its target, that call an operator without its schema."""
+def _without_schema(operator: object) -> tuple[str, Any] | None:
+    """Return the kind of node, and its target, that call an operator without its schema."""
     if kernel := WITHOUT_GRADIENTS.get(operator):
         return "call_function", kernel
     if not isinstance(operator, OpOverload) or operator.namespace != "aten":

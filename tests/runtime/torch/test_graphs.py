@@ -1,4 +1,4 @@
-"""The spellings of a region's graph: to the bit the same eagerly, and the same to rounding for few rows."""
+"""Graphs of a region: bit-identical as Python runs them, and equal to rounding in steps of one token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Interpreter
 
 from vlmbuild.ir.program import Region
-from vlmbuild.runtime.torch.bound_graph import BoundGraph, aten_module, one_token_module
+from vlmbuild.runtime.torch.graphs import aten_module, one_token_module
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
 LINEAR = torch.ops.aten.linear.default
@@ -85,12 +85,7 @@ def test_one_token_has_linear_layers_to_rounding(model, batch, monkeypatch):
 
 def test_schemas_are_called_for_few_operators(model):
     bound = [*model.bound.values(), *model.cached("growing").bound.values(), *model.cached("static").bound.values()]
-    left = {
-        node.target
-        for one in bound
-        for node in BoundGraph(one.region, torch.float32).eager.graph.nodes
-        if isinstance(node.target, OpOverload)
-    }
+    left = {node.target for one in bound for node in one.eager.graph.nodes if isinstance(node.target, OpOverload)}
     assert {str(target) for target in left} <= {
         "aten.slice.Tensor",
         "aten.index.Tensor",
@@ -108,7 +103,7 @@ def test_autocast_without_gradients_is_that_of_atens_operators():
     region = Region("two layers", GraphModule(torch.nn.Module(), graph), (), ("",), shapes)
     tensors = tuple(torch.randn(shape) / 16 for shape in shapes)
     with torch.no_grad(), torch.autocast("cpu"):
-        found = BoundGraph(region, torch.float32).run(None, tensors)
+        found = BoundRegion(region, torch.float32).run((), None, tensors, training=False)
         expected = interpret(aten_module(region, torch.float32), tensors)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.bfloat16

@@ -22,10 +22,10 @@ from vlmbuild.kv_cache.program import CROSS, cached_inputs, present_name, with_c
 from vlmbuild.measure.batches import SEED, Case, cases
 from vlmbuild.measure.numerics import Measurement, Record, compare, print_records, stepwise
 from vlmbuild.quant.ort_matmul import INTEGER
+from vlmbuild.runtime.decode_steps import unpack_to_padded, whole_mask
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.decoding import FEATURES, OnnxDecoding, OnnxModels
 from vlmbuild.runtime.onnx.weights import OnnxWeights
-from vlmbuild.runtime.torch.decoding import rectangle, whole_mask
 from vlmbuild.runtime.torch.execution import run_calls
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
@@ -79,7 +79,7 @@ class _Reference:
         prepared = self._family.prepare(batch, self._config)
         variant = self.program.variants[prepared.variant]
         shape = batch["input_ids"].shape
-        values = rectangle(prepared, variant, shape)
+        values = unpack_to_padded(prepared, variant, shape)
         values = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in values.items()}
         values["attention_mask"] = whole_mask(batch.get("attention_mask"), shape[0], shape[1], torch.device("cpu"))
         for entry in cached_inputs(variant):

@@ -22,20 +22,20 @@ class BlockCache(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def past(self) -> tuple[Tensor, Tensor]:
-        """Of the tokens so far."""
+        """Return keys and values of the tokens so far."""
         return self.keys, self.values
 
     def keep(self, keys: Tensor, values: Tensor) -> None:
-        """Those of the tokens so far and of new ones."""
+        """Replace them by keys and values of the tokens so far and of new ones."""
         self.keys, self.values = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
 
 class BlockBuffers(BlockCache):
-    """Keys and values in buffers, of which the first `tokens` are written.
+    """Keys and values in buffers whose first `tokens` positions are written.
 
     Args:
-        length: Room for so many tokens; None is as much as there are, and more when it is asked for.
+        length: Tokens that there is room for; None makes room as it is needed.
     """
 
     def __init__(self, length: int | None) -> None:
@@ -57,8 +57,8 @@ class BlockBuffers(BlockCache):
         self.values[:, :, old : self.tokens] = values[:, :, old:]
 
     def make_room(self, room: int) -> None:
-        """Have a place for one token more; where there is none, get `room` places."""
-        if self.tokens == self.keys.shape[2]:
+        """Make room for `room` more tokens if there is none for one."""
+        if self.length is None and self.tokens == self.keys.shape[2]:
             super().keep(*(_with_room(x, self.tokens + room) for x in (self.keys, self.values)))
 
     def get_seq_length(self) -> int:
@@ -68,41 +68,41 @@ class BlockBuffers(BlockCache):
         self.tokens = min(self.tokens, tokens_to_remove) if tokens_to_remove > 0 else self.tokens + tokens_to_remove
 
 
-def _with_room(held: Tensor, length: int) -> Tensor:
-    """A buffer of this length that begins with what is held; the rest is zero, since what is masked is multiplied by zero."""
-    buffer = held.new_zeros((*held.shape[:2], length, held.shape[3]))
-    buffer[:, :, : held.shape[2]] = held
+def _with_room(tensor: Tensor, length: int) -> Tensor:
+    """Copy keys or values into a longer buffer. The rest is zero, since masked values are multiplied by zero."""
+    buffer = tensor.new_zeros((*tensor.shape[:2], length, tensor.shape[3]))
+    buffer[:, :, : tensor.shape[2]] = tensor
     return buffer
 
 
 class KeyValueCache(Cache):
-    """Keys and values of every decoder block, and what else the next token needs.
+    """Keys and values of every decoder block, and everything else that the next token needs.
 
-    Beams reorder it, assisted decoding crops it, and generation goes on from one that `generate` returned
+    Beams reorder it, and assisted decoding crops it. Generation continues from a cache that `generate` returned
     (`return_dict_in_generate=True`) when it is passed as `past_key_values` with the longer text.
 
     Attributes:
-        length: How many tokens a static cache has room for; None is a cache that grows.
-        room: So many places a growing cache gets at once, and single tokens are written into them; with 0 there are none, and
-            the keys and values of every step are concatenated.
-        variant: Of the program, that runs the next tokens; None before the prompt.
-        copies: How many rows each sample of the prompt gets, for beams and for several answers.
+        length: Tokens that a static cache has room for; None for a dynamic cache.
+        room: Tokens by which a dynamic cache grows at once, to write single tokens in place; 0 concatenates at every step.
+        variant: Variant of the program that runs the next tokens; None before the prompt.
+        copies: Rows per sample of the prompt, for beams and for several answers.
         positions: int64 (batch,), the position of every row's next token.
-        images: What the next tokens read of the images, by input name; never changed.
-        rows: What a new token takes over from its row's last prompt token, by input name: (batch, ...).
+        images: Inputs of the next tokens that depend on images alone, by name; never changed.
+        rows: Inputs that a new token takes from its row's last prompt token, by name: (batch, ...).
         media: Shapes of the prompt's images, by the processor's names.
     """
 
     def __init__(self, inputs: Iterable[Input], length: int | None = None, room: int = 0) -> None:
         """
         Args:
-            inputs: Of a program with a growing cache: its cached keys and values, in pairs.
-            length: Of a static cache.
-            room: Of one that grows.
+            inputs: Cached keys and values of a program with a dynamic cache, in pairs.
+            length: Tokens of a static cache; None makes a dynamic one.
+            room: Tokens by which a dynamic cache grows at once.
         """
         self.inputs = tuple(inputs)
         self.length, self.room = length, room
-        self.blocks = [BlockBuffers(length) if self.in_place else BlockCache() for _ in self.inputs[::2]]
+        self._buffers = [BlockBuffers(length) for _ in self.inputs[::2]] if self.in_place else []
+        self.blocks: list[BlockCache] = [*self._buffers] or [BlockCache() for _ in self.inputs[::2]]
         super().__init__(layers=list(self.blocks))
         self.variant: str | None = None
         self.copies = 1
@@ -112,18 +112,18 @@ class KeyValueCache(Cache):
         self.media: dict[str, torch.Size] = {}
 
     def past(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Keys and values so far, by input name: (batch, heads, tokens, head dim); none, of this kind, before the prompt."""
-        found: dict[str, Tensor] = {}
+        """Return keys and values so far, by input name: (batch, heads, tokens, head dim); empty ones before the prompt."""
+        tensors: dict[str, Tensor] = {}
         for block, key, value in self._blocks():
             if block.is_initialized:
-                found[key.name], found[value.name] = block.past()
+                tensors[key.name], tensors[value.name] = block.past()
             else:
                 sizes = (batch, int(key.shape[1]), 0, int(key.shape[3]))
-                found[key.name] = found[value.name] = torch.empty(sizes, dtype=dtype, device=device)
-        return found
+                tensors[key.name] = tensors[value.name] = torch.empty(sizes, dtype=dtype, device=device)
+        return tensors
 
     def keep(self, presents: dict[str, Tensor]) -> None:
-        """Take keys and values so far, by input name, in the place of the former ones."""
+        """Replace keys and values by these, by input name."""
         for block, key, value in self._blocks():
             block.keep(presents[key.name], presents[value.name])
 
@@ -133,28 +133,27 @@ class KeyValueCache(Cache):
         return self.length is not None or self.room > 0
 
     def buffers(self) -> dict[str, Tensor]:
-        """Whole buffers by input name, with a place for the next token unless a static cache is full."""
-        found: dict[str, Tensor] = {}
-        for block, key, value in self._blocks():
-            assert isinstance(block, BlockBuffers)
-            if self.length is None:
-                block.make_room(self.room)
-            found[key.name], found[value.name] = block.keys, block.values
-        return found
+        """Return whole buffers by input name, with room for the next token unless a static cache is full."""
+        for block in self._buffers:
+            block.make_room(self.room)
+        return {
+            entry.name: tensor
+            for block, key, value in self._blocks()
+            for entry, tensor in ((key, block.keys), (value, block.values))
+        }
 
     def advance(self) -> None:
-        """A token was written into the buffers."""
-        for block in self.blocks:
-            assert isinstance(block, BlockBuffers)
+        """Count a token that was written into the buffers."""
+        for block in self._buffers:
             block.tokens += 1
 
     def _blocks(self) -> Iterator[tuple[BlockCache, Input, Input]]:
         return zip(self.blocks, self.inputs[::2], self.inputs[1::2], strict=True)
 
-    # What transformers asks -----------------------------------------------------------------------------------------
+    # Called by transformers -----------------------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Let row i be what row `beam_idx[i]` was."""
+        """Replace row i by row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
         self._choose(beam_idx)
 
@@ -169,7 +168,7 @@ class KeyValueCache(Cache):
         self._choose(torch.arange(len(self.positions)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: as many as a negative number says, or those after a positive number of them."""
+        """Forget the last tokens: as many as a negative number says, or all after a positive number of them."""
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
         self.positions = self.positions - (before - self.get_seq_length())

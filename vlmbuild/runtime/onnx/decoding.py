@@ -1,4 +1,4 @@
-"""Run prompts and steps of a generation on the ONNX models of an artifact."""
+"""Prompts and steps of a generation on the ONNX models of an artifact."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.families import Family, PackedBatch, check_ids
+from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Input
 from vlmbuild.kv_cache.program import MASK, PAST, present_name
-from vlmbuild.runtime.generation import media_shapes
+from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, padded_rows
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.session import FOLDER, OnnxSession, open_session
-from vlmbuild.runtime.torch.decoding import check_step, row_ends, step_places, whole_mask
 
 VISION, EMBED, DECODER, TEXT_DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_text"
 FEATURES, EMBEDS, LOGITS, KEEP = "image_features", "inputs_embeds", "logits", "num_logits_to_keep"
+POSITIONS = "position_ids"
 _ROWS = ("batch_size", "sequence_length")
-_PLACES = "feature_index"
-"""Of the host prologue: which image feature takes the place of a token's embedding, -1 for none."""
+_FEATURE_INDEX = "feature_index"
+"""Tensor of the host prologue: the image feature that replaces each token's embedding, -1 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class OnnxModels:
     """The models of an artifact.
 
     Attributes:
-        vision, embed, decoder: Of a batch with images.
-        text: The decoder of a batch without; None where it is the same.
+        vision, embed, decoder: Models for a batch with images.
+        text: Decoder for a batch without images; None where it is the same.
     """
 
     vision: OnnxSession
@@ -41,127 +41,97 @@ class OnnxModels:
 
     @classmethod
     def open(cls, directory: Path, device: str = "cpu", *, economical: Collection[str] = ()) -> OnnxModels:
-        """Open all, those of the stems `economical` so. Raises what `open_session` raises."""
+        """Open all models; stems in `economical` take less memory. Raises the errors of `open_session`."""
         stems = [VISION, EMBED, DECODER]
         if (directory / FOLDER / f"{TEXT_DECODER}.onnx").is_file():
             stems.append(TEXT_DECODER)
         return cls(*(open_session(directory, stem, device, economical=stem in economical) for stem in stems))
 
     def decoder_of(self, variant: str) -> OnnxSession:
-        """The decoder for a batch of this kind."""
+        """Return the decoder for a variant of the program."""
         return self.text if variant == "text" and self.text is not None else self.decoder
 
     def cached(self) -> tuple[Input, ...]:
-        """The decoder's cached keys and values, in pairs."""
+        """Return the decoder's cached keys and values, in pairs."""
         return tuple(entry for entry in self.decoder.inputs if entry.name.startswith(f"{PAST}."))
 
 
-@dataclass(frozen=True, slots=True)
-class OnnxDecoding:
-    """Some tokens on one set of models and one cache.
+class OnnxDecoding(DecodeSteps):
+    """Runs tokens on an artifact's models.
 
-    Attributes:
-        models: Of an artifact.
-        family, config, processor: Of its model.
-        cache: Takes the tokens' keys and values.
-        keep: Of how many tokens of every row logits are wanted; 0 is all.
+    Args:
+        models: Models of an artifact.
+        family, config, processor: Those of the model.
+        cache: Receives the tokens' keys and values.
+        keep: Number of last tokens per row that get logits; 0 is all.
     """
 
-    models: OnnxModels
-    family: Family
-    config: Any
-    processor: Any
-    cache: KeyValueCache
-    keep: int = 0
+    def __init__(
+        self, models: OnnxModels, family: Family, config: Any, processor: Any, cache: KeyValueCache, keep: int = 0
+    ) -> None:
+        super().__init__(family, config, processor, cache, keep, torch.device("cpu"))
+        self.models = models
 
-    def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Run a prompt, the processor's output, or the tokens after one: (batch, kept tokens, vocabulary).
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        return super().logits({name: x.cpu() if isinstance(x, Tensor) else x for name, x in batch.items()})
 
-        Raises:
-            BatchError: The batch contradicts itself, or the cache.
-        """
-        return self._prompt(batch) if self.cache.variant is None else self._step(batch)
-
-    def _prompt(self, batch: Mapping[str, Tensor]) -> Tensor:
-        cache = self.cache
-        given = {name: tensor.cpu() for name, tensor in batch.items() if isinstance(tensor, Tensor)}
-        given |= {name: given[name][:: cache.copies] for name in ("input_ids", MASK) if name in given}
-        prepared = self.family.prepare(given, self.config, self.processor)
-        ids = given["input_ids"]
-        session = self.models.decoder_of(prepared.variant)
-        images = self._images(given, prepared)
-        embeds = self._embed(ids)
-        if FEATURES in images:
-            embeds = _placed(embeds, images.pop(FEATURES), prepared)
-        values = _by_rows(prepared, session.inputs, ids.shape) | images
-        values |= {MASK: whole_mask(given.get(MASK), ids.shape[0], ids.shape[1], ids.device), EMBEDS: embeds}
-        logits = self._run(session, values)
-        self._remember(prepared, session, values, ids.shape)
-        cache.media = media_shapes(self.family, given)
-        if cache.copies > 1:
-            cache.batch_repeat_interleave(cache.copies)
-        return logits.repeat_interleave(cache.copies, 0)
+    def embedding_rows(self) -> int:
+        rows: int = self.config.get_text_config().vocab_size + self.family.extra_embedding_rows
+        return rows
 
     def image_values(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the vision encoder makes of a processor's images; nothing of none."""
+        """Return the vision encoder's results for a processor's images; nothing without images."""
         return self._encoded(batch, self.family.prepare(batch, self.config, self.processor))
 
-    def _encoded(self, given: Mapping[str, Tensor], prepared: PackedBatch) -> dict[str, Tensor]:
+    def run_prompt(self, batch: Mapping[str, Any], prepared: PackedBatch, mask: Tensor) -> PromptResult:
+        session = self.models.decoder_of(prepared.variant)
+        images = self._images(batch, prepared)
+        embeds = self._embed(batch["input_ids"])
+        if FEATURES in images:
+            embeds = _with_features(embeds, images.pop(FEATURES), prepared)
+        rows = _rows_by_token(prepared, session.inputs, mask.shape)
+        logits = self._run(session, rows | images | {MASK: mask, EMBEDS: embeds})
+        carried = [
+            entry
+            for entry in session.inputs
+            if entry.name != POSITIONS and not entry.name.startswith((PAST, MASK, EMBEDS, KEEP))
+        ]
+        return PromptResult(
+            logits,
+            prepared.variant,
+            {entry.name: images[entry.name] for entry in carried if not _is_by_token(entry)},
+            {entry.name: rows[entry.name].flatten(0, 1) for entry in carried if _is_by_token(entry)},
+        )
+
+    def run_step(self, variant: str, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        session = self.models.decoder_of(variant)
+        axes = next(len(entry.shape) for entry in session.inputs if entry.name == POSITIONS)
+        rows = {name: x.unsqueeze(1).expand(-1, ids.shape[1], *x.shape[1:]) for name, x in self.cache.rows.items()}
+        values = rows | self.cache.images | {EMBEDS: self._embed(ids), MASK: mask}
+        return self._run(session, values | {POSITIONS: positions.expand(3, -1, -1) if axes == 3 else positions})
+
+    def _encoded(self, batch: Mapping[str, Any], prepared: PackedBatch) -> dict[str, Tensor]:
         if prepared.variant == "text":
             return {}
-        client = self.family.client_batch(given)
+        client = self.family.client_batch(batch)
         return self.models.vision.run(prepared.tensors if client is None else client)
 
-    def _images(self, given: Mapping[str, Tensor], prepared: PackedBatch) -> dict[str, Tensor]:
-        """What the tokens read of the images; nothing without images."""
-        found = self._encoded(given, prepared)
-        if not found:
+    def _images(self, batch: Mapping[str, Any], prepared: PackedBatch) -> dict[str, Tensor]:
+        """Return all decoder inputs that depend on images; nothing without images."""
+        encoded = self._encoded(batch, prepared)
+        if not encoded:
             return {}
-        read = {entry.name for entry in self.models.decoder.inputs}
-        return found | {
-            name: tensor for name, tensor in prepared.tensors.items() if name in read - _by_token(self.models)
-        }
+        names = {entry.name for entry in self.models.decoder.inputs if not _is_by_token(entry)}
+        return encoded | {name: tensor for name, tensor in prepared.tensors.items() if name in names}
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.models.embed.run({"input_ids": ids})[EMBEDS]
 
-    def _remember(
-        self, prepared: PackedBatch, session: OnnxSession, values: Mapping[str, Tensor], shape: torch.Size
-    ) -> None:
-        """What the tokens after a prompt take over from it."""
-        self.cache.positions, last = row_ends(prepared, shape)
-        self.cache.variant = prepared.variant
-        for entry in session.inputs:
-            if entry.name.startswith((PAST, MASK, EMBEDS, KEEP)) or entry.name == "position_ids":
-                continue
-            if _is_by_token(entry):
-                self.cache.rows[entry.name] = values[entry.name].flatten(0, 1)[last]
-            else:
-                self.cache.images[entry.name] = values[entry.name]
-
-    def _step(self, batch: Mapping[str, Tensor]) -> Tensor:
-        check_step(batch, self.family)
-        cache, ids = self.cache, batch["input_ids"].cpu()
-        new, past = ids.shape[1], cache.get_seq_length()
-        mask, positions = step_places(cache, batch, ids.device)
-        check_ids(ids, self.config.get_text_config().vocab_size + self.family.extra_embedding_rows)
-        session = self.models.decoder_of(cache.variant or "")
-        axes = next(len(entry.shape) for entry in session.inputs if entry.name == "position_ids")
-        values = {name: x.unsqueeze(1).expand(-1, new, *x.shape[1:]) for name, x in cache.rows.items()} | cache.images
-        values |= {
-            EMBEDS: self._embed(ids),
-            MASK: mask,
-            "position_ids": positions.expand(3, -1, -1) if axes == 3 else positions,
-        }
-        logits = self._run(session, values)
-        cache.positions = cache.positions + mask[:, past:].sum(1)
-        return logits
-
     def _run(self, session: OnnxSession, values: dict[str, Tensor]) -> Tensor:
         past = self.cache.past(len(values[MASK]), values[EMBEDS].dtype, values[MASK].device)
-        found = session.run(values | past | {KEEP: torch.tensor(self.keep)})
-        self.cache.keep({name: found[present_name(name)] for name in past})
-        return found[LOGITS]
+        results = session.run(values | past | {KEEP: torch.tensor(self.keep)})
+        self.cache.keep({name: results[present_name(name)] for name in past})
+        return results[LOGITS]
 
 
 def _is_by_token(entry: Input) -> bool:
@@ -169,34 +139,24 @@ def _is_by_token(entry: Input) -> bool:
     return any(entry.shape[axis : axis + 2] == _ROWS for axis in range(len(entry.shape)))
 
 
-def _by_token(models: OnnxModels) -> set[str]:
-    return {entry.name for entry in models.decoder.inputs if _is_by_token(entry)}
-
-
-def _placed(embeds: Tensor, features: Tensor, prepared: PackedBatch) -> Tensor:
-    """Embeddings (batch, sequence, hidden) with the features of images in their places."""
+def _with_features(embeds: Tensor, features: Tensor, prepared: PackedBatch) -> Tensor:
+    """Return embeddings (batch, sequence, hidden) with image features at their tokens."""
     flat = embeds.flatten(0, 1).clone()
-    index = prepared.tensors[_PLACES].flatten()
+    index = prepared.tensors[_FEATURE_INDEX].flatten()
     shown = index >= 0
     flat[prepared.index[shown]] = features[index[shown]].to(flat.dtype)
     return flat.view(embeds.shape)
 
 
-def _by_rows(prepared: PackedBatch, inputs: tuple[Input, ...], shape: torch.Size) -> dict[str, Tensor]:
-    """The prepared inputs that have a row for every token, as (batch, sequence) rows; those of padding are zero."""
-    found = {}
+def _rows_by_token(prepared: PackedBatch, inputs: tuple[Input, ...], shape: torch.Size) -> dict[str, Tensor]:
+    """Return the prepared inputs with a row per token as (batch, sequence) rows; rows of padding are zero."""
+    rows = {}
     for entry in inputs:
         tensor = prepared.tensors.get(entry.name)
         if tensor is None or not _is_by_token(entry):
             continue
-        before = entry.shape.index(_ROWS[0])
-        packed = tensor.reshape(*tensor.shape[:before], len(prepared.index), *_behind(tensor, before, entry))
-        whole = packed.new_zeros((*packed.shape[:before], shape.numel(), *packed.shape[before + 1 :]))
-        whole = whole.index_copy(before, prepared.index, packed)
-        found[entry.name] = whole.unflatten(before, tuple(shape))
-    return found
-
-
-def _behind(tensor: Tensor, before: int, entry: Input) -> tuple[int, ...]:
-    """The sizes behind the tokens'."""
-    return tuple(tensor.shape[tensor.ndim - (len(entry.shape) - before - 2) :])
+        axis = entry.shape.index(_ROWS[0])
+        trailing = tensor.shape[tensor.ndim - (len(entry.shape) - axis - 2) :]
+        packed = tensor.reshape(*tensor.shape[:axis], len(prepared.index), *trailing)
+        rows[entry.name] = padded_rows(packed, prepared, axis, shape).unflatten(axis, tuple(shape))
+    return rows

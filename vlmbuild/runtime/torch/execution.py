@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from vlmbuild.families import PackedBatch
 from vlmbuild.ir.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.decode_steps import padded_rows
 from vlmbuild.runtime.torch.loss import IGNORED, labelled_rows, summed_cross_entropy
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
 from vlmbuild.runtime.torch.state import module_at
@@ -74,11 +75,7 @@ class Execution:
 
     def unpack(self, rows: Tensor) -> Tensor:
         """Packed rows (tokens, width) as (batch, sequence, width); zero at padding."""
-        index = self.prepared.index
-        if len(index) == self.shape.numel():
-            return rows.view(*self.shape, -1)
-        padded = rows.new_zeros(self.shape.numel(), rows.shape[-1])
-        return padded.index_copy(0, index.to(rows.device), rows).view(*self.shape, -1)
+        return padded_rows(rows, self.prepared, 0, self.shape).view(*self.shape, -1)
 
     def _calls(self) -> tuple[Call, ...]:
         program: Program = self.model.program

@@ -12,7 +12,7 @@ from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.errors import SourceError
 from vlmbuild.formats import BlockInt4, EightBit, FourBit, WeightFormat
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit, scales_reference
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit, scales_reference
 from vlmbuild.quant.bnb_8bit import quantize_rows
 from vlmbuild.quant.bnb_quantize import quantize_blocks, quantize_scales
 from vlmbuild.quant.ort_matmul import pack_int4, pack_int8, unpacked_rows

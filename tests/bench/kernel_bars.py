@@ -142,21 +142,6 @@ BARS: Iterable[Bar] = (
     ),
     Bar("rotation, 4k rows and more: no slower than Liger's", _of("rotation", rows=4096), _faster("liger")),
     Bar(
-        "nf4 linear, 1 to 16 rows: 60 % of memory bandwidth over its own bytes",
-        lambda row: row["kernel"] == "nf4 linear forward" and row["sizes"]["rows"] <= 16,
-        lambda row, _: row["share"] / 0.6,
-    ),
-    Bar(
-        "nf4 linear, 1 to 16 rows: no slower than bfloat16",
-        lambda row: row["kernel"] == "nf4 linear forward" and row["sizes"]["rows"] <= 16,
-        _faster("16-bit weight"),
-    ),
-    Bar(
-        "nf4 linear, 512 rows and more: 0.85 of bfloat16",
-        _of("nf4 linear forward", rows=512),
-        _faster("16-bit weight", 0.85),
-    ),
-    Bar(
         "linear and cross-entropy: no slower than transformers",
         _of("linear and cross-entropy"),
         _faster("transformers"),

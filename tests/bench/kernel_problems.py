@@ -9,15 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.bench import kernel_linear_sides as linear
+from tests.bench import kernel_loss_sides as losses
 from tests.bench import kernel_sides as sides
 from tests.bench.kernel_limits import Architecture
 from tests.bench.kernel_sides import Setting, Sides
-
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight: four bits, a byte a block of 64, a float32 each 256 blocks."""
-_DECODE = 5
-"""Instructions of ordinary units for a 4-bit weight, about: its byte, its code, the scale, rounding, moving it into place."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +24,6 @@ class Problem:
         sizes: What and how large, by name.
         flops, moved: What the result needs at least: FLOPs of bfloat16 tensor cores, bytes of memory.
         prepare: Makes inputs and calls.
-        ordinary: Instructions of ordinary units that the kernel's way to the result takes besides, estimated.
-        before: Bytes that a launch before it moves.
     """
 
     kernel: str
@@ -38,8 +31,6 @@ class Problem:
     flops: float
     moved: float
     prepare: Callable[[Setting], Sides]
-    ordinary: float = 0.0
-    before: float = 0.0
 
     @property
     def name(self) -> str:
@@ -62,13 +53,6 @@ def problems() -> Iterator[Problem]:
     for rows in (1024, 4096, 16384):
         yield from _rotation(rows, (12, 2), 128)
         yield from _rotation(rows, (16, 16), 80)
-    for wide, narrow in ((1536, 1536), (8960, 1536), (1536, 8960), (18944, 3584)):
-        for rows in (1, 4, 16, 64, 128, 512, 1024, 4096):
-            yield from _linear_4bit(rows, wide, narrow)
-            yield from _linear_8bit(rows, wide, narrow)
-    for rows in (256, 2048):
-        for rank in (16, 64):
-            yield from _lora(rows, 18944, 3584, rank)
     for keys in (1024, 8192, 65536):
         yield _one_row(keys, (28, 4), 128)
     yield _cross_entropy(1024, 128256)
@@ -82,10 +66,6 @@ def small_problems() -> Iterator[Problem]:
     yield from _attention(36, (4, 2), 128, True, 1)
     yield from _attention(36, (2, 2), 80, False, 2)
     yield from _rotation(9, (4, 2), 16)
-    for rows in (1, 5):
-        yield from _linear_4bit(rows, 32, 128)
-    yield from _linear_8bit(5, 32, 128)
-    yield from _lora(9, 40, 24, 4)
     yield _one_row(600, (2, 1), 16)
     yield _cross_entropy(3, 70)
     yield _linear_cross_entropy(5, 16, 70)
@@ -122,61 +102,16 @@ def _rotation(rows: int, heads: tuple[int, int], dim: int) -> Iterator[Problem]:
         yield Problem(f"rotation {part}", sizes, 0, moved, prepare)
 
 
-def _linear_4bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
-    from vlmbuild.ops.linear_4bit.paths import FUSED_ROWS
-    from vlmbuild.ops.linear_paths import row_side
-
-    weights, turns = wide * narrow, -(-rows // row_side(rows))
-    for part in ("forward", "input gradient"):
-        dense = rows > FUSED_ROWS and part == "forward"  # then a 16-bit weight is written first
-        yield Problem(
-            f"nf4 linear {part}",
-            {"rows": rows, "out": wide, "in": narrow},
-            2 * rows * weights,
-            NF4 * weights + 2 * rows * (wide + narrow),
-            lambda setting, part=part: linear.linear_4bit(setting, rows, wide, narrow)[part],
-            0 if dense else _DECODE * weights * turns,
-            (NF4 + 2) * weights if dense else 0,
-        )
-
-
-def _linear_8bit(rows: int, wide: int, narrow: int) -> Iterator[Problem]:
-    weights = wide * narrow
-    for part, flops in (("forward", rows * weights), ("input gradient", 2 * rows * weights)):
-        # Tensor cores multiply integers twice as fast as bfloat16.
-        yield Problem(
-            f"int8 linear {part}",
-            {"rows": rows, "out": wide, "in": narrow},
-            flops,
-            weights + 2 * rows * (wide + narrow),
-            lambda setting, part=part: linear.linear_8bit(setting, rows, wide, narrow)[part],
-        )
-
-
-def _lora(rows: int, wide: int, narrow: int, rank: int) -> Iterator[Problem]:
-    once = 2 * rows * (wide + narrow) + 4 * rank * (wide + narrow)
-    products = rows * rank * (wide + narrow)  # a multiply and an addition are one instruction
-    for part, moved, turns in (("forward", once + 2 * rows * wide, 1), ("gradients", 2 * once, 3)):
-        yield Problem(
-            f"lora {part}",
-            {"rows": rows, "out": wide, "in": narrow, "rank": rank},
-            0,
-            moved,
-            lambda setting, part=part: linear.lora(setting, rows, wide, narrow, rank)[part],
-            turns * products,
-        )
-
-
 def _cross_entropy(rows: int, vocabulary: int) -> Problem:
     sizes = {"rows": rows, "vocabulary": vocabulary}
-    prepare = lambda setting: linear.cross_entropy(setting, rows, vocabulary)  # noqa: E731
+    prepare = lambda setting: losses.cross_entropy(setting, rows, vocabulary)  # noqa: E731
     return Problem("cross-entropy with gradient", sizes, 0, 2 * 2 * rows * vocabulary, prepare)
 
 
 def _linear_cross_entropy(rows: int, width: int, vocabulary: int) -> Problem:
     sizes = {"rows": rows, "width": width, "vocabulary": vocabulary}
     moved = 2 * 2 * (vocabulary + rows) * width
-    prepare = lambda setting: linear.linear_cross_entropy(setting, rows, width, vocabulary)  # noqa: E731
+    prepare = lambda setting: losses.linear_cross_entropy(setting, rows, width, vocabulary)  # noqa: E731
     return Problem("linear and cross-entropy with gradients", sizes, 3 * 2 * rows * width * vocabulary, moved, prepare)
 
 

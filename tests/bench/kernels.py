@@ -1,12 +1,11 @@
-"""The Triton kernels, all in one call: times on a GPU, or estimates where there is none.
+"""Time the Triton kernels and their peers on a GPU.
 
     python -m tests.bench.kernels --smoke                                            # first: every call once, on small sizes
     python -m tests.bench.kernels --output artifacts/benchmarks/kernels.json         # on a GPU
-    python -m tests.bench.kernels --estimate --output artifacts/benchmarks/kernel_estimates.json    # without one
 
 On a GPU: median and 20 % and 80 % quantiles of every kernel and its peers on the same inputs, the share of the chip's limit, peak
 memory, host time of a call, the distance of results (a kernel that disagrees is an error), how often each kernel was compiled,
-and which of the goals in `kernel_bars` hold. `--estimate` compiles for A100, H100 and B200 ahead of time and times nothing.
+and which of the goals in `kernel_bars` hold.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +21,6 @@ from typing import Any
 
 AGREEMENT = 2e-2
 """Relative distance of bfloat16 results of two ways to the same."""
-_ESTIMATED = "none: compiled ahead of time and estimated from bytes and FLOPs, nothing was timed"
 _PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "liger_kernel")
 
 Row = dict[str, Any]
@@ -135,21 +132,6 @@ def record(command: str, device: str, **content: Any) -> Row:
     }
 
 
-def _estimate() -> Row:
-    from tests.bench.kernel_estimates import estimate_line, estimates, resource_line, resources
-
-    print(f"{'kernel':44} {'target':7} {'tile':50} regs spill  shared  res. cores    share (estimated)")
-    rows = []
-    for row in resources():
-        rows.append(row)
-        print(resource_line(row), flush=True)
-    print(f"\n{'problem':86} estimated ms (roofline) on A100, H100, B200; slowest on the second")
-    guesses = list(estimates(rows))
-    print("\n".join(map(estimate_line, guesses)))
-    command = "python -m tests.bench.kernels --estimate --output artifacts/benchmarks/kernel_estimates.json"
-    return record(command, _ESTIMATED, resources=rows, estimates=guesses)
-
-
 def _measure(only: str) -> Row:
     import torch
 
@@ -174,26 +156,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default="", help="measure what has this in its name")
     parser.add_argument("--smoke", action="store_true", help="run everything once, on small sizes")
-    parser.add_argument("--estimate", action="store_true", help="time nothing; the default without a GPU")
     arguments = parser.parse_args()
     import torch
 
     cuda = torch.cuda.is_available()
-    if arguments.smoke and (arguments.output or arguments.only or arguments.estimate):
+    if arguments.smoke and (arguments.output or arguments.only):
         parser.error("--smoke runs everything and writes nothing: it goes alone.")
-    if arguments.only and (arguments.estimate or not cuda):
-        parser.error("--only is for measuring, and estimates are made of everything.")
+    if not cuda and not arguments.smoke:
+        parser.error("Kernels are timed on a CUDA device, and there is none. Pass --smoke to run each of them once.")
     if arguments.smoke:
         if not cuda:
             os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         for row in smoke():
             print(smoke_line(row), flush=True)
         return
-    found = _measure(arguments.only) if cuda and not arguments.estimate else _estimate()
+    found = _measure(arguments.only)
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    if any(row["spilled"] for row in found.get("resources", ())):
-        sys.exit("A kernel spills registers.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from tests.bench.kernels import smoke
 
 
 def test_every_kernel_and_peer_runs_and_agrees():
-    pytest.importorskip("bitsandbytes")
     rows = list(smoke())
     assert {row["name"].partition(":")[0] for row in rows} == {
         "attention forward",
@@ -22,17 +21,11 @@ def test_every_kernel_and_peer_runs_and_agrees():
         "attention of one row",
         "rotation forward",
         "rotation backward",
-        "nf4 linear forward",
-        "nf4 linear input gradient",
-        "int8 linear forward",
-        "int8 linear input gradient",
-        "lora forward",
-        "lora gradients",
         "cross-entropy with gradient",
         "linear and cross-entropy with gradients",
         "sum and RMSNorm by inductor",
     }
-    assert {peer for row in rows for peer in row["peers"]} >= {"flex", "sdpa", "bitsandbytes", "transformers eager"}
+    assert {peer for row in rows for peer in row["peers"]} >= {"flex", "sdpa", "transformers eager"}
     assert all(isinstance(distance, float) for row in rows for distance in row["peers"].values()), rows
 
 
@@ -55,15 +48,12 @@ def test_a_run_on_a_gpu_writes_what_it_measures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kernel_sides, "Setting", lambda *_: setting)
     monkeypatch.setattr(kernel_problems, "problems", kernel_problems.small_problems)
     output = tmp_path / "kernels.json"
-    monkeypatch.setattr("sys.argv", ["kernels", "--only", "linear", "--output", str(output)])
+    monkeypatch.setattr("sys.argv", ["kernels", "--only", "cross-entropy", "--output", str(output)])
     kernels.main()
     found = json.loads(output.read_text())
-    assert (found["device"], len(found["rows"])) == ("Some Chip", 7)
+    assert (found["device"], len(found["rows"])) == ("Some Chip", 2)
     for row in found["rows"]:
         assert (row["median_ms"], row["peak_bytes"], row["limited_by"]) == (2.0, 2.0, "memory")
         assert row["share"] == row["limit_ms"] / 2
         assert all(peer["host_us"] > 0 for peer in row["peers"].values())
-    assert {bar["bar"].partition(":")[0] for bar in found["bars"] if bar["held"] is False} == {
-        "nf4 linear, 1 to 16 rows"
-    }
     assert "linear and cross-entropy: no slower than transformers" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import FourBit
 from vlmbuild.measure.calibration import conversation_batches, output_losses
 from vlmbuild.measure.sensitivity import Loss, keep_within, weight_losses
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 from vlmbuild.quant.bnb_4bit import parse_quant_state
 from vlmbuild.quant.decide import LinearLayer, linear_layers
 from vlmbuild.quant.spec import Override, QuantSpec

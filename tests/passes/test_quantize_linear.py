@@ -13,7 +13,7 @@ from tiny import linear_region, make_region, operators, region_program
 from vlmbuild.formats import EightBit, FourBit
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import COMPUTE_DTYPE, Slot, WeightRecipe
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 from vlmbuild.passes import QuantizeLinear
 from vlmbuild.quant.bnb_4bit import parse_quant_state
 from vlmbuild.quant.bnb_8bit import quantize_rows

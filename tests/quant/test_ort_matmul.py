@@ -6,7 +6,7 @@ from onnx import helper, numpy_helper
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import BlockInt4, EightBit, FourBit
-from vlmbuild.ops.linear_4bit.op import dequantize_reference
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
 from vlmbuild.quant.bnb_8bit import dequantize_rows, quantize_rows
 from vlmbuild.quant.bnb_quantize import quantize_blocks
 from vlmbuild.quant.ort_matmul import EXACT, pack_int4, pack_int8, packed_weight, unpacked

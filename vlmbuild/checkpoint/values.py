@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.formats import FourBit
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit, scales_reference
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit, scales_reference
 from vlmbuild.quant.bnb_8bit import dequantize_rows
 
 

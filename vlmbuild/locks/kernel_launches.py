@@ -1,6 +1,6 @@
 """Every Triton launch of a program on a GPU, found without one: its regions run on tensors without data.
 
-Of training, forward and backward, also of adapters on every linear layer of the language model; and of generation: a prompt's
+Of training, forward and backward; and of generation: a prompt's
 attention on a key-value cache, and that of steps after it.
 Sizes that change from batch to batch are primes, so that a kernel is compiled for no lucky size; they are large and small
 once, since a launcher may choose its blocks by them.
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from vlmbuild.adapters.lora import linear_features, linear_nodes
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.kv_cache.block import CachedBlock, cached_block, self_attention
 from vlmbuild.ops.attention.op import Masks
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 _LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
 _CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
 """Batch, new and past tokens: a prompt, a step on a long cache, on one whose length is a multiple of 16, on a short one."""
-_RANK = 16
-"""Of the adapters. Up to this rank, kernels are the same."""
 _OPS = torch.ops.vlmbuild
 _ATTENTION = (_OPS.attention_triton.default, _OPS.attention_auto.default)
 
@@ -47,9 +44,6 @@ def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> It
                 yield name, target, launch
         if (block := cached_block(region, "growing")) is not None:
             yield from _cached_launches(region, block, dtype, targets)
-        for target in targets:
-            for launch in _lora_launches(region, dtype):
-                yield name, target, launch
     for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
         for target in targets:
             yield head, target, _loss_launch(program.regions[head], dtype)
@@ -106,7 +100,7 @@ class _Recorder(Interpreter):
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in (*_ATTENTION, _OPS.mrope_rotate.default, _OPS.linear_4bit.default, _OPS.linear_8bit.default):
+        if target in (*_ATTENTION, _OPS.mrope_rotate.default):
             self.calls.append((target, args))
         return super().call_function(target, args, kwargs)
 
@@ -114,10 +108,6 @@ class _Recorder(Interpreter):
 def _launches_of(operator: Any, arguments: tuple[Any, ...], target: int) -> tuple[Launch, ...]:
     if operator in _ATTENTION:
         return _attention_launches(*arguments, target=target)
-    if operator is _OPS.linear_4bit.default:
-        return _linear_launches(*arguments, target=target)
-    if operator is _OPS.linear_8bit.default:
-        return _linear_8bit_launches(*arguments, target=target)
     return _rotate_launches(*arguments)
 
 
@@ -155,67 +145,6 @@ def _rotate_launches(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
         rotate_launch(query, key, cos, sin, torch.empty_like(query), torch.empty_like(key)),
         rotate_launch(*grads, cos, sin, torch.empty_like(grads[0]), torch.empty_like(grads[1]), back=True),
     )
-
-
-def _linear_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    """Every kernel that the layer launches for some number of rows, and its backward; none where torch's are used."""
-    from vlmbuild.ops.linear_4bit import triton as kernels
-    from vlmbuild.ops.linear_paths import ROW_SIDES
-
-    *buffers, bias = rest[:5]
-    geometry = rest[5:]
-    if not kernels.fits(geometry, input.dtype):
-        return ()
-    weight = input.new_empty((geometry[1], geometry[0]), dtype=geometry[4])
-    found = [kernels.dequantize_launch(tuple(buffers), weight, geometry)]
-    for rows in (1, *ROW_SIDES):
-        x, out = input.new_empty((rows, geometry[0])), input.new_empty((rows, geometry[1]))
-        found.append(kernels.product_launch(x, tuple(buffers), bias, out, geometry, target)[0])
-        if rows > 1:
-            found.append(kernels.grad_input_launch(out, tuple(buffers), x, geometry, target))
-    return tuple(found)
-
-
-def _linear_8bit_launches(input: Tensor, *rest: Any, target: int) -> tuple[Launch, ...]:
-    """The same for integers."""
-    from vlmbuild.ops.linear_8bit import triton as kernels
-    from vlmbuild.ops.linear_paths import ROW_SIDES
-
-    weight, scales, bias, threshold = rest
-    if not kernels.fits(input.dtype):
-        return ()
-    found: list[Launch] = []
-    for rows in ROW_SIDES:
-        x, out = (input.new_empty((rows, size)) for size in weight.shape[::-1])
-        flags = input.new_empty(weight.shape[1], dtype=torch.uint8) if threshold > 0 else None
-        known = (input.new_empty(x.shape, dtype=torch.int8), scales.new_empty(rows), scales.new_empty(1).int())
-        if flags is not None:
-            found.append(kernels.outliers_launch(x, flags, threshold))
-        found += [
-            kernels.quantize_launch(x, flags, *known, threshold),
-            kernels.product_8bit_launch(x, *known, weight, scales, bias, out, target, outliers=threshold > 0)[0],
-            kernels.grad_input_8bit_launch(out, weight, scales, x, target),
-        ]
-    return tuple(found)
-
-
-def _lora_launches(region: Region, dtype: torch.dtype) -> Iterator[Launch]:
-    """Forward and backward of an adapter on each linear layer of the language model."""
-    from vlmbuild.ops.lora.triton import low_launch, matrix_gradient_launch, sum_launch
-
-    for node, slot in linear_nodes(region):
-        if slot.role == "language":
-            wide, narrow = linear_features(region, node)
-            x, result = (torch.empty((_LARGE[0], size), dtype=dtype, device="meta") for size in (narrow, wide))
-            low, down, up = (
-                x.new_empty(shape, dtype=torch.float32) for shape in ((len(x), _RANK), (_RANK, narrow), (wide, _RANK))
-            )
-            yield low_launch(x, down, low, 1.0)
-            yield sum_launch(result, low, up.T, result, 1.0)
-            yield low_launch(result, up.T, low, 1.0)
-            yield sum_launch(None, low, down, x, 1.0)
-            yield matrix_gradient_launch(x, low, down, 1.0)
-            yield matrix_gradient_launch(result, low, up.T, 1.0)
 
 
 def _loss_launch(head: Region, dtype: torch.dtype) -> Launch:

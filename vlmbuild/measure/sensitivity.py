@@ -15,7 +15,7 @@ from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import FourBit, WeightFormat
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 from vlmbuild.quant.bnb_quantize import quantize_blocks
 from vlmbuild.quant.decide import Decision, LinearLayer
 from vlmbuild.util.cpu import available_cores, single_threaded

@@ -6,26 +6,14 @@ Each has a schema, shape rules for tensors without data, a plain-torch reference
 
 from __future__ import annotations
 
-from vlmbuild.ops.attention import lowered as attention_lowered
-from vlmbuild.ops.attention import op as attention
-from vlmbuild.ops.linear_4bit import op as linear_4bit
-from vlmbuild.ops.linear_8bit import op as linear_8bit
-from vlmbuild.ops.linear_onednn import op as linear_onednn
-from vlmbuild.ops.linear_packed import op as linear_packed
-from vlmbuild.ops.lora import op as lora
-from vlmbuild.ops.rope import op as mrope
-
-__all__ = [
-    "OPERATORS",
-    "attention",
-    "attention_lowered",
-    "linear_4bit",
-    "linear_8bit",
-    "linear_onednn",
-    "linear_packed",
-    "lora",
-    "mrope",
-]
+import vlmbuild.ops.attention.lowered
+import vlmbuild.ops.attention.op
+import vlmbuild.ops.linear_4bit.op
+import vlmbuild.ops.linear_8bit.op
+import vlmbuild.ops.linear_onednn.op
+import vlmbuild.ops.linear_packed.op
+import vlmbuild.ops.lora.op
+import vlmbuild.ops.rope.op  # noqa: F401
 
 OPERATORS: tuple[str, ...] = (
     "vlmbuild::attention",

@@ -1,8 +1,7 @@
 """Which tile a kernel takes on which GPU: measured on the chip, or estimated for its architecture.
 
 `tiles.json` holds both: {chip or architecture: {kernel: {size: [sides..., warps, stages]}}}. Entries of architectures are
-estimated from what compilers say of registers and shared memory (`python -m tests.bench.kernel_tiles`); none was timed. On a
-GPU `python -m tests.bench.kernel_tune` times candidates and adds entries under the chip's name, which go before its
+estimated from what compilers say of registers and shared memory; none was timed. Entries under a chip's name go before its
 architecture's. There are none so far.
 """
 
@@ -23,16 +22,8 @@ SIDES: dict[str, tuple[str, ...]] = {
     "attention_grad_query": ("ROWS", "KEYS"),
     "attention_grad_key": ("ROWS", "KEYS"),
     "attention_decode": ("KEYS",),
-    "linear_4bit": ("OUTS", "INS"),
-    "linear_4bit_vector": ("OUTS", "INS"),
-    "linear_4bit_grad": ("OUTS", "INS"),
-    "linear_8bit": ("OUTS", "INS"),
-    "linear_8bit_grad": ("OUTS", "INS"),
 }
 """Kernel -> what its tile's sides are called."""
-
-_INTERPRETED = {"INS": 64}
-"""A side in the interpreter, else 16: small, so that small tests have many blocks, but a whole unit of quantized weights."""
 
 
 @cache
@@ -59,7 +50,7 @@ def tile_of(kernel: str, size: int, dtype: torch.dtype, target: int) -> dict[str
     """
     sides = SIDES[kernel]
     if INTERPRET:
-        return {side: _INTERPRETED.get(side, 16) for side in sides} | {"num_warps": 4, "num_stages": 1}
+        return dict.fromkeys(sides, 16) | {"num_warps": 4, "num_stages": 1}  # small tests have many blocks
     name = f"{kernel} float32" if dtype == torch.float32 else kernel
     entries: dict[str, list[int]] = {}
     for chip in (*_chip(target), architecture(target)):

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.ops.linear_4bit.paths import FUSED_ROWS, has_whole_units
 from vlmbuild.ops.linear_8bit.op import GROUP_VALUES
-from vlmbuild.ops.linear_paths import PROGRAMS, ROW_SIDES
 
 Workspace = Callable[[Sequence[Any], Any], int]
 
@@ -27,25 +25,6 @@ def _dequantized(args: Sequence[Any], _: Any) -> int:
     return int(values * dtype.itemsize + (0 if nested is None else 2 * 4 * math.ceil(values / blocksize)))
 
 
-def _decoded(args: Sequence[Any], result: Any) -> int:
-    """With Triton: the dense weight for many rows, float32 tiles of parts of the result for few."""
-    rows, (in_features, out_features, _size, _type, dtype) = args[0].numel() // args[0].shape[-1], args[-5:]
-    if not _decodes(args):
-        return _dequantized(args, result)
-    if rows > FUSED_ROWS:
-        return int(in_features * out_features * dtype.itemsize)
-    return int(PROGRAMS * 128 * min(rows, ROW_SIDES[-1]) * 4)
-
-
-def _decoded_backward(args: Sequence[Any], result: Any) -> int:
-    return 0 if _decodes(args) else _dequantized(args, result)
-
-
-def _decodes(args: Sequence[Any]) -> bool:
-    in_features, _out, blocksize, *_ = args[-5:]
-    return args[0].dtype.itemsize == 2 and has_whole_units(in_features, blocksize)
-
-
 def _integers_cpu(args: Sequence[Any], result: Any) -> int:
     """An input's float16, outlier mask and two float32 copies; or its int8 and four of the result in 32 bits."""
     values = args[0].numel()
@@ -53,11 +32,8 @@ def _integers_cpu(args: Sequence[Any], result: Any) -> int:
 
 
 def _integers_cuda(args: Sequence[Any], result: Any) -> int:
-    """With Triton: an input's int8, and float32 tiles of parts of the result for few rows. Else an input's float16, magnitudes
-    and outlier mask; or its int8 and the result as int32 and float16."""
+    """An input's float16, magnitudes and outlier mask; or its int8 and the result as int32 and float16."""
     values = args[0].numel()
-    if args[0].dtype.itemsize == 2:
-        return int(values + PROGRAMS * 128 * min(values // args[0].shape[-1], ROW_SIDES[-1]) * 4)
     return int(max(5 * values, values + 6 * result.numel()))
 
 
@@ -65,10 +41,6 @@ def _dequantized_8bit(args: Sequence[Any], _: Any) -> int:
     """The dense weight."""
     grad, weight, _scales = args
     return int(weight.numel() * grad.dtype.itemsize)
-
-
-def _dequantized_8bit_cuda(args: Sequence[Any], result: Any) -> int:
-    return 0 if args[0].dtype.itemsize == 2 else _dequantized_8bit(args, result)
 
 
 def _dequantized_8bit_cpu(args: Sequence[Any], result: Any) -> int:
@@ -118,12 +90,6 @@ def _wide_gradients(args: Sequence[Any], _: Any) -> int:
     return 0 if values.dtype == torch.float32 else int(4 * grad.numel() + 8 * values.numel())
 
 
-def _low_products(args: Sequence[Any], _: Any) -> int:
-    """With Triton: the input by the first matrix, float32; in a gradient, also the result's gradient by the second."""
-    values, down = args[1:3]
-    return int(2 * 4 * values.numel() // values.shape[-1] * down.shape[0])
-
-
 _OPS = torch.ops.vlmbuild
 _EVERYWHERE: dict[Any, Workspace] = {
     _OPS.linear_4bit.default: _dequantized,
@@ -136,12 +102,8 @@ _EVERYWHERE: dict[Any, Workspace] = {
 WORKSPACES: dict[str, dict[Any, Workspace]] = {
     "cuda": {
         **_EVERYWHERE,  # `auto` is Triton there, whose kernels need nothing, and so is the rotation
-        _OPS.linear_4bit.default: _decoded,
-        _OPS.linear_4bit_backward.default: _decoded_backward,
         _OPS.linear_8bit.default: _integers_cuda,
-        _OPS.lora.default: _low_products,
-        _OPS.lora_backward.default: _low_products,
-        _OPS.linear_8bit_backward.default: _dequantized_8bit_cuda,
+        _OPS.linear_8bit_backward.default: _dequantized_8bit,
     },
     "cpu": {
         **_EVERYWHERE,

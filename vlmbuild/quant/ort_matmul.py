@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import BlockInt4, FourBit, WeightFormat
-from vlmbuild.ops.linear_4bit.op import dequantize_reference
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
 
 INT8_BLOCK = 32
 """Columns that share a scale in a weight of 8 bits; all blocks of a row have the row's."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from vlmbuild.ops.linear_4bit import cpu as linear_4bit_cpu
-from vlmbuild.ops.linear_4bit.op import dequantize_4bit, dequantize_reference, linear_4bit, scales_reference
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit, dequantize_reference, scales_reference
+from vlmbuild.ops.linear_4bit.op import linear_4bit
 
 functional = pytest.importorskip("bitsandbytes.functional")
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]

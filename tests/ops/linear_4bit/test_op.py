@@ -11,14 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.linear_4bit.op import (
-    BLOCK_SIZES,
-    code_8bit,
-    dequantize_4bit,
-    dequantize_reference,
-    linear_4bit,
-    scales_reference,
-)
+from vlmbuild.formats import BLOCK_SIZES
+from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit, dequantize_reference, scales_reference
+from vlmbuild.ops.linear_4bit.op import linear_4bit, linear_4bit_bitsandbytes
+from vlmbuild.ops.linear_4bit.tables import code_8bit
 
 functional = pytest.importorskip("bitsandbytes.functional")
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -107,6 +103,18 @@ def test_forward_and_gradients(nested: bool, shape: tuple[int, ...], biased: boo
         strict=True,
     ):
         torch.testing.assert_close(have, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64,), (2, 5, 64), (2, 0, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_product_of_cuda_tensors(nested: bool, shape: tuple[int, ...], biased: bool, weight_dtype: torch.dtype) -> None:
+    """What runs on a GPU, on CPU tensors: bitsandbytes has the same operator there, without its kernel."""
+    buffers, geometry, dense = layer(weight_dtype, nested)
+    x, bias = torch.randn(*shape), torch.randn(geometry[1]) if biased else None
+    product = linear_4bit_bitsandbytes(x, *buffers, bias, *geometry)
+    assert torch.equal(product, F.linear(x, dense.float(), bias))
 
 
 def test_weight_rounds_to_its_own_dtype_before_the_inputs() -> None:

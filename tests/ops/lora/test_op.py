@@ -58,7 +58,7 @@ def test_registration():
     [
         ({2: torch.ones(4, 39)}, r"down \(4, 39\)"),
         ({0: torch.ones(3, 7, 24)}, r"base \(3, 7, 24\)"),
-        ({3: torch.ones(24, 4).bfloat16()}, "one for both matrices"),
+        ({3: torch.ones(24, 4).bfloat16()}, "bfloat16; pass floats"),
         ({1: torch.ones(2, 7, 40, dtype=torch.float64)}, "float64"),
     ],
 )

@@ -130,7 +130,7 @@ def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_
     ours, again = OnnxWeights(artifact.path), OnnxWeights(tmp_path / "again")
     model, _ = vlmbuild.load(tmp_path / "trainable")
     name = "model.language_model.layers.0.mlp.down_proj.weight"
-    from vlmbuild.ops.linear_4bit.op import dequantize_4bit
+    from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 
     slots = [model.tensor(f"{name}{part}") for part in ("", "_absmax", "_nested_absmax", "_nested_offset")]
     shape = ours.tensor(name).shape

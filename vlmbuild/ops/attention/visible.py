@@ -4,7 +4,7 @@ An operator of Python is opaque: inductor calls it, and AOTInductor has to keep 
 for a GPU, the operator's launches take its place. `triton_op` itself would make them the operator's code on every device.
 
 Only launches that say everything can be shown. Inductor compiles a shown kernel with its own options, so one that must not
-fuse products and sums stays opaque (rotation, 4-bit and 8-bit layers: `enable_fp_fusion`), or its bits would change. And what
+fuse products and sums stays opaque (rotation: `enable_fp_fusion`), or its bits would change. And what
 a launcher asks of a size becomes a condition of the compiled graph: a layer that takes another kernel for few rows would be
 compiled again for other batches.
 """

@@ -1,9 +1,4 @@
-"""Linear layer on a 4-bit weight in the bitsandbytes layout (QLoRA, arXiv:2305.14314, section 3).
-
-Two values share a byte, the earlier one in the high nibble. Each is an index into a 16-entry table; `blocksize`
-consecutive values share a float32 scale. With double quantization the scales are themselves 8-bit indices into
-bitsandbytes' dynamic map, scaled per 256 and shifted by one offset.
-"""
+"""Linear layer on a 4-bit weight in the bitsandbytes layout; `vlmbuild.ops.linear_4bit.dequantize` describes the layout."""
 
 from __future__ import annotations
 
@@ -14,162 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.formats import BLOCK_SIZES, NESTED_BLOCKSIZE
 from vlmbuild.ops.linear_4bit import cpu as linear_4bit_cpu
-from vlmbuild.ops.linear_4bit.tables import code_4bit, code_8bit
+from vlmbuild.ops.linear_4bit.dequantize import FLOATS, check_weight, dense_scales, dequantize_unchecked
+from vlmbuild.ops.linear_4bit.tables import code_8bit
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _WEIGHT = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, ScalarType weight_dtype"
 
 
-def check_weight(
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> None:
-    """Raise UsageError unless every buffer has the size and dtype the geometry needs: kernels do not check.
-
-    Sizes are all that is checked, so this also serves tensors without data.
-    """
-    if quant_type not in ("nf4", "fp4") or blocksize not in BLOCK_SIZES or weight_dtype not in _FLOATS:
-        raise UsageError(
-            f"linear_4bit: quant_type {quant_type!r}, blocksize {blocksize}, weight_dtype {weight_dtype}; wanted "
-            f"'nf4' or 'fp4', one of {BLOCK_SIZES}, and float32, float16 or bfloat16"
-        )
-    values = in_features * out_features
-    blocks = -(-values // blocksize)
-    _check_buffer("weight", weight, torch.uint8, (values + 1) // 2)
-    if (nested_absmax is None) != (nested_offset is None):
-        raise UsageError("linear_4bit: nested_absmax and nested_offset come together, or not at all")
-    if nested_absmax is None or nested_offset is None:
-        _check_buffer("absmax", absmax, torch.float32, blocks)
-        return
-    _check_buffer("absmax", absmax, torch.uint8, blocks)
-    _check_buffer("nested_absmax", nested_absmax, torch.float32, -(-blocks // NESTED_BLOCKSIZE))
-    _check_buffer("nested_offset", nested_offset, torch.float32, 1)
-
-
-def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, size: int) -> None:
-    if buffer.dtype != dtype or buffer.numel() != size:
-        raise UsageError(
-            f"linear_4bit: {name} has {buffer.numel()} elements of {buffer.dtype}; the layer's shape and block size "
-            f"need {size} of {dtype}"
-        )
-
-
 def _check_input(input: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
-    if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in _FLOATS:
+    if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in FLOATS:
         raise UsageError(
             f"linear_4bit: input of shape {tuple(input.shape)} and {input.dtype}; wanted [..., {in_features}] of a "
             "16- or 32-bit float"
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise UsageError(f"linear_4bit: bias of shape {tuple(bias.shape)}; wanted [{out_features}]")
-
-
-def scales_reference(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
-    """The float32 scale of every block, in plain torch."""
-    if nested_absmax is None or nested_offset is None:
-        return absmax
-    outer = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
-    return code_8bit(absmax.device)[absmax.long()] * outer + nested_offset
-
-
-def dequantize_reference(
-    weight: Tensor,
-    scales: Tensor,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The `[out, in]` weight from packed values and float32 scales, in plain torch."""
-    packed = weight.flatten()
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: in_features * out_features]
-    values = code_4bit(quant_type, weight.device)[nibbles.long()]
-    spread = scales.repeat_interleave(blocksize)[: values.numel()]
-    return (values * spread).to(dtype).view(out_features, in_features)
-
-
-def dequantize_4bit(
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
-    """The `[out_features, in_features]` weight in `weight_dtype`, bit-identical to bitsandbytes' own.
-
-    Args:
-        weight: packed uint8, `ceil(out * in / 2)` elements.
-        absmax: float32 `[blocks]`; uint8 when the scales are quantized too.
-        nested_absmax: float32 `[ceil(blocks / 256)]`, or None.
-        nested_offset: float32 scalar, or None.
-
-    Raises:
-        UsageError: a buffer's size or dtype does not fit.
-    """
-    check_weight(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
-    return _dequantize(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
-
-
-def _dequantize(
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-    *,
-    reuse: bool = False,
-) -> Tensor:
-    """`dequantize_4bit` unchecked; with `reuse`, on a CPU, possibly in memory that the next such call overwrites."""
-    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)
-
-    weight, scales = weight.contiguous(), _scales(absmax, nested_absmax, nested_offset).contiguous()
-    values = in_features * out_features
-    on_cpu = weight.device.type == "cpu"
-    # bitsandbytes has no native CPU kernel for these and would compile one per shape; plain torch is ready at once.
-    if on_cpu and (values % blocksize or blocksize >= 2048):
-        return dequantize_reference(weight, scales, in_features, out_features, blocksize, quant_type, weight_dtype)
-    # Its CPU kernel takes the wrong scale where a block runs over the end of a row, so rows are made of whole blocks.
-    rows = (values // blocksize, blocksize) if on_cpu and in_features % blocksize else (out_features, in_features)
-    dense: Tensor | None = None
-    if on_cpu and reuse:
-        dense = linear_4bit_cpu.dequantize_into_scratch(weight, scales, rows, blocksize, quant_type, weight_dtype)
-    if dense is None:
-        dense = torch.ops.bitsandbytes.dequantize_4bit(weight, scales, blocksize, quant_type, rows, weight_dtype)
-    return dense.view(out_features, in_features)
-
-
-def _scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
-    """`scales_reference` by bitsandbytes' kernel."""
-    if nested_absmax is None or nested_offset is None:
-        return absmax
-    import bitsandbytes  # noqa: F401
-
-    code, absmax, outer = code_8bit(absmax.device), absmax.contiguous(), nested_absmax.contiguous()
-    scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(absmax, outer, code, NESTED_BLOCKSIZE, torch.float32)
-    return scales + nested_offset
 
 
 @torch.library.custom_op(
@@ -198,13 +53,13 @@ def linear_4bit(
     buffers, sizes = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
     check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
     if linear_4bit_cpu.fits_fused(input, (*buffers, bias), *sizes, quant_type, weight_dtype):
-        return linear_4bit_cpu.fused_product(input, buffers, bias, *sizes, lambda: _scales(*buffers[1:]))
-    dense = _dequantize(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
+        return linear_4bit_cpu.fused_product(input, buffers, bias, *sizes, lambda: dense_scales(*buffers[1:]))
+    dense = dequantize_unchecked(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
     return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
 @linear_4bit.register_kernel("cuda")
-def _(
+def linear_4bit_bitsandbytes(
     input: Tensor,
     weight: Tensor,
     absmax: Tensor,
@@ -217,23 +72,30 @@ def _(
     quant_type: str,
     weight_dtype: torch.dtype,
 ) -> Tensor:
+    """Compute `linear_4bit` with bitsandbytes' own product, which multiplies packed weights where its authors measured that
+    this is faster on the chip; with a dense weight for layers that it does not take."""
     _check_input(input, bias, in_features, out_features)
     buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
     check_weight(*buffers, *geometry, quant_type, weight_dtype)
-    if kernels := _triton(input.dtype, (*geometry, quant_type, weight_dtype)):
-        product: Tensor = kernels.linear_4bit_triton(input, buffers, bias, (*geometry, quant_type, weight_dtype))
-        return product
-    dense = _dequantize(*buffers, *geometry, quant_type, weight_dtype)
-    return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    bias = None if bias is None else bias.to(input.dtype)
+    if input.dtype != weight_dtype or in_features % blocksize or not input.numel():
+        dense = dequantize_unchecked(*buffers, *geometry, quant_type, weight_dtype)
+        return F.linear(input, dense.to(input.dtype), bias)
+    import bitsandbytes  # noqa: F401
 
-
-def _triton(dtype: torch.dtype, geometry: tuple[int, int, int, str, torch.dtype]) -> Any:
-    """The module of Triton kernels, or None where they do not take the layer or Triton is missing (it is Linux only)."""
-    try:
-        from vlmbuild.ops.linear_4bit import triton as linear_4bit_triton
-    except ModuleNotFoundError:
-        return None
-    return linear_4bit_triton if linear_4bit_triton.fits(geometry, dtype) else None
+    scales, nested = absmax.contiguous(), {}
+    if nested_absmax is not None and nested_offset is not None:
+        nested = {
+            "absmax_8bit": scales.flatten(),
+            "absmax_code": code_8bit(absmax.device),
+            "absmax_offset": nested_offset.reshape(()),
+        }
+        scales = nested_absmax.contiguous()
+    packed, shape = weight.contiguous().view(-1, 1), (out_features, in_features)
+    product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+        input, packed, shape, scales, blocksize, quant_type, bias=bias, **nested
+    )
+    return product
 
 
 @linear_4bit.register_fake
@@ -272,33 +134,11 @@ def linear_4bit_backward(
     quant_type: str,
     weight_dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of `linear_4bit` for its input. One operator, so that a compiler cannot keep the dense weight."""
+    """Compute the gradient of `linear_4bit` for its input. One operator, so that a compiler cannot keep the dense weight."""
     buffers = (weight, absmax, nested_absmax, nested_offset)
     check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
     linear_4bit_cpu.forget(weight)
-    dense = _dequantize(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
-    return (grad @ dense.to(grad.dtype)).contiguous()
-
-
-@linear_4bit_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
-    buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
-    check_weight(*buffers, *geometry, quant_type, weight_dtype)
-    if kernels := _triton(grad.dtype, (*geometry, quant_type, weight_dtype)):
-        product: Tensor = kernels.grad_input_triton(grad, buffers, (*geometry, quant_type, weight_dtype))
-        return product
-    dense = _dequantize(*buffers, *geometry, quant_type, weight_dtype)
+    dense = dequantize_unchecked(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
     return (grad @ dense.to(grad.dtype)).contiguous()
 
 

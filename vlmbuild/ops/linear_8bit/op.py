@@ -83,13 +83,10 @@ def dequantize_8bit(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     schema="(Tensor input, Tensor weight, Tensor scales, Tensor? bias, float threshold) -> Tensor",
 )
 def linear_8bit(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """`input @ (weight * scales / 127).T + bias` as LLM.int8() has it, in the input's dtype.
+    """Compute `input @ (weight * scales / 127).T + bias` as LLM.int8() does, with bitsandbytes' operators.
 
     On a CPU bit-identical to bitsandbytes' `Linear8bitLt` in evaluation mode. In training that layer does not quantize its
-    input there: the input's gradient is the same and the result is not. On a GPU inputs of 16 bits have kernels of our own:
-    the same integers and columns, in evaluation and in training, but the sum is float32 and is rounded once, where
-    bitsandbytes rounds the integers' product to float16, and again with the outliers'; and nothing waits for the host.
-    Differentiable in `input` and `bias`.
+    input there: the input's gradient is the same and the result is not. Differentiable in `input` and `bias`.
 
     Args:
         input: `[..., in]`, float32, float16 or bfloat16.
@@ -105,30 +102,6 @@ def linear_8bit(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | No
         UsageError: a buffer's shape or dtype does not fit, or the threshold is negative.
     """
     _check(input, weight, scales, bias, threshold)
-    return _bitsandbytes_product(input, weight, scales, bias, threshold)
-
-
-@linear_8bit.register_kernel("cuda")
-def _(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    _check(input, weight, scales, bias, threshold)
-    if kernels := _triton(input.dtype):
-        product: Tensor = kernels.linear_8bit_triton(input, weight, scales, bias, threshold)
-        return product
-    return _bitsandbytes_product(input, weight, scales, bias, threshold)
-
-
-def _triton(dtype: torch.dtype) -> Any:
-    """The module of Triton kernels, or None where they do not take the dtype or Triton is missing (it is Linux only)."""
-    try:
-        from vlmbuild.ops.linear_8bit import triton as linear_8bit_triton
-    except ModuleNotFoundError:
-        return None
-    return linear_8bit_triton if linear_8bit_triton.fits(dtype) else None
-
-
-def _bitsandbytes_product(
-    input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float
-) -> Tensor:
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)
 
     ops = torch.ops.bitsandbytes
@@ -161,24 +134,13 @@ def _(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, thresh
     schema="(Tensor grad, Tensor weight, Tensor scales) -> Tensor",
 )
 def linear_8bit_backward(grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Gradient of `linear_8bit` for its input: `[..., out]` to `[..., in]`, through the dequantized weight alone.
+    """Compute the gradient of `linear_8bit` for its input, `[..., out]` to `[..., in]`, with the dequantized weight.
 
-    One operator, so that a compiler cannot keep the dense weight; on a GPU there is none for gradients of 16 bits. Raises
-    UsageError as `dequantize_8bit`.
+    One operator, so that a compiler cannot keep the dense weight.
+
+    Raises:
+        UsageError: A buffer's shape or dtype does not fit.
     """
-    return _dense_gradient(grad, weight, scales)
-
-
-@linear_8bit_backward.register_kernel("cuda")
-def _(grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    _check_weight(weight, scales)
-    if kernels := _triton(grad.dtype):
-        product: Tensor = kernels.grad_input_8bit_triton(grad, weight, scales)
-        return product
-    return _dense_gradient(grad, weight, scales)
-
-
-def _dense_gradient(grad: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     dense = dequantize_8bit(weight, scales, grad.dtype)
     return (grad.reshape(-1, weight.shape[0]) @ dense).view((*grad.shape[:-1], weight.shape[1]))
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.formats import NESTED_BLOCKSIZE, EightBit, FourBit, WeightFormat
-from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, WeightRecipe, join
+from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.split_region import divide_by
 from vlmbuild.quant.decide import LINEAR, QUANTIZE, Decision, weight_slot
 from vlmbuild.rewrite.pass_manager import PassOutcome
@@ -110,40 +109,10 @@ def _quantize(region: Region, node: Node, slot: Slot, weight_format: WeightForma
     arguments: Any = node.args
     values, weight = arguments[:2]
     bias = arguments[2] if len(arguments) > 2 else None
-    out_features, in_features = slot.shape
-    if isinstance(weight_format, FourBit):
-        stored = {suffix: region.add_slot(new) for suffix, new in _four_bit_slots(slot, weight_format).items()}
-        tensors = (stored["weight"], stored["absmax"], stored.get("nested_absmax"), stored.get("nested_offset"))
-        geometry = (in_features, out_features, weight_format.blocksize, weight_format.name, COMPUTE_DTYPE)
-        node.target, node.args = torch.ops.vlmbuild.linear_4bit.default, (values, *tensors, bias, *geometry)
-    else:
-        assert isinstance(weight_format, EightBit)  # other formats are for targets that only want a mark
-        stored = {suffix: region.add_slot(new) for suffix, new in _eight_bit_slots(slot, weight_format).items()}
-        node.target = torch.ops.vlmbuild.linear_8bit.default
-        node.args = (values, stored["weight"], stored["scb"], bias, weight_format.threshold)
+    stored = {
+        suffix: region.add_slot(Slot(slot.name + suffix, shape, dtype, "buffer", slot.role))
+        for suffix, (dtype, shape) in weight_format.buffers(slot.shape).items()
+    }
+    node.target, node.args = weight_format.call(slot.shape, values, stored, bias)
     region.remove_slot(weight)
     region.recipes += (WeightRecipe(slot.name, slot.shape, weight_format),)
-
-
-def _four_bit_slots(slot: Slot, weight_format: FourBit) -> dict[str, Slot]:
-    count = slot.shape[0] * slot.shape[1]
-    blocks = ceil(count / weight_format.blocksize)
-    slots = {"weight": _buffer(slot, "", (ceil(count / 2), 1), torch.uint8)}
-    if not weight_format.double_quant:
-        return slots | {"absmax": _buffer(slot, "_absmax", (blocks,), torch.float32)}
-    return slots | {
-        "absmax": _buffer(slot, "_absmax", (blocks,), torch.uint8),
-        "nested_absmax": _buffer(slot, "_nested_absmax", (ceil(blocks / NESTED_BLOCKSIZE),), torch.float32),
-        "nested_offset": _buffer(slot, "_nested_offset", (), torch.float32),
-    }
-
-
-def _eight_bit_slots(slot: Slot, _: EightBit) -> dict[str, Slot]:
-    return {
-        "weight": _buffer(slot, "", slot.shape, torch.int8),
-        "scb": _buffer(slot, "_scb", slot.shape[:1], torch.float32),
-    }
-
-
-def _buffer(slot: Slot, suffix: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slot:
-    return Slot(slot.name + suffix, shape, dtype, "buffer", slot.role)

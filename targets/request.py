@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmbuild.adapters.merge import Merge
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
@@ -36,6 +38,11 @@ class StoredParameter:
     shape: tuple[int, ...]
     format: WeightFormat | None
     specs: tuple[TensorSpec, ...]
+
+    @property
+    def module(self) -> str:
+        """Name of its module in the artifact's files."""
+        return self.specs[0].name.removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +82,9 @@ class Request:
     merge: Merge | None
     measure: Callable[[Path], Sequence[Mapping[str, Any]]]
     progress: Progress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored unquantized weights and of the computation."""
+        dtype: torch.dtype = getattr(torch, self.recipe.dtype)
+        return dtype

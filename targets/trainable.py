@@ -14,12 +14,10 @@ from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.checkpoint.source import SIDE_FILES
 from vlmbuild.families import Family
-from vlmbuild.formats import FourBit, WeightFormat
+from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.printer import program_text
 from vlmbuild.ir.program import Program, Region, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
-from vlmbuild.quant import bnb_4bit as four_bit
-from vlmbuild.quant import bnb_8bit as eight_bit
 from vlmbuild.quant.bnb_config import quantization_config
 from vlmbuild.recipe import Recipe
 from vlmbuild.targets.records import artifact_config, publish
@@ -78,9 +76,7 @@ def _specs(
 ) -> tuple[TensorSpec, ...]:
     if form is None:
         return (TensorSpec(stored, dtype, shape),)
-    if isinstance(form, FourBit):
-        return four_bit.stored_specs(stored, shape, dtype, form)
-    return eight_bit.stored_specs(stored.removesuffix(".weight"), shape)
+    return form.parts(stored.removesuffix(".weight"), shape, dtype)
 
 
 def format_names(program: Program) -> list[str]:

@@ -21,8 +21,8 @@ FOLDERS = {"vlmbuild": "vlmbuild", "passes": "vlmbuild.passes", "targets": "vlmb
 ORDER = [
     "errors",
     "util",
-    "formats",
     "artifact",
+    "formats",
     "ops",
     "ir",
     "quant",

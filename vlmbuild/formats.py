@@ -1,124 +1,248 @@
-"""How the weight of a linear layer may be stored in fewer bits: the layouts of bitsandbytes, and of ONNX Runtime."""
+"""Formats that store the weight of a linear layer in fewer bits.
+
+To add a format, write one file in `vlmbuild/quant/` and add one row to `FORMATS`. The file holds a frozen dataclass derived
+from `WeightFormat`. Its fields are the format's options, each with a default and all checked in `__post_init__`; its methods
+say how the weight lies in a checkpoint, which operator multiplies by it, and, for the target onnx, how ONNX Runtime reads it.
+Nothing else in the package names a format.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Self
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Weights that share a scale in a 4-bit weight."""
+from vlmbuild.errors import SourceError, UsageError
 
-NESTED_BLOCKSIZE = 256
-"""Scales of a 4-bit weight that share one scale of their own."""
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.fx import Node
+
+    from vlmbuild.artifact.weights_reader import CheckpointWeights
+    from vlmbuild.artifact.weights_writer import TensorSpec
+
+Shape = tuple[int, ...]
+OperatorCall = tuple[Callable[..., Any], tuple[Any, ...]]
+"""An operator and its arguments."""
+
+FORMATS: Final[dict[str, str]] = {
+    "nf4": "vlmbuild.quant.nf4:NF4",
+    "fp4": "vlmbuild.quant.nf4:FP4",
+    "int8": "vlmbuild.quant.int8:Int8",
+    "int4": "vlmbuild.quant.int4:Int4",
+}
+"""Name in recipes -> module and class, imported on first use: `--help` lists the names and needs no torch."""
+
+
+class Buffer(NamedTuple):
+    """Dtype and shape of one tensor of a stored weight."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+
+class StoredWeight(NamedTuple):
+    """A quantized weight in a checkpoint.
+
+    Attributes:
+        format: Its format.
+        dtype: Dtype of the dequantized weight.
+        shape: Shape of the dequantized weight.
+        suffixes: Names of its tensors without the module's name, the packed weight first.
+    """
+
+    format: WeightFormat
+    dtype: torch.dtype
+    shape: Shape
+    suffixes: tuple[str, ...]
+
+
+BLOCK_SIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that share a scale in bitsandbytes' 4-bit layout."""
+NESTED_BLOCKSIZE: Final = 256
+"""Scales that share a scale of their own in that layout."""
 
 
 @dataclass(frozen=True, slots=True)
-class FourBit:
-    """Two weights in a byte, with one scale for each block (QLoRA, arXiv:2305.14314, section 3).
+class PackedWeight:
+    """A weight [out, in] in an ONNX model.
 
     Attributes:
-        name: "nf4" (4-bit NormalFloat) or "fp4".
-        blocksize: Weights per scale.
-        double_quant: Whether the scales are stored in 8 bits too, in blocks of 256.
+        operator: ONNX Runtime operator that multiplies by it.
+        attributes: Attributes of that operator.
+        parts: Its tensors by suffix, in the order of the operator's inputs.
     """
 
-    name: Literal["nf4", "fp4"] = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
-
-    def bits(self, shape: tuple[int, ...]) -> int:
-        """Bits that a weight of this shape takes with its scales."""
-        count = math.prod(shape)
-        blocks = math.ceil(count / self.blocksize)
-        scales = 8 * blocks + 32 * math.ceil(blocks / NESTED_BLOCKSIZE) if self.double_quant else 32 * blocks
-        return 8 * math.ceil(count / 2) + scales
-
-    def describe(self) -> str:
-        """For people: "nf4, blocks of 64, scales in 8 bits"."""
-        return f"{self.name}, blocks of {self.blocksize}{', scales in 8 bits' if self.double_quant else ''}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"name": self.name, "blocksize": self.blocksize, "double_quant": self.double_quant}
+    operator: str
+    attributes: Mapping[str, Any]
+    parts: Mapping[str, Buffer]
 
 
-@dataclass(frozen=True, slots=True)
-class EightBit:
-    """One signed byte a weight, with one scale for each row (LLM.int8, arXiv:2208.07339, section 3).
+class OnnxChunk(NamedTuple):
+    """Some consecutive values of a weight on their way into an ONNX model.
 
     Attributes:
-        threshold: Columns of the input with a value above it are multiplied in 16 bits; 0 for none.
+        values: The values before rounding.
+        rounded: The values that the parts stand for, float32.
+        parts: Suffix -> next elements of that tensor.
     """
 
-    threshold: float = 6.0
-
-    @property
-    def name(self) -> str:
-        """As recipes have it."""
-        return "int8"
-
-    def bits(self, shape: tuple[int, ...]) -> int:
-        """Bits that a weight of this shape takes with its scales."""
-        return 8 * math.prod(shape) + 32 * shape[0]
-
-    def describe(self) -> str:
-        """For people: "int8, outliers above 6.0"."""
-        return f"int8, outliers above {self.threshold}" if self.threshold else "int8"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"name": self.name, "threshold": self.threshold.hex()}
+    values: Tensor
+    rounded: Tensor
+    parts: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockInt4:
-    """Two integers in a byte, with a scale for each block of a row, as ONNX Runtime's MatMulNBits reads them.
+class WeightFormat(ABC):
+    """A way to store weights. Formats are values: two with equal options are equal.
 
     Attributes:
-        blocksize: Weights of a row per scale.
-        symmetric: Whether the middle code is zero; else every block has a zero point of its own.
-        exact_inputs: Whether products are of the inputs' own values; else of those rounded to 8 bits in blocks.
+        name: Name in recipes.
+        targets: Targets that can multiply by it.
+        marker: Suffix, after a module's name, of the tensor by which a checkpoint's reader knows this format; "" if no
+            checkpoint holds it.
     """
 
-    blocksize: int = 32
-    symmetric: bool = True
-    exact_inputs: bool = False
+    __slots__ = ()
 
-    @property
-    def name(self) -> str:
-        """As recipes have it."""
-        return "int4"
+    name: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]] = ("trainable", "aoti")
+    marker: ClassVar[str] = ""
 
-    def bits(self, shape: tuple[int, ...]) -> int:
-        """Bits that a weight of this shape takes with its scales, which are counted in float32."""
-        blocks = shape[0] * math.ceil(shape[1] / self.blocksize)
-        return blocks * (4 * self.blocksize + 32 + (0 if self.symmetric else 4))
+    @abstractmethod
+    def bits(self, shape: Shape) -> int:
+        """Count the bits that a weight of this shape takes with its scales."""
 
+    @abstractmethod
     def describe(self) -> str:
-        """For people: "int4, blocks of 32"."""
-        zero, inputs = "" if self.symmetric else " with zero points", ", exact inputs" if self.exact_inputs else ""
-        return f"int4, blocks of {self.blocksize}{zero}{inputs}"
+        """Describe the format for people: "nf4, blocks of 64, scales in 8 bits"."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "name": self.name,
-            "blocksize": self.blocksize,
-            "symmetric": self.symmetric,
-            "exact_inputs": self.exact_inputs,
-        }
+        """Convert to plain values; floats in hexadecimal."""
+        options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {"name": self.name} | {k: v.hex() if isinstance(v, float) else v for k, v in options.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Convert back from `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+        options = {field.name: values[field.name] for field in fields(cls)}  # type: ignore[arg-type]  # a dataclass
+        defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{k: float.fromhex(v) if isinstance(defaults[k], float) else v for k, v in options.items()})
+
+    def chunk_unit(self, shape: Shape) -> int:
+        """Values that are quantized together: chunks for `encode` and `encode_onnx` are multiples of it."""
+        return shape[-1]
+
+    # In a checkpoint. Tensors are named by the module and a suffix, as ".weight" or ".SCB".
+
+    def parts(self, module: str, shape: Shape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+        """Return the specs of the tensors that store a weight, the packed weight first. Raises UsageError for a bad shape."""
+        raise self._unsupported("a checkpoint")
+
+    def encode(
+        self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Quantize a weight that comes in flat chunks; yield (suffix, next elements of that tensor).
+
+        Args:
+            chunks: Values, each chunk but the last a multiple of `chunk_unit` long.
+            shape: Shape of the weight.
+            dtype: Dtype of the weight when it is dequantized.
+            name: Name for messages.
+
+        Raises:
+            SourceError: The weight holds NaN, infinity, or values that the format has no scale for.
+        """
+        raise self._unsupported("a checkpoint")
+
+    @classmethod
+    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
+        """Read the format of a stored weight, and check that its tensors fit each other: kernels do not.
+
+        Args:
+            weights: The checkpoint.
+            module: Name of the module in the checkpoint.
+            config: The `quantization_config` of config.json.
+
+        Raises:
+            SourceError: A tensor is missing, or has another size or dtype.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self, weights: CheckpointWeights, module: str, shape: Shape, dtype: torch.dtype, step: int
+    ) -> Iterator[Tensor]:
+        """Dequantize a stored weight, flat, in chunks of at most `step` elements. Formats that store a dtype use that one."""
+        raise self._unsupported("a checkpoint")
+
+    def config_entries(self) -> dict[str, Any]:
+        """Return what `quantization_config` in config.json says of the format; {} if transformers does not know it."""
+        return {}
+
+    # In a program. Slots are named by the weight's slot and a suffix, as "" or "_absmax".
+
+    def buffers(self, shape: Shape) -> dict[str, Buffer]:
+        """Return the slots that take the place of the weight's, by suffix."""
+        raise self._unsupported("a graph")
+
+    def call(self, shape: Shape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
+        """Return the operator that multiplies by the stored weight, and its arguments."""
+        raise self._unsupported("a graph")
+
+    def load(self, weights: CheckpointWeights, module: str, shape: Shape) -> dict[str, Tensor]:
+        """Map the tensors of `buffers` from a checkpoint. Raises SourceError when it stores the weight otherwise."""
+        raise unfit(weights, f"{module}.weight", f"{self.name} has no form for a graph")
+
+    # In an ONNX model.
+
+    def onnx_weight(self, shape: Shape, dtype: torch.dtype, name: str) -> PackedWeight:
+        """Return how an ONNX model stores the weight; `dtype` is for scales. Raises UsageError when it cannot."""
+        raise self._unsupported("ONNX Runtime")
+
+    def encode_onnx(self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str) -> Iterator[OnnxChunk]:
+        """Quantize a weight for an ONNX model, with `chunks`, `name` and errors as in `encode` and `dtype` for scales."""
+        raise self._unsupported("ONNX Runtime")
+
+    def copy_onnx(self, weights: CheckpointWeights, module: str) -> dict[str, Tensor] | None:
+        """Return a stored weight's tensors for an ONNX model without rounding again; None if the layouts differ."""
+        return None
+
+    def rounded(self, values: Tensor, name: str) -> Tensor:
+        """Round flat values as the format does, to float32. Raises SourceError for NaN and infinity."""
+        raise self._unsupported("a budget")
+
+    def _unsupported(self, where: str) -> UsageError:
+        return UsageError(f"The format {self.name} has no form for {where}. Choose nf4.")
 
 
-WeightFormat = FourBit | EightBit | BlockInt4
+def format_class(name: str) -> type[WeightFormat]:
+    """Return the class of a format. Raises ValueError for a name that is not in `FORMATS`."""
+    if name not in FORMATS:
+        raise ValueError(f"the weight format {name!r} is unknown")
+    module, _, attribute = FORMATS[name].partition(":")
+    found: type[WeightFormat] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
-def format_from_json(values: dict[str, Any]) -> WeightFormat:
-    """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
-    if values["name"] == "int8":
-        return EightBit(float.fromhex(values["threshold"]))
-    if values["name"] == "int4":
-        return BlockInt4(values["blocksize"], values["symmetric"], values["exact_inputs"])
-    if values["name"] not in ("nf4", "fp4"):
-        raise ValueError(f"the weight format {values['name']!r} is unknown")
-    return FourBit(values["name"], values["blocksize"], values["double_quant"])
+def format_from_json(values: Mapping[str, Any]) -> WeightFormat:
+    """Convert back from `to_json`. Raises KeyError, TypeError or ValueError for anything else."""
+    try:
+        return format_class(values["name"]).from_json(values)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def unfit(weights: CheckpointWeights, name: str, problem: str) -> SourceError:
+    """Make the error for a stored weight whose tensors do not fit each other."""
+    return SourceError(
+        f"{weights.directory}: the quantized weight {name} cannot be used: {problem}. If the checkpoint is complete, its "
+        "layout is not supported: build from the unquantized one."
+    )
+
+
+def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of consecutive chunks; one empty chunk of nothing."""
+    for first in range(0, max(total, 1), step):
+        yield first, min(step, total - first)

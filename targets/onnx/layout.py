@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlmbuild.formats import WeightFormat
+from vlmbuild.formats import PackedWeight, WeightFormat
 from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, join
-from vlmbuild.quant.ort_matmul import PackedWeight, packed_weight
 from vlmbuild.targets.onnx.graph import GraphBuilder, Stored
 
 _PAGE, _LINE = 4096, 64
@@ -69,7 +68,7 @@ class Weights:
         self._constants = constants
         self._dtype = dtype
         self.packed: dict[str, PackedWeight] = {
-            name: packed_weight(form, shape, dtype, name) for name, (form, shape) in packed_formats(program).items()
+            name: form.onnx_weight(shape, dtype, name) for name, (form, shape) in packed_formats(program).items()
         }
 
     def declare(
@@ -93,5 +92,5 @@ class Weights:
 
     def _place(self, data: DataFile, name: str, slot: Slot) -> dict[str, Stored]:
         if name in self.packed:
-            return {part.suffix: data.place(part.dtype, part.shape) for part in self.packed[name].parts}
+            return {suffix: data.place(*part) for suffix, part in self.packed[name].parts.items()}
         return {"": data.place(self._dtype if slot.dtype == COMPUTE_DTYPE else slot.dtype, slot.shape)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.quant.ort_matmul import PackedWeight
+from vlmbuild.formats import PackedWeight
 from vlmbuild.targets.onnx.aten import ATEN
 from vlmbuild.targets.onnx.attention import attention
 from vlmbuild.targets.onnx.graph import CONTRIB
@@ -44,7 +44,7 @@ def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> s
 
 
 def _packed_linear(site: Site, x: Value, name: str, weight: PackedWeight, bias: Value | None) -> str:
-    tensors = [f"{name}{part.suffix}" for part in weight.parts]
+    tensors = [name + suffix for suffix in weight.parts]
     product = str(site.builder.op(weight.operator, x.name, *tensors, domain=CONTRIB, **weight.attributes))
     return product if bias is None else str(site.builder.op("Add", product, bias.name))
 

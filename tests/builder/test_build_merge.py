@@ -240,7 +240,7 @@ def test_pieces_do_not_show_and_no_weight_is_in_memory_as_a_whole(quantized, bas
         return read_part(self, name, first, count)
 
     monkeypatch.setattr(CheckpointWeights, "read_part", watched)
-    monkeypatch.setattr(transfer, "_PIECE", 1000)  # pieces that begin and end within rows
+    monkeypatch.setattr(transfer, "_CHUNK", 1000)  # pieces that begin and end within rows
     pieces = build(base, tmp_path / "pieces", FLOAT32, adapter=adapter)
     assert max(counts) == 1000
     one, two = (load_file(built.path / "model.safetensors") for built in (whole, pieces))

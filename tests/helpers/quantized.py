@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from vlmbuild.formats import FourBit
-from vlmbuild.quant.bnb_4bit import quantized_parts
-from vlmbuild.quant.bnb_quantize import quantize_blocks
+from vlmbuild.quant.nf4 import NF4
 
 
-def quantize(tensor, form=FourBit()):
+def quantize(tensor, form=NF4()):
     """By suffix, the packed weight first."""
-    packed, absmax = quantize_blocks(tensor.flatten(), quant_type=form.name, blocksize=form.blocksize)
-    return {"": packed.view(-1, 1), **quantized_parts(absmax, tensor.shape, tensor.dtype, form)}
+    shape = tuple(tensor.shape)
+    parts = dict(form.encode([tensor.flatten()], shape, tensor.dtype, "w"))
+    parts[".weight"] = parts[".weight"].view(-1, 1)
+    suffixes = [spec.name for spec in form.parts("", shape, tensor.dtype)]
+    assert parts.keys() == set(suffixes)
+    return {suffix.removeprefix(".weight"): parts[suffix] for suffix in suffixes}
 
 
-def reference(tensor, form=FourBit()):
+def reference(tensor, form=NF4()):
     """The same of bitsandbytes."""
     from bitsandbytes import functional
 

@@ -15,16 +15,16 @@ from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.source import ZOO
 from vlmbuild.checkpoint.tensors import source_tensors
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import FourBit
 from vlmbuild.measure.calibration import conversation_batches, output_losses
 from vlmbuild.measure.sensitivity import Loss, keep_within, weight_losses
 from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
-from vlmbuild.quant.bnb_4bit import parse_quant_state
+from vlmbuild.quant.bnb_state import parse_quant_state
 from vlmbuild.quant.decide import LinearLayer, linear_layers
+from vlmbuild.quant.nf4 import NF4
 from vlmbuild.quant.spec import Override, QuantSpec
 from vlmbuild.recipe import Recipe
 
-FORM = FourBit()
+FORM = NF4()
 BATCHES = [make_batch([[5, (1, 4, 6), 7, 3]])[0], make_batch([[5, 9, 8, 4, 7]])[0]]
 
 
@@ -53,14 +53,14 @@ def layers(built):
 
 
 def test_weight_losses_are_those_of_the_stored_bytes(layers, weights, tensors):
-    form = FourBit(double_quant=False)
+    form = NF4(double_quant=False)
     losses = weight_losses(layers, form, weights, tensors, torch.float32, quiet)
     assert [loss.layer for loss in losses] == layers
     for loss in losses:
         weight = weights.read(tensors[f"{loss.layer.module}.weight"].name).float()
         stored = quantize(weight, form)
         state = parse_quant_state(stored[".quant_state.bitsandbytes__nf4"])
-        out_features, in_features = state["shape"]
+        out_features, in_features = state.shape
         values = dequantize_4bit(
             stored[""], stored[".absmax"], None, None, in_features, out_features, 64, "nf4", torch.float32
         )
@@ -85,7 +85,7 @@ def test_output_losses_are_those_of_a_model_with_one_layer_quantized(
         for rounding in (False, True):
             held = model.get_parameter(f"{name}.weight").data
             if rounding:
-                stored = quantize(held, FourBit(double_quant=False))
+                stored = quantize(held, NF4(double_quant=False))
                 model.get_parameter(f"{name}.weight").data = dequantize_4bit(
                     stored[""], stored[".absmax"], None, None, held.shape[1], held.shape[0], 64, "nf4", torch.float32
                 )

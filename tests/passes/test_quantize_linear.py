@@ -10,14 +10,15 @@ from parity import SAME_WEIGHTS_FP32, assert_close
 from quantized import quantize
 from tiny import linear_region, make_region, operators, region_program
 
-from vlmbuild.formats import EightBit, FourBit
+from vlmbuild.formats import format_class
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import COMPUTE_DTYPE, Slot, WeightRecipe
 from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 from vlmbuild.passes import QuantizeLinear
-from vlmbuild.quant.bnb_4bit import parse_quant_state
-from vlmbuild.quant.bnb_8bit import quantize_rows
+from vlmbuild.quant.bnb_state import parse_quant_state
 from vlmbuild.quant.decide import decide
+from vlmbuild.quant.int8 import Int8, quantize_rows
+from vlmbuild.quant.nf4 import NF4
 from vlmbuild.quant.spec import Override, QuantSpec
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.torch.region_instance import BoundRegion
@@ -44,7 +45,7 @@ def test_slots_and_recipe_of_a_quantized_layer():
         "proj.weight_nested_absmax": ((1,), torch.float32, "buffer"),
         "proj.weight_nested_offset": ((), torch.float32, "buffer"),
     }
-    assert region.recipes == (WeightRecipe("proj.weight", (64, 128), FourBit()),)
+    assert region.recipes == (WeightRecipe("proj.weight", (64, 128), NF4()),)
     assert operators(region) == ["vlmbuild.linear_4bit.default"]
 
 
@@ -64,12 +65,12 @@ def test_values_are_those_of_the_dequantized_weight(double_quant, quant_format):
     weight, bias, values = torch.randn(64, 128), torch.randn(64), torch.randn(1, 7, 128, requires_grad=True)
     region = linear_region()
     quantized(region, double_quant=double_quant, format=quant_format)
-    parts = quantize(weight, FourBit(quant_format, 64, double_quant))
+    parts = quantize(weight, format_class(quant_format)(64, double_quant))
     state = parse_quant_state(parts[f".quant_state.bitsandbytes__{quant_format}"])
     tensors = {"proj.weight": parts[""], "proj.weight_absmax": parts[".absmax"], "proj.bias": bias}
     nested = (None, None)
     if double_quant:
-        nested = (parts[".nested_absmax"], torch.tensor(state["nested_offset"]))
+        nested = (parts[".nested_absmax"], torch.tensor(state.nested_offset))
         tensors |= {"proj.weight_nested_absmax": nested[0], "proj.weight_nested_offset": nested[1]}
     graph = BoundRegion(region, torch.float32, ()).graph
     (ours,) = graph(*(tensors[slot.name] for slot in region.slots), values)
@@ -161,8 +162,8 @@ def test_layers_that_are_quantized_differently_get_regions_of_their_own(built):
     called = [call.region for call in built.variants["image"].calls if call.region.startswith("language_model.layers")]
     assert called == names
     found = {recipe.source: recipe.format for recipe in built.regions[names[1]].recipes}
-    assert found.pop("mlp.up_proj.weight") == EightBit()
-    assert set(found.values()) == {FourBit()}
+    assert found.pop("mlp.up_proj.weight") == Int8()
+    assert set(found.values()) == {NF4()}
     quantize_program(whole)
     assert digest(built.regions[names[0]]) == digest(whole.regions[names[0]])
     second = digest(built.regions[names[1]])

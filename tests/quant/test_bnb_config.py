@@ -9,19 +9,19 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import EightBit, FourBit
 from vlmbuild.quant.bnb_config import (
     announced_format,
     check_method,
     is_skipped,
     quantization_config,
-    threshold_of,
 )
+from vlmbuild.quant.int8 import Int8, threshold_of
+from vlmbuild.quant.nf4 import FP4, NF4
 
 
 @pytest.mark.parametrize(
     ("form", "method"),
-    [(FourBit(), "nf4"), (FourBit("fp4", 128, False), "fp4"), (EightBit(), "llm_int8"), (EightBit(0.0), "llm_int8")],
+    [(NF4(), "nf4"), (FP4(128, False), "fp4"), (Int8(), "llm_int8"), (Int8(0.0), "llm_int8")],
 )
 def test_config_is_what_transformers_reads_and_writes(form, method):
     config = quantization_config([form], skip_modules=["model.visual.merger.mlp.0", "lm_head"], compute_dtype="float16")
@@ -31,11 +31,11 @@ def test_config_is_what_transformers_reads_and_writes(form, method):
     assert parsed.quantization_method() == method
     assert config["llm_int8_skip_modules"] == ["lm_head", "model.visual.merger.mlp.0"]
     found = announced_format(config)
-    assert found == (form if isinstance(form, EightBit) else FourBit(form.name, 64, form.double_quant))
+    assert found == (form if isinstance(form, Int8) else type(form)(64, form.double_quant))
 
 
 def test_four_and_eight_bits_together_are_not_transformers():
-    config = quantization_config([FourBit(), EightBit()], skip_modules=[], compute_dtype="float16")
+    config = quantization_config([NF4(), Int8()], skip_modules=[], compute_dtype="float16")
     assert config["quant_method"] == "vlmbuild"
     assert check_method(config, "here") is config
 
@@ -62,7 +62,7 @@ def test_skipping_follows_transformers():
 
 def test_names_that_would_be_patterns():
     with pytest.raises(UsageError, match=r"module name 'layers\.\*' in the skip list is not a plain dotted name"):
-        quantization_config([FourBit()], skip_modules=["layers.*"], compute_dtype="float32")
+        quantization_config([NF4()], skip_modules=["layers.*"], compute_dtype="float32")
 
 
 @pytest.mark.parametrize("config", [{"quant_method": "gptq"}, {"quant_method": "fp8"}, "awq", None, []])

@@ -5,25 +5,27 @@ import torch
 from onnx import helper, numpy_helper
 
 from vlmbuild.errors import UsageError
-from vlmbuild.formats import BlockInt4, EightBit, FourBit
+from vlmbuild.formats import PackedWeight
 from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
-from vlmbuild.quant.bnb_8bit import dequantize_rows, quantize_rows
 from vlmbuild.quant.bnb_quantize import quantize_blocks
-from vlmbuild.quant.ort_matmul import EXACT, pack_int4, pack_int8, packed_weight, unpacked
+from vlmbuild.quant.int4 import Int4
+from vlmbuild.quant.int8 import Int8, dequantize_rows, pack_onnx, quantize_rows
+from vlmbuild.quant.nf4 import FP4, NF4
+from vlmbuild.quant.ort_matmul import EXACT, unpacked
 
 ROWS = 24
 
 
 def product(weight, parts, x):
     """What ONNX Runtime makes of a packed weight."""
-    names = [f"w{part.suffix}" for part in weight.parts]
+    names = [f"w{suffix}" for suffix in weight.parts]
     node = helper.make_node(weight.operator, ["x", *names], ["y"], domain="com.microsoft", **weight.attributes)
     graph = helper.make_graph(
         [node],
         "g",
         [helper.make_tensor_value_info("x", 1, [None, weight.attributes["K"]])],
         [helper.make_tensor_value_info("y", 1, None)],
-        [numpy_helper.from_array(parts[p.suffix].numpy().reshape(p.shape), f"w{p.suffix}") for p in weight.parts],
+        [numpy_helper.from_array(parts[s].numpy().reshape(p.shape), f"w{s}") for s, p in weight.parts.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
@@ -35,13 +37,13 @@ def product(weight, parts, x):
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(("blocksize", "symmetric"), [(32, True), (32, False), (64, True), (64, False)])
 def test_int4_is_what_onnxruntime_multiplies_by(blocksize, symmetric, exact, columns):
-    form = BlockInt4(blocksize, symmetric, exact)
+    form = Int4(blocksize, symmetric, exact)
     values, x = torch.randn(ROWS, columns), torch.randn(5, columns)
-    weight = packed_weight(form, (ROWS, columns), torch.float32, "w")
-    parts = pack_int4(values, form, torch.float32)
-    for part in weight.parts:
-        assert parts[part.suffix].numel() == np.prod(part.shape)
-        assert parts[part.suffix].dtype == part.dtype
+    weight = form.onnx_weight((ROWS, columns), torch.float32, "w")
+    parts = form.pack(values, torch.float32)
+    for suffix, part in weight.parts.items():
+        assert parts[suffix].numel() == np.prod(part.shape)
+        assert parts[suffix].dtype == part.dtype
     rounded = unpacked(weight, parts)
     found = product(weight, parts, x)
     error = float((found - x @ rounded.T).norm() / (x @ rounded.T).norm())
@@ -54,11 +56,10 @@ def test_int4_asymmetric_loses_less_on_values_of_one_sign():
     lost = [
         float(
             (
-                unpacked(packed_weight(form, (ROWS, 128), torch.float32, "w"), pack_int4(values, form, torch.float32))
-                - values
+                unpacked(form.onnx_weight((ROWS, 128), torch.float32, "w"), form.pack(values, torch.float32)) - values
             ).norm()
         )
-        for form in (BlockInt4(32), BlockInt4(32, False))
+        for form in (Int4(32), Int4(32, False))
     ]
     assert lost[1] < lost[0]
 
@@ -66,8 +67,8 @@ def test_int4_asymmetric_loses_less_on_values_of_one_sign():
 def test_int4_extremes():
     values = torch.zeros(2, 64)
     values[1, 0], values[1, 40] = -3.0, 1e-30
-    for form in (BlockInt4(32), BlockInt4(32, False)):
-        rounded = unpacked(packed_weight(form, (2, 64), torch.float32, "w"), pack_int4(values, form, torch.float32))
+    for form in (Int4(32), Int4(32, False)):
+        rounded = unpacked(form.onnx_weight((2, 64), torch.float32, "w"), form.pack(values, torch.float32))
         assert torch.isfinite(rounded).all()
         assert rounded[0].eq(0).all()
         assert rounded[1, 0] == pytest.approx(-3.0, rel=1e-6)
@@ -76,24 +77,24 @@ def test_int4_extremes():
 def test_int8_keeps_the_values_of_bitsandbytes():
     values, x = torch.randn(ROWS, 96), torch.randn(5, 96)
     codes, scales = quantize_rows(values)
-    weight = packed_weight(EightBit(), (ROWS, 96), torch.float32, "w")
-    parts = pack_int8(codes, scales, torch.float32)
+    weight = Int8().onnx_weight((ROWS, 96), torch.float32, "w")
+    parts = pack_onnx(codes, scales, torch.float32)
     exact = dequantize_rows(codes, scales, torch.float32, name="w")
     torch.testing.assert_close(unpacked(weight, parts), exact, rtol=1e-6, atol=0)
     exact_product = product(
-        weight.__class__(weight.operator, {**weight.attributes, "accuracy_level": EXACT}, weight.parts), parts, x
+        PackedWeight(weight.operator, {**weight.attributes, "accuracy_level": EXACT}, weight.parts), parts, x
     )
     torch.testing.assert_close(exact_product, x @ exact.T, rtol=1e-5, atol=1e-5)
     rounded_inputs = product(weight, parts, x)
     assert float((rounded_inputs - x @ exact.T).norm() / (x @ exact.T).norm()) < 2e-2
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_bytes_are_read_as_they_are(kind):
+@pytest.mark.parametrize("form", [NF4(), FP4()], ids=str)
+def test_bitsandbytes_bytes_are_read_as_they_are(form):
     values, x = torch.randn(ROWS, 128), torch.randn(5, 128)
-    packed, absmax = quantize_blocks(values.flatten(), quant_type=kind, blocksize=64)
-    weight = packed_weight(FourBit(kind, 64), (ROWS, 128), torch.float32, "w")
-    exact = dequantize_reference(packed, absmax, 128, ROWS, 64, kind, torch.float32)
+    packed, absmax = quantize_blocks(values.flatten(), quant_type=form.name, blocksize=64)
+    weight = form.onnx_weight((ROWS, 128), torch.float32, "w")
+    exact = dequantize_reference(packed, absmax, 128, ROWS, 64, form.name, torch.float32)
     parts = {"": packed, "_absmax": absmax}
     assert unpacked(weight, parts).equal(exact)
     torch.testing.assert_close(product(weight, parts, x), x @ exact.T, rtol=1e-5, atol=1e-5)
@@ -101,4 +102,4 @@ def test_bitsandbytes_bytes_are_read_as_they_are(kind):
 
 def test_a_block_that_does_not_divide_a_row_is_refused():
     with pytest.raises(UsageError, match=r"layers\.0\.up.*100 columns.*int4"):
-        packed_weight(FourBit("nf4", 64), (ROWS, 100), torch.float32, "layers.0.up")
+        NF4().onnx_weight((ROWS, 100), torch.float32, "layers.0.up")

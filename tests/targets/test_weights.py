@@ -30,7 +30,7 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe.quantize and recipe.quantize.format))
 def test_pieces_and_cores_do_not_show(recipe, checkpoint, tmp_path, monkeypatch):
     whole = build(checkpoint, tmp_path / "whole", recipe)
-    monkeypatch.setattr(transfer, "_PIECE", 4096)
+    monkeypatch.setattr(transfer, "_CHUNK", 4096)
     monkeypatch.setattr(transfer, "available_cores", lambda: 5)
     pieces = build(checkpoint, tmp_path / "pieces", recipe)
     assert pieces.manifest.id == whole.manifest.id
@@ -45,7 +45,7 @@ def test_no_tensor_is_in_memory_as_a_whole(checkpoint, tmp_path, monkeypatch):
         return read_part(self, name, first, count)
 
     monkeypatch.setattr(CheckpointWeights, "read_part", watched)
-    monkeypatch.setattr(transfer, "_PIECE", 4096)
+    monkeypatch.setattr(transfer, "_CHUNK", 4096)
     build(checkpoint, tmp_path / "out", Recipe(quantize=QuantSpec()))
     assert max(counts) == 4096
     assert len(counts) > 100

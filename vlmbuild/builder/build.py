@@ -24,7 +24,7 @@ from vlmbuild.checkpoint.source import Progress, Source, resolve
 from vlmbuild.checkpoint.tensors import SourceTensor, published_name, source_tensors, stored_formats
 from vlmbuild.errors import PassError, UsageError
 from vlmbuild.families import Family, family_of
-from vlmbuild.formats import FourBit
+from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest, output_losses
 from vlmbuild.measure.merge_parity import ParityCheck, make_probe
@@ -201,7 +201,7 @@ def decide_formats(
     if spec is None or spec.budget is None:
         return decisions
     form = spec.weight_format()
-    assert isinstance(form, FourBit)  # auto's
+    assert form is not None  # a budget has a format
     asked = [layer for layer in linear_layers(program) if _is_open(decisions[layer.module], form, layer, spec)]
     if not asked:
         raise UsageError("No linear layer is left for the budget to decide about. Check roles, skips and overrides.")
@@ -228,7 +228,7 @@ def _parity_programs(
     return traced, merged
 
 
-def _is_open(decision: Decision, form: FourBit, layer: LinearLayer, spec: QuantSpec) -> bool:
+def _is_open(decision: Decision, form: WeightFormat, layer: LinearLayer, spec: QuantSpec) -> bool:
     """Whether it was the spec's format that decided, and not a pattern of the user's."""
     return decision.format == form and layer.role in spec.roles and not decision.pinned
 

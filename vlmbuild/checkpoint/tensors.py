@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
-from vlmbuild.formats import NESTED_BLOCKSIZE, EightBit, FourBit, WeightFormat
+from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
 from vlmbuild.ir.program import Program
-from vlmbuild.quant.bnb_4bit import STATE_PREFIX, parse_quant_state
-from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped, threshold_of
+from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
 from vlmbuild.quant.decide import linear_layers
-
-_STATES = tuple(f"{STATE_PREFIX}{name}" for name in ("nf4", "fp4"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +24,12 @@ class SourceTensor:
     """A parameter in a source.
 
     Attributes:
-        name: Of its tensor in the files.
-        shape: Of the parameter.
-        dtype: Of the parameter, once it is dequantized.
-        nbytes: That its tensors take.
-        format: None for a plain tensor.
+        name: Name of its tensor in the files; for a quantized parameter, of the packed weight.
+        shape: Shape of the parameter.
+        dtype: Dtype of the parameter, once it is dequantized.
+        nbytes: Bytes that its tensors take.
+        format: Format of a quantized parameter; None for a plain tensor.
         parts: Names of all its tensors, `name` first.
-        nested_offset: Of the scales of a double-quantized weight.
     """
 
     name: str
@@ -41,40 +38,65 @@ class SourceTensor:
     nbytes: int
     format: WeightFormat | None = None
     parts: tuple[str, ...] = ()
-    nested_offset: float | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of its module in the files."""
+        return self.name.removesuffix(".weight")
+
+    def values(self, weights: CheckpointWeights, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
+        """Yield the values, flat, in chunks of at most `step` elements and in memory of their own.
+
+        Args:
+            weights: The source.
+            dtype: Dtype for formats that store none; other values have the dtype of the source.
+            step: A multiple of `WeightFormat.chunk_unit`.
+
+        Raises:
+            SourceError: A tensor cannot be read.
+        """
+        if self.format is not None:
+            yield from self.format.decode(weights, self.module, self.shape, dtype, step)
+            return
+        for first, count in ranges(math.prod(self.shape), step):
+            yield weights.read_part(self.name, first, count)
 
 
 def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[str, Any]) -> dict[str, SourceTensor]:
-    """Every parameter of a source by module name. `config` holds the values of config.json.
+    """Return every parameter of a source by module name. `config` holds the values of config.json.
 
     Reads headers, and the states of 4-bit weights (some hundred bytes each).
 
     Raises:
-        SourceError: It is quantized in a layout that is not known, or the parts of a weight do not fit each other.
+        SourceError: It is quantized in an unknown layout, or the parts of a weight do not fit each other.
     """
-    where = str(weights.directory)
-    quantization = config.get("quantization_config")
-    threshold = threshold_of(check_method(quantization, where)) if quantization is not None else 0.0
-    found: dict[str, SourceTensor] = {}
-    taken: set[str] = set()
-    for name in weights.tensors if quantization is not None else ():
-        state = next((suffix for suffix in _STATES if name.endswith(suffix)), None)
-        if state is not None:
-            tensor = _four_bit(weights, name.removesuffix(state), state)
-        elif name.endswith(".SCB"):
-            tensor = _eight_bit(weights, name.removesuffix(".SCB"), threshold)
-        else:
-            continue
-        found[family.module_name(tensor.name)] = tensor
-        taken.update(tensor.parts)
+    tensors: dict[str, SourceTensor] = {}
+    if config.get("quantization_config") is not None:
+        quantization = check_method(config["quantization_config"], str(weights.directory))
+        classes = {cls.marker: cls for cls in map(format_class, FORMATS) if cls.marker}
+        for name in weights.tensors:
+            marker = next((suffix for suffix in classes if name.endswith(suffix)), None)
+            if marker is not None:
+                tensor = _quantized(weights, name.removesuffix(marker), classes[marker], quantization)
+                tensors[family.module_name(tensor.name)] = tensor
+    taken = {part for tensor in tensors.values() for part in tensor.parts}
     for name, info in weights.tensors.items():
         if name not in taken:
-            found[family.module_name(name)] = SourceTensor(name, info.shape, info.dtype, info.nbytes, None, (name,))
-    return found
+            tensors[family.module_name(name)] = SourceTensor(name, info.shape, info.dtype, info.nbytes, None, (name,))
+    return tensors
+
+
+def _quantized(
+    weights: CheckpointWeights, module: str, form: type[WeightFormat], config: Mapping[str, Any]
+) -> SourceTensor:
+    stored = form.check(weights, module, config)
+    parts = tuple(module + suffix for suffix in stored.suffixes)
+    nbytes = sum(weights.tensors[part].nbytes for part in parts)
+    return SourceTensor(parts[0], stored.shape, stored.dtype, nbytes, stored.format, parts)
 
 
 def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, WeightFormat]:
-    """Module -> format of the layers that are quantized."""
+    """Return module -> format of the quantized layers."""
     return {
         name.removesuffix(".weight"): tensor.format for name, tensor in tensors.items() if tensor.format is not None
     }
@@ -83,7 +105,7 @@ def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, WeightForma
 def announced_formats(
     family: Family, values: Mapping[str, Any], program: Program, where: str
 ) -> Mapping[str, WeightFormat]:
-    """Formats of a quantized source's linear layers, by module name, from config.json alone.
+    """Return the formats of a quantized source's linear layers, by module name, from config.json alone.
 
     Raises:
         SourceError: Its weights have formats that the config cannot tell apart.
@@ -105,57 +127,5 @@ def announced_formats(
 
 
 def published_name(family: Family) -> Callable[[str], str]:
-    """Module name -> that in published checkpoints."""
+    """Return a function from module names to names in published checkpoints."""
     return lambda module: family.stored_name(f"{module}.weight").removesuffix(".weight")
-
-
-def _four_bit(weights: CheckpointWeights, name: str, suffix: str) -> SourceTensor:
-    """A 4-bit weight. Kernels do not check sizes, so all are held against the state."""
-    state = parse_quant_state(weights.read(name + suffix), name=f"{weights.directory}: {name}{suffix}")
-    double_quant = "nested_blocksize" in state
-    if double_quant and state["nested_blocksize"] != NESTED_BLOCKSIZE:
-        raise _unfit(weights, name, f"its scales are quantized in blocks of {state['nested_blocksize']}, not of 256")
-    if state["quant_type"] != suffix.removeprefix(STATE_PREFIX):
-        raise _unfit(weights, name, f"its state is of {state['quant_type']}")
-    count = math.prod(state["shape"])
-    blocks = math.ceil(count / state["blocksize"])
-    sizes = {
-        "": (torch.uint8, math.ceil(count / 2)),
-        ".absmax": (torch.uint8 if double_quant else torch.float32, blocks),
-        ".quant_map": (torch.float32, 16),
-    }
-    if double_quant:
-        sizes[".nested_absmax"] = (torch.float32, math.ceil(blocks / NESTED_BLOCKSIZE))
-        sizes[".nested_quant_map"] = (torch.float32, 256)
-    for part, (dtype, size) in sizes.items():
-        info = weights.tensors.get(name + part)
-        if info is None or info.dtype != dtype or math.prod(info.shape) != size:
-            has = "is missing" if info is None else f"is {list(info.shape)} of {info.dtype}"
-            raise _unfit(weights, name, f"{name}{part} {has}; {size} elements of {dtype} are needed")
-    parts = tuple(name + part for part in (*sizes, suffix))
-    form = FourBit(state["quant_type"], state["blocksize"], double_quant)
-    nbytes = sum(weights.tensors[part].nbytes for part in parts)
-    return SourceTensor(name, state["shape"], state["dtype"], nbytes, form, parts, state.get("nested_offset"))
-
-
-def _eight_bit(weights: CheckpointWeights, module: str, threshold: float) -> SourceTensor:
-    name = f"{module}.weight"
-    info, scales = weights.tensors.get(name), weights.tensors[f"{module}.SCB"]
-    if info is None or info.dtype != torch.int8 or len(info.shape) != 2:
-        raise _unfit(weights, name, "it is not a matrix of int8, as its SCB says")
-    if scales.dtype != torch.float32 or math.prod(scales.shape) != info.shape[0]:
-        raise _unfit(weights, name, f"{module}.SCB does not have one float32 for each of its {info.shape[0]} rows")
-    parts = [name, f"{module}.SCB"]
-    if f"{module}.weight_format" in weights.tensors:
-        parts.append(f"{module}.weight_format")
-        if weights.read(f"{module}.weight_format").flatten().tolist() != [0]:
-            raise _unfit(weights, name, "it is laid out for a GPU's tiles, not by rows")
-    nbytes = sum(weights.tensors[part].nbytes for part in parts)
-    return SourceTensor(name, info.shape, torch.float16, nbytes, EightBit(threshold), tuple(parts))
-
-
-def _unfit(weights: CheckpointWeights, name: str, problem: str) -> SourceError:
-    return SourceError(
-        f"{weights.directory}: the quantized weight {name} cannot be used: {problem}. If the checkpoint is complete, its "
-        "layout is not supported: build from the unquantized one."
-    )

@@ -17,9 +17,9 @@ from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
-from vlmbuild.formats import FourBit
+from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Call, Program, Region, join
-from vlmbuild.measure.sensitivity import Loss, rounded
+from vlmbuild.measure.sensitivity import Loss
 from vlmbuild.quant.decide import LinearLayer
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
@@ -70,7 +70,7 @@ def output_losses(
     config: Any,
     batches: Iterable[Batch],
     layers: Sequence[LinearLayer],
-    form: FourBit,
+    form: WeightFormat,
     weights: CheckpointWeights,
     tensors: Mapping[str, SourceTensor],
     progress: Progress,
@@ -107,7 +107,7 @@ def output_losses(
             outputs = [graphs[call.region](*held, *values) for values in inputs]
             for index, layer in _measured(region, call, wanted):
                 plain = held[index]
-                held[index] = rounded(plain.flatten(), form, layer.module).view_as(plain)
+                held[index] = form.rounded(plain.flatten(), layer.module).view_as(plain)
                 again = [graphs[call.region](*held, *values) for values in inputs]
                 held[index] = plain
                 _add(sums.setdefault(layer.module, [0.0, 0.0]), outputs, again)

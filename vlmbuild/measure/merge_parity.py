@@ -19,7 +19,6 @@ from vlmbuild.adapters.peft_files import Adapter
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
-from vlmbuild.checkpoint.values import source_values
 from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Program, Region, join
@@ -209,7 +208,7 @@ class ParityCheck:
         source = self.tensors[name]
         if source.format is None:
             return self.weights.map(source.name)
-        return torch.cat(list(source_values(self.weights, source, torch.float32, _STEP))).view(source.shape)
+        return torch.cat(list(source.values(self.weights, torch.float32, _STEP))).view(source.shape)
 
 
 def _written_tensors(directory: Path, family: Family) -> TensorsOf:

@@ -14,9 +14,7 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import FourBit, WeightFormat
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
-from vlmbuild.quant.bnb_quantize import quantize_blocks
+from vlmbuild.formats import WeightFormat
 from vlmbuild.quant.decide import Decision, LinearLayer
 from vlmbuild.util.cpu import available_cores, single_threaded
 
@@ -38,7 +36,7 @@ class Loss:
 
 def weight_losses(
     layers: Sequence[LinearLayer],
-    form: FourBit,
+    form: WeightFormat,
     weights: CheckpointWeights,
     tensors: Mapping[str, SourceTensor],
     dtype: torch.dtype,
@@ -63,7 +61,7 @@ def weight_losses(
         source = tensors[f"{layer.module}.weight"]
         error = norm = 0.0
         for values in _pieces(weights, source, dtype):
-            rounding = (values.float() - rounded(values, form, source.name)).double()
+            rounding = (values.float() - form.rounded(values, source.name)).double()
             error += rounding.square().sum().item()
             norm += values.double().square().sum().item()
         return Loss(layer, error / norm if norm else 0.0)
@@ -76,18 +74,9 @@ def weight_losses(
     return found
 
 
-def rounded(values: Tensor, form: FourBit, name: str) -> Tensor:
-    """What flat values become in 4 bits, float32; scales are not rounded. Raises SourceError for NaN and infinity."""
-    packed, absmax = quantize_blocks(values, quant_type=form.name, blocksize=form.blocksize)
-    if not torch.isfinite(absmax).all():
-        raise SourceError(
-            f"The tensor {name} holds NaN or infinity. Repair the checkpoint, or add it to the skip list."
-        )
-    count = values.numel()
-    return dequantize_4bit(packed, absmax, None, None, count, 1, form.blocksize, form.name, torch.float32).flatten()
-
-
-def keep_within(losses: Sequence[Loss], form: FourBit, budget: float, kept_bits: int) -> dict[str, WeightFormat | None]:
+def keep_within(
+    losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
+) -> dict[str, WeightFormat | None]:
     """Module -> format: layers keep their dtype in the order of the loss that a bit spent on them saves, while the average
     stays within the budget.
 
@@ -117,7 +106,7 @@ def keep_within(losses: Sequence[Loss], form: FourBit, budget: float, kept_bits:
 
 
 def refine(
-    decisions: Mapping[str, Decision], losses: Sequence[Loss], form: FourBit, budget: float, kept_bits: int
+    decisions: Mapping[str, Decision], losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
 ) -> dict[str, Decision]:
     """The decisions with those about the measured layers made anew, within the budget. Raises what `keep_within` raises."""
     chosen = keep_within(losses, form, budget, kept_bits)
@@ -130,7 +119,7 @@ def refine(
     return {module: measured.get(module, decision) for module, decision in decisions.items()}
 
 
-def _density(loss: Loss, form: FourBit, kept_bits: int) -> float:
+def _density(loss: Loss, form: WeightFormat, kept_bits: int) -> float:
     extra = kept_bits * math.prod(loss.layer.shape) - form.bits(loss.layer.shape)
     # Three digits: what a sum's order changes beyond them must not decide.
     return float(f"{loss.error / extra:.2e}") if extra > 0 else math.inf

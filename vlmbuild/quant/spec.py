@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
-from vlmbuild.formats import BLOCK_SIZES, BlockInt4, EightBit, FourBit, WeightFormat
+from vlmbuild.formats import FORMATS, WeightFormat, format_class
 from vlmbuild.util.validation import number, one_of, strings
 
 QUANTIZE_PASS = "quantize_linear"  # noqa: S105  (no password)
 """Name of the pass that applies a `QuantSpec`."""
 
 FOUR_BIT = ("nf4", "fp4")
-FORMATS = (*FOUR_BIT, "int8", "int4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 INT4_BLOCK_SIZES = (32, 64, 128, 256)
 """Those of ONNX Runtime's MatMulNBits that are block sizes here."""
 QUANTIZE = ("source", "none", *FORMATS, "auto")
@@ -124,13 +124,11 @@ class QuantSpec:
 
 
 def _weight_format(spec: QuantSpec | Override) -> WeightFormat | None:
-    if spec.format == "none" or spec.format == "source":  # noqa: PLR1714  (a type checker follows this)
+    if spec.format in ("none", "source"):
         return None
-    if spec.format == "int8":
-        return EightBit(spec.threshold)
-    if spec.format == "int4":
-        return BlockInt4(spec.blocksize, spec.symmetric is not False, spec.exact_inputs is True)
-    return FourBit("nf4" if spec.format == "auto" else spec.format, spec.blocksize, spec.double_quant)
+    form = format_class("nf4" if spec.format == "auto" else spec.format)
+    options = {field.name: getattr(spec, field.name) for field in fields(form)}  # type: ignore[arg-type]
+    return form(**{name: value for name, value in options.items() if value is not None})
 
 
 def _check_details(spec: QuantSpec | Override, where: str) -> None:

@@ -17,10 +17,8 @@ from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import IncompatibleError, SourceError, TrustError, UsageError
 from vlmbuild.families import Family, family_named
-from vlmbuild.formats import EightBit, FourBit
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
-from vlmbuild.quant.bnb_4bit import STATE_PREFIX, parse_quant_state
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.onnx.session import check_provider
 from vlmbuild.runtime.torch.model import VisionLanguageModel
@@ -224,26 +222,9 @@ def instance_tensors(
 
 
 def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: CheckpointWeights) -> list[tuple[str, Tensor]]:
-    """A quantized weight's slots from what bitsandbytes' layout stores."""
-    stored = family.stored_name(name)
-    if isinstance(recipe.format, EightBit):
-        scales = weights.map(f"{stored.removesuffix('.weight')}.SCB")
-        return [(name, weights.map(stored)), (f"{name}_scb", scales.flatten())]
-    if not isinstance(recipe.format, FourBit):
-        raise IncompatibleError(f"{stored} is stored as {recipe.format.describe()}, which this target has no form for.")
-    found = [(name, weights.map(stored)), (f"{name}_absmax", weights.map(f"{stored}.absmax"))]
-    state = parse_quant_state(weights.read(f"{stored}{STATE_PREFIX}{recipe.format.name}"), name=stored)
-    if state["blocksize"] != recipe.format.blocksize or state["shape"] != recipe.shape:
-        raise IncompatibleError(
-            f"{stored} is quantized as {state['shape']} in blocks of {state['blocksize']}, but the program says "
-            f"{recipe.shape} in blocks of {recipe.format.blocksize}. The weights do not belong to the graph."
-        )
-    if recipe.format.double_quant:
-        if "nested_offset" not in state:
-            raise IncompatibleError(f"{stored} has no nested scales, but the program says so.")
-        found.append((f"{name}_nested_absmax", weights.map(f"{stored}.nested_absmax")))
-        found.append((f"{name}_nested_offset", torch.tensor(state["nested_offset"], dtype=torch.float32)))
-    return found
+    """Return a quantized weight's slots from the tensors that its format stores."""
+    stored = recipe.format.load(weights, family.stored_name(name).removesuffix(".weight"), recipe.shape)
+    return [(name + suffix, tensor) for suffix, tensor in stored.items()]
 
 
 def _check(name: str, slot: Slot, tensor: Tensor | None) -> None:

@@ -13,8 +13,9 @@ from onnx import helper
 from torch import Tensor
 
 from vlmbuild.errors import IncompatibleError
+from vlmbuild.formats import PackedWeight
 from vlmbuild.ir.program import Region, join
-from vlmbuild.quant.ort_matmul import PackedWeight, unpacked
+from vlmbuild.quant.ort_matmul import unpacked
 from vlmbuild.runtime.onnx.session import FOLDER, check_data_files
 from vlmbuild.runtime.onnx.sizes import PACKED
 
@@ -91,5 +92,5 @@ class OnnxWeights:
         for node in model.graph.node:
             if node.op_type in PACKED:
                 attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-                self.packed[node.input[1]] = PackedWeight(node.op_type, attributes, ())
+                self.packed[node.input[1]] = PackedWeight(node.op_type, attributes, {})
                 self.packing.add(file.stem)

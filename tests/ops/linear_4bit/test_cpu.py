@@ -18,7 +18,7 @@ Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | 
 # Fused or not: the error of a product in bfloat16 against exact arithmetic, as a multiple of that of `F.linear` on the
 # weight in bfloat16.
 ERROR_RATIO = 1.1
-needs_fused = pytest.mark.skipif(linear_4bit_cpu._fused_kernel() is None, reason="a processor without AVX512-BF16")
+needs_fused = pytest.mark.skipif(not linear_4bit_cpu.has_fused_product(), reason="a processor without AVX512-BF16")
 
 
 def quantize(weight: torch.Tensor, blocksize: int, quant_type: str, nested: bool):  # type: ignore[no-untyped-def]

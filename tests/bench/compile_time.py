@@ -1,10 +1,10 @@
 """Compilation beside transformers: seconds to the first training step's gradients, and graphs over changing image sizes.
 
-    python tests/bench/compile_time.py --repeats 3 --output artifacts/benchmarks/compile_time.json
+    python -m tests.bench.compile_time --repeats 3 --output artifacts/benchmarks/compile_time.json
 
 Every measurement is a fresh process with empty compiler caches, the two sides in turn; both have the same random weights,
-float32, one thread, inductor. The model is narrow (hidden size 256, head size 128, vision width 64), because the time of
-interest is that of tracing and code generation, which width does not change.
+float32, one thread, inductor. The model is narrow (hidden size 256, head size 128, vision width 64): width does not change
+the time of tracing and code generation. `--layers 1 1` is a quick look at the script.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from tests.bench.fresh import interleave, machine, run_fresh, write_report
 
 SIZES = ((4, 6), (8, 2), (6, 6), (2, 2), (10, 4), (4, 12), (8, 8), (6, 10))
 BATCHES = (1, 2, 3, 1, 2, 4, 1, 2)
@@ -55,7 +56,7 @@ def model_config(layers: int, depth: int) -> Any:
 
 
 def make_batch(samples: int, height: int, width: int) -> dict[str, Any]:
-    """`samples` rows with one image of a grid each; text before and after it, labels on the last tokens."""
+    """Make `samples` rows with one image each; text before and after it, labels on the last tokens."""
     import torch
 
     features = height * width // 4
@@ -94,7 +95,7 @@ def make_model(side: str, layers: int, depth: int) -> Any:
 
 
 def measure(side: str, layers: int, depth: int, sizes: int) -> dict[str, Any]:
-    """In this process: seconds from `torch.compile` to gradients, then the graphs that `sizes` shapes need."""
+    """Seconds from `torch.compile` to gradients in this process, then the graphs that `sizes` shapes need."""
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -102,7 +103,7 @@ def measure(side: str, layers: int, depth: int, sizes: int) -> dict[str, Any]:
     model = make_model(side, layers, depth)
     first = make_batch(2, 4, 6)
     counter = CompileCounterWithBackend("inductor")
-    torch._dynamo.config.cache_size_limit = 128  # so that the peer may compile as often as it wants
+    torch._dynamo.config.cache_size_limit = 128  # so that the peer may compile as often as it needs
     started = time.perf_counter()
     compiled = torch.compile(model, backend=counter)
     compiled(**first).loss.backward()
@@ -115,59 +116,46 @@ def measure(side: str, layers: int, depth: int, sizes: int) -> dict[str, Any]:
     return {"seconds": seconds, "frames": frames}
 
 
-def run_fresh(side: str, layers: int, depth: int, sizes: int) -> dict[str, Any]:
+def worker(side: str, layers: int, depth: int, sizes: int) -> dict[str, Any]:
+    """Measure with empty compiler caches."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": cache,
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-W", "ignore", __file__, "--child", side, str(layers), str(depth), str(sizes)]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{side:14} {layers:2} + {depth:2} layers  {result['seconds']:7.1f} s  graphs {result['frames']}", flush=True)
-    return result
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        return measure(side, layers, depth, sizes)
+
+
+def fresh(side: str, layers: int, depth: int, sizes: int = 0) -> dict[str, Any]:
+    options = {"layers": layers, "depth": depth, "sizes": sizes}
+    return run_fresh("tests.bench.compile_time", side, 1, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs=2, default=(28, 32), help="decoder layers and vision blocks")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        side, *numbers = arguments.child
-        print(json.dumps(measure(side, *map(int, numbers))))
-        return
-    cases = [("vlmbuild", 28, 32), ("transformers", 28, 32), ("vlmbuild", 4, 4)]
-    seconds: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
-    for _ in range(arguments.repeats):
-        for case in cases:
-            seconds[case].append(run_fresh(*case, 0)["seconds"])
-    shapes = {side: run_fresh(side, 2, 2, len(SIZES))["frames"] for side in ("vlmbuild", "transformers")}
-    medians = {case: statistics.median(values) for case, values in seconds.items()}
-    full, small = medians["vlmbuild", 28, 32], medians["vlmbuild", 4, 4]
-    report = {
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
-        "seconds_to_first_gradients": {f"{s} {a}+{b}": values for (s, a, b), values in seconds.items()},
-        "transformers_over_vlmbuild": medians["transformers", 28, 32] / full,
-        "vlmbuild_28_32_over_4_4": full / small,
-        "graphs_after_each_of_8_shapes": shapes,
+    large, small = tuple(arguments.layers), (4, 4)
+    cases = {
+        f"{side} {layers}+{depth}": partial(fresh, side, layers, depth)
+        for side, (layers, depth) in (("vlmbuild", large), ("transformers", large), ("vlmbuild", small))
     }
-    print(f"28 + 32 layers: transformers / vlmbuild {report['transformers_over_vlmbuild']:.1f}")
-    print(f"vlmbuild, 28 + 32 over 4 + 4 layers: {report['vlmbuild_28_32_over_4_4']:.2f}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    results = interleave(cases, arguments.repeats)
+    seconds = {case: [row["seconds"] for row in rows] for case, rows in results.items()}
+    ours, theirs, shallow = (median(values) for values in seconds.values())
+    report = machine() | {
+        "seconds_to_first_gradients": seconds,
+        "transformers_over_vlmbuild": theirs / ours,
+        "vlmbuild_large_over_4_4": ours / shallow,
+        "graphs_after_each_of_8_shapes": {
+            side: fresh(side, 2, 2, len(SIZES))["frames"] for side in ("vlmbuild", "transformers")
+        },
+    }
+    print(json.dumps(report, indent=1))
+    write_report(arguments.output, report)
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3 and sys.argv[2].startswith("{"):
+        print(json.dumps(worker(sys.argv[1], **json.loads(sys.argv[2]))))
+    else:
+        main()

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: running one, its peak memory, and the machine it ran on."""
+"""Measurements in fresh processes: run the sides in turn, take medians, compare with goals, and write the result."""
 
 from __future__ import annotations
 
@@ -10,18 +10,30 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 _CHUNK_BYTES = 1 << 24
+Row = dict[str, Any]
 
 
 def run_fresh(module: str, worker: str, threads: int, python: str | None = None, **options: Any) -> dict[str, Any]:
-    """`python -m module worker OPTIONS`, whose last line is JSON; "process_seconds" is added, imports and exit included.
-    `python` is this interpreter, or another one that has a peer's packages."""
+    """Run `python -m module worker OPTIONS` and return the JSON of its last line.
+
+    Args:
+        module: Defines the worker.
+        worker: First argument.
+        threads: OMP_NUM_THREADS of the process.
+        python: Another interpreter, which has a peer's packages.
+        **options: Second argument, as JSON.
+
+    Returns:
+        The worker's result with "process_seconds", imports and exit included.
+    """
     command = [python or sys.executable, "-W", "ignore", "-m", module, worker, json.dumps(options, default=str)]
     # Passive waiting: threads that spin next to a busy neighbour make times of 10x, on either side.
     settings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
@@ -35,8 +47,55 @@ def run_fresh(module: str, worker: str, threads: int, python: str | None = None,
     return result | {"process_seconds": seconds}
 
 
+def interleave(
+    cases: Mapping[str, Callable[[], Row]],
+    rounds: int,
+    show: Callable[[str, Row], str] = lambda case, row: f"{case}: {row}",
+) -> dict[str, list[Row]]:
+    """Run every case once a round, the cases in turn, so that a busy machine slows all of them.
+
+    A case whose result is {"absent": reason} is not run again.
+    """
+    results: dict[str, list[Row]] = {case: [] for case in cases}
+    for number in range(rounds):
+        for case, measure in cases.items():
+            if not (results[case] and "absent" in results[case][-1]):
+                results[case].append(measure())
+                print(f"{number + 1}/{rounds}  {show(case, results[case][-1])}", flush=True)
+    return results
+
+
+def medians(results: Sequence[Row], names: Sequence[str]) -> Row:
+    """Median of each named figure over rounds; the reason alone where a side is absent."""
+    if "absent" in results[-1]:
+        return results[-1]
+    return {name: median(result[name] for result in results) for name in names if name in results[0]}
+
+
+def bar(name: str, goal: str, measured: float) -> Row:
+    """Compare a figure with a goal such as ">= 1.5"."""
+    relation, _, limit = goal.partition(" ")
+    met = measured >= float(limit) if relation == ">=" else measured <= float(limit)
+    shown = f"{measured:.2f}" if measured > 1e-2 or measured == 0 else f"{measured:.1e}"
+    return {"name": name, "bar": goal, "measured": shown, "met": met}
+
+
+def print_bars(bars: Sequence[Row]) -> None:
+    """Print every goal, met or not."""
+    width = max((len(one["name"]) for one in bars), default=0)
+    for one in bars:
+        print(f"{one['name']:{width}}  {one['bar']:>9}  {one['measured']:>9}  {'met' if one['met'] else 'NOT MET'}")
+
+
+def write_report(file: Path | None, report: Row) -> None:
+    """Write a report, with the load at its end."""
+    report["load_average_after"] = list(os.getloadavg())
+    if file is not None:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+
+
 class PeakMemory:
-    """This process's peak memory: resident (mapped files count) as the kernel keeps it, anonymous by looking often."""
+    """Peak memory of this process: resident (with mapped files) as the kernel keeps it, anonymous as sampled."""
 
     def __init__(self, interval: float = 0.02) -> None:
         self._interval, self._anonymous = interval, 0
@@ -54,7 +113,7 @@ class PeakMemory:
         self._thread.join()
 
     def figures(self) -> dict[str, int]:
-        """In bytes."""
+        """Return both peaks in bytes."""
         return {"peak_resident": status_bytes("VmHWM"), "peak_anonymous": max(self._anonymous, status_bytes("RssAnon"))}
 
     def _watch(self) -> None:
@@ -63,7 +122,7 @@ class PeakMemory:
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status; 0 where the kernel has none."""
+    """Read a field of /proc/self/status; 0 where the kernel has none."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -71,19 +130,19 @@ def status_bytes(field: str) -> int:
 
 
 def timed(function: Callable[[], object], warm_ups: int = 1, least: int = 3, seconds: float = 3.0) -> list[float]:
-    """Seconds of each call after the warm-ups: at least so many calls, and so many seconds of them."""
+    """Measure the seconds of each call after the warm-ups, for at least `least` calls and `seconds` in all."""
     for _ in range(warm_ups):
         function()
-    found: list[float] = []
-    while len(found) < least or sum(found) < seconds:
+    durations: list[float] = []
+    while len(durations) < least or sum(durations) < seconds:
         started = time.perf_counter()
         function()
-        found.append(time.perf_counter() - started)
-    return found
+        durations.append(time.perf_counter() - started)
+    return durations
 
 
 def warm_cache(directory: Path) -> None:
-    """Read every file once: the page cache cannot be dropped without privileges, so every measurement begins with it full."""
+    """Read every file once: the page cache cannot be emptied without privileges, so every measurement begins with it full."""
     for file in sorted(file for file in directory.rglob("*") if file.is_file()):
         with file.open("rb", buffering=0) as stream:
             while stream.read(_CHUNK_BYTES):
@@ -91,7 +150,7 @@ def warm_cache(directory: Path) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Versions, processor and load, for the record."""
+    """Describe the machine: versions, processor and load."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "").split()
     return {

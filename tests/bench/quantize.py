@@ -5,8 +5,7 @@
 a  build: read, quantize, write; bit equality of both outputs; peak memory, also of a checkpoint twice as deep
 b  load of the artifact unverified and verified, of the peer's quantized checkpoint and of the artifact by the peer
 c  forward, and forward and backward with LoRA of rank 16, on 256 tokens: NF4 and bfloat16
-d  one token a forward pass, against memory bandwidth. vlmbuild has no key-value cache yet, so its row is a one-token forward
-   pass, and the peer's own cached generation stands beside its one
+d  one token a forward pass without a cache, as a share of memory bandwidth, and the peer's cached generation
 e  bytes on disk against bytes of tensors
 
 Every measurement is a fresh process, the sides in turn, medians of `--rounds`; files are read once before, so that the page
@@ -27,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.bench.fresh import machine, run_fresh, warm_cache
+from tests.bench.fresh import interleave, machine, medians, run_fresh, warm_cache, write_report
 from tests.bench.quantize_report import bars, show
 from tests.bench.quantize_workers import TRANSFORMERS, VLMBUILD
 
@@ -70,14 +69,9 @@ class Bench:
             )
         return path
 
-    def interleaved(self, part: str, cases: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-        """Every case in turn, `rounds` times; medians of times, greatest of memory."""
-        found: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
-        for number in range(self.rounds):
-            for case, measure in cases.items():
-                found[case].append(measure())
-                print(f"{part} {number + 1}/{self.rounds} {case:28} {brief(found[case][-1])}", flush=True)
-        return {case: summary(results) for case, results in found.items()}
+    def interleaved(self, cases: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+        """Medians of times and greatest memory of every case."""
+        return {case: summary(results) for case, results in interleave(cases, self.rounds, brief).items()}
 
 
 def skipped_modules(artifact: Path) -> list[str]:
@@ -87,13 +81,11 @@ def skipped_modules(artifact: Path) -> list[str]:
     return modules
 
 
-def brief(result: Mapping[str, Any]) -> str:
+def brief(case: str, result: Mapping[str, Any]) -> str:
     if "absent" in result:
-        return f"absent: {result['absent']}"
-    seconds = f"{time_of(result):9.3f} s  process {result['process_seconds']:6.1f} s"
-    return (
-        f"{seconds}  peak {result['peak_resident'] / 1e6:6.0f} MB, anonymous {result['peak_anonymous'] / 1e6:6.0f} MB"
-    )
+        return f"{case:28} absent: {result['absent']}"
+    peaks = ", ".join(f"{name} {result[f'peak_{name}'] / 1e6:.0f} MB" for name in ("resident", "anonymous"))
+    return f"{case:28} {time_of(result):9.3f} s  process {result['process_seconds']:6.1f} s  {peaks}"
 
 
 def time_of(result: Mapping[str, Any]) -> float:
@@ -102,27 +94,20 @@ def time_of(result: Mapping[str, Any]) -> float:
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of several runs."""
-    if absent := [result for result in results if "absent" in result]:
-        return {"absent": absent[0]["absent"]}
-    record: dict[str, Any] = {
-        "seconds": median(time_of(result) for result in results),
-        "process_seconds": median(result["process_seconds"] for result in results),
-        "peak_resident": max(result["peak_resident"] for result in results),
-        "peak_anonymous": max(result["peak_anonymous"] for result in results),
-        "runs": [time_of(result) for result in results],
-    }
+    record = medians(results, ("process_seconds", "generate"))
+    if "absent" in record:
+        return {"absent": record["absent"]}
+    record |= {key: max(result[key] for result in results) for key in ("peak_resident", "peak_anonymous")}
+    record["runs"] = [time_of(result) for result in results]
+    record["seconds"] = median(record["runs"])
     if "stages" in results[0]:
-        record["stages"] = {
-            key: median(result["stages"].get(key, 0.0) for result in results) for key in results[0]["stages"]
-        }
-    if "generate" in results[0]:
-        record["generate"] = median(result["generate"] for result in results)
+        stages = [result["stages"] for result in results]
+        record["stages"] = {key: median(stage.get(key, 0.0) for stage in stages) for key in stages[0]}
     return record | {key: results[0][key] for key in ("logits", "loss", "trainable") if key in results[0]}
 
 
 def part_a(bench: Bench) -> dict[str, Any]:
     figures = bench.interleaved(
-        "a",
         {
             "vlmbuild": lambda: bench.build("nf4", bench.checkpoint, side=VLMBUILD),
             "transformers": lambda: bench.build("peer", bench.checkpoint, side=TRANSFORMERS),
@@ -148,7 +133,6 @@ def part_b(bench: Bench) -> dict[str, Any]:
         return measure
 
     return bench.interleaved(
-        "b",
         {
             "vlmbuild, unverified": opened("load", ours, processor=ours, side=VLMBUILD),
             "vlmbuild, verified": opened("load", ours, processor=ours, side=VLMBUILD, verify=True),
@@ -160,14 +144,11 @@ def part_b(bench: Bench) -> dict[str, Any]:
 
 
 def part_c(bench: Bench) -> dict[str, Any]:
-    return {
-        worker: with_agreement(bench.interleaved(f"c {worker}", models(bench, worker)))
-        for worker in ("forward", "backward")
-    }
+    return {worker: with_agreement(bench.interleaved(models(bench, worker))) for worker in ("forward", "backward")}
 
 
 def part_d(bench: Bench) -> dict[str, Any]:
-    figures = bench.interleaved("d", models(bench, "decode"))
+    figures = bench.interleaved(models(bench, "decode"))
     measured = [bench.worker("bandwidth") for _ in range(bench.rounds)]
     read = {name: token_bytes(bench.artifact(name)) for name in ("nf4", "bf16")}
     for case, record in figures.items():
@@ -260,11 +241,9 @@ def main() -> None:
         bench = open_bench(arguments, work)
         runners = {"a": part_a, "b": part_b, "c": part_c, "d": part_d, "e": part_e}
         report |= {name: runners[name](bench) for name in PARTS if name in arguments.only}
-    report["load_average_after"] = machine()["load_average"]
     report["bars"] = bars(report)
     show(report)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(arguments.output, report)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The table of `quantize.py`, and its figures held against what is asked."""
+"""Tables and goals of `quantize.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from tests.bench.fresh import bar, print_bars
 
 TOKENS = 256
 Report = Mapping[str, Any]
@@ -15,16 +17,11 @@ def show(report: Report) -> None:
         f"\n{report['machine']}, {report['processors']} processors ({' '.join(report['instructions'])}), {report['threads']} threads, {report['date']}"
     )
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
-    loads = [f"{figure:.1f}" for figure in (report["load_average"][0], report["load_average_after"][0])]
-    print(
-        f"medians of {report['rounds']} rounds, each in a fresh process, files in the page cache; load {' to '.join(loads)}"
-    )
+    print(f"medians of {report['rounds']} rounds, each in a fresh process, files in the page cache")
     for part, table in {"a": _build, "b": _load, "c": _speed, "d": _decode, "e": _size}.items():
         if part in report:
             table(report[part])
-    print(f"\n{'asked':58} {'bar':>10} {'measured':>10}")
-    for bar in report["bars"]:
-        print(f"{bar['name']:58} {bar['bar']:>10} {bar['measured']:>10}  {'met' if bar['met'] else 'NOT MET'}")
+    print_bars(report["bars"])
 
 
 def _build(figures: Report) -> None:
@@ -71,9 +68,7 @@ def _speed(figures: Report) -> None:
 
 def _decode(figures: Report) -> None:
     limit = figures["bandwidth"]
-    print(
-        f"\nd one token a forward pass (vlmbuild has no key-value cache yet); memory: {limit['read'] / 1e9:.1f} GB/s read,"
-    )
+    print(f"\nd one token a forward pass; memory: {limit['read'] / 1e9:.1f} GB/s read,")
     print(f"  {limit['copy'] / 1e9:.1f} GB/s copied by {limit['threads']} threads")
     print(f"  {'':38} {'tokens/s':>9} {'GB/token':>9} {'GB/s':>7} {'of read':>8}")
     for case, record in figures.items():
@@ -100,29 +95,21 @@ def _size(figures: Report) -> None:
 
 
 def bars(report: Report) -> list[dict[str, Any]]:
-    """What is asked, as far as it was measured."""
+    """Compare the measured parts with the goals."""
     parts = {"a": _build_bars, "b": _load_bars, "c": _speed_bars, "d": _decode_bars, "e": _size_bars}
-    return [bar for part, held in parts.items() if part in report for bar in held(report[part])]
-
-
-def _at_least(name: str, bar: float, measured: float) -> dict[str, Any]:
-    return {"name": name, "bar": f">= {bar}x", "measured": f"{measured:.2f}x", "met": measured >= bar}
-
-
-def _at_most(name: str, bar: float, measured: float, unit: str = "x") -> dict[str, Any]:
-    return {"name": name, "bar": f"<= {bar:.5g}{unit}", "measured": f"{measured:.4g}{unit}", "met": measured <= bar}
+    return [one for part, goals in parts.items() if part in report for one in goals(report[part])]
 
 
 def _build_bars(figures: Report) -> Iterator[dict[str, Any]]:
     ours, theirs, deep = (figures[case] for case in ("vlmbuild", "transformers", "vlmbuild, twice as deep"))
     if "absent" not in theirs:
-        yield _at_least("build: transformers / vlmbuild", 4, theirs["seconds"] / ours["seconds"])
+        yield bar("build: transformers / vlmbuild", ">= 4", theirs["seconds"] / ours["seconds"])
         equal = figures["equality"]
         missing = len(equal["only_ours"]) + len(equal["only_theirs"])
         unequal = equal["differ"]["packed"] + equal["differ"]["plain"] + missing
-        yield _at_most("build: packed and plain weights that differ", 0, unequal, "")
-    yield _at_most("build: peak resident memory", 1.2, ours["peak_resident"] / 1e9, " GB")
-    yield _at_most("build: peak, twice as deep / as published", 1.15, deep["peak_resident"] / ours["peak_resident"])
+        yield bar("build: packed and plain weights that differ", "<= 0", unequal)
+    yield bar("build: peak resident memory, GB", "<= 1.2", ours["peak_resident"] / 1e9)
+    yield bar("build: peak, twice as deep / as published", "<= 1.15", deep["peak_resident"] / ours["peak_resident"])
 
 
 def _load_bars(figures: Report) -> Iterator[dict[str, Any]]:
@@ -131,22 +118,23 @@ def _load_bars(figures: Report) -> Iterator[dict[str, Any]]:
         for case in ("vlmbuild, unverified", "vlmbuild, verified", "hash on all cores", "transformers, its own")
     )
     if "absent" not in theirs:
-        yield _at_most("load: unverified / transformers", 1.0, fast["seconds"] / theirs["seconds"])
+        yield bar("load: unverified / transformers", "<= 1.0", fast["seconds"] / theirs["seconds"])
     floor = max(hashed["seconds"], fast["seconds"])
-    yield _at_most("load: verified / max(hash on all cores, unverified)", 1.3, verified["seconds"] / floor)
+    yield bar("load: verified / max(hash on all cores, unverified)", "<= 1.3", verified["seconds"] / floor)
 
 
 def _speed_bars(figures: Report) -> Iterator[dict[str, Any]]:
     for worker, title in (("forward", "forward"), ("backward", "forward and backward")):
         plain, quantized = (figures[worker][f"vlmbuild {kind}"]["seconds"] for kind in ("bf16", "nf4"))
-        yield _at_least(f"{title}: NF4 / bf16 tokens per second", 0.8, plain / quantized)
+        yield bar(f"{title}: NF4 / bf16 tokens per second", ">= 0.8", plain / quantized)
 
 
 def _decode_bars(figures: Report) -> Iterator[dict[str, Any]]:
     theirs, ours = (figures[f"{side} nf4"] for side in ("transformers", "vlmbuild"))
     if "absent" not in theirs:
-        yield _at_least("one token: vlmbuild NF4 / transformers NF4", 1.0, theirs["seconds"] / ours["seconds"])
+        yield bar("one token: vlmbuild NF4 / transformers NF4", ">= 1.0", theirs["seconds"] / ours["seconds"])
 
 
 def _size_bars(figures: Report) -> Iterator[dict[str, Any]]:
-    yield _at_most("size on disk", (1.02 * figures["packed_bytes"] + 5e6) / 1e6, figures["bytes"] / 1e6, " MB")
+    limit = (1.02 * figures["packed_bytes"] + 5e6) / 1e6
+    yield bar("size on disk, MB", f"<= {limit:.0f}", figures["bytes"] / 1e6)

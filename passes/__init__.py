@@ -14,7 +14,7 @@ from vlmbuild.passes.quantize_linear import QuantizeLinear
 from vlmbuild.passes.swap_attention import SwapAttention
 from vlmbuild.passes.train_weights import TrainWeights
 from vlmbuild.quant.decide import Decision
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 from vlmbuild.rewrite.pass_manager import Pass
 
 __all__ = [
@@ -37,7 +37,9 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
     return (
         Normalize(),  # first: patterns are written for clean graphs
         FuseMrope(),  # before attention is lowered: rotated queries and keys still meet the semantic operator
-        *([FuseRmsNorm()] if recipe.target == "onnx" else []),  # only there is an operator for it that is faster
+        *(
+            [FuseRmsNorm()] if TARGET_OPTIONS[recipe.target].fuses_rms_norm else []
+        ),  # only for targets with a faster operator
         SwapAttention(recipe.attention),  # after every pass that would look for the semantic operator
     )
 
@@ -45,7 +47,7 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
 def quantization_passes(recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Pass, ...]:
     """Last, since it is the only pass that changes values."""
     asked = recipe.quantize is not None and recipe.quantize.format not in ("none", "source")
-    packed = recipe.target == "onnx"
+    packed = TARGET_OPTIONS[recipe.target].packs_weights
     return (QuantizeLinear(decisions, packed),) if asked or any(item.format for item in decisions.values()) else ()
 
 

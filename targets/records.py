@@ -69,7 +69,7 @@ def publish(
         IntegrityError: What was written is not there any more.
     """
     recipe = request.recipe
-    target = [] if recipe.target == "trainable" else [recipe.target]
+    target = [] if recipe.target == Recipe().target else [recipe.target]  # the default goes without saying
     return writer.publish(
         name="-".join([request.program.family, *target, *(dict.fromkeys(formats) or [recipe.dtype])]),
         target=recipe.target,

@@ -5,24 +5,50 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
-from vlmbuild.quant.spec import QUANTIZE, QuantSpec
+from vlmbuild.quant.spec import FORMATS, QUANTIZE, QuantSpec
 from vlmbuild.util.validation import one_of, strings
 
-__all__ = ["ATTENTIONS", "DTYPES", "TARGETS", "TOOLS", "QuantSpec", "Recipe"]
+__all__ = ["ATTENTIONS", "DTYPES", "TARGET_OPTIONS", "TOOLS", "QuantSpec", "Recipe", "TargetOptions"]
 
 TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
 
-TARGETS = ("trainable", "onnx", "aoti")
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
-_DEFAULT_DTYPES = {"trainable": "bfloat16", "onnx": "float32", "aoti": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOptions:
+    """Recipe options that a target can build, and what its passes must know.
+
+    Attributes:
+        dtypes: Compute dtypes, the default first.
+        attentions: Kernels behind the attention operator.
+        formats: Names of weight formats.
+        fuses_rms_norm: Whether the target has a faster operator for RMS norms.
+        packs_weights: Whether graphs hold packed weights in place of slots with scales.
+    """
+
+    dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
+    attentions: tuple[str, ...] = ("auto", "sdpa")
+    formats: tuple[str, ...] = ("nf4", "fp4", "int8")
+    fuses_rms_norm: bool = False
+    packs_weights: bool = False
+
+
+TARGET_OPTIONS: dict[str, TargetOptions] = {
+    "trainable": TargetOptions(attentions=ATTENTIONS),
+    "onnx": TargetOptions(dtypes=("float32", "float16"), formats=FORMATS, fuses_rms_norm=True, packs_weights=True),
+    "aoti": TargetOptions(),
+}
+"""By the target's name. `vlmbuild.targets.TARGETS` says how a target is written, `vlmbuild.runtime.load.OPENERS` how it is
+opened; both are above this module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +56,14 @@ class Recipe:
     """Everything that changes what a build writes, and nothing else.
 
     Attributes:
-        target: What is written.
+        target: Kind of artifact, a key of `TARGET_OPTIONS`.
         quantize: None leaves every weight as the source has it, in `dtype` or quantized.
         attention: The kernel behind the attention operator; "auto" is Triton on CUDA tensors and SDPA elsewhere.
-        dtype: Dtype of the stored unquantized weights and of the computation; None is bfloat16, and float32 for onnx.
+        dtype: Dtype of the stored unquantized weights and of the computation; None is the target's default.
         require: Names of passes that must match at least once, else the build fails.
     """
 
-    target: Literal["trainable", "onnx", "aoti"] = "trainable"
+    target: str = "trainable"
     quantize: QuantSpec | None = None
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # type: ignore[assignment]  # is set below
@@ -47,24 +73,29 @@ class Recipe:
         if not isinstance(self.quantize, QuantSpec | None):
             raise UsageError(f"quantize must be a QuantSpec or None; got {self.quantize!r}.")
         object.__setattr__(self, "require", strings(self.require, "require"))
-        one_of("target", self.target, TARGETS)
+        one_of("target", self.target, tuple(TARGET_OPTIONS))
+        options = TARGET_OPTIONS[self.target]
         if self.dtype is None:
-            object.__setattr__(self, "dtype", _DEFAULT_DTYPES[self.target])
+            object.__setattr__(self, "dtype", options.dtypes[0])
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
-        self._check_target()
+        quantize = self.quantize.formats() if self.quantize is not None else frozenset()
+        for option, field, values in (
+            ("dtype", "dtypes", {self.dtype}),
+            ("attention", "attentions", {self.attention}),
+            ("quantize", "formats", quantize & {*FORMATS}),
+        ):
+            self._check_target(option, field, values)
 
-    def _check_target(self) -> None:
-        """Refuse what the target has no form for."""
-        formats = self.quantize.formats() if self.quantize is not None else frozenset()
-        if self.target != "onnx" and "int4" in formats:
-            raise UsageError("quantize: int4 is ONNX Runtime's, for --target onnx. Elsewhere choose nf4.")
-        if self.target == "onnx" and self.dtype == "bfloat16":
+    def _check_target(self, option: str, field: str, values: Collection[str]) -> None:
+        """Refuse values that the target has no form for; `field` of its options lists the choices."""
+        choices: dict[str, tuple[str, ...]] = {name: getattr(row, field) for name, row in TARGET_OPTIONS.items()}
+        for value in sorted(set(values) - set(choices[self.target])):
+            able = " or ".join(f"--target {name}" for name in choices if value in choices[name])
             raise UsageError(
-                "dtype: ONNX Runtime computes in no bfloat16 on a CPU. Choose float32 or float16 for --target onnx."
+                f"{option}: {value} cannot be built with --target {self.target}. Choose --{option} "
+                f"{' or '.join(choices[self.target])}, or {able}."
             )
-        if self.target != "trainable" and self.attention == "triton":
-            raise UsageError(f"attention: triton is for the trainable target. Leave it out for --target {self.target}.")
 
     def check_calibration(self, calibrated: bool) -> None:
         """Raise UsageError when there is calibration data, but no budget that it could serve."""

@@ -26,7 +26,7 @@ from vlmbuild.families import FAMILIES
 from vlmbuild.measure.merge_parity import TOLERANCES
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
-from vlmbuild.runtime.load import read_program
+from vlmbuild.runtime.bind import read_program
 from vlmbuild.targets import weights as transfer
 from vlmbuild.zoo import ZOO
 

@@ -76,11 +76,19 @@ class ArtifactReader:
         return data
 
     @contextmanager
-    def verifying(self) -> Iterator[None]:
-        """Verify all files in other threads while the block runs, and wait for it at the end.
+    def verifying(self, *, first: bool = False) -> Iterator[None]:
+        """Verify all files, and that none changes while the block runs.
+
+        With `first` they are verified before the block. Otherwise other threads verify them while it runs: nothing that it
+        reads is proven before its end.
 
         Raises what `verify` raises, also in place of an error of the block: what was read may have been wrong.
         """
+        if first:
+            _, self._identities = _verify(self.path, self.manifest.id, None)
+            yield
+            self.check_unchanged()
+            return
         stopped = threading.Event()
 
         def progress(_done: int, _total: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,7 @@ from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.near_miss import near_miss
 from vlmbuild.rewrite.pass_manager import Pass, PassReport, PatternPass, run
-from vlmbuild.targets import WRITING, Request
-from vlmbuild.targets.request import StoredParameter
-from vlmbuild.targets.trainable import stored_parameters
+from vlmbuild.targets import TARGETS, Request
 from vlmbuild.util.devices import available_device
 
 
@@ -98,10 +96,12 @@ def build(
         ParityError: The merged weights are not what source and adapter are together.
     """
     told = progress or (lambda _stage, _done, _total: None)
-    available_device(device)
-    if recipe.target == "aoti" and device != "cpu":
+    device_type = available_device(device).type
+    target = TARGETS[recipe.target]
+    if device_type not in target.devices:
         raise UsageError(
-            "--target aoti compiles for CPUs. Leave --device out, or build the trainable target for a GPU."
+            f"--target {recipe.target} is built on {' or '.join(target.devices)}, not on {device}. Leave --device out, or "
+            "build the trainable target for a GPU."
         )
     recipe.check_calibration(bool(calibration))
     check_output(Path(output), overwrite=overwrite)
@@ -111,7 +111,7 @@ def build(
     values, family, config = read_model(found)
     weights = CheckpointWeights(found.directory)
     tensors = source_tensors(weights, family, values)
-    with WRITING[recipe.target]() as write, Digests(found, weights.files) as digests:
+    with target.begin() as write, Digests(found, weights.files) as digests:
         program = trace_program(family, config, told)
         check_weights(program, family, weights, tensors)
         merge = None if adapter is None else read_merge(adapter, program, family)
@@ -283,11 +283,6 @@ def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassRepo
             }
             missed[step.name] = {name: reason for name, reason in found.items() if reason}
     return missed
-
-
-def planned_weights(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
-    """What a finished program's trainable artifact will store, before any weight is read."""
-    return stored_parameters(program, family, recipe)
 
 
 def adapt(

@@ -18,7 +18,7 @@ from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import ArtifactError, UsageError
 from vlmbuild.recipe import TOOLS, Recipe
-from vlmbuild.runtime.load import load
+from vlmbuild.runtime.load import OPENERS, Model, load
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 
@@ -29,7 +29,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     **recipe: Any,
-) -> tuple[VisionLanguageModel, Any]:
+) -> tuple[Model, Any]:
     """Build on first use into a cache, load from then on. Safe when several processes start at once.
 
     Args:
@@ -40,11 +40,11 @@ def from_pretrained(
         **recipe: Fields of `Recipe`, for example quantize="nf4".
 
     Raises:
-        UsageError: The target is aoti.
+        UsageError: The target's artifacts hold code.
         VlmbuildError: As `build` and `load`.
     """
     chosen = Recipe.from_mapping(recipe, where="from_pretrained")
-    if chosen.target == "aoti":
+    if OPENERS[chosen.target].runs_code:
         raise UsageError(
             "from_pretrained: code belongs to one kind of machine, and is loaded with trust. Use build with that "
             'target, then load(path, trust=("code",)).'
@@ -63,7 +63,8 @@ def from_pretrained(
     finally:
         lock.release()
     model, processor = load(path, device=device, verify=False)
-    model.source = str(source)
+    if isinstance(model, VisionLanguageModel):
+        model.source = str(source)
     return model, processor
 
 

@@ -63,7 +63,7 @@ def _graph_file(artifact: Path, style: str) -> str:
     from vlmbuild.artifact.reader import ArtifactReader
     from vlmbuild.ir.shapes import annotate_shapes
     from vlmbuild.report.exchange import to_dot, to_model_explorer
-    from vlmbuild.runtime.load import read_program
+    from vlmbuild.runtime.bind import read_program
 
     program = read_program(ArtifactReader(artifact, verify=False))
     annotate_shapes(program)

@@ -13,7 +13,7 @@ import click
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import SEVERITIES
 from vlmbuild.quant.spec import FORMATS, FOUR_BIT, ROLES, QuantSpec
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 
 Command = Callable[..., Any]
 
@@ -32,7 +32,7 @@ _FLAGS = {
 }
 """Fields whose option has another name than the field."""
 
-_CHOICES = {"roles": ROLES}
+_CHOICES = {"roles": ROLES, "target": tuple(TARGET_OPTIONS)}
 _METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
 _HELP = {
     "target": "Kind of artifact.  [default: trainable]",
@@ -175,8 +175,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _option_type(name: str, hint: Any) -> dict[str, Any]:
     """Settings of `click.option` that follow from the type of a field."""
     kind = next(member for member in _members(hint) if member is not type(None))
-    if get_origin(kind) is tuple:
-        return {"multiple": True, "type": click.Choice(_CHOICES[name]) if name in _CHOICES else str}
+    several = {"multiple": True} if get_origin(kind) is tuple else {}
+    if several or name in _CHOICES:
+        return {**several, "type": click.Choice(_CHOICES[name]) if name in _CHOICES else str}
     if get_origin(kind) is Literal:
         return {"type": click.Choice(get_args(kind))}
     return {} if kind is bool else {"type": str if name == "budget" else kind}  # "5.0bpw" is a valid budget

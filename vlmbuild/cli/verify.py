@@ -54,18 +54,14 @@ def command(artifact: Path, expected_id: str | None, numerics: bool, trust_code:
 
 
 def _numerics(artifact: Path, manifest: Manifest, progress: StageProgress, *, trusted: bool) -> list[dict[str, Any]]:
-    if manifest.target not in ("onnx", "aoti"):
+    from vlmbuild.runtime.load import check_trust
+    from vlmbuild.targets import target_named
+
+    measurement = target_named(manifest.target).measurement
+    if measurement is None:
         raise UsageError(
             f"--numerics compares exported models, and {artifact} has the target {manifest.target}. Drop --numerics."
         )
-    from vlmbuild.measure.aoti_parity import code_measurement
-    from vlmbuild.measure.onnx_parity import onnx_measurement
-    from vlmbuild.runtime.load import check_trust
-
-    dtype = str(manifest.recipe["dtype"])
-    if manifest.target == "onnx":
-        with onnx_measurement(artifact, dtype) as measurement:
-            return measurement.records(progress)
     check_trust(artifact, manifest, ("code",) if trusted else ())
-    with code_measurement(artifact, dtype) as measurement:
-        return measurement.records(progress)
+    with measurement(artifact, str(manifest.recipe["dtype"])) as running:
+        return running.records(progress)

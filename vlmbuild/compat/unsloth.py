@@ -23,7 +23,7 @@ from vlmbuild.checkpoint.source import read_json_object, resolve
 from vlmbuild.compat.unsloth_arguments import check_others
 from vlmbuild.errors import UsageError
 from vlmbuild.recipe import DTYPES, Recipe
-from vlmbuild.runtime.load import load
+from vlmbuild.runtime.load import Model, load
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
 from vlmbuild.train.collator import VisionDataCollator
 from vlmbuild.train.lora import add_lora, load_adapter, save_adapter
@@ -76,7 +76,8 @@ class FastVisionModel:
         if wanted not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is none that a model computes in: {', '.join(DTYPES)}, or None.")
         if (Path(base) / _MANIFEST).is_file():
-            model, processor = load(base, device=device, dtype=None if dtype is None else wanted)
+            opened, processor = load(base, device=device, dtype=None if dtype is None else wanted)
+            model = _trainable(opened, base)
             found = {recipe.format.name for region in model.program.regions.values() for recipe in region.recipes}
             _check_formats(base, found, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
             if revision is not None:
@@ -84,7 +85,8 @@ class FastVisionModel:
         else:
             form = _format(base, revision, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
             recipe = {"dtype": wanted} | ({} if form is None else {"quantize": form})
-            model, processor = from_pretrained(base, revision=revision, device=device, **recipe)
+            opened, processor = from_pretrained(base, revision=revision, device=device, **recipe)
+            model = _trainable(opened, base)
         if adapter is not None:
             load_adapter(model, adapter)
         elif not full_finetuning:
@@ -236,6 +238,12 @@ class UnslothVisionDataCollator:
 def is_bf16_supported() -> bool:
     """Whether models compute in bfloat16 here; CPUs do."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
+
+
+def _trainable(model: Model, source: str) -> VisionLanguageModel:
+    if not isinstance(model, VisionLanguageModel):
+        raise UsageError(f"{source} is an artifact that cannot train. Build it with --target trainable.")
+    return model
 
 
 def _format(source: str, revision: str | None, four: bool | None, eight: bool, plain: bool) -> str | None:

@@ -18,6 +18,7 @@ from vlmbuild.errors import OutputError
 from vlmbuild.planner.plan import plan
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.load import load
+from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.train.audit import audit_gradients
 from vlmbuild.train.lora import add_lora, save_adapter
 from vlmbuild.zoo import CHECKPOINTS
@@ -121,6 +122,7 @@ def run(
 
     echo("[4/6] Load, and ask what it was trained for and what it was not")
     model, processor = load(artifact, verify=False)
+    assert isinstance(model, VisionLanguageModel)  # of the recipe's target
     samples = Digits("held_out", SEED + 5).take(HELD_OUT)
     reading = exact_match(model, processor, READ, samples)
     before = exact_match(model, processor, LARGEST, samples)

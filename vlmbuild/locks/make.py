@@ -24,7 +24,7 @@ from vlmbuild.locks.canonical_order import canonical
 from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
 from vlmbuild.recipe import Recipe
-from vlmbuild.runtime.load import read_program
+from vlmbuild.runtime.bind import read_program
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
 """Distributions whose versions a lock names."""

@@ -18,8 +18,8 @@ from vlmbuild.kv_cache.program import MASK, present_name
 from vlmbuild.measure.batches import SEED, Case, cases
 from vlmbuild.measure.numerics import STEPS, Measurement, Record, compare, print_records, stepwise
 from vlmbuild.runtime.aoti.code import adopt_code, new_code_cache
+from vlmbuild.runtime.bind import bind_directory
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.load import bind_directory
 from vlmbuild.runtime.torch.decoding import Decoding
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 

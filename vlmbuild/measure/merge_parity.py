@@ -23,7 +23,7 @@ from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Program, Region, join
 from vlmbuild.measure.calibration import Batch, batches_digest
-from vlmbuild.runtime.load import instance_tensors
+from vlmbuild.runtime.bind import instance_tensors
 from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute

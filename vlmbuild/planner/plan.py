@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.builder.build import planned_weights, read_model, rewrite, trace_program
+from vlmbuild.builder.build import read_model, rewrite, trace_program
 from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role, slot_roles
 from vlmbuild.checkpoint.source import Progress, Source, resolve
 from vlmbuild.checkpoint.tensors import announced_formats, published_name, source_tensors, stored_formats
@@ -25,6 +25,8 @@ from vlmbuild.planner.memory import Memory, Workload, estimate_memory
 from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
+from vlmbuild.targets import TARGETS
+from vlmbuild.targets.request import StoredParameter
 
 Image = str | Path | tuple[int, int]
 """A file, or (height, width)."""
@@ -130,7 +132,8 @@ def plan(
         CaptureError, PassError: The graph cannot be built as asked.
     """
     told = progress or (lambda _stage, _done, _total: None)
-    if recipe.target != "trainable":
+    stored_parameters = TARGETS[recipe.target].stored_parameters
+    if stored_parameters is None:
         raise UsageError(
             f"A plan is about the memory to train, and the target {recipe.target} cannot. Leave --target out."
         )
@@ -152,7 +155,7 @@ def plan(
     )
     refusals = refusals_by_role(slot_roles(program), [report.record() for report in reports])
     regions = tuple(describe_regions(program))
-    roles = tuple(describe_roles(_weights(program, family, recipe), refusals))
+    roles = tuple(describe_roles(_weights(stored_parameters(program, family, recipe), family), refusals))
     told("memory", 0, 1)
     # The last to look at the program: it adds an adapter.
     memory = estimate_memory(
@@ -183,8 +186,8 @@ def _stored_formats(
     return announced_formats(family, values, program, str(source.directory))
 
 
-def _weights(program: Program, family: Family, recipe: Recipe) -> Iterable[StoredWeight]:
-    for parameter in planned_weights(program, family, recipe):
+def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[StoredWeight]:
+    for parameter in parameters:
         nbytes = sum(spec.nbytes for spec in parameter.specs)
         yield StoredWeight(
             parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format

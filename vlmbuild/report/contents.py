@@ -106,8 +106,9 @@ def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[S
 
 def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:
     """Return the bytes of each weight, by module name."""
-    if reader.manifest.target == "onnx":
-        return stored_sizes(reader.path / "onnx")
+    models = reader.path / "onnx"
+    if models.is_dir():
+        return stored_sizes(models)
     stored: dict[str, int] = {}
     for name, info in CheckpointWeights(reader.path).tensors.items():
         owner = _PARTS.sub(".weight", name)

@@ -18,7 +18,7 @@ from vlmbuild.ir.program import Program, Region
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import run
-from vlmbuild.runtime.load import read_program
+from vlmbuild.runtime.bind import read_program
 
 CAPTURED, STORED = "captured", "stored"
 

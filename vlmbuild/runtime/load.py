@@ -5,27 +5,81 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlmbuild.artifact.manifest import Manifest, parse_canonical
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.errors import IncompatibleError, SourceError, TrustError, UsageError
-from vlmbuild.families import Family, family_named
-from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
-from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
+from vlmbuild.errors import IncompatibleError, TrustError, UsageError
+from vlmbuild.families import Family
 from vlmbuild.recipe import DTYPES
-from vlmbuild.runtime.onnx.session import check_provider
+from vlmbuild.runtime.bind import bind_artifact
 from vlmbuild.runtime.torch.model import VisionLanguageModel
-from vlmbuild.util.devices import available_device
+from vlmbuild.util.devices import available_device, named_device
 from vlmbuild.util.validation import one_of
 
 GENERATION_CONFIG = "generation_config.json"
+
+Device = str | torch.device | None
+
+
+class Model(Protocol):
+    """An opened artifact of any target, in evaluation mode.
+
+    Attributes:
+        family: The model family.
+        config: The transformers config.
+        generation_config: Defaults and ends of generation, the checkpoint's own where it has them.
+        processor: Makes the batches that the model is called with.
+    """
+
+    family: Family
+    config: Any
+    generation_config: GenerationConfig
+    processor: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors go in and come out."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings and logits."""
+
+    @property
+    def path(self) -> Path | None:
+        """The artifact's directory."""
+
+    def __call__(self, **batch: Any) -> CausalLMOutputWithPast:
+        """Compute `.logits` (batch, sequence, vocabulary) of a processor's batch."""
+
+    def generate(self, **batch: Any) -> Any:
+        """Generate tokens after a processor's batch, as transformers does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """How artifacts of one target are opened.
+
+    Attributes:
+        open: (reader, device, dtype) -> model with its processor.
+        device: Checks the caller's device. Raises DeviceError, IncompatibleError.
+        any_dtype: Whether the model can compute in another dtype than it was built with.
+        runs_code: Whether the artifact holds machine code, which needs the caller's trust.
+        proven_first: Whether code of others parses or runs its files, so that all are verified before one is opened. Files
+            that only we parse are verified in other threads in the meantime.
+    """
+
+    open: Callable[[ArtifactReader, torch.device, torch.dtype], Model]
+    device: Callable[[Device], torch.device] = available_device
+    any_dtype: bool = False
+    runs_code: bool = False
+    proven_first: bool = True
 
 
 def load(
@@ -35,7 +89,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
     trust: Collection[str] = (),
-) -> tuple[Any, Any]:
+) -> tuple[Model, Any]:
     """Open an artifact.
 
     Weights on a CPU stay mapped from the artifact's files while the model lives. To replace an artifact in use, build with
@@ -62,108 +116,47 @@ def load(
     if dtype is not None:
         one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
     reader = ArtifactReader(path, verify=False)
-    if reader.manifest.target == "onnx":
-        return _load_onnx(reader, torch.device(device or "cpu").type, dtype, verify=verify)
-    chosen_device = available_device(device)
-    if reader.manifest.target == "aoti":
-        return _load_compiled(reader, chosen_device, dtype, trust, verify=verify)
-    if reader.manifest.target != "trainable":
+    opener = OPENERS.get(reader.manifest.target)
+    if opener is None:
         raise IncompatibleError(
-            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads 'trainable', 'onnx' and 'aoti'."
+            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads {', '.join(map(repr, OPENERS))}. Install one "
+            "that knows it."
         )
-    # Files are hashed by other threads meanwhile. Nothing is run from them, and nothing returned before they are proven.
-    with reader.verifying() if verify else nullcontext():
-        model = _bind(reader.read, reader.path, _dtype(dtype, reader.manifest))
-        model.processor = model.family.processor(reader.path)
-        model.path, model.source = reader.path, str(path)
+    check_trust(reader.path, reader.manifest, trust)
+    chosen_dtype = _dtype(dtype, reader.manifest, opener)
+    chosen_device = opener.device(device)
+    with reader.verifying(first=opener.proven_first) if verify else nullcontext():
+        model = opener.open(reader, chosen_device, chosen_dtype)
         if reader.manifest.entry(GENERATION_CONFIG) is not None:
             model.generation_config = _generation_config(reader)
-    return model.eval().to(chosen_device), model.processor
-
-
-def _load_onnx(
-    reader: ArtifactReader, device: str, dtype: str | torch.dtype | None, *, verify: bool
-) -> tuple[Any, Any]:
-    """The models of an ONNX artifact, which other code parses: so only once all files are proven."""
-    from vlmbuild.runtime.onnx.model import open_model
-
-    _check_built(reader, dtype)
-    check_provider(device)
-    if verify:
-        reader = ArtifactReader(reader.path)
-    model = open_model(reader.path, device)
-    if verify:
-        reader.check_unchanged()
-    if reader.manifest.entry(GENERATION_CONFIG) is not None:
-        model.generation_config = _generation_config(reader)
-    return model, model.processor
-
-
-def _load_compiled(
-    reader: ArtifactReader,
-    device: torch.device,
-    dtype: str | torch.dtype | None,
-    trust: Collection[str],
-    *,
-    verify: bool,
-) -> tuple[Any, Any]:
-    """The model of an artifact with compiled code, none of which is opened before all files are proven."""
-    from vlmbuild.runtime.aoti.code import adopt_code
-    from vlmbuild.runtime.aoti.model import CompiledVisionLanguageModel
-
-    check_trust(reader.path, reader.manifest, trust)
-    _check_built(reader, dtype)
-    if device.type != "cpu":
-        raise IncompatibleError(
-            f"{reader.path} was compiled for CPUs, and cannot run on {device}. Build the trainable target."
-        )
-    if verify:
-        reader = ArtifactReader(reader.path)
-    graphs = _bind(reader.read, reader.path, _dtype(None, reader.manifest)).eval()
-    graphs.processor = graphs.family.processor(reader.path)
-    adopt_code(graphs, reader.read, str(reader.path))
-    model = CompiledVisionLanguageModel(graphs, reader.path)
-    if verify:
-        reader.check_unchanged()
-    if reader.manifest.entry(GENERATION_CONFIG) is not None:
-        model.generation_config = _generation_config(reader)
     return model, model.processor
 
 
 def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
     """Raise TrustError for an artifact with code that the caller has not allowed, however its files are called."""
-    if (manifest.trust["code"] or manifest.target == "aoti") and "code" not in trust:
+    opener = OPENERS.get(manifest.target)
+    if (manifest.trust["code"] or (opener is not None and opener.runs_code)) and "code" not in trust:
         raise TrustError(
             f"{path} holds compiled code, which would run with your rights. If you trust those who built it, load it with "
             'trust=("code",), or on the command line with --trust-code.'
         )
 
 
-def bind_directory(directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
-    """The program and weights of an artifact that is being built. Raises IncompatibleError."""
-    return _bind(lambda name: (directory / name).read_bytes(), directory, dtype)
-
-
-def _check_built(reader: ArtifactReader, dtype: str | torch.dtype | None) -> None:
-    built = reader.manifest.recipe.get("dtype")
-    if dtype is not None and str(dtype).removeprefix("torch.") != built:
+def _dtype(dtype: str | torch.dtype | None, manifest: Manifest, opener: Opener) -> torch.dtype:
+    """The compute dtype: the caller's where the target allows it, else the one of the build."""
+    built = str(manifest.recipe.get("dtype"))
+    name = built if dtype is None else str(dtype).removeprefix("torch.")
+    one_of("dtype", name, DTYPES)
+    if name != built and not opener.any_dtype:
         raise UsageError(
-            f"An artifact of target {reader.manifest.target} computes in the dtype that it was built with, {built}. Leave "
-            "dtype out."
+            f"An artifact of target {manifest.target} computes in the dtype that it was built with, {built}. Leave dtype out."
         )
-
-
-def read_program(reader: ArtifactReader) -> Program:
-    """The program of an artifact."""
-    return _program(reader.read)
-
-
-def _program(read: Callable[[str], bytes]) -> Program:
-    return from_json(parse_canonical(read(PROGRAM_FILE), where=PROGRAM_FILE))
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
 
 
 def _generation_config(reader: ArtifactReader) -> GenerationConfig:
-    """The checkpoint's own ends and defaults of generation."""
+    """Read the checkpoint's own ends and defaults of generation."""
     try:
         return GenerationConfig.from_dict(json.loads(reader.read(GENERATION_CONFIG)))
     except (TypeError, ValueError, AttributeError) as error:
@@ -172,65 +165,48 @@ def _generation_config(reader: ArtifactReader) -> GenerationConfig:
         ) from error
 
 
-def _bind(read: Callable[[str], bytes], directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
-    """The program with its weights. Files that are intact and still do not fit each other are an incompatible artifact."""
-    program = _program(read)
-    family = family_named(program.family)
-    try:
-        config = family.config(json.loads(read("config.json")))
-        tensors = _read_tensors(program, family, CheckpointWeights(directory))
-        return VisionLanguageModel(program, family, config, tensors, dtype)
-    except SourceError as error:
-        raise IncompatibleError(f"The files of {directory} do not belong together: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise IncompatibleError(
-            f"The program of {directory} does not fit its weights: {error}. Build the artifact again."
-        ) from error
+def _open_trainable(reader: ArtifactReader, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
+    model = bind_artifact(reader, dtype)
+    model.path, model.source = reader.path, str(reader.path)
+    return model.eval().to(device)
 
 
-def _dtype(dtype: str | torch.dtype | None, manifest: Manifest) -> torch.dtype:
-    name = str(dtype or manifest.recipe.get("dtype")).removeprefix("torch.")
-    one_of("dtype", name, DTYPES)
-    chosen: torch.dtype = getattr(torch, name)
+def _open_onnx(reader: ArtifactReader, device: torch.device, _: torch.dtype) -> Model:
+    from vlmbuild.runtime.onnx.model import open_model
+
+    return open_model(reader.path, device.type)
+
+
+def _onnx_device(device: Device) -> torch.device:
+    """The device of an execution provider, which torch need not have."""
+    from vlmbuild.runtime.onnx.session import check_provider
+
+    chosen = named_device(device)
+    check_provider(chosen.type)
     return chosen
 
 
-def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) -> dict[str, Tensor]:
-    """Every stored slot by module name; shapes must be the program's."""
-    tensors: dict[str, Tensor] = {}
-    for region in program.regions.values():
-        for instance in region.instances:
-            tensors.update(instance_tensors(region, instance, family, weights))
-    for name, slot in program.slots():
-        if slot.kind != "constant":
-            _check(name, slot, tensors.get(name))
-    return tensors
+def _open_compiled(reader: ArtifactReader, _: torch.device, dtype: torch.dtype) -> Model:
+    from vlmbuild.runtime.aoti.code import adopt_code
+    from vlmbuild.runtime.aoti.model import CompiledVisionLanguageModel
+
+    graphs = bind_artifact(reader, dtype).eval()
+    adopt_code(graphs, reader.read, str(reader.path))
+    return CompiledVisionLanguageModel(graphs, reader.path)
 
 
-def instance_tensors(
-    region: Region, instance: str, family: Family, weights: CheckpointWeights
-) -> list[tuple[str, Tensor]]:
-    """(module name, tensor) of an instance's stored slots, mapped from an artifact's files."""
-    found = [
-        (join(instance, slot.name), weights.map(family.stored_name(join(instance, slot.name))))
-        for slot in region.slots
-        if slot.kind == "parameter"
-    ]
-    for recipe in region.recipes:
-        found += _quantized(join(instance, recipe.source), recipe, family, weights)
-    return found
-
-
-def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: CheckpointWeights) -> list[tuple[str, Tensor]]:
-    """Return a quantized weight's slots from the tensors that its format stores."""
-    stored = recipe.format.load(weights, family.stored_name(name).removesuffix(".weight"), recipe.shape)
-    return [(name + suffix, tensor) for suffix, tensor in stored.items()]
-
-
-def _check(name: str, slot: Slot, tensor: Tensor | None) -> None:
-    if tensor is None:
-        raise IncompatibleError(f"The artifact's weights lack {name}, which its program needs. Build it again.")
-    if tuple(tensor.shape) != slot.shape:
+def _compiled_device(device: Device) -> torch.device:
+    chosen = available_device(device)
+    if chosen.type != "cpu":
         raise IncompatibleError(
-            f"{name} has shape {tuple(tensor.shape)} in the weights and {slot.shape} in the program. Build it again."
+            f"The artifact was compiled for CPUs, and cannot run on {chosen}. Build the trainable target."
         )
+    return chosen
+
+
+OPENERS: dict[str, Opener] = {
+    "trainable": Opener(_open_trainable, any_dtype=True, proven_first=False),
+    "onnx": Opener(_open_onnx, device=_onnx_device),
+    "aoti": Opener(_open_compiled, device=_compiled_device, runs_code=True),
+}
+"""By the manifest's target. Options are refused first, then files are proven, and a model is returned only after both."""

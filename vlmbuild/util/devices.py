@@ -8,13 +8,23 @@ from vlmbuild.errors import DeviceError
 
 
 def available_device(device: str | torch.device | None) -> torch.device:
-    """The device; None is the CPU. Raises DeviceError when it is not available here."""
+    """Return the device; None is the CPU. Raises DeviceError when torch cannot use it here."""
+    chosen = named_device(device)
     try:
-        chosen = torch.device("cpu" if device is None else device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(
-            f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it."
-        ) from error
+        raise _unavailable(device, error) from error
     return chosen
+
+
+def named_device(device: str | torch.device | None) -> torch.device:
+    """Return the device of a name, available or not; None is the CPU. Raises DeviceError when there is no such device."""
+    try:
+        return torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise _unavailable(device, error) from error
+
+
+def _unavailable(device: str | torch.device | None, error: Exception) -> DeviceError:
+    reason = str(error).partition("\n")[0]
+    return DeviceError(f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it.")

@@ -161,7 +161,7 @@ def test_same_inputs_give_the_same_artifact(onnx_artifact, tmp_path):
 def test_what_it_cannot_do_is_refused():
     for options, message in (
         ({"target": "onnx", "dtype": "bfloat16"}, "float32 or float16"),
-        ({"target": "onnx", "attention": "triton"}, "trainable target"),
+        ({"target": "onnx", "attention": "triton"}, "--target trainable"),
         ({"quantize": vlmbuild.QuantSpec("int4")}, "--target onnx"),
     ):
         with pytest.raises(UsageError, match=message):

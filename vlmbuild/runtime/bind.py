@@ -1,0 +1,104 @@
+"""Bind a stored program to its weights: the layout of trainable artifacts, which compiled ones share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlmbuild.artifact.manifest import parse_canonical
+from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.errors import IncompatibleError, SourceError
+from vlmbuild.families import Family, family_named
+from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
+from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
+from vlmbuild.runtime.torch.model import VisionLanguageModel
+
+Read = Callable[[str], bytes]
+"""Content of an artifact's file, by its path."""
+
+
+def read_program(reader: ArtifactReader) -> Program:
+    """Read an artifact's program. Raises IntegrityError, IncompatibleError."""
+    return _program(reader.read)
+
+
+def bind_artifact(reader: ArtifactReader, dtype: torch.dtype) -> VisionLanguageModel:
+    """Bind an artifact's program to its weights, with its processor.
+
+    Raises:
+        IntegrityError: A file is not what the manifest says.
+        IncompatibleError: Files are intact and do not fit each other.
+    """
+    model = _bind(reader.read, reader.path, dtype)
+    model.processor = model.family.processor(reader.path)
+    return model
+
+
+def bind_directory(directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
+    """Bind the program and weights of an artifact that is being built. Raises IncompatibleError."""
+    return _bind(lambda name: (directory / name).read_bytes(), directory, dtype)
+
+
+def _program(read: Read) -> Program:
+    return from_json(parse_canonical(read(PROGRAM_FILE), where=PROGRAM_FILE))
+
+
+def _bind(read: Read, directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
+    program = _program(read)
+    family = family_named(program.family)
+    try:
+        config = family.config(json.loads(read("config.json")))
+        tensors = _read_tensors(program, family, CheckpointWeights(directory))
+        return VisionLanguageModel(program, family, config, tensors, dtype)
+    except SourceError as error:
+        raise IncompatibleError(f"The files of {directory} do not belong together: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise IncompatibleError(
+            f"The program of {directory} does not fit its weights: {error}. Build the artifact again."
+        ) from error
+
+
+def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) -> dict[str, Tensor]:
+    """Map every stored slot, by module name; shapes must be the program's."""
+    tensors: dict[str, Tensor] = {}
+    for region in program.regions.values():
+        for instance in region.instances:
+            tensors.update(instance_tensors(region, instance, family, weights))
+    for name, slot in program.slots():
+        if slot.kind != "constant":
+            _check(name, slot, tensors.get(name))
+    return tensors
+
+
+def instance_tensors(
+    region: Region, instance: str, family: Family, weights: CheckpointWeights
+) -> list[tuple[str, Tensor]]:
+    """Map an instance's stored slots from an artifact's files, as (module name, tensor)."""
+    found = [
+        (join(instance, slot.name), weights.map(family.stored_name(join(instance, slot.name))))
+        for slot in region.slots
+        if slot.kind == "parameter"
+    ]
+    for recipe in region.recipes:
+        found += _quantized(join(instance, recipe.source), recipe, family, weights)
+    return found
+
+
+def _quantized(name: str, recipe: WeightRecipe, family: Family, weights: CheckpointWeights) -> list[tuple[str, Tensor]]:
+    """Return a quantized weight's slots from the tensors that its format stores."""
+    stored = recipe.format.load(weights, family.stored_name(name).removesuffix(".weight"), recipe.shape)
+    return [(name + suffix, tensor) for suffix, tensor in stored.items()]
+
+
+def _check(name: str, slot: Slot, tensor: Tensor | None) -> None:
+    if tensor is None:
+        raise IncompatibleError(f"The artifact's weights lack {name}, which its program needs. Build it again.")
+    if tuple(tensor.shape) != slot.shape:
+        raise IncompatibleError(
+            f"{name} has shape {tuple(tensor.shape)} in the weights and {slot.shape} in the program. Build it again."
+        )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
-from vlmbuild.quant.spec import FORMATS, QUANTIZE, QuantSpec
+from vlmbuild.formats import FORMATS
+from vlmbuild.quant.spec import QUANTIZE, QuantSpec
 from vlmbuild.util.validation import one_of, strings
 
 __all__ = ["ATTENTIONS", "DTYPES", "TARGET_OPTIONS", "TOOLS", "QuantSpec", "Recipe", "TargetOptions"]
@@ -44,7 +45,9 @@ class TargetOptions:
 
 TARGET_OPTIONS: dict[str, TargetOptions] = {
     "trainable": TargetOptions(attentions=ATTENTIONS),
-    "onnx": TargetOptions(dtypes=("float32", "float16"), formats=FORMATS, fuses_rms_norm=True, packs_weights=True),
+    "onnx": TargetOptions(
+        dtypes=("float32", "float16"), formats=tuple(FORMATS), fuses_rms_norm=True, packs_weights=True
+    ),
     "aoti": TargetOptions(),
 }
 """By the target's name. `vlmbuild.targets.TARGETS` says how a target is written, `vlmbuild.runtime.load.OPENERS` how it is

@@ -9,7 +9,6 @@ import pytest
 import torch
 from parity import MODEL_FP32, assert_close, relative
 from processors import photographs
-from safetensors import safe_open
 
 from vlmbuild.errors import BatchError, SourceError
 from vlmbuild.families import FAMILIES
@@ -64,17 +63,6 @@ def test_rotary_embeddings_of_tower_and_text_are_fused_with_the_published_freque
     assert torch.allclose(frequencies, torch.cat([every[0::2], every[1::2]]))  # even for height, odd for width
 
 
-def test_stored_names_are_what_transformers_writes(setup, program, tmp_path):
-    reference = matrix.reference(setup)
-    reference.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        written = set(file.keys())
-    names = {name for name, slot in program.slots() if slot.kind == "parameter"}
-    assert names == {name for name, _ in reference.named_parameters()}
-    assert {FAMILY.stored_name(name) for name in names} == written
-    assert {FAMILY.module_name(name) for name in written} == names
-
-
 def test_prologue_cuts_patches_and_counts_positions(setup, batch, config):
     tensors = FAMILY.prepare(batch, config, setup.processor).tensors
     sizes = [(h // 16, w // 16) for h, w in batch["image_sizes"].tolist()]
@@ -119,34 +107,16 @@ def test_images_without_sizes_fill_the_tensor(setup, model):
         assert torch.equal(model(**bare).logits, model(**inputs).logits)
 
 
-def test_generation_equals_transformers(setup, model, batch):
-    reference = matrix.reference(setup).eval()
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    assert torch.equal(model.generate(**batch, **options), reference.generate(**batch, **options))
-
-
-def test_refusals_name_the_sample(setup, batch, config):
-    ids, image = batch["input_ids"], config.image_token_id
-    labels = ids.masked_fill(batch["attention_mask"] == 0, -100)
-    swapped = {**batch}
-    for key in ("pixel_values", "image_sizes"):
-        swapped[key] = batch[key].flip(0)
-    cut = {**batch, "input_ids": ids[:, :-30], "attention_mask": batch["attention_mask"][:, :-30]}
-    crooked = torch.tensor([[10, 16]] * 3)
-    for wrong, message in (
-        ({key: batch[key] for key in ("input_ids", "attention_mask")}, "Sample 0 has .* image tokens .* no image"),
-        ({**batch, "labels": labels}, f"Sample 0: .* labels are the image token \\({image}\\)"),
-        (swapped, "Sample 0: its image tokens do not stand in|Sample 0: image 0 .* has"),
+def test_bad_images_are_named(batch, config):
+    cut = {key: batch[key][:, :-30] for key in ("input_ids", "attention_mask")}
+    for changes, message in (
         (cut, "Sample 0: image 1 .* has 96 features, but the text holds"),
-        ({**batch, "input_ids": ids.float()}, "input_ids are torch.float32; token ids are integers"),
-        ({**batch, "attention_mask": batch["attention_mask"].tolist()}, "attention_mask must be a tensor, not list"),
-        ({**batch, "input_ids": ids + 999}, "Sample 0 has token ids from .* embeddings for 0 to"),
-        ({**batch, "image_sizes": crooked}, "image 0: 10 x 16 pixels are not made of 16 x 16 patches"),
-        ({**batch, "image_sizes": batch["image_sizes"][:2]}, "image_sizes has shape"),
-        ({**batch, "pixel_values": batch["pixel_values"][:, :1]}, "pixel_values must be a tensor of shape"),
+        ({"image_sizes": torch.tensor([[10, 16]] * 3)}, "image 0: 10 x 16 pixels are not made of 16 x 16 patches"),
+        ({"image_sizes": batch["image_sizes"][:2]}, "image_sizes has shape"),
+        ({"pixel_values": batch["pixel_values"][:, :1]}, "pixel_values must be a tensor of shape"),
     ):
         with pytest.raises(BatchError, match=message):
-            FAMILY.prepare(wrong, config)
+            FAMILY.prepare({**batch, **changes}, config)
 
 
 def test_images_in_another_order_are_refused_though_their_features_are_as_many(setup, config):
@@ -155,7 +125,9 @@ def test_images_in_another_order_are_refused_though_their_features_are_as_many(s
     FAMILY.prepare(inputs, config)
     for key in ("pixel_values", "image_sizes"):
         inputs[key] = inputs[key].flip(0)
-    with pytest.raises(BatchError, match="Sample 0: its image tokens do not stand in 4 rows of 2"):
+    with pytest.raises(
+        BatchError, match=r"Sample 0: image 0 \(grid 1 x 4 x 2\) has 8 features, but the text holds 2 .* order"
+    ):
         FAMILY.prepare(inputs, config)
 
 
@@ -170,13 +142,13 @@ def test_batch_of_a_processor_with_another_limit_is_refused(setup, config):
 
 def test_configs_that_would_be_captured_wrongly_are_refused(setup):
     for part, changes, message in (
-        ("", {"vision_feature_layer": -2}, "features are the last layer's, whole"),
-        ("", {"vision_feature_select_strategy": "default"}, "features are the last layer's, whole"),
+        ("", {"vision_feature_layer": -2}, "vision_feature_layer"),
+        ("", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
         ("text_config", {"sliding_window": 4096}, "sliding-window attention is not supported"),
-        ("text_config", {"model_type": "llama", "head_dim": 32}, "a llama language model is not supported"),
+        ("text_config", {"model_type": "llama", "head_dim": 32}, "a llama language model"),
         ("vision_config", {"model_type": "clip_vision_model"}, "a clip_vision_model vision tower"),
         ("vision_config", {"attention_dropout": 0.1}, "dropout in the vision tower"),
-        ("vision_config", {"patch_size": [16, 16]}, "patch_size must be one number"),
+        ("vision_config", {"patch_size": [16, 16]}, r"patch_size \[16, 16\] is not supported"),
     ):
         values = copy.deepcopy(setup.values)
         (values[part] if part else values).update(changes)

@@ -16,18 +16,13 @@ import processors
 import pytest
 import torch
 from processors import CONFIGS, LLAMA_SPECIAL, QWEN_SPECIAL, photographs, shipped
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.pixtral import processor as pixtral_processor
 
 PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
-LOADERS = {
-    "qwen2_vl": FAMILIES["qwen2_vl"].processor,
-    "mllama": lambda directory: AutoProcessor.from_pretrained(directory, backend="pil", local_files_only=True),
-    "pixtral": pixtral_processor.load,
-}
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs in 2024.",
     "  leading,   inner and trailing blanks \t\n\n\n x \r\n",
@@ -338,7 +333,7 @@ def test_saved_and_loaded_again_is_equal(name, tmp_path):
     if name == "qwen2_vl" and is_torchvision_available():
         # The stock class, used then, wants a video processor, which ours does not save; this published file is read for both.
         shutil.copy(CONFIGS / "qwen2-vl-2b" / "preprocessor_config.json", tmp_path)
-    assert_equal_batches(name, LOADERS[name](tmp_path))
+    assert_equal_batches(name, FAMILIES[name].processor(tmp_path))
 
 
 def test_published_pixtral_layout_loads(tmp_path):
@@ -347,7 +342,7 @@ def test_published_pixtral_layout_loads(tmp_path):
     for file in ("config.json", "preprocessor_config.json", "processor_config.json"):
         shutil.copy(CONFIGS / "pixtral-12b" / file, tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
-    loaded = pixtral_processor.load(tmp_path)
+    loaded = FAMILIES["pixtral"].load_processor(tmp_path)
     assert type(loaded).__name__ == "PixtralProcessor" and loaded.patch_size == 16
     assert_equal_batches("pixtral", loaded)
 
@@ -387,5 +382,5 @@ def test_load_prefers_the_stock_class_where_torchvision_is(monkeypatch):
     module = type("module", (), {"PixtralProcessor": Stock})
     monkeypatch.setitem(sys.modules, "transformers.models.pixtral.processing_pixtral", module)
     monkeypatch.setattr(pixtral_processor, "is_torchvision_available", lambda: True)
-    assert pixtral_processor.load(Path("there")) == "stock"
+    assert FAMILIES["pixtral"].load_processor(Path("there")) == "stock"
     assert used == [(Path("there"), {"local_files_only": True, "trust_remote_code": False})]

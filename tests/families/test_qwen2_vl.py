@@ -10,12 +10,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from tiny import FAMILY, IMAGE, make_batch
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from vlmbuild.errors import BatchError, IncompatibleError, SourceError
-from vlmbuild.families import family_named, family_of
+from vlmbuild.errors import BatchError, SourceError
 
 SIDES = st.sampled_from([2, 4, 6, 8, 10])
 GRIDS = st.tuples(st.integers(1, 3), SIDES, SIDES)
@@ -63,10 +61,10 @@ def test_vision_inputs_equal_transformers(layout, config):
     count = len(pixels)
     assert torch.equal(tensors["pixel_values"][:count], pixels)
     assert torch.equal(tensors["vision_position_ids"][:count], get_vision_position_ids(grids, 2))
-    bounds = get_vision_cu_seqlens(grids)
-    assert torch.equal(tensors["vision_cu_seqlens"][:-1], bounds)
-    # The extra segment is empty, or the block that keeps a single feature from being a special case.
-    assert tensors["vision_cu_seqlens"][-1] == len(tensors["pixel_values"]) == max(count, 8)
+    bounds = get_vision_cu_seqlens(grids).tolist()
+    second = [8] if count == 4 else []  # an image that keeps a single feature from being a special case
+    assert tensors["vision_cu_seqlens"].tolist() == [*bounds, *second, (bounds + second)[-1]]
+    assert len(tensors["pixel_values"]) == max(count, 8)
 
 
 def broken(change, layout=((5, (1, 4, 6), 7, (1, 8, 2), 3), (9, (1, 2, 2), 4))):
@@ -88,16 +86,15 @@ def cut(batch):
             lambda b: b["input_ids"][0, 6:8].fill_(5),
             r"Sample 0: image 0 \(grid 1 x 4 x 6\) has 6 features, but .* 4 image",
         ),
-        (lambda b: b["input_ids"][1, 10:11].fill_(5), r"image 2 \(grid 1 x 2 x 2\) has 1 features but no placeholder"),
-        (lambda b: b["input_ids"][1, 1].fill_(IMAGE), r"image 2 .* has 1 features but|Sample 1 has 1 image tokens"),
+        (lambda b: b["input_ids"][1, 10:11].fill_(5), r"image 2 \(grid 1 x 2 x 2\) has 1 features but no image tokens"),
+        (lambda b: b["input_ids"][1, 1].fill_(IMAGE), r"image 2 .* has 1 features, but|Sample 1 has 1 image tokens"),
         (lambda b: b.pop("pixel_values"), "has images but no pixel_values"),
         (lambda b: b.pop("image_grid_thw"), "has images but no image_grid_thw"),
-        (lambda b: (b.pop("pixel_values"), b.pop("image_grid_thw")), "Sample 0 has 6 image tokens .* 0 features"),
+        (lambda b: (b.pop("pixel_values"), b.pop("image_grid_thw")), "Sample 0 has 10 image tokens .* no image"),
         (lambda b: b.update(pixel_values=b["pixel_values"][:-4]), "the grids of the 3 images .* need 44 patches"),
+        (lambda b: b.update(pixel_values=b["pixel_values"][:, :588]), r"shape \(44, 588\).* 44 patches of 1176 values"),
+        (lambda b: b["input_ids"][0, 12].fill_(IMAGE), "image 0 .* has 6 features, but the text holds 7 image tokens"),
         (lambda b: b["image_grid_thw"][0, 1].fill_(3), "image 0: grid 1 x 3 x 6 is not made of 2 x 2 blocks"),
-        (lambda b: b["attention_mask"].zero_(), "attends to no token"),
-        (lambda b: b.update(attention_mask=b["attention_mask"][:, 1:]), "attention_mask has shape"),
-        (lambda b: b.pop("input_ids"), "no input_ids"),
     ],
 )
 def test_bad_batch_is_named(change, message, config):
@@ -107,29 +104,13 @@ def test_bad_batch_is_named(change, message, config):
 
 def test_leftover_video_is_named(config):
     batch = broken(lambda b: b["input_ids"][0, 4:10].fill_(5), [[3, ("video", 1, 4, 6), 2], [2, (1, 2, 2)]])
-    with pytest.raises(BatchError, match=r"video 0 \(grid 1 x 4 x 6\) has 6 features but no placeholder tokens"):
+    with pytest.raises(BatchError, match=r"video 0 \(grid 1 x 4 x 6\) has 6 features but no video tokens"):
         FAMILY.prepare(batch, config)
-
-
-@pytest.mark.parametrize("key", ["position_ids", "inputs_embeds", "past_key_values"])
-def test_what_would_be_ignored_silently_is_refused(key, config):
-    with pytest.raises(BatchError, match=f"{key} is not supported"):
-        FAMILY.prepare(broken(lambda b: b.update({key: torch.zeros(1, 3)})), config)
 
 
 def test_truncation_says_what_to_do(config):
     with pytest.raises(BatchError, match="truncation.*longest_edge.*max_length|max_length"):
         FAMILY.prepare(broken(cut), config)
-
-
-def test_stored_names_are_what_transformers_writes(reference, tmp_path):
-    reference.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        written = set(file.keys())
-    names = {name for name, _ in reference.named_parameters()}
-    assert {FAMILY.stored_name(name) for name in names} == written
-    assert {FAMILY.module_name(name) for name in written} == names
-    assert all(FAMILY.module_name(name) == name for name in names)  # files with current names are read too
 
 
 def test_flat_and_nested_configs_are_the_same():
@@ -147,9 +128,6 @@ def changed(part, **changes):
     return values
 
 
-DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope_section": [16, 24, 24]}
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -158,48 +136,13 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0, "mrope
             "mrope_section None must",
         ),
         (changed("text_config", rope_parameters={"rope_type": "default", "mrope_section": [1, 2, 3]}), "64 angles"),
-        (changed("text_config", rope_parameters=DYNAMIC_ROPE), "rope_type 'dynamic' depends on the data"),
         (changed("text_config", use_sliding_window=True, max_window_layers=0), "sliding-window"),
-        (changed("text_config", attention_dropout=0.1), "attention dropout 0.1 is not supported"),
-        (changed("text_config", hidden_size="wide"), "not a valid"),
         (changed("vision_config", depth=None), "not a valid"),
     ],
 )
 def test_configs_that_would_be_captured_wrongly_are_refused(values, message):
     with pytest.raises(SourceError, match=message):
         FAMILY.config(values)
-
-
-def test_code_named_by_a_config_is_ignored():
-    values = tiny.config_values() | {
-        "auto_map": {"AutoModel": "evil--code.Model"},
-        "_attn_implementation": "evil/kernel",
-    }
-    config = FAMILY.config(values)
-    assert not hasattr(config, "auto_map")
-    assert config._attn_implementation != "evil/kernel"
-
-
-def test_unknown_architecture_lists_the_supported():
-    with pytest.raises(SourceError, match="unknown architecture LlamaForCausalLM. vlmbuild builds: .*Qwen2VL"):
-        family_of({"architectures": ["LlamaForCausalLM"]}, "config.json")
-    with pytest.raises(SourceError, match="without architectures"):
-        family_of({"model_type": "llama"}, "config.json")
-    with pytest.raises(IncompatibleError, match="this vlmbuild knows mllama, pixtral, qwen2_vl"):
-        family_named("other")
-
-
-def test_patches_of_another_width_are_refused(config):
-    batch, _ = make_batch([[3, (1, 4, 6), 2]])
-    batch["pixel_values"] = batch["pixel_values"][:, :588]
-    with pytest.raises(BatchError, match=r"pixel_values has shape \(24, 588\), but .* need 24 patches of 1176 values"):
-        FAMILY.prepare(batch, config)
-
-
-def test_architectures_that_are_no_list_of_names_are_refused():
-    for wrong in ("Qwen2VLForConditionalGeneration", 5, [5]):
-        with pytest.raises(SourceError, match="architectures must be a list of names"):
-            family_of({"architectures": wrong}, "config.json")
 
 
 def test_labels_on_placeholders_are_refused(config):

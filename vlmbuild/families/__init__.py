@@ -1,18 +1,22 @@
 """The supported model families, by name.
 
-A new family takes one module here that satisfies `Family` (`base.py` says what each member is for), one line in
-`FAMILIES`, and one test module, `tests/families/test_<name>.py`. An entry in `SETUPS` of `tests/helpers/matrix.py` (a
-tiny config and a real processor) runs the tests that hold for every family. What to write, in order:
+A new family is a folder here, one line in `FAMILIES`, one entry in `SETUPS` of `tests/helpers/matrix.py` (a tiny config and a
+real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the rest. In order:
 
-1. `config` and `_check`: read config.json, refuse what would be captured wrongly.
-2. The core modules (`core.py`): transformers' own layers, called with tensors only; nothing in them may depend on data.
-3. `prepare`: everything that depends on data, on the host, packed (`batch.py`); name the sample in every refusal.
-4. `variants`: the inputs of the core modules, with names for the sizes that change.
-5. `Names`: published tensor names and module names; `role`: what each parameter does.
-6. `processor`, `image_cost`, `batch_sizes`, and for the collator `processors`, `limits`, `media_tokens`, `image_tokens`.
+1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
+   (`grid.py`: images are grids of patches, features take the places of placeholder tokens) or `Family` (`base.py`). Override
+   what differs; abstract methods are what a family must say.
+2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`core.py`;
+   transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
+3. `prepare.py`: everything that depends on data, on the host, packed (`batch.py`). Name the sample in every refusal. Where
+   transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
+4. `processor.py`: loading without torchvision, the cost of an image, tokens of media, files for transformers.js (`js.py`).
+
+A new version of transformers touches `model.py` and `processor.py` of the families alone: modules of its models are imported
+nowhere else here.
 
 Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
-does not match, it is the pass that learns a new pattern.
+does not match, teach the pass a new pattern.
 """
 
 from __future__ import annotations
@@ -21,35 +25,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
-from vlmbuild.families.base import Family, ImageCost, InputLayout, KeyGroups, PackedBatch
-from vlmbuild.families.batch import check_ids
+from vlmbuild.families.base import Family, InputLayout
+from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
+from vlmbuild.families.core import KeyGroups
 from vlmbuild.families.js import ClientVision
-from vlmbuild.families.mllama.family import Mllama
-from vlmbuild.families.pixtral.family import Pixtral
-from vlmbuild.families.qwen2_vl.family import Qwen2VL
+from vlmbuild.families.mllama.model import Mllama
+from vlmbuild.families.pixtral.model import Pixtral
+from vlmbuild.families.qwen2_vl.model import Qwen2VL
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL())}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
-    """The family that reads a config.json.
+    """Find the family that reads a config.json.
 
     Raises:
-        SourceError: None does; the message lists the supported architectures.
+        SourceError: There is none.
     """
-    named = config.get("architectures") or []
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise SourceError(f"{where}: architectures must be a list of names, not {named!r}.")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SourceError(
+            f"{where}: architectures must be a list of names, not {names!r}. Restore the published config.json."
+        )
     for family in FAMILIES.values():
-        if any(architecture in family.architectures for architecture in named):
+        if any(name in family.architectures for name in names):
             return family
     supported = ", ".join(f"{name} ({family.title})" for family in FAMILIES.values() for name in family.architectures)
-    found = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r} without architectures"
-    raise SourceError(f"{where}: unknown architecture {found}. vlmbuild builds: {supported}.")
+    unknown = ", ".join(names) or f"model_type {config.get('model_type')!r} without architectures"
+    raise SourceError(f"{where}: unknown architecture {unknown}. Use a checkpoint of: {supported}.")
 
 
 def family_named(name: str) -> Family:
-    """The family that a program names.
+    """Find the family that a program names.
 
     Raises:
         IncompatibleError: This version of vlmbuild does not know it.
@@ -58,23 +65,25 @@ def family_named(name: str) -> Family:
     if family is None:
         known = ", ".join(FAMILIES)
         raise IncompatibleError(
-            f"Unknown model family {name!r}; this vlmbuild knows {known}. Install one that knows it."
+            f"Unknown model family {name!r}; this vlmbuild knows {known}. Install a newer vlmbuild."
         )
     return family
 
 
 def family_of_processor(processor: Any) -> Family:
-    """The family whose processor this is.
+    """Find the family of a processor.
 
     Raises:
-        UsageError: It is none's; often a tokenizer alone.
+        UsageError: There is none; often it is a tokenizer alone.
     """
     name = type(processor).__name__
     for family in FAMILIES.values():
         if name in family.processors:
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.processors)
-    raise UsageError(f"Expected the processor that vlmbuild.load returns ({known}), not a {name}.")
+    raise UsageError(
+        f"A {name} is no processor of a supported model ({known}). Pass the one that vlmbuild.load returns."
+    )
 
 
 __all__ = [

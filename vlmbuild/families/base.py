@@ -1,183 +1,238 @@
-"""What a model family tells the builder: the one place where a family's name and habits may appear."""
+"""The base class of model families. Only families know a model's name, config and habits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families.js import ClientFiles, ClientVision
-from vlmbuild.ir.program import Geometry, Input, Role
+from vlmbuild.families.batch import ImageCost, PackedBatch
+from vlmbuild.families.core import TextCore, meta_module
+from vlmbuild.families.js import ClientFiles, ClientVision, with_template
+from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Input, Role
 
 InputLayout = Literal["sample", "token", "medium"]
-"""What the rows of a batch's tensor are: samples; samples with an entry for every token, which generation repeats for the
-tokens that it adds; or the images and videos of all samples in one list."""
+"""The rows of a batch's tensor: samples; samples with an entry for every token, which generation repeats for the tokens that
+it adds; or the images and videos of all samples in one list."""
 
 IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """A batch after the host prologue, packed: the tokens of all samples in one row, without padding.
+class Family(ABC):
+    """Models with one config class, one host prologue and one set of tensor names.
 
     Attributes:
-        variant: Which variant of the program runs it.
-        tensors: That variant's inputs.
-        index: Where each packed token stood in the flattened (batch, sequence) input ids.
+        name: Key in `FAMILIES`; stored in programs.
+        title: Name for people.
+        architectures: Values of `architectures` in config.json that the family reads.
+        config_class, model_class: Classes of transformers.
+        image_core: Module to trace for batches with images.
+        published_prefixes: (module, published) leading parts of tensor names; the first match is replaced.
+        vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
+        processors: Class names of the family's processors.
+        input_layout: Processor outputs besides input_ids and attention_mask.
+        resizable_keys: Keys of the image processor's `size` that may be lowered without changing the model.
+        pads_image_batch: Whether every sample of a batch gets as many images as the one with most, and all are computed.
+        extra_embedding_rows: Rows of the embedding table beyond the vocabulary.
+        position_axes: Leading sizes of `position_ids`.
     """
 
-    variant: str
-    tensors: dict[str, Tensor]
-    index: Tensor
+    name: str
+    title: str
+    architectures: tuple[str, ...]
+    config_class: Any
+    model_class: Any
+    image_core: type[TextCore]
+    published_prefixes: tuple[tuple[str, str], ...]
+    vision_prefix: str
+    projector_prefix: str
+    processors: tuple[str, ...]
+    input_layout: Mapping[str, InputLayout]
+    resizable_keys: tuple[str, ...] = ()
+    pads_image_batch: bool = False
+    extra_embedding_rows: int = 0
+    position_axes: tuple[int, ...] = ()
 
-
-class ImageCost(NamedTuple):
-    """What an image costs: rows of the vision tower (padding included), tokens in the sequence, keys for cross-attention."""
-
-    patches: int
-    tokens: int
-    cross_keys: int = 0
-
-
-class KeyGroups(NamedTuple):
-    """What a query of an attention layer sees, by groups of keys; a core module hands it to transformers as the attention
-    mask, and capture to the operator.
-
-    Attributes:
-        key_groups: int32 (keys,), the group of every key.
-        visible_groups: bool (queries, groups).
-    """
-
-    key_groups: Tensor
-    visible_groups: Tensor
-
-
-class Family(Protocol):
-    """A family of models with one config class, one prologue and one set of names."""
-
-    @property
-    def name(self) -> str:
-        """Key in `FAMILIES`, and the family's name in stored programs."""
-
-    @property
-    def title(self) -> str:
-        """What people call it."""
-
-    @property
-    def architectures(self) -> tuple[str, ...]:
-        """Values of `architectures` in config.json that this family reads."""
-
-    @property
-    def input_layout(self) -> Mapping[str, InputLayout]:
-        """What else the processor's output has besides input_ids and attention_mask."""
-
-    @property
-    def processors(self) -> tuple[str, ...]:
-        """Names of the classes of this family's processors."""
-
-    @property
-    def resizable_keys(self) -> tuple[str, ...]:
-        """Keys of the image processor's `size` that may be set lower without another model."""
-
-    @property
-    def pads_image_batch(self) -> bool:
-        """Whether a batch gives every sample as many images as the one with most, and the model computes them."""
-
-    def media_tokens(self, processor: Any) -> frozenset[int]:
-        """Ids of the tokens that stand for images and videos, or begin, divide and end them; a model never writes them."""
-
-    def image_tokens(self, processor: Any, height: int, width: int) -> int:
-        """Tokens that take the place of the placeholder of an image of this size (in pixels, before it is resized).
-
-        Raises:
-            ValueError: The processor refuses it.
-        """
+    # The model ------------------------------------------------------------------------------------------------------
 
     def config(self, values: Mapping[str, Any]) -> Any:
-        """The transformers config object for the values of a config.json; runs no code that the values name.
+        """Read the values of a config.json into transformers' config; keys that name code are left out.
 
         Raises:
-            SourceError: A value has the wrong type or contradicts another.
+            SourceError: A value has the wrong type, contradicts another, or would be captured wrongly.
         """
+        plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
+        try:
+            config = self.config_class.from_dict(plain)
+            _check_text(config.get_text_config())
+            self.check(config)
+        except SourceError:
+            raise
+        except Exception as error:  # transformers validates with many exception types
+            raise SourceError(f"config.json is not a valid {self.title} config: {error}") from error
+        return config
 
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Raise SourceError for a config that would be captured wrongly."""
+
+    @abstractmethod
     def geometry(self, config: Any) -> Geometry:
-        """What passes may know."""
+        """Describe the model to passes."""
 
     def variants(self, config: Any) -> dict[str, tuple[Input, ...]]:
-        """The inputs of every variant."""
+        """List the inputs of the variants "image" and "text"."""
+        text = (
+            Input("input_ids", torch.int64, (1, "sequence")),
+            Input("position_ids", torch.int64, (*self.position_axes, 1, "sequence")),
+            Input("text_cu_seqlens", torch.int32, ("samples",)),
+        )
+        return {"image": (*text, *self.image_inputs(config)), "text": text}
+
+    @abstractmethod
+    def image_inputs(self, config: Any) -> tuple[Input, ...]:
+        """List the inputs that the variant "image" has besides text; sizes that change have names."""
 
     def module(self, config: Any, variant: str, attention: str) -> nn.Module:
-        """The module to trace, on the meta device, in `COMPUTE_DTYPE`, with parameters named as transformers names them.
+        """Construct the module to trace, on the meta device, in `COMPUTE_DTYPE`, with transformers' parameter names.
 
         Args:
             config: From `config`.
             variant: A key of `variants`; the module takes its inputs as keyword arguments and returns logits.
             attention: Name of the attention implementation registered with transformers.
         """
+        core = self.image_core if variant == "image" else TextCore
+        return core(meta_module(self.model_class, config, attention, COMPUTE_DTYPE))
 
     def ties(self, config: Any) -> dict[str, str]:
-        """Alias -> parameter for tensors that share storage."""
+        """Map alias -> parameter for tensors that share storage."""
+        if self.extra_embedding_rows or not config.tie_word_embeddings:
+            return {}
+        return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    @abstractmethod
+    def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
+        """Construct the rotary embeddings, by module name."""
 
     def constants(self, config: Any) -> dict[str, Tensor]:
-        """Tensors that follow from the config (rotary frequencies), by module name."""
+        """Compute the tensors that follow from the config (rotary frequencies), by module name."""
+        return {
+            f"{module}.{name}": tensor
+            for module, rotary in self.rotary_modules(config).items()
+            for name, tensor in rotary.named_buffers()
+            if not name.startswith("original_")  # transformers' copy, for frequencies that change with the length
+        }
 
     def role(self, name: str) -> Role:
-        """What a parameter of this (module) name does."""
+        """Tell the role of a parameter from its module name."""
+        prefixes: dict[str, Role] = {
+            self.projector_prefix: "projector",
+            self.vision_prefix: "vision",
+            "model.language_model.embed_tokens.": "embedding",
+            "lm_head.": "head",
+        }
+        return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
 
     def stored_name(self, name: str) -> str:
-        """Module name -> name in published checkpoint files."""
+        """Translate a module name to the name in published checkpoint files."""
+        for module, published in self.published_prefixes:
+            if name.startswith(module):
+                return published + name.removeprefix(module)
+        return name
 
     def module_name(self, stored: str) -> str:
-        """Name in a checkpoint file, published or as newer versions write it -> module name."""
+        """Translate a name in checkpoint files, published or as newer versions write it, to the module name."""
+        if any(stored.startswith(module) for module, _ in self.published_prefixes):
+            return stored
+        for module, published in self.published_prefixes:
+            if stored.startswith(published):
+                return module + stored.removeprefix(published)
+        return stored
 
+    # Batches --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
-        """The host prologue: everything that depends on data, as tensors, and the checks that name a bad sample.
+        """Run the host prologue: compute everything that depends on data as tensors, and check every sample.
 
         Args:
-            batch: The processor's output, and `labels` if there are any.
+            batch: The processor's output, and `labels` if there are any. Unknown keys are ignored.
             config: From `config`.
-            processor: The artifact's; its pixel limits must be those that the batch was made with.
+            processor: The artifact's; a batch made with higher pixel limits than it has is refused.
+
+        Returns:
+            Variant "image" or "text" and its inputs, packed.
 
         Raises:
             BatchError: The batch contradicts itself, or training on it would be silently wrong.
         """
 
-    @property
-    def extra_embedding_rows(self) -> int:
-        """How many rows the table of embeddings has beyond the vocabulary."""
+    def vocabulary(self, config: Any) -> int:
+        """Count the rows of the embedding table."""
+        return int(config.get_text_config().vocab_size) + self.extra_embedding_rows
 
-    def client_vision(self, config: Any) -> ClientVision | None:
-        """The vision prologue as a graph, from what clients pass; None where no client knows the family."""
-
-    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The inputs of `client_vision` from a processor's output; None where there is none."""
-
-    def client_files(
-        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
-    ) -> dict[str, Mapping[str, Any]]:
-        """The JSON files of a checkpoint as clients read them.
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        """Compute the sizes that the inputs of a variant name, for a batch of equal samples.
 
         Args:
-            values: Of config.json.
-            files: Of the tokenizer and the processors.
-            template: The chat template.
+            config: From `config`.
+            images: Of each sample; without any it is the variant "text".
+            batch: Number of samples.
+            text_tokens: Of each sample, besides the tokens of its images.
         """
+        return {
+            "sequence": batch * (text_tokens + sum(image.tokens for image in images)),
+            "samples": batch + 2,  # bounds are one more than the samples, and the last is repeated
+            "patches": batch * sum(image.patches for image in images),
+            "segments": batch * len(images) + 2,
+        }
+
+    # The processor --------------------------------------------------------------------------------------------------
 
     def processor(self, directory: Path) -> Any:
-        """The processor of a checkpoint or artifact directory; works without torchvision.
+        """Load the processor of a checkpoint or artifact directory; works without torchvision.
 
         Raises:
             SourceError: A processor file is missing or unreadable.
         """
+        layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+        try:
+            # Without these files transformers makes a tokenizer of special tokens alone, and every text becomes empty.
+            if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
+                raise FileNotFoundError("it has no tokenizer.")
+            return self.load_processor(directory)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
+            raise SourceError(
+                f"The processor in {directory} cannot be loaded: {error} Add the files of a {self.title} checkpoint: a "
+                "tokenizer (tokenizer.json, or vocab.json and merges.txt) and preprocessor_config.json or "
+                "processor_config.json."
+            ) from error
 
+    @abstractmethod
+    def load_processor(self, directory: Path) -> Any:
+        """Load the processor; raise whatever transformers raises for bad files."""
+
+    @abstractmethod
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        """List the ids of tokens that mark images and videos, or begin, divide and end them; a model never writes them."""
+
+    @abstractmethod
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        """Count the tokens that replace the placeholder of an image of this size (in pixels, before it is resized).
+
+        Raises:
+            ValueError: The processor refuses the size.
+        """
+
+    @abstractmethod
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
-        """What an image of this size, before it is resized, costs.
+        """Compute the cost of an image of this size (in pixels, before it is resized).
 
         Args:
             image_processor: transformers' own, of the checkpoint; its `size` has the limits.
@@ -185,117 +240,42 @@ class Family(Protocol):
             height, width: In pixels.
 
         Raises:
-            ValueError: The processor refuses it.
+            ValueError: The processor refuses the size.
         """
 
-    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
-        """The sizes that the inputs of a variant name, for a batch of equal samples.
+    # Clients without Python -----------------------------------------------------------------------------------------
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        """Describe the vision prologue as a graph on the inputs that clients pass; None where no client knows the family."""
+        return None
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Make the inputs of `client_vision` from a processor's output; None where there is none."""
+        return None
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Write the JSON files of a checkpoint as clients read them.
 
         Args:
-            config: From `config`.
-            images: Of each sample; without any it is the variant "text".
-            batch: Samples.
-            text_tokens: Of each sample, besides the tokens of its images.
+            values: Of config.json.
+            files: Of the tokenizer and the processors.
+            template: The chat template.
         """
+        return {"config.json": values, "tokenizer_config.json": with_template(files, template)}
 
 
-def read_config(values: Mapping[str, Any], config_class: Any, check: Callable[[Any], None], what: str) -> Any:
-    """A transformers config from plain values, checked; keys that name code are left out.
-
-    Raises:
-        SourceError: A value has the wrong type, contradicts another, or `check` refuses it.
-    """
-    plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
-    try:
-        config = config_class.from_dict(plain)
-        check(config)
-    except SourceError:
-        raise
-    except Exception as error:  # transformers validates with many exception types
-        raise SourceError(f"config.json is not a valid {what} config: {error}") from error
-    return config
-
-
-def check_text(text: Any) -> None:
-    """Refuse text models that would be captured wrongly.
-
-    Raises:
-        SourceError: Rotary positions depend on the data, or attention has dropout.
-    """
+def _check_text(text: Any) -> None:
+    """Raise SourceError for language models that would be captured wrongly."""
     rope_type = text.rope_parameters["rope_type"]
     if rope_type not in STATIC_ROPE_TYPES:
         raise SourceError(
             f"config.json: rope_type {rope_type!r} depends on the data and cannot be compiled. "
-            f"Supported: {', '.join(STATIC_ROPE_TYPES)}."
+            f"Use one of {', '.join(STATIC_ROPE_TYPES)}."
         )
     dropout = getattr(text, "attention_dropout", 0) or getattr(text, "dropout", 0)
     if dropout:
         raise SourceError(
-            f"config.json: attention dropout {dropout} is not supported; set it to 0, as published configs do."
+            f"config.json: attention dropout {dropout} is not supported. Set it to 0, as published configs do."
         )
-
-
-class Names:
-    """The two names of every tensor: as the modules of transformers have it, and as published checkpoints do.
-
-    Args:
-        prefixes: (module, published) leading parts; the first that fits is replaced.
-    """
-
-    def __init__(self, *prefixes: tuple[str, str]) -> None:
-        self.prefixes = prefixes
-
-    def stored(self, name: str) -> str:
-        """Module name -> published name."""
-        for module, published in self.prefixes:
-            if name.startswith(module):
-                return published + name.removeprefix(module)
-        return name
-
-    def module(self, stored: str) -> str:
-        """Published name, or module name as newer versions write it -> module name."""
-        if any(stored.startswith(module) for module, _ in self.prefixes):
-            return stored
-        for module, published in self.prefixes:
-            if stored.startswith(published):
-                return module + stored.removeprefix(published)
-        return stored
-
-
-def role_by_prefix(name: str, vision: str, projector: str) -> Role:
-    """The role of a parameter, from the leading parts of vision tower and projector; a projector may lie in the tower."""
-    prefixes: dict[str, Role] = {
-        projector: "projector",
-        vision: "vision",
-        "model.language_model.embed_tokens.": "embedding",
-        "lm_head.": "head",
-    }
-    return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
-
-
-def text_inputs(*axes: int) -> tuple[Input, ...]:
-    """The inputs about text that every variant has; positions may have several axes."""
-    return (
-        Input("input_ids", torch.int64, (1, "sequence")),
-        Input("position_ids", torch.int64, (*axes, 1, "sequence")),
-        Input("text_cu_seqlens", torch.int32, ("samples",)),
-    )
-
-
-def load_processor(load: Callable[[], Any], directory: Path, what: str, image_files: str) -> Any:
-    """Load a processor, after a look whether there is a tokenizer at all: without its files transformers makes one of
-    nothing but special tokens, and every text becomes empty.
-
-    Raises:
-        SourceError: A file is missing or unreadable.
-    """
-    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-    try:
-        if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
-            raise FileNotFoundError("it has no tokenizer.")
-        return load()
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
-        raise SourceError(
-            f"The processor in {directory} cannot be loaded: {error} A {what} checkpoint has a tokenizer "
-            f"(tokenizer.json, or vocab.json and merges.txt) and {image_files}."
-        ) from error

@@ -1,18 +1,32 @@
-"""What the traced modules of all families share: transformers' models on meta tensors, a packed batch without images, and
-features put in the places of their tokens."""
+"""The traced modules that families share: transformers' models on meta tensors, for packed batches with and without images."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
+class KeyGroups(NamedTuple):
+    """The keys that a query of an attention layer sees, by groups; a core module passes it to transformers as the attention
+    mask, and capture to the operator.
+
+    Attributes:
+        key_groups: int32 (keys,), the group of every key.
+        visible_groups: bool (queries, groups).
+    """
+
+    key_groups: Tensor
+    visible_groups: Tensor
+
+
 def meta_module(model_class: Any, config: Any, attention: str, dtype: torch.dtype) -> Any:
-    """A transformers model on the meta device whose attention goes through our registered implementation. It has a config of
-    its own: the caller's may be shared with a model that runs."""
+    """Construct a transformers model on the meta device whose attention runs through our registered implementation.
+
+    It gets a copy of the config, which may be shared with a model that runs.
+    """
     with torch.device("meta"):
         model = model_class._from_config(deepcopy(config), dtype=dtype, attn_implementation="eager")
     # transformers refuses to construct a model with an implementation named "flash" that is not a kernel package
@@ -48,15 +62,37 @@ class TextCore(nn.Module):
         return logits
 
 
+class FeatureCore(TextCore):
+    """The traced module of a batch with images whose features take the places of placeholder tokens."""
+
+    def forward(  # type: ignore[override]  # a variant's inputs are passed by name
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        text_cu_seqlens: Tensor,
+        feature_index: Tensor,
+        pixel_values: Tensor,
+        vision_position_ids: Tensor,
+        vision_cu_seqlens: Tensor,
+    ) -> Tensor:
+        features = self.features(pixel_values, vision_position_ids, vision_cu_seqlens)
+        embeddings = place_features(self.embed(input_ids), features, feature_index)
+        return self.logits(embeddings, position_ids, text_cu_seqlens)
+
+    def features(self, pixel_values: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Run the vision tower and the projector: packed patches (patches, pixels) -> (features, hidden)."""
+        raise NotImplementedError
+
+
 def embed_patches(convolution: nn.Conv2d, pixel_values: Tensor) -> Tensor:
-    """Patches (n, channels * patch * patch) -> (n, width). Kernel and stride of the convolution are one patch, so it is a
-    product with every patch."""
+    """Embed patches (n, channels * patch * patch) -> (n, width). Kernel and stride of the convolution are one patch, so it
+    is a product with every patch."""
     weight = convolution.weight
     return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
 
 def place_features(embeddings: Tensor, features: Tensor, feature_index: Tensor) -> Tensor:
-    """Embeddings (1, tokens, hidden) with features (n, hidden) where `feature_index` (1, tokens) is not -1.
+    """Put features (n, hidden) into embeddings (1, tokens, hidden) where `feature_index` (1, tokens) is not -1.
 
     Equal to transformers' masked_scatter, without a data-dependent size.
     """

@@ -84,7 +84,7 @@ def _picture(noise: np.random.Generator, width: int, height: int) -> Image.Image
 
 def _text(processor: Any, question: str, images: int) -> str:
     if not getattr(processor, "chat_template", None):  # a base model's
-        return str(processor.image_token) * images + question
+        return f"{processor.image_token}\n" * images + question
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

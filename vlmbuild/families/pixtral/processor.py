@@ -1,8 +1,11 @@
-"""Pixtral's processor without torchvision: transformers replaces its own class by a dummy where torchvision is missing."""
+"""Pixtral's processor, and its files for transformers.js.
+
+transformers replaces its own class by a dummy where torchvision is missing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
+from vlmbuild.families.base import Family
+from vlmbuild.families.batch import ImageCost
+from vlmbuild.families.js import ClientFiles, image_settings, with_template
+
 _IMAGE, _BREAK, _END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 
 class ImageTextPixtralProcessor(ProcessorMixin):
-    """Does what transformers' `PixtralProcessor` does, with the image processor that needs Pillow only."""
+    """Equivalent of transformers' `PixtralProcessor`, with the image processor that needs Pillow only."""
 
     def __init__(
         self,
@@ -58,7 +65,7 @@ class ImageTextPixtralProcessor(ProcessorMixin):
 
     @property
     def _unit(self) -> int:
-        """Pixels along the side of what becomes one token: image sides are rounded up to multiples of it."""
+        """Side of the square that becomes one token, in pixels; image sides are rounded up to multiples of it."""
         return self.patch_size * self.spatial_merge_size
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
@@ -77,28 +84,72 @@ class ImageTextPixtralProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         size = kwargs.get("size") or kwargs.get("images_kwargs", {}).get("size") or self.image_processor.size
-        tokens = [self._token_count(height, width, size["longest_edge"]) for height, width in image_sizes]
+        grids = [rows_and_columns(size["longest_edge"], self._unit, *sides) for sides in image_sizes]
+        tokens = [rows * (columns + 1) for rows, columns in grids]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
 
-    def _token_count(self, height: int, width: int, longest_edge: int) -> int:
-        resized_height, resized_width = get_resize_output_image_size(
-            np.broadcast_to(np.uint8(0), (height, width, 3)),  # only its shape is read; this one takes no memory
-            size=(longest_edge, longest_edge),
-            patch_size=(self._unit, self._unit),
-            input_data_format=ChannelDimension.LAST,
-        )
-        return int(resized_height // self._unit * (resized_width // self._unit + 1))
 
-
-# What `save_pretrained` writes, and every reader knows; `from_pretrained` chooses the tokenizer's class by it too.
+# `save_pretrained` writes it, and every reader knows it; `from_pretrained` chooses the tokenizer's class by it too.
 ImageTextPixtralProcessor.__name__ = "PixtralProcessor"
 
 
-def load(directory: Path) -> Any:
-    """The processor in `directory`; raises what transformers raises for bad files."""
-    processor_class: Any = ImageTextPixtralProcessor
-    if is_torchvision_available():
-        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+class PixtralProcessing(Family):
+    """The part of the family that knows its processor."""
 
-        processor_class = PixtralProcessor
-    return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    processors = ("PixtralProcessor",)
+
+    def load_processor(self, directory: Path) -> Any:
+        processor_class: Any = ImageTextPixtralProcessor
+        if is_torchvision_available():
+            from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+
+            processor_class = PixtralProcessor
+        return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        return frozenset(processor.image_token_ids)
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        unit = processor.patch_size * processor.spatial_merge_size
+        rows, columns = rows_and_columns(processor.image_processor.size["longest_edge"], unit, height, width)
+        return rows * (columns + 1)  # a break or the end after every row
+
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        patch = config.vision_config.patch_size
+        rows, columns = rows_and_columns(image_processor.size["longest_edge"], patch, height, width)
+        return ImageCost(rows * columns, rows * (columns + 1))
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Write patch sizes as numbers."""
+        processor = dict(files.get("processor_config.json", {}))
+        processor.pop("image_processor", None)
+        settings = image_settings(files, "PixtralProcessor", "PixtralImageProcessor")
+        patch = settings.get("patch_size", processor.get("patch_size"))
+        sizes = {
+            "patch_size": patch["height"] if isinstance(patch, Mapping) else patch,
+            "spatial_merge_size": processor.get("spatial_merge_size", 1),
+        }
+        tokens = {"image_token": _IMAGE, "image_break_token": _BREAK, "image_end_token": _END}
+        image_token = values.get("image_token_index", values.get("image_token_id"))
+        return {
+            "config.json": {**values, "image_token_index": image_token},
+            "preprocessor_config.json": settings | sizes,
+            "processor_config.json": {**tokens, **processor, "processor_class": "PixtralProcessor", **sizes},
+            "tokenizer_config.json": with_template(files, template),
+        }
+
+
+def rows_and_columns(edge: int, unit: int, height: int, width: int) -> tuple[int, int]:
+    """Count the rows and columns of squares with `unit` pixels a side, once the image is resized to the longest edge.
+
+    Raises:
+        ValueError: None is left.
+    """
+    image = np.broadcast_to(np.uint8(0), (height, width, 3))  # only its shape is read; this one takes no memory
+    sides = get_resize_output_image_size(image, (edge, edge), (unit, unit), ChannelDimension.LAST)
+    rows, columns = (int(side) // unit for side in sides)
+    if not rows or not columns:
+        raise ValueError(f"scaled down to an edge of {edge} pixels, nothing is left of it")
+    return rows, columns

@@ -1,9 +1,12 @@
-"""Qwen2-VL's processor without torchvision: its own video processor needs it, so frames go through the image processor."""
+"""Qwen2-VL's processor, and its files for transformers.js.
+
+transformers' video processor needs torchvision; where that is missing, frames go through the image processor.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,19 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import make_batched_videos
 
+from vlmbuild.families.js import ClientFiles, image_settings, with_template
+from vlmbuild.families.mrope import MropeFamily
+
 Floats = npt.NDArray[np.floating[Any]]
 
 _SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
-"""Pixels of a frame, as the stock video processor has them."""
+"""Pixels of a frame, equal to those of the stock video processor."""
 
 
 class FrameProcessor:
-    """Does for videos given as frames what transformers' `Qwen2VLVideoProcessor` does, with Pillow.
+    """Equivalent of transformers' `Qwen2VLVideoProcessor` for videos that are passed as frames, with Pillow.
 
-    Frames are not sampled: all that are passed are used, the last one twice if their number is odd.
+    Frames are not sampled: all of them are used, the last one twice if their number is odd.
     """
 
     def __init__(self, image_processor: Any) -> None:
@@ -34,7 +40,8 @@ class FrameProcessor:
     def __call__(
         self, videos: Any, return_tensors: str | None = None, size: Any = None, **_unused: Any
     ) -> BatchFeature:
-        """
+        """Cut videos into patches.
+
         Args:
             videos: One video or several: lists of images, or arrays (frames, height, width, channels).
             return_tensors: "pt", "np", or None for arrays.
@@ -46,29 +53,25 @@ class FrameProcessor:
         Raises:
             ValueError: A video is a path: decoding needs torchvision.
         """
-        made = [self._patches(frames, size or self.size) for frames in make_batched_videos(videos)]
-        data = {
-            "pixel_values_videos": np.concatenate([m[0] for m in made]),
-            "video_grid_thw": np.array([m[1] for m in made]),
-        }
+        patches, grids = zip(
+            *(self._patches(frames, size or self.size) for frames in make_batched_videos(videos)), strict=True
+        )
+        data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids)}
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _patches(self, frames: Any, size: Any) -> tuple[Floats, list[int]]:
         if isinstance(frames, str | Path):
             raise ValueError(
-                f"Decoding {frames} needs torchvision, which is not installed; pass the video as a list of its frames."
+                f"Decoding {frames} needs torchvision, which is not installed. Pass the video as a list of its frames."
             )
-        made = self.image_processor(self._even(list(frames)), size=dict(size), return_tensors="np")
-        grids, depth = made["image_grid_thw"], self.image_processor.temporal_patch_size
+        images = self.image_processor(self._even(list(frames)), size=dict(size), return_tensors="np")
+        grids, depth = images["image_grid_thw"], self.image_processor.temporal_patch_size
         _, height, width = (int(side) for side in grids[0])
         area = self.image_processor.patch_size**2
         # An image stands for `depth` equal frames; here, each of them comes from a frame of its own.
-        single = made["pixel_values"].reshape(len(grids) // depth, depth, height * width, -1, depth, area)[..., 0, :]
-        return np.moveaxis(single, 1, 3).reshape(-1, single.shape[3] * depth * area), [
-            len(grids) // depth,
-            height,
-            width,
-        ]
+        count = len(grids) // depth
+        single = images["pixel_values"].reshape(count, depth, height * width, -1, depth, area)[..., 0, :]
+        return np.moveaxis(single, 1, 3).reshape(-1, single.shape[3] * depth * area), [count, height, width]
 
     def _even(self, frames: Sequence[Any]) -> list[Any]:
         missing = -len(frames) % self.image_processor.temporal_patch_size
@@ -86,18 +89,46 @@ class ImageTextProcessor(Qwen2VLProcessor):
         return FrameProcessor(self.image_processor)
 
 
-ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # what `save_pretrained` writes, and every reader knows
+ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # `save_pretrained` writes it, and every reader knows it
 
 
-def load(directory: Path) -> Any:
-    """The processor in `directory`; raises what transformers raises for bad files."""
-    stock = is_torchvision_available() and _has_video_processor(directory)
-    processor_class: Any = Qwen2VLProcessor if stock else ImageTextProcessor
-    return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+class Qwen2VLProcessing(MropeFamily):
+    """The part of the family that knows its processor."""
+
+    processors = ("Qwen2VLProcessor",)
+
+    def load_processor(self, directory: Path) -> Any:
+        stock = is_torchvision_available() and _has_video_processor(directory)
+        processor_class: Any = Qwen2VLProcessor if stock else ImageTextProcessor
+        return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+        return frozenset({processor.image_token_id, processor.video_token_id, *ends})
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Write config.json flat, as it is published."""
+        text = values.get("text_config", {})
+        rope = text.get("rope_parameters", values.get("rope_parameters"))
+        nested = ("text_config", "rope_parameters")
+        flat = {**text, **{key: value for key, value in values.items() if key not in nested}}
+        if rope is not None:
+            flat |= {
+                "rope_theta": rope.get("rope_theta"),
+                "rope_scaling": {**rope, "type": "mrope", "rope_type": "default"},
+            }
+            flat.pop("rope_parameters", None)
+        return {
+            "config.json": {**flat, "model_type": "qwen2_vl"},
+            "preprocessor_config.json": image_settings(files, "Qwen2VLProcessor", "Qwen2VLImageProcessor"),
+            "tokenizer_config.json": with_template(files, template),
+        }
 
 
 def _has_video_processor(directory: Path) -> bool:
-    """A processor that was saved where torchvision was missing has none, and the stock class would not load."""
+    """Tell whether the stock class would load: a processor that was saved without torchvision has no video processor."""
     if any((directory / name).is_file() for name in ("preprocessor_config.json", "video_preprocessor_config.json")):
         return True
     combined = directory / "processor_config.json"

@@ -1,0 +1,146 @@
+"""Llama 3.2 Vision: config, modules to trace, geometry, tensor names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+
+from vlmbuild.errors import SourceError
+from vlmbuild.families.core import KeyGroups, TextCore, embed_patches
+from vlmbuild.families.mllama.prepare import MllamaPrologue, padded_patches
+from vlmbuild.families.mllama.processor import MllamaProcessing
+from vlmbuild.ir.program import Geometry, Rotary
+
+
+class _ImageCore(TextCore):
+    """The traced module of a batch with images: the tiles of all images in one row."""
+
+    def forward(  # type: ignore[override]  # a variant's inputs are passed by name
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        text_cu_seqlens: Tensor,
+        pixel_values: Tensor,
+        tile_ids: Tensor,
+        patch_groups: Tensor,
+        visible_patches: Tensor,
+        feature_groups: Tensor,
+        visible_tiles: Tensor,
+        sees_image: Tensor,
+    ) -> Tensor:
+        features = self.features(pixel_values, tile_ids, KeyGroups(patch_groups, visible_patches))
+        embeddings = self.embed(input_ids)
+        return self.logits(
+            embeddings,
+            position_ids,
+            text_cu_seqlens,
+            cross_attention_states=self.model.multi_modal_projector(features),
+            cross_attention_mask=KeyGroups(feature_groups, visible_tiles),
+            full_text_row_masked_out_mask=sees_image.to(embeddings.dtype)[None, None, :, None],
+        )
+
+    def features(self, pixel_values: Tensor, tile_ids: Tensor, groups: KeyGroups) -> Tensor:
+        """Run the vision model: patches of tiles (tiles * (patches - 1), pixels) -> (1, tiles * patches, width).
+
+        The vision model's own layers run, but on the tiles of all images in one row instead of a batch of images, and with
+        embeddings per tile (`tile_ids`: aspect ratio id * tiles + index of the tile) instead of per image.
+        """
+        vision = self.model.vision_model
+        states = self._embed_tiles(pixel_values, tile_ids)
+        patches, rows, width = vision.num_patches, padded_patches(vision.config), vision.hidden_size
+        fill = states.new_zeros(tile_ids.shape[0], rows - patches, width)
+        states = torch.cat([states, fill], dim=1).reshape(1, -1, width)
+        local = vision.transformer(states, attention_mask=groups)
+        states = vision.layernorm_post(local.last_hidden_state).view(-1, rows, width)
+        states = states + _tile_embedding(vision.post_tile_positional_embedding, tile_ids)
+        states = vision.global_transformer(states.reshape(1, -1, width), attention_mask=groups).last_hidden_state
+        chosen = [local.hidden_states[index] for index in vision.intermediate_layers_indices]
+        inner = torch.stack(chosen, dim=-1).view(-1, rows, width * len(chosen))
+        features = torch.cat([states.view(-1, rows, width), inner], dim=-1)[:, :patches]
+        return features.reshape(1, -1, features.shape[-1])
+
+    def _embed_tiles(self, pixel_values: Tensor, tile_ids: Tensor) -> Tensor:
+        """Add patch, tile and position embeddings: (tiles, patches + 1, width)."""
+        vision = self.model.vision_model
+        states = embed_patches(vision.patch_embedding, pixel_values).view(
+            -1, vision.num_patches - 1, vision.hidden_size
+        )
+        states = states + _tile_embedding(vision.pre_tile_positional_embedding, tile_ids)
+        first = vision.class_embedding.expand(tile_ids.shape[0], 1, -1)
+        states = torch.cat([first, states], dim=1)
+        position = vision.gated_positional_embedding
+        gate = position.gate.tanh()
+        states = states + (1 - gate) * position.embedding
+        table = position.tile_embedding.weight.view(-1, *position.embedding.shape)
+        embedded: Tensor = vision.layernorm_pre(states + gate * table[tile_ids])
+        return embedded
+
+
+def _tile_embedding(embedding: Any, tile_ids: Tensor) -> Tensor:
+    """Look up the gated embedding of every tile: (tiles, 1, width)."""
+    table = embedding.embedding.weight.view(-1, 1, embedding.hidden_size)
+    gated: Tensor = table[tile_ids] * embedding.gate.tanh()
+    return gated
+
+
+class Mllama(MllamaPrologue, MllamaProcessing):
+    """`MllamaForConditionalGeneration`: a Llama 3 whose cross-attention layers read tiles of images (arXiv:2407.21783, 7)."""
+
+    name = "mllama"
+    title = "Llama 3.2 Vision"
+    architectures = ("MllamaForConditionalGeneration",)
+    config_class = MllamaConfig
+    model_class = MllamaForConditionalGeneration
+    image_core = _ImageCore
+    published_prefixes = (
+        ("lm_head.", "language_model.lm_head."),
+        ("model.language_model.", "language_model.model."),
+        ("model.vision_model.", "vision_model."),
+        ("model.multi_modal_projector.", "multi_modal_projector."),
+    )
+    vision_prefix = "model.vision_model."
+    projector_prefix = "model.multi_modal_projector."
+    extra_embedding_rows = 8
+
+    def check(self, config: Any) -> None:
+        text, vision = config.text_config, config.vision_config
+        layers = text.cross_attention_layers
+        if not layers or not set(layers) < set(range(text.num_hidden_layers)):
+            raise SourceError(
+                f"config.json: cross_attention_layers {layers} must name some, not all, of {text.num_hidden_layers} layers. "
+                "Restore the published list."
+            )
+        if config.image_token_id < text.vocab_size:
+            raise SourceError(
+                f"config.json: image_token_index {config.image_token_id} lies within the vocabulary of {text.vocab_size}. "
+                "Set it to an id after the vocabulary, which the head cannot write."
+            )
+        if vision.image_size % vision.patch_size:
+            raise SourceError(
+                f"config.json: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}. Restore "
+                "the published sizes."
+            )
+        if not all(0 <= index < vision.num_hidden_layers for index in vision.intermediate_layers_indices):
+            raise SourceError(
+                f"config.json: intermediate_layers_indices {vision.intermediate_layers_indices} must name some of the "
+                f"{vision.num_hidden_layers} local layers. Restore the published list."
+            )
+        width = vision.hidden_size * (len(vision.intermediate_layers_indices) + 1)
+        if vision.vision_output_dim != width:
+            raise SourceError(
+                f"config.json: vision_output_dim is {vision.vision_output_dim}, but the last state and "
+                f"{len(vision.intermediate_layers_indices)} intermediate ones of width {vision.hidden_size} make {width}. Set "
+                "it to that."
+            )
+
+    def geometry(self, config: Any) -> Geometry:
+        half = config.text_config.hidden_size // config.text_config.num_attention_heads // 2
+        scaling = MllamaRotaryEmbedding(config.text_config).attention_scaling
+        return Geometry(rotary=(Rotary(2 * half, (half,), False, scaling),))
+
+    def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
+        return {"model.language_model.rotary_emb": MllamaRotaryEmbedding(config.text_config)}

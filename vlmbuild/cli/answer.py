@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.families.images import load as load_image
 from vlmbuild.runtime.load import load
+from vlmbuild.train.images import open_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def answer(
         BatchError: An image cannot be read, or the processor refuses it.
         IntegrityError, TrustError, IncompatibleError, DeviceError: See `vlmbuild.load`.
     """
-    pictures = [load_image(image, "--image") for image in images]
+    pictures = [open_image(image, "--image") for image in images]
     model, processor = load(artifact, device=device, trust=trust)
     batch = _batch(processor, prompt, pictures)
     streamer = _Streamer(processor.tokenizer, write)

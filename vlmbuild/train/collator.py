@@ -14,8 +14,8 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
-from vlmbuild.families.images import image_size, load
 from vlmbuild.train.chat import Conversation, read_conversation
+from vlmbuild.train.images import image_size, open_image
 from vlmbuild.train.responses import render
 from vlmbuild.util.validation import one_of
 
@@ -168,7 +168,7 @@ class VisionDataCollator:
 
     def _process(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
         """The processor's batch, padded on the right, and its labels."""
-        images = [[load(image, one.conversation.where) for image in one.conversation.images] for one in samples]
+        images = [[open_image(image, one.conversation.where) for image in one.conversation.images] for one in samples]
         made = self.processor(
             text=[one.text for one in samples],
             **({"images": images} if any(images) else {}),

@@ -85,48 +85,34 @@ def test_qwen_tokenizer_composes_accents_first():
     assert tokenizer(apart).input_ids == tokenizer("\u00e9t\u00e9").input_ids == reference_ids("qwen2_vl", apart)
 
 
-@pytest.mark.parametrize(
-    ("name", "ids", "size"),
-    [
-        ("qwen2_vl", dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True)), 151657),
-        ("mllama", dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
-        (
-            "mllama",
-            {"<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004, "<|eom_id|>": 128008, "<|image|>": 128256},
-            128257,
-        ),
-        (
-            "mllama",
-            {
-                "<|start_header_id|>": 128006,
-                "<|end_header_id|>": 128007,
-                "<|eot_id|>": 128009,
-                "<|python_tag|>": 128010,
-            },
-            128257,
-        ),
-        (
-            "pixtral",
-            {
-                "<unk>": 0,
-                "<s>": 1,
-                "</s>": 2,
-                "[INST]": 3,
-                "[/INST]": 4,
-                "[IMG]": 10,
-                "<pad>": 11,
-                "[IMG_BREAK]": 12,
-                "[IMG_END]": 13,
-            },
-            131072,
-        ),
-    ],
-)
-def test_special_tokens_have_their_published_ids(name, ids, size):
-    tokenizer = PROCESSORS[name]().tokenizer
+PUBLISHED_IDS = {
+    "qwen2_vl": (dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True)), 151657),
+    "mllama": (dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
+    "pixtral": (
+        {"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4}
+        | {"[IMG]": 10, "<pad>": 11, "[IMG_BREAK]": 12, "[IMG_END]": 13},
+        131072,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_special_tokens_have_their_published_ids(name):
+    (ids, size), tokenizer = PUBLISHED_IDS[name], PROCESSORS[name]().tokenizer
     assert len(tokenizer) == size
     assert {token: tokenizer.convert_tokens_to_ids(token) for token in ids} == ids
     assert tokenizer("a".join(ids), add_special_tokens=False).input_ids[::2] == list(ids.values())
+
+
+def test_llama_tokens_by_name():
+    named = {"<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004, "<|eom_id|>": 128008, "<|image|>": 128256}
+    named |= {
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|eot_id|>": 128009,
+        "<|python_tag|>": 128010,
+    }
+    assert {token: processors.mllama().tokenizer.convert_tokens_to_ids(token) for token in named} == named
 
 
 def test_tokens_fit_the_published_configs():
@@ -301,14 +287,6 @@ def test_batches_hold_their_samples(name, side):
             assert torch.equal(batch["cross_attention_mask"][row, kept, :images], alone["cross_attention_mask"][0])
             assert not batch["cross_attention_mask"][row, :, images:].any()
             assert not batch["aspect_ratio_ids"][row, images:].any()
-    if name == "qwen2_vl":
-        assert batch["image_grid_thw"].tolist() == [[1, 22, 32], [1, 8, 72], [1, 62, 4]]
-        assert len(batch["pixel_values"]) == 4 * int((batch["input_ids"] == 151655).sum()) == 22 * 32 + 8 * 72 + 62 * 4
-    elif name == "pixtral":
-        assert batch["image_sizes"].tolist() == [[304, 464], [112, 1008], [880, 64]]
-        assert batch["pixel_values"].shape == (3, 3, 880, 1008)
-        assert not batch["pixel_values"][2, :, :, 64:].any()
-        assert int((batch["input_ids"] == 10).sum()) == 19 * 29 + 7 * 63 + 55 * 4
 
 
 def assert_equal_batches(name: str, loaded: Any) -> None:
@@ -330,6 +308,9 @@ def assert_equal_batches(name: str, loaded: Any) -> None:
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_saved_and_loaded_again_is_equal(name, tmp_path):
     PROCESSORS[name]().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "processor_config.json").read_text())
+    assert (stored["processor_class"],) == FAMILIES[name].processors  # other readers know the stock classes alone
+    assert stored["image_processor"]["image_processor_type"] == stored["processor_class"].replace("Proc", "ImageProc")
     if name == "qwen2_vl" and is_torchvision_available():
         # The stock class, used then, wants a video processor, which ours does not save; this published file is read for both.
         shutil.copy(CONFIGS / "qwen2-vl-2b" / "preprocessor_config.json", tmp_path)
@@ -345,14 +326,6 @@ def test_published_pixtral_layout_loads(tmp_path):
     loaded = FAMILIES["pixtral"].load_processor(tmp_path)
     assert type(loaded).__name__ == "PixtralProcessor" and loaded.patch_size == 16
     assert_equal_batches("pixtral", loaded)
-
-
-def test_pixtral_processor_saves_under_the_stock_name(tmp_path):
-    processors.pixtral().save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "processor_config.json").read_text())
-    assert stored["processor_class"] == "PixtralProcessor"
-    assert stored["image_processor"]["image_processor_type"] == "PixtralImageProcessor"
-    assert (stored["image_token"], stored["patch_size"], stored["spatial_merge_size"]) == ("[IMG]", 16, 1)
 
 
 def test_pixtral_processor_returns_tensors_and_counts_merged_patches():

@@ -61,10 +61,11 @@ def test_a_file_needs_torchvision(setup):
 
 def test_saved_processor_has_the_stock_name_and_loads_again(setup, tmp_path):
     setup.processor.save_pretrained(tmp_path)
-    assert '"processor_class": "Qwen2VLProcessor"' in (tmp_path / "processor_config.json").read_text()
     assert "FrameProcessor" not in (tmp_path / "processor_config.json").read_text()
+    loaded = FAMILIES["qwen2_vl"].processor(tmp_path)
+    assert isinstance(loaded.video_processor, FrameProcessor)
     options = {"text": [text_of(setup, "video")], "videos": [pan(2)], "return_tensors": "pt"}
-    first, second = setup.processor(**options), FAMILIES["qwen2_vl"].processor(tmp_path)(**options)
+    first, second = setup.processor(**options), loaded(**options)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -102,8 +103,3 @@ def test_videos_images_and_text_in_one_batch_equal_transformers(setup):
     found = matrix.errors(matrix.bind(small, matrix.program(small), theirs), theirs, inputs, labels)
     for what in ("logits", "loss", "gradient"):
         assert found[what] <= MODEL_FP32, (what, found)
-
-
-def test_family_loads_it(setup, tmp_path):
-    setup.processor.save_pretrained(tmp_path)
-    assert isinstance(FAMILIES["qwen2_vl"].processor(tmp_path).video_processor, FrameProcessor)

@@ -18,7 +18,6 @@ from PIL import Image
 from processors import photographs
 from torch.overrides import TorchFunctionMode
 from traces import traced
-from transformers import LlavaForConditionalGeneration, MllamaForConditionalGeneration, Qwen2VLForConditionalGeneration
 from transformers.image_utils import SizeDict
 
 from vlmbuild.families import FAMILIES, Family
@@ -46,12 +45,20 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """A family's tiny config, its real processor, and the largest and smallest image that it takes (width, height)."""
+    """A family's tiny model and real processor.
+
+    Attributes:
+        family: The family.
+        values: Of a tiny config.json.
+        processor: Real, with its image processor's `size` lowered.
+        largest, smallest: Images that it takes (width, height).
+        media: Tokens that it writes for an image.
+        vocabulary: The processor's ids that the model has; None for all.
+    """
 
     family: Family
     values: dict[str, Any]
     processor: Any
-    reference_class: Any
     largest: tuple[int, int]
     smallest: tuple[int, int]
     media: tuple[str, ...]
@@ -87,20 +94,28 @@ def with_vocabulary(setup: Setup) -> Setup:
         for key, value in setup.values.items()
         if "token_" in key and value is not None
     }
-    # The image token that comes after the vocabulary stays after it.
-    size = len(setup.vocabulary) - (setup.family.name == "mllama")
+    size = len(setup.vocabulary) - bool(
+        setup.family.extra_embedding_rows
+    )  # an image token after the vocabulary stays there
     text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return replace(setup, values={**setup.values, **ids, "text_config": text})
 
 
+_TEXT = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def _setup(name: str, size: dict[str, int], values: dict[str, Any], **limits: Any) -> Setup:
+    """The setup of a family whose image processor has this `size`."""
+    family, processor = FAMILIES[name], copy.copy(getattr(processors, name)())
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.size = SizeDict(**size)
+    values = {"architectures": list(family.architectures), **values, "text_config": _TEXT | values["text_config"]}
+    return Setup(family, values, processor, **limits)
+
+
 def qwen2_vl(full: bool) -> Setup:
     """`full` raises the limit to the processor class's 1280 tokens an image."""
-    processor = copy.copy(processors.qwen2_vl())
-    tokens = 1280 if full else 80
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.image_processor.size = SizeDict(shortest_edge=56 * 56, longest_edge=tokens * 28 * 28)
     values = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "tie_word_embeddings": True,
         "image_token_id": 151655,
@@ -111,45 +126,26 @@ def qwen2_vl(full: bool) -> Setup:
         "eos_token_id": None,
         "text_config": {
             "vocab_size": 151936,
-            "hidden_size": 128,
-            "intermediate_size": 192,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "bos_token_id": None,
             "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
         },
         "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
     }
-    return Setup(
-        FAMILIES["qwen2_vl"],
-        values,
-        processor,
-        Qwen2VLForConditionalGeneration,
-        (3000, 2000),
-        (20, 20),
-        ("<|image_pad|>",),
-    )
+    size = {"shortest_edge": 56 * 56, "longest_edge": (1280 if full else 80) * 28 * 28}
+    return _setup("qwen2_vl", size, values, largest=(3000, 2000), smallest=(20, 20), media=("<|image_pad|>",))
 
 
 def mllama(full: bool) -> Setup:
     """`full` has the published tiles of 560 pixels, else 112."""
     side = 560 if full else 112
-    processor = copy.copy(processors.mllama())
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.image_processor.size = SizeDict(height=side, width=side)
     values = {
-        "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
         "image_token_index": 128256,
         "text_config": {
             "vocab_size": 128256,
-            "hidden_size": 128,
-            "intermediate_size": 192,
             "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "cross_attention_layers": [1, 3],
             "pad_token_id": 128004,
             "rope_parameters": {
@@ -173,25 +169,14 @@ def mllama(full: bool) -> Setup:
             "vision_output_dim": 192,
         },
     }
-    return Setup(
-        FAMILIES["mllama"],
-        values,
-        processor,
-        MllamaForConditionalGeneration,
-        (4 * side, 4 * side),
-        (1, 1),
-        ("<|image|>",),
-    )
+    size = {"height": side, "width": side}
+    return _setup("mllama", size, values, largest=(4 * side, 4 * side), smallest=(1, 1), media=("<|image|>",))
 
 
 def pixtral(full: bool) -> Setup:
     """`full` has the published longest edge of 1024 pixels, else 192."""
     edge = 1024 if full else 192
-    processor = copy.copy(processors.pixtral())
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.image_processor.size = SizeDict(longest_edge=edge)
     values = {
-        "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": 10,
         "vision_feature_layer": -1,
@@ -199,11 +184,7 @@ def pixtral(full: bool) -> Setup:
         "text_config": {
             "model_type": "mistral",
             "vocab_size": 131072,
-            "hidden_size": 128,
-            "intermediate_size": 192,
             "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "head_dim": 64,
             "sliding_window": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
@@ -219,18 +200,12 @@ def pixtral(full: bool) -> Setup:
             "hidden_act": "silu",
         },
     }
-    return Setup(
-        FAMILIES["pixtral"],
-        values,
-        processor,
-        LlavaForConditionalGeneration,
-        (2 * edge, 2 * edge),
-        (1, 1),
-        ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
-    )
+    media = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    return _setup("pixtral", {"longest_edge": edge}, values, largest=(2 * edge, 2 * edge), smallest=(1, 1), media=media)
 
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
+"""Family -> its tiny model and real processor; everything that tests of all families need. `full` has published image sizes."""
 
 Conversation = list[str | Image.Image]
 
@@ -283,7 +258,7 @@ def batch(setup: Setup, users: list[Conversation], side: str) -> tuple[Batch, to
 def reference(setup: Setup, seed: int = 0) -> Any:
     """transformers' model in float32."""
     torch.manual_seed(seed)
-    model = setup.reference_class(setup.config()).float().train()
+    model = setup.family.model_class(setup.config()).float().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.numel() == 1:

@@ -97,7 +97,7 @@ def test_complaint_11_mixed_and_text_only_batches(processor):
 
 
 def test_complaint_13_processor_or_chat_template_lost(processor, tmp_path):
-    with pytest.raises(UsageError, match="Expected the processor that vlmbuild.load returns"):
+    with pytest.raises(UsageError, match="vlmbuild.load returns"):
         VisionDataCollator(processor.tokenizer)
     bare = copy.copy(processor)
     bare.chat_template = None
@@ -283,7 +283,7 @@ def test_complaint_13_processor_or_chat_template_lost_after_a_merge(trained, tmp
     assert vlmbuild.load(merged)[1].chat_template
     bare = shutil.copytree(ZOO["qwen2-vl-digits"], tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    with pytest.raises(SourceError, match="has a tokenizer"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json"):
         vlmbuild.build(bare, tmp_path / "out", adapter=adapter)
     assert not (tmp_path / "out").exists()
 

@@ -76,8 +76,7 @@ class OnnxDecoding(DecodeSteps):
         return super().logits({name: x.cpu() if isinstance(x, Tensor) else x for name, x in batch.items()})
 
     def embedding_rows(self) -> int:
-        rows: int = self.config.get_text_config().vocab_size + self.family.extra_embedding_rows
-        return rows
+        return self.family.vocabulary(self.config)
 
     def image_values(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the vision encoder's results for a processor's images; nothing without images."""

@@ -15,7 +15,7 @@ from vlmbuild.zoo import ZOO
 
 
 def write_checkpoint(reference, directory: Path) -> Path:
-    """transformers' own layout, with the zoo's processor (its special tokens have other ids, which no test here mixes)."""
+    """Save transformers' own layout, with the zoo's processor (its special tokens have other ids; no test here mixes them)."""
     reference.save_pretrained(directory)
     for name in PROCESSOR_FILES:
         if (ZOO["qwen2-vl-digits"] / name).exists():
@@ -24,7 +24,7 @@ def write_checkpoint(reference, directory: Path) -> Path:
 
 
 def copied(checkpoint: Path, target: Path) -> Path:
-    """A copy that a test may spoil."""
+    """Copy a checkpoint that a test may spoil."""
     return Path(shutil.copytree(checkpoint, target))
 
 
@@ -43,7 +43,7 @@ def edit_weights(directory: Path, change) -> None:
 
 
 def as_shards(directory: Path, rename=lambda name: name) -> None:
-    """Two shards and an index in place of the single file."""
+    """Replace the single file by two shards and an index."""
     tensors = {rename(name): tensor for name, tensor in load_file(directory / "model.safetensors").items()}
     names = sorted(tensors)
     halves = (names[: len(names) // 2], names[len(names) // 2 :])
@@ -58,12 +58,12 @@ def as_shards(directory: Path, rename=lambda name: name) -> None:
 
 
 def interruptible() -> None:
-    """For `preexec_fn`: what a shell starts in the background ignores SIGINT, and so would its children."""
+    """Restore SIGINT, for `preexec_fn`: a process that a shell starts in the background ignores it, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def dequantized(model):
-    """A transformers model whose bitsandbytes layers hold exactly what their 4-bit weights stand for."""
+    """Replace a transformers model's bitsandbytes layers by linear layers with exactly the values of their 4-bit weights."""
     import bitsandbytes
 
     for name, module in list(model.named_modules()):

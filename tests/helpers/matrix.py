@@ -68,11 +68,11 @@ class Setup:
         return self.family.config(self.values)
 
     def ids(self, tokens: Sequence[str]) -> torch.Tensor:
-        """The model's ids of special tokens."""
+        """Look up the model's ids of special tokens."""
         return self.shrunk(torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(tokens))))
 
     def shrunk(self, ids: torch.Tensor) -> torch.Tensor:
-        """The processor's ids as the model has them."""
+        """Renumber the processor's ids as the model has them."""
         if self.vocabulary is None:
             return ids
         assert torch.isin(ids, self.vocabulary).all()  # searchsorted would take a neighbour
@@ -80,14 +80,14 @@ class Setup:
 
 
 def shrink(setup: Setup) -> Setup:
-    """The same with a vocabulary of the tokens that the conversations have: real ones cost most of a tiny model's time."""
+    """Reduce the vocabulary to the tokens of the conversations: a real one costs most of a tiny model's time."""
     whole = [batch(setup, *said)[0]["input_ids"].unique() for said in conversations(setup).values()]
     special = torch.tensor([value for key, value in setup.values.items() if "token_" in key and value is not None])
     return with_vocabulary(replace(setup, vocabulary=torch.cat([*whole, special]).unique()))
 
 
 def with_vocabulary(setup: Setup) -> Setup:
-    """The config's ids as the vocabulary numbers them."""
+    """Renumber the ids of the config as the vocabulary does."""
     assert setup.vocabulary is not None
     ids = {
         key: int(setup.shrunk(torch.tensor(value)))
@@ -105,7 +105,7 @@ _TEXT = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
 
 
 def _setup(name: str, size: dict[str, int], values: dict[str, Any], **limits: Any) -> Setup:
-    """The setup of a family whose image processor has this `size`."""
+    """Make the setup of a family whose image processor has this `size`."""
     family, processor = FAMILIES[name], copy.copy(getattr(processors, name)())
     processor.image_processor = copy.copy(processor.image_processor)
     processor.image_processor.size = SizeDict(**size)
@@ -211,7 +211,7 @@ Conversation = list[str | Image.Image]
 
 
 def conversations(setup: Setup) -> dict[str, tuple[list[Conversation], str]]:
-    """Name -> what each user says (texts and images in order), and the padding side."""
+    """Map name -> messages of the users (texts and images in order) and the padding side."""
     photo = photographs()
     counts: list[Conversation] = [
         ["Compare", photo["astronaut"], "with", photo["coffee"], "and say which is older."],
@@ -236,7 +236,7 @@ def conversations(setup: Setup) -> dict[str, tuple[list[Conversation], str]]:
 
 
 def batch(setup: Setup, users: list[Conversation], side: str) -> tuple[Batch, torch.Tensor]:
-    """What the processor makes of the users' messages, and labels on all tokens but media and the first of each row."""
+    """Process the users' messages, with labels on all tokens but media and the first of each row."""
     texts, images = [], []
     for parts in users:
         content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
@@ -256,7 +256,7 @@ def batch(setup: Setup, users: list[Conversation], side: str) -> tuple[Batch, to
 
 
 def reference(setup: Setup, seed: int = 0) -> Any:
-    """transformers' model in float32."""
+    """Make transformers' model in float32."""
     torch.manual_seed(seed)
     model = setup.family.model_class(setup.config()).float().train()
     with torch.no_grad():
@@ -273,14 +273,14 @@ def reference(setup: Setup, seed: int = 0) -> Any:
 
 
 def program(setup: Setup, **recipe: Any) -> Program:
-    """The family's program after the passes of a recipe."""
+    """Capture the family's program and run the passes of a recipe."""
     built = traced(setup.family, setup.config())
     run(passes_for(Recipe(**{"dtype": "float32", **recipe})), built)
     return built
 
 
 def bind(setup: Setup, built: Program, theirs: Any) -> VisionLanguageModel:
-    """The program with copies of the reference model's weights."""
+    """Bind the program to copies of the reference model's weights."""
     tensors = {name: tensor.detach().clone() for name, tensor in theirs.state_dict().items()}
     model = VisionLanguageModel(built, setup.family, setup.config(), tensors, torch.float32)
     model.processor = setup.processor

@@ -1,7 +1,7 @@
-"""The three families' real processors, offline: vocabularies, image settings and photographs that PyPI packages ship.
+"""The families' real processors, offline: vocabularies, image settings and photographs that PyPI packages ship.
 
-`dashscope` has Qwen's vocabulary, `llama-models` Llama 3's, `mistral-common` Pixtral's, `scikit-image` photographs. Their
-files are read where they lie; none of the packages is imported. Image settings are the published ones in `configs/`.
+`dashscope` has Qwen's vocabulary, `llama-models` Llama 3's, `mistral-common` Pixtral's, `scikit-image` photographs. Only
+their files are read; none of the packages is imported. Image settings are the published ones in `configs/`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LLAMA_NAMED = [
 # Meta's own tokenizer has <|image|> at 128011; published for transformers, it is the last, behind all reserved ones.
 LLAMA_SPECIAL = [*_LLAMA_NAMED, *(f"<|reserved_special_token_{2 + index}|>" for index in range(245)), "<|image|>"]
 
-# What the published templates write for system, user and assistant messages of text and images; tools are left out.
+# Equal to the published templates for system, user and assistant messages of text and images; tools are left out.
 QWEN_TEMPLATE = """\
 {%- set pictures = namespace(count=0) -%}
 {%- for message in messages -%}
@@ -82,7 +82,7 @@ QWEN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\\n" }}{%- endif -%}
 """
-# A system message stands only before text without images; the date is today's in the published one, fixed here.
+# A system message is only allowed before text without images; the date is today's in the published one, fixed here.
 LLAMA_TEMPLATE = """\
 {%- set found = namespace(image=false) -%}
 {%- set system = "" -%}
@@ -142,14 +142,14 @@ PIXTRAL_TEMPLATE = """\
 
 
 def shipped(distribution: str, name: str) -> Path:
-    """A file of an installed distribution, found without importing it."""
+    """Find a file of an installed distribution without importing it."""
     files = metadata.files(distribution) or []
     return next(Path(str(file.locate())) for file in files if file.as_posix().endswith(name))
 
 
 @functools.cache
 def qwen2_vl() -> Any:
-    """Qwen2-VL's processor, all sizes."""
+    """Make Qwen2-VL's processor, all sizes."""
     converter = TikTokenConverter(str(shipped("dashscope", "resources/qwen.tiktoken")), pattern=PRETOKENIZE_REGEX)
     backend = _with_special(converter.converted(), QWEN_SPECIAL)
     backend.normalizer = normalizers.NFC()
@@ -168,7 +168,7 @@ def qwen2_vl() -> Any:
 
 @functools.cache
 def mllama() -> Any:
-    """Llama 3.2 Vision's processor, both sizes."""
+    """Make Llama 3.2 Vision's processor, both sizes."""
     converter = TikTokenConverter(str(shipped("llama-models", "llama3/tokenizer.model")))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_with_special(converter.converted(), LLAMA_SPECIAL),
@@ -183,7 +183,7 @@ def mllama() -> Any:
 
 @functools.cache
 def pixtral() -> Any:
-    """Pixtral 12B's processor."""
+    """Make Pixtral 12B's processor."""
     converter = MistralConverter(str(shipped("mistral-common", "data/tekken_240911.json")))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
@@ -199,7 +199,7 @@ def pixtral() -> Any:
 
 @functools.cache
 def photographs() -> dict[str, Image.Image]:
-    """Photographs by name; width x height: astronaut and camera (grey, made RGB) 512x512, chelsea 451x300, coffee 600x400,
+    """Read photographs by name; width x height: astronaut and camera (grey, made RGB) 512x512, chelsea 451x300, coffee 600x400,
     hubble_deep_field 1000x872, retina 1411x1411, rocket 640x427; wide 1000x100 and tall 50x872 are crops."""
     files = (
         "astronaut.png",

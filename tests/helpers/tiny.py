@@ -25,12 +25,12 @@ PIXELS = 1176
 HEAD_DIM, SECTIONS = 128, (16, 24, 24)
 
 Part = int | tuple[int, int, int] | tuple[str, int, int, int]
-"""Of a sample: a number of text tokens, an image's grid, or ("video", t, h, w)."""
+"""Part of a sample: a number of text tokens, an image's grid, or ("video", t, h, w)."""
 Layout = Sequence[Sequence[Part]]
 
 
 def config_values(layers: int = 3, depth: int = 2, tied: bool = True, **changes: Any) -> dict[str, Any]:
-    """A nested config.json: two query heads on one key head, head size 128 with the published M-RoPE sections."""
+    """Write a nested config.json: two query heads on one key head, head size 128 with the published M-RoPE sections."""
     text = {
         "vocab_size": VOCAB,
         "hidden_size": 2 * HEAD_DIM,
@@ -60,7 +60,7 @@ def config_values(layers: int = 3, depth: int = 2, tied: bool = True, **changes:
 
 
 def flat(values):
-    """A config.json as published: text fields at the top level."""
+    """Write a config.json as published, with text fields at the top level."""
     plain = {key: value for key, value in values.items() if key != "text_config"} | values["text_config"]
     rope = plain.pop("rope_parameters")
     return plain | {
@@ -70,12 +70,12 @@ def flat(values):
 
 
 def make_config(layers: int = 3, depth: int = 2, tied: bool = True) -> Any:
-    """The family's config of `config_values`."""
+    """Read `config_values`."""
     return FAMILY.config(config_values(layers, depth, tied))
 
 
 def make_reference(config: Any, seed: int = 0) -> Any:
-    """transformers' model in float32 with biases and norms away from their trivial start values."""
+    """Make transformers' model in float32 with biases and norms away from their trivial start values."""
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config).float().train()
     with torch.no_grad():
@@ -86,12 +86,12 @@ def make_reference(config: Any, seed: int = 0) -> Any:
 
 
 def capture_program(config: Any) -> Program:
-    """Captured and outlined, before any pass."""
+    """Capture and outline a model, before any pass."""
     return traced(FAMILY, config)
 
 
 def build(program: Program, **recipe: Any) -> Program:
-    """A copy of a captured program after the passes of a recipe."""
+    """Copy a captured program and run the passes of a recipe."""
     program = copy.deepcopy(program)
     options = Recipe(**{"dtype": "float32", **recipe})
     run(passes_for(options), program)
@@ -100,9 +100,9 @@ def build(program: Program, **recipe: Any) -> Program:
 
 
 def make_batch(layout: Layout, side: str = "right", seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What a processor returns for a layout, and labels on real text tokens.
+    """Make a processor's output for a layout, and labels on real text tokens.
 
-    The first token of a row is no label: transformers lets the last place of left padding predict it.
+    The first token of a row is no label: transformers lets the last token of left padding predict it.
     """
     generator = torch.Generator().manual_seed(seed)
     rows: list[list[int]] = []
@@ -121,8 +121,8 @@ def make_batch(layout: Layout, side: str = "right", seed: int = 0) -> tuple[dict
     length = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
     for number, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        ids[number, place], mask[number, place] = torch.tensor(row), 1
+        span = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[number, span], mask[number, span] = torch.tensor(row), 1
     types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     batch = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
     for token, pixels, key in (
@@ -164,7 +164,7 @@ their three axes."""
 
 
 def linear_region(role: str = "language", features: tuple[int, int] = (64, 128), bias: bool = True) -> Region:
-    """A hand-made region with one linear layer, "proj", on activations [1, tokens, in]."""
+    """Make a region with one linear layer, "proj", on activations [1, tokens, in]."""
     out_features, in_features = features
     slots = [Slot("proj.weight", features, COMPUTE_DTYPE, "parameter", role)]
     slots += [Slot("proj.bias", (out_features,), COMPUTE_DTYPE, "parameter", role)] if bias else []
@@ -178,7 +178,7 @@ def linear_region(role: str = "language", features: tuple[int, int] = (64, 128),
 def make_region(
     name: str, function: Any, slots: Sequence[Slot], activations: Any, instances: tuple[str, ...]
 ) -> Region:
-    """A region of ordinary torch code over the slots and then the activations (compute dtype; names are dynamic)."""
+    """Make a region of ordinary torch code over the slots and then the activations (compute dtype; names are dynamic)."""
     tokens = Dim("tokens")
     example = [torch.empty(slot.shape, dtype=slot.dtype, device="meta") for slot in slots]
     shapes: list[dict[int, Any]] = [{} for _ in slots]
@@ -203,10 +203,10 @@ def make_region(
 
 
 def region_program(*regions: Region, rotary: tuple[Any, ...] = ()) -> Program:
-    """A program of hand-made regions without variants."""
+    """Make a program of hand-made regions without variants."""
     return Program("qwen2_vl", Geometry(rotary), {}, {region.name: region for region in regions})
 
 
 def operators(region: Region) -> list[str]:
-    """The names of a region's operators, sorted."""
+    """List the names of a region's operators, sorted."""
     return sorted(str(node.target) for node in region.graph.graph.nodes if node.op == "call_function")

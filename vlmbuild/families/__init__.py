@@ -12,8 +12,8 @@ real processor), which runs the tests that hold for every family, and `tests/fam
    transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
 4. `processor.py`: loading without torchvision, the cost of an image, tokens of media, files for transformers.js (`js.py`).
 
-A new version of transformers touches `model.py` and `processor.py` of the families alone: modules of its models are imported
-nowhere else here.
+A new version of transformers touches `model.py` and `processor.py` of the families, and `runtime/hf.py`: modules of its models
+and its private names are imported nowhere else here.
 
 Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
 does not match, teach the pass a new pattern.

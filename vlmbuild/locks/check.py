@@ -1,6 +1,6 @@
-"""Hold locks against the code: make each again from the config and the recipe that it carries, and compare.
+"""Check locks: make each again from its own config and recipe, and compare.
 
-Locks of one model are made from one trace; models are divided among processes.
+Locks of one model share one trace; models are distributed over processes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vlmbuild.locks.document import Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
 from vlmbuild.util.cpu import available_cores
 
-Told = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A lock that was held against the code.
+    """Result for one lock.
 
     Attributes:
-        path: Of the lock.
-        difference: What differs.
-        error: Why it could not be read or made again, or "".
-        seconds: Time taken, tracing not counted for all but the first of a model.
-        now: The lock that the code makes, with the old table of kernels where none was made; None after an error.
+        path: Lock file.
+        difference: Differences between the lock and the code.
+        error: Reason why the lock could not be read or made again, or "".
+        seconds: Time in seconds; tracing counts for the first lock of a model only.
+        now: Lock that the code makes, with the old kernel table if kernels were skipped; None after an error.
     """
 
     path: Path
@@ -42,26 +42,26 @@ class Checked:
     now: Lock | None = None
 
     def fails(self, limit: Severity = "cosmetic") -> bool:
-        """Whether it could not be compared, or a finding is at least as severe as `limit`."""
+        """Return whether the lock could not be compared, or a finding is at least as severe as `limit`."""
         return bool(self.error) or self.difference.fails(limit)
 
 
 def check(
-    paths: Iterable[str | Path], *, kernels: bool = True, processes: int | None = None, progress: Told | None = None
+    paths: Iterable[str | Path], *, kernels: bool = True, processes: int | None = None, progress: Progress | None = None
 ) -> tuple[Checked, ...]:
     """Check locks.
 
     Args:
-        paths: Lock files, and folders of them.
-        kernels: False leaves kernels out, which is faster.
-        processes: How many; None takes one a core, at most one a model.
+        paths: Lock files and folders of lock files.
+        kernels: False skips kernels, which is faster.
+        processes: Number of processes; None means one per core, at most one per model.
         progress: Called with a stage's name, the locks done, and their number.
 
     Returns:
-        One result a lock, in the order of the paths.
+        One result per lock, in the order of the paths.
 
     Raises:
-        UsageError: A path holds no lock.
+        UsageError: A path contains no lock.
     """
     files = lock_files(paths)
     groups: dict[str, list[Path]] = {}
@@ -90,7 +90,7 @@ def _run(work: Sequence[tuple[list[Path], bool]], processes: int) -> Iterable[li
 
 
 def _quiet() -> None:
-    """What the command line does for its own process; and one thread, since there are as many processes as cores."""
+    """Silence warnings as the command line does, and use one thread: there is one process per core."""
     import warnings
 
     import torch
@@ -100,7 +100,7 @@ def _quiet() -> None:
 
 
 def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:
-    """Check locks of one model: it is traced once."""
+    """Check the locks of one model, which is traced once."""
     locks = [read_lock(file) for file in files]
     started = time.perf_counter()
     try:
@@ -128,5 +128,5 @@ def _failed(file: Path, error: VlmbuildError, seconds: float) -> Checked:
 
 
 def keep_kernels(now: Lock, old: Lock | None) -> Lock:
-    """A new lock with the old one's kernels, if it was made without any."""
+    """Copy the kernel table of the old lock if the new one was made without kernels."""
     return replace(now, kernels=old.kernels) if old is not None and now.kernels.skipped else now

@@ -1,4 +1,4 @@
-"""What differs between two locks, in words: findings by severity, for a reviewer who did not make the change."""
+"""Differences between two locks in words: findings by severity, for a reviewer who did not make the change."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Finding:
     """One difference.
 
     Attributes:
-        severity: What it means.
-        place: Where: "interface", a region's name, a kernel's.
-        text: What changed, one sentence.
-        listing: Unified diff of the place's listing, or nothing.
+        severity: Consequence of the change.
+        place: "interface", or the name of a region, a pass or a kernel.
+        text: The change in one sentence.
+        listing: Unified diff of the region's listing, or nothing.
     """
 
     severity: Severity
@@ -47,32 +47,32 @@ class Difference:
     """All findings, most severe first.
 
     Attributes:
-        findings: What differs.
-        notes: What was not compared, and why.
+        findings: Differences.
+        notes: Parts that were not compared, with reasons.
     """
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
 
     def of(self, severity: Severity) -> list[Finding]:
-        """The findings of a severity."""
+        """Return the findings of a severity."""
         return [finding for finding in self.findings if finding.severity == severity]
 
     @property
     def worst(self) -> Severity | None:
-        """The highest severity there is."""
+        """The highest severity, or None."""
         return self.findings[0].severity if self.findings else None
 
     def fails(self, limit: Severity) -> bool:
-        """Whether a finding is at least as severe as `limit`."""
+        """Return whether a finding is at least as severe as `limit`."""
         return self.worst is not None and SEVERITIES.index(self.worst) <= SEVERITIES.index(limit)
 
 
 def compare(old: Lock, new: Lock) -> Difference:
-    """What changed from one lock to another.
+    """Compare two locks.
 
-    Where they were made with different versions of torch or transformers, listings and costs differ by themselves, so that
-    only the interface, matches, weights and operator counts are compared, and a note says so; kernels also with triton's.
+    Other versions of torch or transformers change listings and costs, so these are compared only if the versions are equal;
+    kernels need equal versions of triton too. A note names skipped parts.
     """
     versions, of_kernels = _version_changes(old, new, _LISTING_TOOLS), _version_changes(old, new, _KERNEL_TOOLS)
     findings = [*_interface(old, new), *_model(old, new), *_recipe(old, new), *_passes(old, new)]
@@ -105,7 +105,7 @@ def _version_note(versions: list[str], *, listings: bool) -> str:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every difference; None where there is no value."""
+    """Yield (key, old value, new value) of every difference; None stands for a missing value."""
     for key in dict.fromkeys([*old, *new]):
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
@@ -139,7 +139,7 @@ def _model(old: Lock, new: Lock) -> Iterator[Finding]:
     for name, was, now in _changes(old.variants, new.variants):
         if name in old.interface and name in new.interface:
             calls = compare_listings(was or "", now or "")
-            yield Finding("cosmetic", f"variant {name}", "regions are called otherwise", calls.lines)
+            yield Finding("cosmetic", f"variant {name}", "the calls of regions changed", calls.lines)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _passes(old: Lock, new: Lock) -> Iterator[Finding]:
 
 
 def _matches(name: str, before: LockedPass, after: LockedPass, old: Lock, new: Lock) -> Iterator[Finding]:
-    """Changed matches, by region where both locks know them by region."""
+    """Yield changed matches, by region if both locks record regions."""
     if before.sites is None or after.sites is None:
         if before.matches != after.matches:
             yield Finding(_severity(before, before.matches, after.matches), name, _count_text(name, before, after))
@@ -201,7 +201,7 @@ def _count_text(name: str, before: LockedPass, after: LockedPass) -> str:
 def _refusals(name: str, before: LockedPass, after: LockedPass) -> Iterator[Finding]:
     for reason in after.refusals:
         if reason not in before.refusals:
-            yield Finding("cosmetic", name, f"{name} leaves something alone that it did not: {reason}")
+            yield Finding("cosmetic", name, f"{name} newly refuses a site: {reason}")
 
 
 def _regions(old: Lock, new: Lock, lost: set[str], *, listings: bool) -> Iterator[Finding]:
@@ -245,11 +245,11 @@ def _graph_text(listing: ListingDifference, before: LockedRegion, after: LockedR
         return f"dtypes: {_some(listing.widened)}"
     if before.operators != after.operators:
         return f"other operators: {_operator_text(before, after)}"
-    return f"the graph: {_some(listing.changed) or 'values are passed on otherwise'}"
+    return f"the graph: {_some(listing.changed) or 'the order of values changed'}"
 
 
 def _some(texts: tuple[str, ...]) -> str:
-    """The first three; the listing has all."""
+    """Join the first three; the listing has all."""
     more = len(texts) - _MOST_CHANGES
     return "; ".join([*texts[:_MOST_CHANGES], *([f"and {more} more"] if more > 0 else [])])
 

@@ -1,7 +1,7 @@
-"""The lock: what a compiled program is, as one text file that is the same on every machine.
+"""The lock: a compiled program as one text file, identical on every machine.
 
-The values of config.json are part of it, so a lock is checked by itself: without the checkpoint, the hub, or the path that
-it was made from. What names a machine or a tool in config.json is left out.
+It contains the values of config.json, so it is checked without the checkpoint or the hub. Entries of config.json that name a
+machine or a tool are left out.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class LockedRegion:
     """A region.
 
     Attributes:
-        instances: How often it occurs.
-        flops, bytes: Formulas of the dimensions, for one instance (`vlmbuild.ir.cost`).
-        operators: Name -> how many in the graph.
-        weights: Source tensor -> format, of those that are not stored as they are.
-        graph: Its listing (`vlmbuild.ir.printer.region_text`), in canonical order.
+        instances: Number of instances.
+        flops, bytes: Cost of one instance, as formulas of the dimensions (`vlmbuild.ir.cost`).
+        operators: Name -> number in the graph.
+        weights: Source tensor -> format, for quantized tensors.
+        graph: Listing (`vlmbuild.ir.printer.region_text`) in canonical order.
     """
 
     instances: int
@@ -54,15 +54,15 @@ class LockedRegion:
 
 @dataclass(frozen=True, slots=True)
 class LockedPass:
-    """What a pass did.
+    """Effect of a pass.
 
     Attributes:
-        exact: Whether it keeps values.
-        fuses: Whether it replaces patterns by operators of ours, so that fewer matches are a loss; else it tidies up.
+        exact: Whether it preserves values.
+        fuses: Whether it replaces patterns by fused operators, so that fewer matches are a loss.
         matches: Sites in the whole model.
-        sites: Region -> sites of its graph; None where only the sum is known, as of an artifact.
-        refusals: "region: reason" for sites that were left alone.
-        misses: Region -> how what comes closest to a pattern differs from it, where nothing matched.
+        sites: Region -> sites of its graph; None if only the sum is known, as for artifacts.
+        refusals: "region: reason" for each unchanged site.
+        misses: Region without matches -> difference between the pattern and its nearest candidate.
     """
 
     exact: bool
@@ -78,7 +78,7 @@ class LockedKernel:
     """A Triton kernel in one configuration.
 
     Attributes:
-        regions: That launch it.
+        regions: Regions that launch it.
         targets: Target ("sm_90") -> tile, registers, spilled, shared, tensor_core, cubin; memory in bytes.
     """
 
@@ -91,8 +91,8 @@ class Kernels:
     """Triton kernels that the program launches on a GPU.
 
     Attributes:
-        skipped: Why there is no table, or "".
-        table: Kernel with its constants -> what became of it.
+        skipped: Reason why there is no table, or "".
+        table: Kernel with its constants -> compiled kernel.
     """
 
     skipped: str = ""
@@ -101,7 +101,7 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """See the fields' own types; `config` and `recipe` are enough to make the rest again."""
+    """A lock. `config` and `recipe` are enough to make the other fields again."""
 
     source: str
     family: str
@@ -117,7 +117,7 @@ class Lock:
     config: dict[str, Any]
 
     def to_text(self) -> str:
-        """The file's text."""
+        """Render the file."""
         values: dict[str, Any] = {
             "schema": SCHEMA,
             "source": self.source,
@@ -133,19 +133,19 @@ class Lock:
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Lock:
-        """Read a lock's text.
+        """Parse the text of a lock.
 
         Raises:
-            UsageError: It is no lock, or one of another schema.
+            UsageError: The text is not a lock, or has another schema.
         """
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{where} is not a lock: {error}. Make it again with vlmbuild lock.") from error
+            raise UsageError(f"{where} is not a lock: {error}. Create it again with `vlmbuild lock`.") from error
         if values.get("schema") != SCHEMA:
             raise UsageError(
-                f"{where} has schema {values.get('schema')!r}, and this vlmbuild reads {SCHEMA!r}. Make it again with "
-                "vlmbuild lock."
+                f"{where} has schema {values.get('schema')!r}, but this version reads {SCHEMA!r}. Create it again with "
+                "`vlmbuild lock`."
             )
         try:
             return cls(
@@ -162,17 +162,19 @@ class Lock:
             raise UsageError(f"{where}: {error}") from error
         except KeyError as error:
             raise UsageError(
-                f"{where} is not a whole lock: {error} is missing. Make it again with vlmbuild lock."
+                f"{where} is not a complete lock: {error} is missing. Create it again with `vlmbuild lock`."
             ) from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{where} is not a whole lock: {error}. Make it again with vlmbuild lock.") from error
+            raise UsageError(
+                f"{where} is not a complete lock: {error}. Create it again with `vlmbuild lock`."
+            ) from error
 
 
 def lock_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The lock files that paths name, folders searched for *.lock, each once.
+    """List lock files; folders are searched for *.lock.
 
     Raises:
-        UsageError: A path does not exist, or a folder holds none.
+        UsageError: A path does not exist, or a folder contains no lock.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -187,19 +189,19 @@ def read_lock(path: Path) -> Lock:
     """Read a lock file.
 
     Raises:
-        UsageError: It cannot be read, or is no lock.
+        UsageError: The file cannot be read, or is not a lock.
     """
     try:
         return Lock.from_text(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}. Give a file that vlmbuild lock has made.") from error
+        raise UsageError(f"{path} cannot be read: {error}. Pass a file that `vlmbuild lock` wrote.") from error
 
 
 def write_lock(path: Path, lock: Lock) -> None:
-    """Write a lock file, in one step: a reader sees the old one or the new one.
+    """Write a lock file atomically.
 
     Raises:
-        OutputError: It cannot be written.
+        OutputError: The file cannot be written.
     """
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +214,7 @@ def write_lock(path: Path, lock: Lock) -> None:
 
 
 def _without_none(values: Any) -> Any:
-    """TOML has no null; options that are None are left out."""
+    """Drop None, which TOML cannot represent."""
     if isinstance(values, Mapping):
         return {key: _without_none(value) for key, value in values.items() if value is not None}
     return [_row(item) for item in values] if isinstance(values, list) else values
@@ -270,7 +272,7 @@ def _kernel(name: str, values: Mapping[str, Any]) -> LockedKernel:
 
 
 def _fields(name: str, values: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    """Exactly these values, of these types."""
+    """Return the values after checking their names and types."""
     if unknown := sorted(values.keys() - types.keys()):
         raise TypeError(f"{name} has {', '.join(unknown)}, which no lock has")
     return {key: _typed(f"{name}.{key}", values[key], kind) for key, kind in types.items()}

@@ -1,7 +1,8 @@
-"""Unified diffs of graph listings that do not mind numbers: a node more does not make every later line another one."""
+"""Diffs of graph listings that ignore the numbers of nodes, so that one more node does not change every later line."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ _CONTEXT = 2
 
 @dataclass(frozen=True, slots=True)
 class ListingDifference:
-    """Of two listings.
+    """Difference of two listings.
 
     Attributes:
         lines: Unified diff: " ", "-" and "+" lines, "@@" between distant parts.
-        widened: "aten.mul.Tensor: compute[...] → f32[...]" of nodes that have another dtype, and nothing else.
-        changed: Operators with other arguments.
+        widened: "aten.mul.Tensor compute[...] → f32[...]" for nodes whose dtype changed.
+        changed: Operators whose arguments or shape changed.
     """
 
     lines: tuple[str, ...]
@@ -29,7 +30,7 @@ class ListingDifference:
 
 
 def compare_listings(before: str, after: str) -> ListingDifference:
-    """Compare two listings, one node a line."""
+    """Compare two listings with one node per line."""
     old, new = before.splitlines(), after.splitlines()
     matcher = SequenceMatcher(None, [_plain(line) for line in old], [_plain(line) for line in new], autojunk=False)
     lines: list[str] = []
@@ -47,12 +48,28 @@ def compare_listings(before: str, after: str) -> ListingDifference:
     return ListingDifference(tuple(lines[1:]), tuple(widened), tuple(changed))
 
 
+def side_by_side(before: str, after: str) -> Iterator[tuple[str | None, str | None] | None]:
+    """Yield pairs of lines, None where a side has no line, with two lines of context; None between distant parts."""
+    old, new = before.splitlines(), after.splitlines()
+    matcher = SequenceMatcher(None, [_plain(line) for line in old], [_plain(line) for line in new], autojunk=False)
+    for number, group in enumerate(matcher.get_grouped_opcodes(_CONTEXT)):
+        if number:
+            yield None
+        for _, i1, i2, j1, j2 in group:
+            yield from itertools.zip_longest(old[i1:i2], new[j1:j2])
+
+
+def is_equal(before: str | None, after: str | None) -> bool:
+    """Whether two lines differ at most in the numbers of nodes."""
+    return before is not None and after is not None and _plain(before) == _plain(after)
+
+
 def _plain(line: str) -> str:
     return _NUMBER.sub("%", line)
 
 
 def _node_changes(old: list[str], new: list[str]) -> Iterator[tuple[bool, str]]:
-    """(whether its dtype changed, what changed) of nodes and slots that stand in the same place on both sides."""
+    """Yield (whether the dtype changed, description) for nodes and slots in the same position on both sides."""
     for before, after in zip(old, new, strict=False):
         pair = [_NODE.match(line) or _SLOT.match(line) for line in (before, after)]
         if pair[0] is None or pair[1] is None or pair[0].re is not pair[1].re:

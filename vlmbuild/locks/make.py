@@ -1,4 +1,4 @@
-"""Make a lock: from a config and a recipe, or from an artifact. No weights are read."""
+"""Make locks from a config and a recipe, or from an artifact. No weights are read."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.bind import read_program
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
-"""Distributions whose versions a lock names."""
+"""Distributions whose versions a lock records."""
 
 
 def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock:
-    """The lock of a traced model under a recipe.
+    """Lock a traced model under a recipe.
 
     Args:
-        traced: Stays as it is.
-        recipe: A budget is refused, since it measures weights.
-        kernels: False leaves the kernel table out, and says so in it.
+        traced: Model; it is not changed.
+        recipe: Recipe without a bit budget, which would need weights.
+        kernels: False leaves the kernel table out.
 
     Raises:
         UsageError: The recipe has a budget, or a pattern that matches nothing.
@@ -44,7 +44,7 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
     """
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
-            "auto measures weights, and a lock is made without any. Lock the recipe with nf4, or with overrides."
+            "auto measures weights, but a lock is made without weights. Pass --quantize nf4, or overrides."
         )
     program, reports = apply_recipe(traced, recipe)
     fusing = fusing_passes(recipe)
@@ -64,10 +64,10 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
 
 
 def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
-    """The lock of an artifact: of the program that is in it, not of what this vlmbuild would build.
+    """Lock an artifact: the program that it contains, not the one that this version would build.
 
     Raises:
-        IntegrityError, IncompatibleError: It cannot be read.
+        IntegrityError, IncompatibleError: The artifact cannot be read.
     """
     reader = ArtifactReader(path, verify=False)
     manifest = reader.manifest
@@ -99,7 +99,7 @@ def lock_program(
     *,
     kernels: bool = True,
 ) -> Lock:
-    """The lock of a finished program with shapes."""
+    """Lock a finished program with shapes."""
     dtype = getattr(torch, recipe.dtype)
     ordered = canonical(program)
     return Lock(
@@ -119,7 +119,7 @@ def lock_program(
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of what decides a lock; "none" for what is not installed."""
+    """Return the version of each tool that a lock depends on, or "none"."""
     versions = {}
     for tool in TOOLS:
         try:
@@ -141,12 +141,12 @@ def _type_of(region: Region) -> str:
 
 
 def _calls_text(variant: Variant) -> str:
-    """The listing of a variant without its inputs, which stand in the interface."""
+    """Render the calls of a variant; its inputs are part of the interface."""
     return "\n".join(variant_text(variant).splitlines()[len(variant.inputs) :]) + "\n"
 
 
 def _dimensions(program: Program) -> dict[str, str]:
-    """Dimension -> range of sizes that one graph serves."""
+    """Return the range of sizes of each dynamic dimension."""
     ranges: dict[str, str] = {}
     for region in program.regions.values():
         for node in region.placeholders():
@@ -159,16 +159,16 @@ def _dimensions(program: Program) -> dict[str, str]:
 
 def _symbol_ranges(size: torch.SymInt, names: Mapping[str, str]) -> dict[str, str]:
     known = size.node.shape_env.var_to_range
-    found = {}
+    ranges = {}
     for symbol in size.node.expr.free_symbols:
         bounds = known[symbol]
         upper = "unbounded" if not bounds.upper.is_finite or bounds.upper > 2**40 else str(bounds.upper)
-        found[names[str(symbol)]] = f"{bounds.lower} to {upper}"
-    return found
+        ranges[names[str(symbol)]] = f"{bounds.lower} to {upper}"
+    return ranges
 
 
 def _prologue(family: Family, values: Mapping[str, Any]) -> dict[str, str]:
-    """What the host prologue takes besides input_ids and attention_mask, and the constants that follow from the config."""
+    """Describe the inputs of the host prologue besides input_ids and attention_mask, and the constants of the config."""
     rows = {name: f"one row a {row}" for name, row in sorted(family.input_layout.items())}
     constants = family.constants(family.config(values))
     return rows | {

@@ -1,4 +1,4 @@
-"""Parity of each lock's model under the lock's recipe."""
+"""Parity of the models of locks under their recipes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from vlmbuild.measure.pass_parity import Parity, pass_parity
 
 
 def lock_parities(paths: Iterable[str | Path]) -> dict[Path, Parity]:
-    """`pass_parity` for each lock's model and recipe; those with equal passes are computed once. Where it cannot be
-    computed, the result says why.
+    """Compute `pass_parity` for the model and recipe of each lock; equal passes are computed once.
 
     Raises:
-        UsageError: A path holds no lock.
+        UsageError: A path contains no lock.
     """
     known: dict[str, Parity] = {}
     return {file: _parity(file, known) for file in lock_files(paths)}

@@ -1,4 +1,4 @@
-"""Anything that has a lock: a lock file, an artifact, a checkpoint; and the lock of each."""
+"""Locks of lock files, artifacts and checkpoints. Reading a lock file does not import torch."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def lock(
     kernels: bool = True,
     progress: Progress | None = None,
 ) -> Lock:
-    """The lock of a model under a recipe. No weights are read or needed: config.json is enough.
+    """Lock a model under a recipe. Only config.json is read.
 
     Args:
         source: As for `vlmbuild.build`.
-        recipe: What would be built.
-        revision: Of a hub id.
+        recipe: Recipe of the build.
+        revision: Branch, tag or commit of a hub id.
         kernels: False leaves out the table of Triton kernels.
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
         UsageError: The recipe has a budget, or a pattern that matches nothing.
         SourceError: The source cannot be used.
-        CaptureError, PassError: The graph cannot be built as asked.
+        CaptureError, PassError: The graph cannot be built.
     """
     traced = trace_source(source, revision=revision, progress=progress)
 
@@ -49,7 +49,7 @@ def lock(
 def trace_source(
     source: str | Path | Source, *, revision: str | None = None, progress: Progress | None = None
 ) -> Traced:
-    """A source's model as captured."""
+    """Capture the model of a source."""
     found = resolve(source, revision=revision, weights=False, progress=progress)
 
     from vlmbuild.builder.tracing import trace
@@ -64,34 +64,34 @@ def diff(
     *,
     kernels: bool = True,
 ) -> Difference:
-    """What differs between two locks, artifacts or checkpoints, in any combination.
+    """Compare two locks, artifacts or checkpoints, in any combination.
 
     Args:
-        old, new: A lock file, an artifact, or what `vlmbuild.build` takes.
-        recipe: Of checkpoints, or what makes it from the other side's; None takes the other side's, so that an artifact is
-            held against what would be built.
+        old, new: A lock file, an artifact, or a source as for `vlmbuild.build`.
+        recipe: Recipe of checkpoints, or a function that derives it from the recipe of the other side. None takes the
+            other side's recipe, which compares an artifact with a new build.
         kernels: False leaves kernels out.
 
     Raises:
-        UsageError: Both sides have a recipe of their own, and one is given.
-        VlmbuildError: As of reading a lock or an artifact, and of tracing a checkpoint.
+        UsageError: Both sides have their own recipe, and `recipe` is set.
+        VlmbuildError: A lock or an artifact cannot be read, or a checkpoint cannot be traced.
     """
     sides = [_read(side, kernels) for side in (old, new)]
     if recipe is not None and None not in sides:
         raise UsageError(
-            "diff: locks and artifacts have recipes of their own. Give none, or compare with a checkpoint."
+            "Locks and artifacts have their own recipe. Drop the recipe options, or compare with a checkpoint."
         )
     known = next((side.recipe for side in sides if side is not None), Recipe())
-    of_checkpoints = known if recipe is None else recipe if isinstance(recipe, Recipe) else recipe(known)
+    chosen = known if recipe is None else recipe if isinstance(recipe, Recipe) else recipe(known)
     locks = [
-        side if side is not None else lock(source, of_checkpoints, kernels=kernels)
+        side if side is not None else lock(source, chosen, kernels=kernels)
         for side, source in zip(sides, (old, new), strict=True)
     ]
     return compare(locks[0], locks[1])
 
 
 def _read(side: str | Path, kernels: bool) -> Lock | None:
-    """The lock of a file or an artifact; None for a checkpoint, which needs a recipe."""
+    """Return the lock of a file or an artifact; None for a checkpoint, which needs a recipe."""
     path = Path(side)
     if path.is_file() or path.suffix == SUFFIX:
         return read_lock(path)

@@ -1,6 +1,6 @@
-"""Plain values as TOML that a person can read: sorted by nothing but their own order, long texts as they are.
+"""Readable TOML: values in their own order, multi-line text verbatim, rows on one line.
 
-Python reads TOML and does not write it; the part of the language that locks need is small.
+tomli-w would escape multi-line text and write every list on several lines, which changes all committed locks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Row(dict[str, Any]):
-    """A table that is written on one line."""
+    """A table on one line."""
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """A TOML document of tables, `Row`s, strings, integers, booleans and lists of strings. Empty tables within tables are
-    left out."""
+    """Write tables, `Row`s, strings, integers, booleans and lists of strings. Nested empty tables are dropped."""
     return "\n".join(_table(values, ())).strip() + "\n"
 
 

@@ -33,7 +33,7 @@ def contents(path: str | Path) -> dict[str, Any]:
     program = _program(reader)
     passes = [dict(record) for record in manifest.passes]
     try:
-        weights = list(_weights(program, _sizes(reader, program)))
+        weights = [weight for _, weight in _weights(program, _sizes(reader, program))]
         regions = [_region(entry) for entry in program["regions"]]
         roles = {(entry["name"], slot["name"]): slot["role"] for entry in program["regions"] for slot in entry["slots"]}
         variants, ties = list(program["variants"]), dict(program["ties"])
@@ -92,8 +92,17 @@ def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield slot["name"], tuple(slot["shape"]), slot["role"], None
 
 
-def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[StoredWeight]:
-    """Yield every weight of the program once."""
+def region_weights(reader: ArtifactReader) -> dict[str, list[StoredWeight]]:
+    """Return the weights of each region; a shared weight counts in the first."""
+    program = _program(reader)
+    weights: dict[str, list[StoredWeight]] = {}
+    for region, weight in _weights(program, _sizes(reader, program)):
+        weights.setdefault(region, []).append(weight)
+    return weights
+
+
+def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, StoredWeight]]:
+    """Yield (region, weight) for every weight of the program once."""
     seen = set()
     for entry in program["regions"]:
         for instance in entry["instances"]:
@@ -101,7 +110,7 @@ def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[S
                 name = f"{instance}.{relative}" if instance else relative
                 if name not in seen:
                     seen.add(name)
-                    yield StoredWeight(name, role, math.prod(shape), sizes.get(name, 0), form)
+                    yield entry["name"], StoredWeight(name, role, math.prod(shape), sizes.get(name, 0), form)
 
 
 def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:
@@ -113,7 +122,7 @@ def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]
     for name, info in CheckpointWeights(reader.path).tensors.items():
         owner = _PARTS.sub(".weight", name)
         stored[owner] = stored.get(owner, 0) + info.nbytes
-    names = [weight.name for weight in _weights(program, {})]
+    names = [weight.name for _, weight in _weights(program, {})]
     return {module: stored[published] for module, published in published_names(names, stored).items()}
 
 

@@ -1,7 +1,9 @@
-"""One self-contained HTML page about an artifact: no script, no other file, no network; light and dark; by keyboard."""
+"""One self-contained page about an artifact: no script, no other file, no network; light and dark; narrow and wide."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.output import human_size
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.build import exact_passes
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import UsageError
@@ -17,26 +20,16 @@ from vlmbuild.ir.cost import region_cost
 from vlmbuild.ir.cost_formulas import EVERYDAY, evaluate
 from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
+from vlmbuild.locks.listing_difference import is_equal, side_by_side
 from vlmbuild.measure.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
-from vlmbuild.report.charts import bars
-from vlmbuild.report.contents import contents
-from vlmbuild.report.drawing import draw
-from vlmbuild.report.graph_view import ViewNode, view_nodes
-from vlmbuild.report.stages import CAPTURED, STORED, Staged, stages_of
+from vlmbuild.report.contents import contents, region_weights
+from vlmbuild.report.stages import STORED, Staged, stages_of
 
-_SECTIONS = (
-    ("pipeline", "Pipeline"),
-    ("charts", "Operators and bytes"),
-    ("weights", "Weights and quantization"),
-    ("parity", "Parity"),
-    ("regions", "Regions"),
-    ("manifest", "Manifest"),
-)
-_MOST_BARS = 16
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def page(path: Path, progress: Progress | None = None) -> str:
-    """The page's HTML.
+    """Render the page.
 
     Raises:
         IntegrityError, IncompatibleError: The artifact cannot be read.
@@ -45,179 +38,221 @@ def page(path: Path, progress: Progress | None = None) -> str:
     document = contents(path)
     staged = stages_of(path, progress)
     style = (files("vlmbuild.report") / "style.css").read_text(encoding="utf-8")
-    bodies = {
-        "pipeline": _pipeline(document, staged),
-        "charts": _charts(document, staged),
-        "weights": _weights(document),
-        "parity": _parity(staged),
-        "regions": _regions(staged),
-        "manifest": _manifest(document),
+    sections = {
+        "Model": _model(path, staged),
+        "Passes": _passes(document, staged),
+        "Quantization": _quantization(document),
+        "Parity": _parity(staged, document),
+        "Recipe": _recipe(document),
+        "Files": _files(document),
     }
-    sections = "".join(
-        f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>'
-        f"{''.join(bodies[key])}</section>"
-        for key, title in _SECTIONS
+    links = "".join(f'<li><a href="#{title}">{title}</a></li>' for title in sections)
+    body = "".join(
+        f'<section aria-labelledby="{title}"><h2 id="{title}">{title}</h2>{"".join(parts)}</section>'
+        for title, parts in sections.items()
     )
-    links = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title in _SECTIONS)
     name = escape(document["name"])
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title>'
-        f"<style>{style}</style></head>"
-        f'<body><header><h1>{name}</h1><p class="soft"><code>{escape(document["id"])}</code></p>'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{sections}</main></body></html>\n'
+        f"<style>{style}</style></head><body><header><h1>{name}</h1>"
+        f'<p class="soft">{document["target"]}, {human_size(document["bytes"])}<br>{_id(document["id"])}</p>'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main></body></html>\n'
     )
 
 
-def _pipeline(document: Mapping[str, Any], staged: Staged) -> Iterator[str]:
-    matches = {record["name"]: record["matches"] for record in document["passes"]}
-    source = ", ".join(str(entry.get("uri")) for entry in document["source"])
-    steps = [f"source: {source}", f"captured: {', '.join(document['variants'])}"]
-    steps += [f"{name}: {count:,} rewritten" for name, count in matches.items()] + [f"target: {document['target']}"]
-    yield f'<ol class="pipeline">{"".join(f"<li>{escape(step)}</li>" for step in steps)}</ol>'
-    stored, traced = staged.stages[STORED], staged.stages[list(staged.stages)[-2]]
+def _model(path: Path, staged: Staged) -> Iterator[str]:
+    """Yield the map: a box per region, grouped by role, shaded by its share of the bytes."""
+    weights = region_weights(ArtifactReader(path, verify=False))
+    total = sum(weight.nbytes for entries in weights.values() for weight in entries)
+    boxes: dict[str, list[str]] = {}
+    for region in staged.stages[STORED].regions.values():
+        entries = weights.get(region.name, [])
+        roles = Counter(slot.role for slot in region.slots)
+        boxes.setdefault(roles.most_common(1)[0][0] if roles else "other", []).append(
+            _box(region, entries, total, staged)
+        )
+    yield f'<p class="soft">FLOPs {EVERYDAY}; bytes of stored weights, and their share as shading.</p><div class="map">'
+    for role, items in boxes.items():
+        yield f"<div><h3>{role}</h3><ul>{''.join(items)}</ul></div>"
+    yield "</div>"
+
+
+def _box(region: Region, weights: Sequence[Any], total: int, staged: Staged) -> str:
+    size, count = sum(weight.nbytes for weight in weights), sum(weight.parameters for weight in weights)
+    flops = evaluate(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
+    share = f"{100 * size / total:.0f}" if total else "0"
+    facts = (
+        f"{8 * size / count:.1f} bits, {human_size(size)}, {share} %" if count else "weights shared with another region"
+    )
+    work = "" if flops is None else f"{_scaled(int(flops) * len(region.instances))}FLOPs"
+    return (
+        f'<li style="--share:{share}%"><b>{_breakable(region.name)}{_many(region)}</b>'
+        f"<span>{facts}</span><span>{work}</span></li>"
+    )
+
+
+def _passes(document: Mapping[str, Any], staged: Staged) -> Iterator[str]:
+    """Yield the effect of each pass: listings before and after, side by side."""
+    records = {record["name"]: record for record in document["passes"]}
+    traced = staged.stages[list(staged.stages)[-2]]
     same = all(
         name in traced.regions and digest(region) == digest(traced.regions[name])
-        for name, region in stored.regions.items()
+        for name, region in staged.stages[STORED].regions.items()
         if not region.recipes
     )
-    verdict = "equal to" if same else "different from"
     yield (
-        f'<p class="soft">Stages before the last were traced again from the artifact\'s config.json; its own unquantized '
-        f"graphs are {verdict} what this vlmbuild compiles.</p>"
+        '<p class="soft">This version of vlmbuild traced the model again from config.json. Its unquantized graphs are '
+        f"{'equal to' if same else 'different from'} those in the artifact.</p>"
+    )
+    for stage, changes in staged.changes():
+        names = [name for name in records if name not in staged.stages] if stage == STORED else [stage]
+        title = ", ".join(f"{name}: {records[name]['matches']:,} rewritten" for name in names if name in records)
+        regions = f"{len(changes)} region{'s' * (len(changes) != 1)} changed"
+        listings = "".join(
+            f"<h3>{_breakable(after.name)}{_many(after)}</h3>{_diff(region_text(before), region_text(after))}"
+            for before, after in changes
+        )
+        yield f"<details><summary><b>{escape(title or stage)}</b>, {regions}</summary>"
+        yield f'<div class="body">{_refusals(records, names)}{listings}</div></details>'
+
+
+def _refusals(records: Mapping[str, Any], names: Sequence[str]) -> str:
+    refusals = [refusal for name in names if name in records for refusal in records[name]["refusals"]]
+    items = "".join(f"<li>{_breakable(refusal)}</li>" for refusal in refusals)
+    return f"<h3>Left unchanged</h3><ul>{items}</ul>" if items else ""
+
+
+def _diff(before: str, after: str) -> str:
+    cells = []
+    for pair in side_by_side(before, after):
+        if pair is None:
+            cells.append('<code class="gap">⋯</code>')
+            continue
+        old, new = pair
+        if is_equal(old, new):
+            cells.append(f'<code>  {_breakable(old or "")}</code><code class="again">  {_breakable(new or "")}</code>')
+        else:
+            cells.append(
+                '<code class="none"></code>' if old is None else f"<del><code>− {_breakable(old)}</code></del>"
+            )
+            cells.append(
+                '<code class="none"></code>' if new is None else f"<ins><code>+ {_breakable(new)}</code></ins>"
+            )
+    return f'<div class="diff" tabindex="0" role="region" aria-label="Before and after">{"".join(cells)}</div>'
+
+
+def _quantization(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield decisions; layers with the same decision share a row."""
+    rows: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}
+    for record in document["passes"]:
+        for entry in record.get("decisions", ()):
+            number = _LAYER.search(entry["module"])
+            module = _LAYER.sub(".*.", entry["module"], count=1)
+            layers, errors = rows.setdefault((module, entry["format"], entry["reason"]), ([], []))
+            layers += [int(number[1])] if number else []
+            errors += [float(entry["error"])] if entry.get("error") else []
+    if not rows:
+        yield "<p>No weight was quantized by this build.</p>"
+        return
+    dtype = document["recipe"]["dtype"]
+    yield _table(
+        ["linear layer", "layers", "format", "largest error", "reason"],
+        [
+            [module, _ranges(layers), form or dtype, f"{max(errors):.1e}" if errors else "", reason]
+            for (module, form, reason), (layers, errors) in rows.items()
+        ],
     )
 
 
-def _charts(document: Mapping[str, Any], staged: Staged) -> Iterator[str]:
-    program = staged.stages[STORED]
-    itemsize = 4 if staged.recipe.dtype == "float32" else 2
-    counts = {region["name"]: region["operators"] for region in document["regions"]}
-    yield bars(counts, "Operators of each region's graph")
-    operators: dict[str, int] = {}
-    for region in program.regions.values():
-        for name, count in region_cost(region, itemsize).operators.items():
-            operators[name] = operators.get(name, 0) + count * len(region.instances)
-    top = dict(sorted(operators.items(), key=lambda item: -item[1])[:_MOST_BARS])
-    yield bars(top, "Operators of the whole model, the most frequent")
-    yield bars({role["role"]: role["bytes"] for role in document["roles"]}, "Bytes of weights by role", "bytes")
-    costs = {name: region_cost(region, itemsize) for name, region in program.regions.items()}
-    moved = {
-        name: int(evaluate(cost.bytes) or 0) * len(program.regions[name].instances) // 2**10
-        for name, cost in costs.items()
-    }
-    yield bars(moved, f"Bytes that all instances of a region move, {EVERYDAY}", "KiB")
-    rows = [[name, str(len(program.regions[name].instances)), cost.flops, cost.bytes] for name, cost in costs.items()]
-    yield _table(["region", "instances", "FLOPs of one", "bytes moved by one, operator by operator"], rows)
+def _ranges(numbers: Sequence[int]) -> str:
+    """Shorten [0, 1, 2, 5] to "0–2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _weights(document: Mapping[str, Any]) -> Iterator[str]:
-    rows = [
-        [
-            role["role"],
-            f"{role['parameters']:,}",
-            human_size(role["bytes"]),
-            "; ".join(f"{form}: {count:,}" for form, count in role["formats"].items()) or document["recipe"]["dtype"],
-            "; ".join(role["kept"]),
-        ]
-        for role in document["roles"]
-    ]
-    yield _table(["role", "parameters", "stored", "formats", "why the rest keeps its dtype"], rows)
-    refusals = [(record["name"], text) for record in document["passes"] for text in record["refusals"]]
-    if refusals:
-        items = "".join(f"<li><code>{escape(name)}</code>: {escape(text)}</li>" for name, text in refusals)
-        yield _folded(f"Left alone, and why ({len(refusals)})", f"<ul>{items}</ul>")
-    decisions = [entry for record in document["passes"] for entry in record.get("decisions", ())]
-    if decisions:
-        rows = [
-            [entry["module"], entry["format"] or "kept", entry["reason"], entry.get("error", "")] for entry in decisions
-        ]
-        table = _table(["linear layer", "format", "why not", "measured error"], rows)
-        yield _folded(f"Decisions, layer by layer ({len(decisions)})", table)
-
-
-def _folded(title: str, body: str, *, opened: bool = False) -> str:
-    """A part that opens by click or key."""
-    start = "<details open>" if opened else "<details>"
-    return f'{start}<summary>{escape(title)}</summary><div class="body">{body}</div></details>'
-
-
-def _parity(staged: Staged) -> Iterator[str]:
+def _parity(staged: Staged, document: Mapping[str, Any]) -> Iterator[str]:
+    traced = staged.traced
+    passes = exact_passes(replace(staged.recipe, attention="auto"))
     try:
-        parity = pass_parity(
-            staged.traced.program,
-            staged.traced.family,
-            staged.traced.config,
-            exact_passes(replace(staged.recipe, attention="auto")),
+        steps = pass_parity(traced.program, traced.family, traced.config, passes).steps
+        yield (
+            "<p>The captured graph compared with the graph after each exact pass, in float32 with seeded inputs: relative "
+            f"errors, at most {TOLERANCE:.0e} forward and {GRADIENT_TOLERANCE:.0e} for gradients.</p>"
         )
+        rows = [[s.name, _error(s.forward), _error(s.gradient), "equal" if s.holds else "differs"] for s in steps]
+        yield _table(["after", "forward", "gradients", "result"], rows)
     except UsageError as error:
         yield f"<p>Not computed: {escape(str(error))}</p>"
-        return
-    yield (
-        "<p>Captured against the graph after each exact pass, forward and gradients, float32, seeded inputs: relative norms "
-        f"of the difference, at most {TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e}.</p>"
-    )
-    rows = [
-        [step.name, f"{step.forward:.1e}", f"{step.gradient:.1e}", "equal" if step.holds else "differs"]
-        for step in parity.steps
-    ]
-    yield _table(["after", "forward", "gradient", ""], rows)
+    if document["numerics"]:
+        heads = list(dict.fromkeys(key for record in document["numerics"] for key in record))
+        yield "<h3>Measured by the build</h3>"
+        yield _table(heads, [[str(record.get(head, "")) for head in heads] for record in document["numerics"]])
 
 
-def _regions(staged: Staged) -> Iterator[str]:
-    yield (
-        '<p class="legend"><span class="aten">operator of torch</span><span class="ours">operator of vlmbuild</span>'
-        '<span class="edge">input, result</span><span class="changed">new in this stage</span></p>'
-        '<p class="soft">Tab goes from node to node; each says its operator, its type and its weights.</p>'
-    )
-    for name, region in staged.stages[STORED].regions.items():
-        stages = staged.regions_of(name)
-        many = f" × {len(region.instances)}" if len(region.instances) > 1 else ""
-        yield f'<details><summary><h3>{escape(name)}{many}</h3> <span class="soft">{len(stages)} stages</span></summary>'
-        yield '<div class="body">'
-        before: Sequence[ViewNode] = ()
-        for stage, seen in stages.items():
-            nodes = view_nodes(seen)
-            yield _stage(name, stage, seen, nodes, _new_nodes(before, nodes) if before else frozenset())
-            before = nodes
-        yield "</div></details>"
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
-def _stage(name: str, stage: str, region: Region, nodes: Sequence[ViewNode], new: frozenset[str]) -> str:
-    title = "captured" if stage == CAPTURED else "as stored" if stage == STORED else f"after {stage}"
-    drawing = draw(nodes, f"{name}, {title}", new)
-    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(f"{name}, {title}")}">{drawing}</div>'
-    listing = _folded("listing", f'<pre tabindex="0"><code>{escape(region_text(region))}</code></pre>')
-    return _folded(f"{title}: {len(nodes)} nodes", scroll + listing, opened=stage == STORED)
+def _recipe(document: Mapping[str, Any]) -> Iterator[str]:
+    recipe = dict(document["recipe"])
+    spec = recipe.pop("quantize", None)
+    rows = {**recipe, **({f"quantize.{key}": value for key, value in spec.items()} if spec else {"quantize": None})}
+    yield _table(["option", "value"], [[key, _value(value)] for key, value in rows.items()])
 
 
-def _new_nodes(before: Sequence[ViewNode], after: Sequence[ViewNode]) -> frozenset[str]:
-    """Ids of nodes that have no partner of the same operator, type and weights in the stage before."""
-    left: dict[tuple[Any, ...], int] = {}
-    for node in before:
-        left[_kind(node)] = left.get(_kind(node), 0) + 1
-    new = set()
-    for node in after:
-        if left.get(_kind(node), 0):
-            left[_kind(node)] -= 1
-        else:
-            new.add(node.id)
-    return frozenset(new)
+def _value(value: Any) -> str:
+    if not value and not isinstance(value, bool | int):
+        return "none" if isinstance(value, list) else "not set"
+    if isinstance(value, list):
+        return ", ".join(
+            str(item["pattern"] + "=" + item["format"] if isinstance(item, Mapping) else item) for item in value
+        )
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _kind(node: ViewNode) -> tuple[Any, ...]:
-    return node.operator, node.type, node.weights
-
-
-def _manifest(document: Mapping[str, Any]) -> Iterator[str]:
+def _files(document: Mapping[str, Any]) -> Iterator[str]:
+    sources = ", ".join(str(entry.get("uri")) for entry in document["source"])
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
-    yield f"<p>Built with {escape(tools)}.</p>"
-    recipe = [[key, str(value)] for key, value in document["recipe"].items()]
-    yield _table(["recipe", ""], recipe)
+    yield f"<p>Built from {_breakable(sources)} with {escape(tools)}.</p>"
     rows = [[entry["path"], entry["role"], human_size(entry["bytes"])] for entry in document["files"]]
     yield _table(["file", "role", "size"], rows)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    names = [escape(name) for name in heads]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    lines = (
+        "".join(f'<td data-head="{name}">{_breakable(cell)}</td>' for name, cell in zip(names, row, strict=True))
+        for row in rows
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _many(region: Region) -> str:
+    return f" × {len(region.instances)}" if len(region.instances) > 1 else ""
+
+
+def _breakable(text: str) -> str:
+    """Escape text, and allow line breaks after dots, slashes and brackets between words."""
+    return re.sub(r"(?<=[A-Za-z_*])([./(])(?=[\w*%])", r"\1<wbr>", escape(text))
+
+
+def _id(text: str) -> str:
+    """Render an id that breaks into groups of 16 digits."""
+    digits = text.removeprefix("sha256:")
+    return f"<code>sha256:{'<wbr>'.join(digits[start : start + 16] for start in range(0, len(digits), 16))}</code>"
+
+
+def _scaled(count: int) -> str:
+    """Shorten 12_300_000 to "12.3 M"."""
+    value, units = float(count), ["", "k", "M", "G", "T", "P"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.1f} {units[0]}"

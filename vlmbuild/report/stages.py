@@ -1,14 +1,15 @@
-"""The program of an artifact before and after each pass: traced again from its config.json, and at last as it is stored."""
+"""The program of an artifact after each pass: traced again from its config.json, and finally as it is stored."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.build import exact_passes
 from vlmbuild.builder.tracing import Traced, trace
@@ -28,30 +29,31 @@ class Staged:
     """An artifact with its stages.
 
     Attributes:
-        manifest: The artifact's.
-        recipe: What it was built by.
-        traced: Its model, traced by this vlmbuild.
+        recipe: The artifact's recipe.
+        traced: Its model, traced by this version of vlmbuild.
         stages: Stage -> program: "captured", the exact passes by name, and "stored", the artifact's own.
     """
 
-    manifest: Manifest
     recipe: Recipe
     traced: Traced
     stages: dict[str, Program]
 
-    def regions_of(self, name: str) -> dict[str, Region]:
-        """Stage -> a region, for those stages that changed it. A region that a pass has divided starts where it came from."""
-        found: dict[str, Region] = {}
-        last = ""
-        for stage, program in self.stages.items():
-            region = program.regions.get(name) or program.regions.get(_origin(name, program))
-            if region is not None and digest(region) != last:
-                found[stage], last = region, digest(region)
-        return found
+    def changes(self) -> Iterator[tuple[str, list[tuple[Region, Region]]]]:
+        """Yield each stage after the first with the regions that it changed: (before, after).
+
+        A region that a pass has split is compared with the one that it came from.
+        """
+        programs = list(self.stages.items())
+        for (_, before), (stage, after) in itertools.pairwise(programs):
+            pairs = [
+                (before.regions.get(name) or before.regions[_origin(name)], region)
+                for name, region in after.regions.items()
+            ]
+            yield stage, [pair for pair in pairs if digest(pair[0]) != digest(pair[1])]
 
 
 def stages_of(path: Path, progress: Progress | None = None) -> Staged:
-    """Read an artifact, and trace its model once more.
+    """Read an artifact and trace its model again.
 
     Raises:
         IntegrityError, IncompatibleError: It cannot be read.
@@ -69,9 +71,9 @@ def stages_of(path: Path, progress: Progress | None = None) -> Staged:
         stages[step.name] = copy.deepcopy(program)
     stored = read_program(reader)
     annotate_shapes(stored)
-    return Staged(reader.manifest, recipe, traced, {**stages, STORED: stored})
+    return Staged(recipe, traced, {**stages, STORED: stored})
 
 
-def _origin(name: str, program: Program) -> str:
-    """The region that a divided one, "layers_2", was taken from."""
-    return max((other for other in program.regions if name.startswith(other)), key=len, default="")
+def _origin(name: str) -> str:
+    """Return the name of the region that "layers/2" was split from."""
+    return name.partition("/")[0]

@@ -1,8 +1,8 @@
 """Handwritten digits on canvases of varying size and shape: the data of the zoo checkpoints and of the demo.
 
 The glyphs are scikit-learn's copy of the UCI optical digits set (see `digits.LICENSE`). A sample is a white canvas with
-one to four digits in reading order, and the digits. Glyphs are split once and for all into a training part and a held-out
-part, so that no held-out canvas shows a glyph that was trained on.
+one to four digits in reading order, and the digits. Glyphs are split into a training part and a held-out part, so that no
+held-out canvas shows a glyph of the training part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Digits:
         self.augment = augment
 
     def take(self, count: int) -> list[Sample]:
-        """The next `count` samples."""
+        """Return the next `count` samples."""
         return [self._sample() for _ in range(count)]
 
     def _sample(self) -> Sample:
@@ -66,9 +66,9 @@ class Digits:
         canvas = np.full((height, width), 255, np.uint8)
         chosen = random.integers(len(self.labels), size=count)
         centres = []
-        for place, glyph in enumerate(chosen):
+        for index, glyph in enumerate(chosen):
             ink = self._ink(self.images[glyph])
-            row, column = divmod(place, columns)
+            row, column = divmod(index, columns)
             y = top + row * CELL + int(random.integers(CELL - ink.shape[0] + 1))
             x = left + column * CELL + int(random.integers(CELL - ink.shape[1] + 1))
             region = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
@@ -78,14 +78,14 @@ class Digits:
         return Sample(Image.fromarray(canvas).convert("RGB"), digits, tuple(centres))
 
     def _side(self, cells: int) -> tuple[int, int]:
-        """Pixels of a canvas's side with room for so many cells, and where the first one starts."""
+        """Return the pixels of a side with room for `cells`, and the start of the first cell."""
         room = max(cells + int(self.random.integers(2)), 2)
         slack = int(self.random.integers(9))
         start = CELL * int(self.random.integers(room - cells + 1)) + int(self.random.integers(slack + 1))
         return CELL * room + slack, start
 
     def _ink(self, glyph: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The 8 x 8 glyph (0..16) as a 22..27 pixel image of ink (0..255)."""
+        """Scale an 8 x 8 glyph (0..16) to a 22..27 pixel image of ink (0..255)."""
         side = int(self.random.integers(22, 28))
         ink = Image.fromarray((glyph * 15.9375).astype(np.uint8))
         if not self.augment:

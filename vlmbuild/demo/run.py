@@ -1,4 +1,4 @@
-"""The demo: plan, build in 4 bits, verify, load, fine-tune on a question the checkpoint cannot answer, and compare."""
+"""The demo: plan, build in 4 bits, verify, load, fine-tune on a new question, and compare."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUBLISHED = {
     "pixtral": "mistral-community/pixtral-12b",
 }
 DTYPE = "float32"
-"""Because a CPU computes bfloat16 more slowly on a model this small."""
+"""Default compute dtype; bfloat16 is slower on a CPU for a model this small."""
 
 SEED = 0
 RANK = 16
@@ -57,16 +57,16 @@ The same on your own model:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo measured.
+    """Results of the demo.
 
     Attributes:
-        artifact: The NF4 artifact.
-        artifact_id: Its id.
-        adapter: The trained adapter, in PEFT's format.
-        before: Accuracy on held-out images of the question that is trained, before.
-        after: The same, after.
-        reading: Accuracy of the built model on what the checkpoint was trained for.
-        seconds: Time taken.
+        artifact: Folder of the NF4 artifact.
+        artifact_id: Id of the artifact.
+        adapter: Folder of the trained adapter, in PEFT's format.
+        before: Accuracy on the new question before fine-tuning, on held-out images.
+        after: Accuracy on the new question after fine-tuning.
+        reading: Accuracy on the question that the checkpoint was trained on.
+        seconds: Total time in seconds.
     """
 
     artifact: Path
@@ -86,25 +86,25 @@ def run(
     steps: int = 250,
     echo: Callable[[str], None] = print,
 ) -> DemoResult:
-    """Run the whole pipeline on a packaged checkpoint; needs no network and no GPU.
+    """Run the whole pipeline on a packaged checkpoint, without network or GPU.
 
     Args:
-        output: Directory for the artifact and the adapter; made if it is missing.
-        family: A key of `CHECKPOINTS`.
+        output: Folder for the artifact and the adapter; created if it is missing.
+        family: Key of `vlmbuild.zoo.CHECKPOINTS`.
         dtype: Compute dtype.
-        steps: Training steps.
-        echo: Takes each line of the report.
+        steps: Number of training steps.
+        echo: Called with each line of the report.
 
     Raises:
-        OutputError: The directory cannot be made or written.
+        OutputError: The folder cannot be created or written.
     """
     started = time.perf_counter()
     torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are busy
+    torch.set_num_threads(1)  # more threads do not speed up a model this small
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{output} cannot be made: {error.strerror}. Choose another directory with -o.") from error
+        raise OutputError(f"{output} cannot be created: {error.strerror}. Choose another folder with -o.") from error
     checkpoint, recipe = CHECKPOINTS[family], Recipe.from_mapping({"quantize": "nf4", "dtype": dtype}, where="demo")
     artifact, adapter = output / f"{checkpoint}-nf4", output / f"{checkpoint}-adapter"
 
@@ -120,14 +120,14 @@ def run(
     manifest = verify(artifact)
     echo(f"      {len(manifest.files)} files, {manifest.total_bytes / 1e6:.1f} MB, {manifest.id}")
 
-    echo("[4/6] Load, and ask what it was trained for and what it was not")
+    echo("[4/6] Load, and ask a question that it was trained on and a new one")
     model, processor = load(artifact, verify=False)
     assert isinstance(model, VisionLanguageModel)  # of the recipe's target
     samples = Digits("held_out", SEED + 5).take(HELD_OUT)
     reading = exact_match(model, processor, READ, samples)
     before = exact_match(model, processor, LARGEST, samples)
-    echo(f'      "{READ.question}" {reading:.1%} right on {HELD_OUT} held-out images')
-    echo(f'      "{LARGEST.question}" {before:.1%} right')
+    echo(f'      "{READ.question}" {reading:.1%} correct on {HELD_OUT} held-out images')
+    echo(f'      "{LARGEST.question}" {before:.1%} correct')
     first_answers = answers(model, processor, LARGEST, samples[:SHOWN])
 
     echo(f"[5/6] Fine-tune with QLoRA: rank {RANK} on the 4-bit layers, {steps} steps of 32 images")

@@ -15,7 +15,7 @@ from vlmbuild.train.collator import VisionDataCollator
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question, and its right answer for the digits on a canvas."""
+    """A question, and its correct answer for the digits on a canvas."""
 
     question: str
     answer: Callable[[tuple[int, ...]], str]
@@ -26,31 +26,33 @@ LARGEST = Task("What is the largest digit?", lambda digits: str(max(digits)))
 
 
 def prompt(processor: Any, task: Task) -> str:
-    """The chat prompt of one image and the task's question."""
+    """Render the chat prompt of one image and the task's question."""
     text: str = processor.apply_chat_template(_question(task), add_generation_prompt=True)
     return text
 
 
 def _question(task: Task) -> list[dict[str, Any]]:
-    """The messages of one image and the task's question."""
+    """Make the messages of one image and the task's question."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.question}]}]
 
 
 def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Prompts with answers, padded on the right, and `labels`: the answer and its end token, -100 elsewhere."""
+    """Make a batch of prompts and answers; `labels` are the answer and its end token, -100 elsewhere."""
     return VisionDataCollator(processor)([_example(task, sample) for sample in samples])
 
 
 def _example(task: Task, sample: Sample) -> dict[str, Any]:
-    """One chat sample, in the collator's form."""
+    """Make one chat sample in the format of the collator."""
     answer = {"role": "assistant", "content": task.answer(sample.digits)}
     return {"images": [sample.image], "messages": [*_question(task), answer]}
 
 
 @torch.no_grad()
 def exact_match(model: Any, processor: Any, task: Task, samples: Sequence[Sample], batch_size: int = 100) -> float:
-    """Share of samples whose whole answer has the highest logits at every place. Greedy decoding scores the same: up to
-    the first wrong token both have read the same text, and after it the answer is wrong."""
+    """Return the share of samples whose answer has the highest logits at every position.
+
+    Greedy decoding gives the same score: both read the same text up to the first wrong token.
+    """
     training = model.training
     model.eval()
     right = 0

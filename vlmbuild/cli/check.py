@@ -55,7 +55,7 @@ def command(
     Examples:
         vlmbuild check artifacts/locks/
         vlmbuild check artifacts/locks/ --format markdown --junit check.xml
-        vlmbuild check artifacts/locks/qwen2-vl-digits-none-sdpa.lock --bisect
+        vlmbuild check my-model.lock --bisect
     """
     files = lock_files(locks)
     if junit is not None:  # before minutes of work are lost

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from vlmbuild.errors import UsageError
+from vlmbuild.formats import FORMATS, format_class
 from vlmbuild.locks.difference import SEVERITIES
-from vlmbuild.quant.spec import FORMATS, FOUR_BIT, ROLES, QuantSpec
+from vlmbuild.quant.spec import ROLES, QuantSpec
 from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 
 Command = Callable[..., Any]
@@ -50,18 +51,6 @@ _HELP = {
     "dtype": "Dtype of computation and unquantized weights.  [default: bfloat16; onnx: float32]",
     "require": "Fail unless this pass rewrites something. Repeatable.",
 }
-_APPLIES_TO: dict[str, tuple[str, ...]] = {
-    "blocksize": (*FOUR_BIT, "int4", "auto"),
-    "double_quant": (*FOUR_BIT, "auto"),
-    "threshold": ("int8",),
-    "symmetric": ("int4",),
-    "exact_inputs": ("int4",),
-    "budget": ("auto",),
-    "roles": (*FORMATS, "auto"),
-    "skip": (*FORMATS, "auto"),
-}
-"""Option of quantization -> formats that it has an effect on; other options apply to all."""
-
 format_option = click.option(
     "--format",
     "style",
@@ -197,8 +186,8 @@ def _override(text: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT. Pass, for example, '*.down_proj=int8'.")
-    shared = ("blocksize", "double_quant", "threshold", "symmetric", "exact_inputs")
-    details = {name: spec[name] for name in shared if name in spec and form in _APPLIES_TO[name]}
+    own = {field.name for field in fields(format_class(form))} if form in FORMATS else set()
+    details = {name: value for name, value in spec.items() if name in own}
     return {"pattern": pattern, "format": form, **details}
 
 
@@ -206,7 +195,18 @@ def _check_effect(spec: Mapping[str, Any], form: str) -> None:
     """Refuse options that would have no effect."""
     formats = {form, *(item["format"] for item in spec.get("overrides", ()))}
     for name in spec:
-        if name in _APPLIES_TO and formats.isdisjoint(_APPLIES_TO[name]):
+        suitable = _formats_with(name)
+        if suitable and formats.isdisjoint(suitable):
             flag = _FLAGS.get(name, _flag(name)).partition("/")[0]
-            remedy = _APPLIES_TO[name][0]
-            raise UsageError(f"{flag} has no effect on {form} weights. Add --quantize {remedy}, or drop {flag}.")
+            raise UsageError(f"{flag} has no effect on {form} weights. Add --quantize {suitable[0]}, or drop {flag}.")
+
+
+def _formats_with(option: str) -> tuple[str, ...]:
+    """Return the formats that an option has an effect on; () if it has one on all."""
+    if option in ("format", "overrides"):
+        return ()
+    if option == "budget":
+        return ("auto",)
+    names = [name for name in FORMATS if option in {field.name for field in fields(format_class(name))}]
+    names = names or list(FORMATS)  # options that choose layers
+    return (*names, *(["auto"] if "nf4" in names else []))

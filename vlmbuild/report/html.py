@@ -81,10 +81,10 @@ def _model(path: Path, staged: Staged) -> Iterator[str]:
 def _box(region: Region, weights: Sequence[Any], total: int, staged: Staged) -> str:
     size, count = sum(weight.nbytes for weight in weights), sum(weight.parameters for weight in weights)
     flops = evaluate(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
-    share = f"{100 * size / total:.0f}" if total else "0"
-    facts = (
-        f"{8 * size / count:.1f} bits, {human_size(size)}, {share} %" if count else "weights shared with another region"
-    )
+    share = round(100 * size / total) if total else 0
+    facts = "weights shared with another region"
+    if count:
+        facts = f"{8 * size / count:.1f} bits, {human_size(size)}, {share or 'under 1'} %"
     work = "" if flops is None else f"{_scaled(int(flops) * len(region.instances))}FLOPs"
     return (
         f'<li style="--share:{share}%"><b>{_breakable(region.name)}{_many(region)}</b>'
@@ -131,14 +131,10 @@ def _diff(before: str, after: str) -> str:
             continue
         old, new = pair
         if is_equal(old, new):
-            cells.append(f'<code>  {_breakable(old or "")}</code><code class="again">  {_breakable(new or "")}</code>')
+            cells.append(f'<code>  {_code(old or "")}</code><code class="again">  {_code(new or "")}</code>')
         else:
-            cells.append(
-                '<code class="none"></code>' if old is None else f"<del><code>− {_breakable(old)}</code></del>"
-            )
-            cells.append(
-                '<code class="none"></code>' if new is None else f"<ins><code>+ {_breakable(new)}</code></ins>"
-            )
+            cells.append('<code class="none"></code>' if old is None else f"<del><code>− {_code(old)}</code></del>")
+            cells.append('<code class="none"></code>' if new is None else f"<ins><code>+ {_code(new)}</code></ins>")
     return f'<div class="diff" tabindex="0" role="region" aria-label="Before and after">{"".join(cells)}</div>'
 
 
@@ -244,6 +240,11 @@ def _breakable(text: str) -> str:
     return re.sub(r"(?<=[A-Za-z_*])([./(])(?=[\w*%])", r"\1<wbr>", escape(text))
 
 
+def _code(text: str) -> str:
+    """Escape a line of a listing, and allow line breaks before arguments."""
+    return escape(text).replace("(", "(<wbr>")
+
+
 def _id(text: str) -> str:
     """Render an id that breaks into groups of 16 digits."""
     digits = text.removeprefix("sha256:")
@@ -255,4 +256,4 @@ def _scaled(count: int) -> str:
     value, units = float(count), ["", "k", "M", "G", "T", "P"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
-    return f"{value:.1f} {units[0]}"
+    return f"{value:.1f} {units[0]}" if units[0] else f"{count} "

@@ -102,7 +102,7 @@ def test_severities_below_the_limit_do_not_fail(run, locks, tmp_path):
     assert run("check", bad, "--no-kernels", "--fail-on", "interface")[0] == 0
 
 
-def test_update_writes_the_lock_anew(run, locks, tmp_path):
+def test_update_rewrites_the_lock(run, locks, tmp_path):
     good = (locks / "digits-none.lock").read_text()
     bad = spoiled(locks / "digits-none.lock", tmp_path / "bad.lock", "instances = 3", "instances = 4")
     code, out, err = run("check", bad, "--no-kernels", "--update")
@@ -119,7 +119,7 @@ def test_update_keeps_kernels_that_were_not_compiled(run, locks, tmp_path):
     assert read_lock(bad).kernels.table["rotate_kernel bf16"].targets["sm_90"]["registers"] == 8
 
 
-def test_update_writes_locks_of_other_versions_anew(run, locks, tmp_path):
+def test_update_rewrites_locks_of_other_versions(run, locks, tmp_path):
     bad = tmp_path / "bad.lock"
     bad.write_text(re.sub(r'\ntorch = ".*"', '\ntorch = "2.0.0"', (locks / "digits-none.lock").read_text()))
     code, out, _ = run("check", bad, "--no-kernels")

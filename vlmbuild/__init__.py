@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from vlmbuild.train.audit import GradientAudit, audit_gradients
     from vlmbuild.train.callback import TrainingCallback
     from vlmbuild.train.collator import VisionDataCollator
-    from vlmbuild.train.log import TrainingLog
     from vlmbuild.train.lora import add_lora, load_adapter, save_adapter
     from vlmbuild.train.packing import PackedDataset, pack, padding_report
 
@@ -49,7 +48,6 @@ _HOMES = {
     "QuantSpec": "recipe",
     "Recipe": "recipe",
     "TrainingCallback": "train.callback",
-    "TrainingLog": "train.log",
     "UnslothVisionDataCollator": "compat.unsloth",
     "VisionDataCollator": "train.collator",
     "VisionLanguageModel": "runtime.torch.model",
@@ -86,7 +84,6 @@ __all__ = [
     "QuantSpec",
     "Recipe",
     "TrainingCallback",
-    "TrainingLog",
     "UnslothVisionDataCollator",
     "VisionDataCollator",
     "VisionLanguageModel",

@@ -150,11 +150,14 @@ def train(artifact, output, world):
         use_cpu=True,
         train_sampling_strategy="sequential",
     )
-    callback = vlmbuild.TrainingCallback(vlmbuild.TrainingLog(show=None))
-    trainer = Trainer(adapted(artifact), arguments, lambda batches: batches[0], ready(MIXED), callbacks=[callback])
+    callbacks = [vlmbuild.TrainingCallback()]
+    trainer = Trainer(adapted(artifact), arguments, lambda batches: batches[0], ready(MIXED), callbacks=callbacks)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "tokens": [entry.tokens for entry in callback.log.entries]}
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "losses": [entry["loss"] for entry in entries],
+        "tokens": [entry["num_input_tokens_seen"] for entry in entries],
+    }
 
 
 def main(artifact, output, *cases):

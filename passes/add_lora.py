@@ -10,7 +10,8 @@ import torch
 from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.adapters.lora import Lora, linear_features, linear_nodes
+from vlmbuild.adapters.lora import Lora
+from vlmbuild.adapters.select import linear_features, linear_nodes
 from vlmbuild.ir.program import Program, Region, Role, Slot, join
 from vlmbuild.ir.split_region import divide_by
 from vlmbuild.rewrite.pass_manager import PassOutcome

@@ -22,8 +22,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlmbuild
 from vlmbuild import VisionDataCollator
-from vlmbuild.adapters.lora import adaptable_layers
 from vlmbuild.adapters.merge import Merge
+from vlmbuild.adapters.select import adaptable_layers
 from vlmbuild.capture.export import capture
 from vlmbuild.checkpoint.source import PROCESSOR_FILES
 from vlmbuild.errors import BatchError, ParityError, PassError, SourceError, UsageError

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from vlmbuild.adapters.lora import adaptable_layers, matches_module
 from vlmbuild.adapters.peft_files import CONFIG_FILE, Adapter
+from vlmbuild.adapters.select import adaptable_layers, matches_module
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program

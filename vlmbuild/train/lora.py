@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from vlmbuild.adapters.fit import check_fits, trained_parameters, with_module_names
-from vlmbuild.adapters.lora import ALL_LINEAR, AdapterSpec, Lora, Targets, choose
+from vlmbuild.adapters.lora import AdapterSpec, Lora
 from vlmbuild.adapters.peft_files import read_adapter
+from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
 from vlmbuild.builder.build import adapt
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
@@ -103,7 +104,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
     adapt(model.program, spec.loras, spec.trained)
     model.requires_grad_(False)
-    model.adopt_adapter(spec)
+    model.attach_adapter(spec)
 
 
 def _check_free(model: VisionLanguageModel) -> None:

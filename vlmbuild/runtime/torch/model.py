@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from vlmbuild.adapters.lora import AdapterSpec, linear_features, linear_nodes
+from vlmbuild.adapters.lora import AdapterSpec
 from vlmbuild.adapters.peft_files import write_adapter
+from vlmbuild.adapters.select import linear_features, linear_nodes
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.program import Program, Slot
@@ -85,7 +86,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         else:
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
 
-    def adopt_adapter(self, spec: AdapterSpec) -> None:
+    def attach_adapter(self, spec: AdapterSpec) -> None:
         """Take over what passes have added to the program for an adapter: LoRA matrices, which start as PEFT's do (A uniform
         by He et al., arXiv:1502.01852; B zero), and parameters that are trained whole, in float32."""
         for name, slot in self.program.slots():

@@ -8,7 +8,8 @@ import matrix
 import pytest
 import tiny
 
-from vlmbuild.adapters.lora import Lora, Targets, adaptable_layers, choose, with_patterns
+from vlmbuild.adapters.lora import Lora, with_patterns
+from vlmbuild.adapters.select import Targets, adaptable_layers, choose
 from vlmbuild.errors import UsageError
 from vlmbuild.train.lora import add_lora
 

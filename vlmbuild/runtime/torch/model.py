@@ -63,6 +63,8 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self.source: str | None = None
         """What its user called that."""
         self.adapter: AdapterSpec | None = None
+        self.merged_writer: Callable[..., None] | None = None
+        """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
         self.bound: dict[str, BoundRegion] = {}
@@ -265,6 +267,19 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         if self.adapter is None:
             raise UsageError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
         write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
+
+    def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Write an artifact with the adapter merged, by the function that `FastVisionModel` has set.
+
+        Raises:
+            UsageError: The model was loaded in another way.
+        """
+        if self.merged_writer is None:
+            raise UsageError(
+                "save_pretrained_merged belongs to models from FastVisionModel. Save the adapter, and merge it with "
+                "vlmbuild build ARTIFACT --adapter DIRECTORY -o OUTPUT."
+            )
+        self.merged_writer(self, save_directory, *arguments, **options)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that takes a gradient."""

@@ -291,7 +291,7 @@ def test_an_adapter_of_another_model_is_refused(bases, tmp_path):
 
 def test_what_cannot_be_asked_for(bases, tmp_path):
     base, adapter = bases(QWEN)
-    with pytest.raises(UsageError, match="Merge first, then build with auto"):
+    with pytest.raises(UsageError, match="--quantize auto"):
         build(base, tmp_path / "out", Recipe(quantize=QuantSpec("auto", budget=5.0)), adapter=adapter)
     with pytest.raises(UsageError, match="lies in the adapter's folder"):
         build(base, adapter / "out", FLOAT32, adapter=adapter)

@@ -48,7 +48,7 @@ def test_with_the_head_in_pieces(dtype, monkeypatch):
     monkeypatch.setattr(
         loss, "_kernel", lambda logits: cross_entropy_triton
     )  # the interpreter's tensors are on the CPU
-    monkeypatch.setattr(loss, "_PIECE_LOGITS", 3 * 70)
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 3 * 70)
     leaves = [randn(8, 16, dtype=dtype).requires_grad_(), randn(70, 16, dtype=dtype).requires_grad_()]
     targets = torch.tensor([0, 69, -100, 3, 5, -100, 7, 7], device=leaves[0].device)
     total = loss.summed_cross_entropy(

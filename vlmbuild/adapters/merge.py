@@ -1,4 +1,4 @@
-"""An adapter that is merged into the weights of a new artifact: W + scaling * B @ A, a piece at a time."""
+"""Merging of an adapter into the weights of a new artifact: W + scaling * B @ A, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Merge:
     """An adapter in PEFT's format that fits the program.
 
     Attributes:
-        directory: Where its files are.
-        adapter: Its matrices, mapped from them.
-        record: Its files with their digests, as the manifest has them.
+        directory: Directory of its files.
+        adapter: Its matrices, mapped from the files.
+        record: Its files with their digests, as in the manifest.
     """
 
     directory: Path
@@ -35,34 +35,34 @@ class Merge:
     record: Mapping[str, Any]
 
     def changes(self, name: str) -> bool:
-        """Whether the parameter of this (module) name is changed by the adapter."""
+        """Whether the adapter changes the parameter of this module name."""
         return name in self.adapter.trained or name.removesuffix(".weight") in self.adapter.loras
 
     def trained(self, name: str) -> Tensor | None:
-        """The parameter itself, where it was trained whole."""
+        """Return a parameter that was trained whole, else None."""
         return self.adapter.trained.get(name)
 
     def merged(self, name: str, values: Tensor, first: int) -> Tensor:
-        """Flat values of a parameter from its element `first` on, with what LoRA adds to them, in float32."""
+        """Add LoRA's product to flat values of a parameter, which start at its element `first`; in float32."""
         module = name.removesuffix(".weight")
         if module not in self.adapter.loras:
             return values.float()
         down = self.adapter.tensors[f"{module}.lora_A.default.weight"].float()
         up = self.adapter.tensors[f"{module}.lora_B.default.weight"]
         features = down.shape[1]
-        top, bottom = first // features, -(-(first + values.numel()) // features)
-        start = first - top * features
-        product = (up[top:bottom].float() @ down).flatten()[start : start + values.numel()]
+        row, end = first // features, -(-(first + values.numel()) // features)
+        start = first - row * features
+        product = (up[row:end].float() @ down).flatten()[start : start + values.numel()]
         return values.float().add(product, alpha=self.adapter.loras[module].scaling)
 
     def check_unchanged(self) -> None:
-        """Raise SourceError when the adapter's files are no longer those that were read first."""
+        """Raise SourceError if the adapter's files have changed since they were read."""
         if adapter_record(self.directory) != self.record:
-            raise SourceError(f"{self.directory} changed while it was merged. Leave it alone and try again.")
+            raise SourceError(f"{self.directory} changed while it was merged. Run the build again.")
 
 
 def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -> None:
-    """Refuse, before any work, what cannot be merged.
+    """Refuse an adapter that cannot be merged, before any work.
 
     Raises:
         UsageError: The recipe measures layers, or the output lies in the adapter's folder.
@@ -71,17 +71,17 @@ def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -
     path = Path(directory)
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
-            "auto measures the source's weights, and the adapter changes them. Merge first, then build with auto from the "
-            "merged artifact."
+            "auto measures the source's weights, and the adapter changes them. Merge without --quantize first, then build "
+            "the merged artifact with --quantize auto."
         )
     if not path.is_dir():
-        raise SourceError(f"The adapter {path} is not a folder. Give the one that holds {CONFIG_FILE}.")
+        raise SourceError(f"The adapter {path} is not a folder. Pass the folder with {CONFIG_FILE}.")
     if path.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise UsageError(f"The output {output} lies in the adapter's folder {path}. Choose another output.")
 
 
 def read_merge(directory: str | Path, program: Program, family: Family) -> Merge:
-    """An adapter that is to be merged into a program's weights.
+    """Read an adapter to merge into a program's weights.
 
     Raises:
         SourceError: It cannot be read, is not LoRA, holds NaN, or does not fit the program; the tensor is named.
@@ -94,7 +94,7 @@ def read_merge(directory: str | Path, program: Program, family: Family) -> Merge
 
 
 def adapter_record(directory: Path) -> dict[str, Any]:
-    """The manifest's record of an adapter. Raises SourceError when a file cannot be read."""
+    """Return the manifest's record of an adapter. Raises SourceError if a file cannot be read."""
     try:
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
         entries = [{"path": file.name, "size": file.stat().st_size, "digest": hash_file(file)} for file in files]
@@ -104,7 +104,7 @@ def adapter_record(directory: Path) -> dict[str, Any]:
 
 
 def without_adapter(adapter: Adapter) -> Adapter:
-    """The same with nothing learned: B is zero, and nothing was trained whole."""
+    """Return an adapter that changes nothing: B is zero, and nothing was trained whole."""
     tensors = {
         name: torch.zeros_like(tensor) if ".lora_B." in name else tensor for name, tensor in adapter.tensors.items()
     }

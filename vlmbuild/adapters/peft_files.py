@@ -1,4 +1,4 @@
-"""Adapters on disk in PEFT's format: PEFT reads what is written here, and what PEFT writes is read here."""
+"""Adapters on disk in PEFT's format, written for PEFT and read from it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _STORED = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter that was read.
+    """An adapter from a directory.
 
     Attributes:
         loras: Module name -> rank, scale and dropout.
         tensors: The matrices, by the model's parameter names ("...q_proj.lora_A.default.weight").
-        modules: Names of modules that were trained whole, as the config has them.
+        modules: Names of modules that were trained whole, as in the config.
         trained: The parameters of those modules, by the model's names.
     """
 
@@ -62,8 +62,9 @@ def write_adapter(
     ties: Mapping[str, str],
     base: str | None,
 ) -> None:
-    """Write LoRA matrices and the modules that were trained whole. With sharded parameters every process must call it; the
-    first one writes.
+    """Write LoRA matrices and the modules that were trained whole.
+
+    With sharded parameters every process must call it; the first one writes.
 
     Args:
         directory: Created if missing; an adapter in it is replaced.
@@ -90,19 +91,19 @@ def write_adapter(
 
 
 def _stored_tensors(spec: AdapterSpec, parameters: Mapping[str, Tensor], ties: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors by their name in the file. A tied parameter is stored under each of its names, since PEFT unties it."""
+    """Return tensors by name in the file. A tied parameter is stored under each of its names, since PEFT unties it."""
     stored: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if match := _SLOT.fullmatch(name):
             stored[f"{_PREFIX}{match['module']}.{match['part']}.weight"] = parameter
     for name in spec.trained:
-        for alias in (name, *(alias for alias, held in ties.items() if held == name)):
+        for alias in (name, *(alias for alias, owner in ties.items() if owner == name)):
             stored[f"{_PREFIX}{alias}"] = parameters[name]
     return stored
 
 
 def _config(adapter: AdapterSpec, base: str | None) -> dict[str, Any]:
-    """The adapter's config as PEFT has it. The most frequent rank and alpha are the config's; others go by patterns."""
+    """Return the adapter's config for PEFT, with the most frequent rank and alpha, and patterns for others."""
     kinds = Counter(adapter.loras.values())
     common = kinds.most_common(1)[0][0] if kinds else Lora(1, 1.0)
     return {
@@ -123,7 +124,7 @@ def _config(adapter: AdapterSpec, base: str | None) -> dict[str, Any]:
 
 
 def read_adapter(directory: str | Path) -> Adapter:
-    """The adapter in a directory, in PEFT's format.
+    """Read the adapter in a directory, in PEFT's format.
 
     Raises:
         SourceError: A file is missing or malformed, or the adapter is not LoRA with modules trained whole.
@@ -165,11 +166,14 @@ def _adapter(
             loras[module] = with_patterns(lora, module, ranks, alphas)
             tensors[f"{module}.{match['part']}.default.weight"] = tensor
         elif ".lora_" in name or not any(f".{module}." in f".{name}" for module in modules):
-            raise SourceError(f"{path}: {name} is neither a plain LoRA matrix nor part of a module in modules_to_save.")
+            raise SourceError(
+                f"{path}: {name} is neither a plain LoRA matrix nor part of a module in modules_to_save. Save it again with "
+                "PEFT."
+            )
         else:
             trained[name] = tensor
     if not stored:
-        raise SourceError(f"{path} holds no tensors.")
+        raise SourceError(f"{path} holds no tensors. Save the adapter again.")
     return Adapter(loras, tensors, modules, trained)
 
 
@@ -180,14 +184,14 @@ def _check_config(config: Any, path: Path) -> None:
     if config.get("init_lora_weights") not in _PLAIN_INITS:
         unsupported.append(f"init_lora_weights={config['init_lora_weights']!r}")  # it changes the base weights
     if config["peft_type"] != "LORA" or unsupported:
-        found = f"{config['peft_type']}{' with ' + ', '.join(unsupported) if unsupported else ''}"
-        raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {found}. Merge it with PEFT first.")
+        kind = f"{config['peft_type']}{' with ' + ', '.join(unsupported) if unsupported else ''}"
+        raise SourceError(f"{path}: only plain LoRA adapters can be loaded, not {kind}. Merge it with PEFT first.")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, detached, contiguous and on the CPU; gathered from all processes if it is sharded."""
-    found: Any = tensor.detach()
-    if isinstance(found, DTensor):
-        found = found.full_tensor()
-    plain: torch.Tensor = found.cpu().contiguous()
+    """Return a tensor detached, contiguous and on the CPU; gathered from all processes if it is sharded."""
+    detached: Any = tensor.detach()
+    if isinstance(detached, DTensor):
+        detached = detached.full_tensor()
+    plain: torch.Tensor = detached.cpu().contiguous()
     return plain

@@ -1,1 +1,1 @@
-"""What a loaded artifact needs to run: nothing here imports passes, capture or builder."""
+"""Loaded artifacts: everything that running one needs, without passes, capture or builder."""

@@ -1,10 +1,10 @@
 """Regional compilation under a plain `torch.compile(model)`: only the regions' graphs are compiled, each once.
 
-`torch.compile` works by a per-thread callback that sees every Python frame. `swap_compiler` takes the caller's away, so
-that the host prologue and the loop over regions run as they are, and `apply` puts it back around a region's graph. The
-same callback serves when gradient checkpointing calls the region again from backward, where no callback is set. This is
-the only module that touches it; it is private to torch (checked for 2.11 to 2.13), and there is no public way to know the
-backend and options that `torch.compile` was called with.
+`torch.compile` works by a per-thread callback that sees every Python frame. `swap_compiler` removes the caller's callback, so
+that the host prologue and the loop over regions run uncompiled, and `apply` restores it around a region's graph. The same
+callback serves when gradient checkpointing calls the region again from backward, where no callback is set. Only this module
+touches it; it is private to torch (checked for 2.11 to 2.13), and no public function returns the backend and options that
+`torch.compile` was called with.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 Compiler = Any
-"""The callback of the surrounding `torch.compile`; None when there is none."""
+"""Callback of the surrounding `torch.compile`, or None."""
 
 swap_compiler: Callable[[Compiler], Compiler] = set_eval_frame
-"""Set the callback, return the previous one: `compiler = swap_compiler(None)`, later `swap_compiler(compiler)`."""
+"""Set the callback and return the previous one: `compiler = swap_compiler(None)`, later `swap_compiler(compiler)`."""
 
 
 def apply(
     compiler: Compiler, function: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Call a graph's forward under the compiler; None calls it as it is."""
+    """Call a graph's forward under the compiler; None calls it uncompiled."""
     if compiler is None:
         return function(*tensors)
     previous = set_eval_frame(compiler)
@@ -37,7 +37,7 @@ def apply(
 
 
 def mark_dynamic(tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Tell the compiler which sizes change from batch to batch, so that the first trace serves all."""
+    """Mark sizes that change from batch to batch, so that the first trace serves all."""
     for axis, size in enumerate(shape):
         if isinstance(size, str):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)

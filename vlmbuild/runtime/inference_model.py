@@ -1,4 +1,4 @@
-"""What models of exported artifacts have in common: they are called and generate like trainable ones, and cannot train."""
+"""The common base of models of exported artifacts: called and generating like trainable ones, without training."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from vlmbuild.runtime.key_value_cache import KeyValueCache
 
 
 class InferenceModel(GenerationHooks):
-    """A model of an artifact, without weights that could be trained."""
+    """A model of an artifact that cannot be trained."""
 
     training = False
     target: ClassVar[str]
-    """Of the artifact."""
+    """Target of the artifact."""
 
     def __init__(self, family: Family, config: Any, processor: Any, path: Path) -> None:
         self.family = family
         self.config = config
         self.processor = processor
         self.path = path
-        """The artifact that it was loaded from."""
+        """Directory of its artifact."""
         self.generation_config = GenerationConfig.from_model_config(config)
 
     @property
     def device(self) -> torch.device:
-        """Where tensors go in and come out."""
+        """Device of inputs and outputs."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embeddings and logits."""
+        """Dtype of embeddings and logits."""
         raise NotImplementedError
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
-        """(batch, kept tokens, vocabulary) of a prompt, or of the tokens after one."""
+        """Return logits (batch, kept tokens, vocabulary) of a prompt, or of the tokens after one."""
         raise NotImplementedError
 
     def __call__(
@@ -50,10 +50,10 @@ class InferenceModel(GenerationHooks):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
-                that follow, and `attention_mask` is that of all.
-            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
-            **batch: The processor's output.
+            past_key_values: Cache from `new_cache`, which receives the batch's keys and values. Once it has some, `input_ids`
+                are the following tokens, and `attention_mask` covers all.
+            logits_to_keep: Number of last tokens per row that get logits; 0 is all.
+            **batch: Output of the processor.
 
         Returns:
             `.logits` (batch, sequence, vocabulary).
@@ -64,8 +64,7 @@ class InferenceModel(GenerationHooks):
         """
         if batch.pop("labels", None) is not None:
             raise UsageError(
-                f"An artifact of target {self.target} computes no loss. Build the trainable target to train, or leave labels "
-                "out."
+                f"An artifact of target {self.target} computes no loss. Leave labels out, or build with --target trainable."
             )
         check_names(self.family, "model", batch)
         cache = self.new_cache() if past_key_values is None else past_key_values
@@ -74,35 +73,35 @@ class InferenceModel(GenerationHooks):
     forward = __call__
 
     def eval(self) -> Self:
-        """Itself: it has no other mode."""
+        """Return the model: it has no other mode."""
         return self
 
     def train(self, mode: bool = True) -> Self:
-        """Itself for False. Raises UsageError: it has no weights that could be trained."""
+        """Return the model for False. Raises UsageError for True: it cannot be trained."""
         if mode:
-            raise UsageError(f"An artifact of target {self.target} cannot train. Build the trainable target.")
+            raise UsageError(f"An artifact of target {self.target} cannot train. Build with --target trainable.")
         return self
 
     def to(self, *targets: str | torch.device | torch.dtype, **named: str | torch.device | torch.dtype) -> Self:
-        """Itself, if that changes nothing.
+        """Return the model, if that changes nothing.
 
         Args:
             *targets, **named: A device or a dtype, as `torch.nn.Module.to` takes them.
 
         Raises:
-            UsageError: What was exported stays what it is.
+            UsageError: The device or dtype is not the artifact's.
         """
         for target in (*targets, *named.values()):
-            wanted = target if isinstance(target, torch.dtype) else torch.device(target)
-            if wanted not in (self.dtype, self.device):
-                raise UsageError(self._elsewhere(wanted))
+            place = target if isinstance(target, torch.dtype) else torch.device(target)
+            if place not in (self.dtype, self.device):
+                raise UsageError(self._cannot_move(place))
         return self
 
-    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
-        """Why it cannot be there, and what to do."""
+    def _cannot_move(self, target: torch.device | torch.dtype) -> str:
+        """Return the message that a conversion is refused with."""
         raise NotImplementedError
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As options name it."""
+    """Return a dtype's name in options."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A probe before training: does every trainable parameter get a gradient, with gradient checkpointing and without?"""
+"""A check before training that every trainable parameter gets a gradient, with gradient checkpointing and without."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
 
 _SHOWN = 6
 _PROBE = 1e-2
-"""Standard deviation of what stands in for matrices that are still zero."""
+"""Standard deviation of numbers that replace matrices that are still zero."""
 _SAME = 1e-2
-"""Relative difference of the two gradients that counts as the same: bfloat16 rounds, and nothing else differs."""
+"""Relative difference at which two gradients count as equal: bfloat16 rounds, and nothing else differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientAudit:
-    """What was found.
+    """Result of an audit.
 
     Attributes:
         norms: Parameter -> norm of its gradient.
-        loss: Of the batch.
+        loss: Loss of the batch.
     """
 
     norms: Mapping[str, float]
@@ -44,15 +44,15 @@ class GradientAudit:
 def audit_gradients(model: nn.Module, batch: Mapping[str, Any]) -> GradientAudit:
     """Run one batch forward and backward, twice, and fail if a trainable parameter gets no gradient.
 
-    A LoRA adapter starts with B = 0, and then the gradient of A is zero as it should be: small numbers stand in for such a B
-    meanwhile. Nothing of the model is changed: parameters, gradients, mode, checkpointing and random state are as before.
+    A LoRA adapter starts with B = 0, where the gradient of A is rightly zero: small numbers replace such a B during the audit.
+    Afterwards parameters, gradients, mode, checkpointing and random state are as before.
 
     Args:
-        model: What is to be trained; may be compiled or wrapped (the model itself is run).
-        batch: As for training, with `labels`; with images if anything about images is trained.
+        model: Model to train; may be compiled or wrapped (the model itself is run).
+        batch: Training batch with `labels`, and with images if parameters for images are trained.
 
     Raises:
-        GradientError: A parameter has no gradient, a zero or non-finite one, or another one with checkpointing; it is named.
+        GradientError: A gradient is missing, zero, not finite, or differs with checkpointing; the parameter is named.
         UsageError: Nothing is trainable, or the batch has no labels.
     """
     model = unwrap(model)
@@ -60,7 +60,7 @@ def audit_gradients(model: nn.Module, batch: Mapping[str, Any]) -> GradientAudit
     if not parameters:
         raise UsageError("The model has no trainable parameter. Call vlmbuild.add_lora(model) first.")
     if batch.get("labels") is None:
-        raise UsageError("The audit needs a batch with labels, as for training.")
+        raise UsageError("The audit needs a batch with labels. Pass one from your training data.")
     with _probing(model, parameters):
         model.checkpointing = None
         loss, plain = _gradients(model, parameters, batch)
@@ -80,13 +80,13 @@ def _gradients(
         loss = model(**batch).loss
         if not loss.requires_grad:
             return float(loss), dict.fromkeys(parameters)
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return float(loss.detach()), dict(zip(parameters, found, strict=True))
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
 
 
 @contextmanager
 def _probing(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Training mode, and something in the place of zero matrices."""
+    """Set training mode, and replace zero matrices."""
     training, checkpointing = model.training, model.checkpointing
     zeros = [p for name, p in parameters.items() if ".lora_B." in name and not p.any()]
     generator = torch.Generator().manual_seed(0)
@@ -105,19 +105,16 @@ def _probing(model: VisionLanguageModel, parameters: Mapping[str, nn.Parameter])
 
 
 def _fault(plain: Tensor | None, recomputed: Tensor | None) -> str:
-    """What is wrong with a parameter's gradients, or ""."""
+    """Return the fault of a parameter's gradients, or ""."""
+    if plain is None or recomputed is None:
+        return "no gradient" if plain is None else "no gradient with checkpointing"
     for gradient, when in ((plain, ""), (recomputed, " with checkpointing")):
-        if gradient is None:
-            return f"no gradient{when}"
         if not torch.isfinite(gradient).all():
             return f"a gradient that is not finite{when}"
         if not gradient.any():
             return f"a gradient of zero{when}"
-    assert plain is not None
-    assert recomputed is not None
-    if (plain - recomputed).norm() > _SAME * plain.norm():
-        return "another gradient with checkpointing than without"
-    return ""
+    differs = (plain - recomputed).norm() > _SAME * plain.norm()
+    return "another gradient with checkpointing than without" if differs else ""
 
 
 def _present(gradients: Mapping[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
@@ -129,8 +126,8 @@ def _message(faults: Mapping[str, str], trainable: int, batch: Mapping[str, Any]
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
     images = any(key.startswith("pixel_values") and value is not None for key, value in batch.items())
     hint = (
-        "They would never be trained: freeze them, or see what cuts them off from the loss."
+        "Freeze them, or find out why the loss does not depend on them."
         if images
-        else "The batch has no image; audit with one that has, if something about images is trained."
+        else "The batch has no image. Audit with one that has, if parameters for images are trained."
     )
     return f"{len(faults)} of {trainable} trainable parameters would not be trained: {shown}{more}. {hint}"

@@ -1,4 +1,4 @@
-"""Chat samples as their users write them, read into one form: plain messages, and the images that their placeholders mean."""
+"""Chat samples in the forms that users write, read into one: plain messages, and the images of their placeholders."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Conversation:
     """One sample.
 
     Attributes:
-        where: How messages call it: its number and the beginning of what its user says.
-        messages: Role and content; content is a string, or parts that are text or a placeholder of an image.
+        where: Its name in error messages: its number and the beginning of its first user message.
+        messages: Role and content; content is a string, or parts: text or a placeholder of an image.
         images: PIL images, arrays or paths, in the order of the placeholders.
-        first_response: Assistant turns from this message on are responses; earlier ones belong to the prompt.
+        first_response: Index of the first message whose assistant turns are responses; earlier ones belong to the prompt.
     """
 
     where: str
@@ -32,18 +32,18 @@ class Conversation:
 
 
 def read_conversation(example: Any, number: int) -> Conversation:
-    """A sample of a chat data set.
+    """Read a sample of a chat data set.
 
     Args:
         example: Has "messages", or "prompt" and "completion" (lists of messages; only the completion is a response), each
             message with "role" and "content". Images are in the content ({"type": "image", "image": ...}; "path" and "url"
             are taken too), or in a column "images" (a list) or "image" (one) in the order of the placeholders
-            {"type": "image"}. Without any placeholder they go before the first user's message. Keys that are None, as
-            tables have them, are as good as missing.
-        number: Of the sample in its batch, for messages.
+            {"type": "image"}. Without any placeholder they go before the first user's message. Keys that are None, as in
+            tables, count as missing.
+        number: Number of the sample in its batch, for error messages.
 
     Raises:
-        BatchError: It is none of this, or has more or fewer images than placeholders.
+        BatchError: The form is another one, or there are more or fewer images than placeholders.
     """
     where = f"Sample {number}"
     prompt, completion = _turns(example, where)
@@ -58,12 +58,12 @@ def read_conversation(example: Any, number: int) -> Conversation:
 
 
 def _turns(example: Any, where: str) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Messages of the prompt, in which no turn is a response, and the others."""
-    found = example if isinstance(example, Mapping) else {}
-    whole = found.get("messages")
-    prompt, completion = ((), whole) if whole is not None else (found.get("prompt"), found.get("completion"))
+    """Return messages of the prompt, in which no turn is a response, and the others."""
+    sample = example if isinstance(example, Mapping) else {}
+    whole = sample.get("messages")
+    prompt, completion = ((), whole) if whole is not None else (sample.get("prompt"), sample.get("completion"))
     if prompt is None or completion is None or not (_is_list(prompt) and _is_list(completion) and completion):
-        keys = ", ".join(map(str, found)) or type(example).__name__
+        keys = ", ".join(map(str, sample)) or type(example).__name__
         raise BatchError(
             f'{where} has no "messages" (or "prompt" and "completion"): a list of {{"role": ..., "content": ...}}; it has: '
             f"{keys}. transformers.Trainer removes columns unless remove_unused_columns=False."
@@ -76,13 +76,13 @@ def _is_list(value: Any) -> bool:
 
 
 def _message(message: Any, pictures: list[Any], where: str) -> Message:
-    """A message of its own, without empty keys; what its placeholders hold (None for nothing) is added to `pictures`."""
+    """Copy a message without empty keys; append the images of its placeholders, or None, to `pictures`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BatchError(f'{where}: a message must be {{"role": ..., "content": ...}}, not {str(message)[:80]!r}.')
     if dropped := sorted(key for key, value in message.items() if value and key not in ("role", "content")):
         raise BatchError(
-            f"{where}: the {message['role']} message has {dropped[0]!r}, which would be lost. Write what the model is to see "
-            "into the content."
+            f"{where}: the {message['role']} message has {dropped[0]!r}, which would be lost. Write it into the content if "
+            "the model shall see it."
         )
     content = message.get("content")
     if isinstance(content, str):
@@ -96,11 +96,11 @@ def _message(message: Any, pictures: list[Any], where: str) -> Message:
 
 
 def _part(part: Any, pictures: list[Any], where: str) -> dict[str, Any]:
-    found = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    if found.get("type") == "text" and isinstance(found.get("text"), str):
-        return {"type": "text", "text": found["text"]}
-    if found.get("type") == "image":
-        pictures.append(next((found[key] for key in ("image", "path", "url") if key in found), None))
+    values = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    if values.get("type") == "text" and isinstance(values.get("text"), str):
+        return {"type": "text", "text": values["text"]}
+    if values.get("type") == "image":
+        pictures.append(next((values[key] for key in ("image", "path", "url") if key in values), None))
         return {"type": "image"}
     raise BatchError(
         f'{where}: a content part must be {{"type": "text", "text": ...}} or {{"type": "image", "image": ...}}, not '
@@ -109,7 +109,7 @@ def _part(part: Any, pictures: list[Any], where: str) -> dict[str, Any]:
 
 
 def _column(example: Mapping[str, Any]) -> list[Any]:
-    """The images beside the messages."""
+    """Return the images beside the messages."""
     images, image = example.get("images"), example.get("image")
     if images is None:
         return [] if image is None else [image]
@@ -117,10 +117,10 @@ def _column(example: Mapping[str, Any]) -> list[Any]:
 
 
 def _with_placeholders(messages: list[Message], count: int, where: str) -> list[Message]:
-    """With placeholders before what the first user says, where TRL puts them too."""
+    """Put placeholders before the first user message, where TRL puts them too."""
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
-        raise BatchError(f"{where} has {count} images but no user message that they could belong to.")
+        raise BatchError(f"{where} has {count} images but no user message to put them into. Add one, or placeholders.")
     content = messages[first]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     placed = {"role": "user", "content": [*({"type": "image"} for _ in range(count)), *parts]}
@@ -128,7 +128,7 @@ def _with_placeholders(messages: list[Message], count: int, where: str) -> list[
 
 
 def _match(pictures: list[Any], column: list[Any], where: str) -> list[Any]:
-    """The images of all placeholders: what they hold themselves, and the column's in the others, in order."""
+    """Return the images of all placeholders: their own, and the column's for the others, in order."""
     if not pictures:
         return column
     empty = sum(picture is None for picture in pictures)
@@ -142,7 +142,7 @@ def _match(pictures: list[Any], column: list[Any], where: str) -> list[Any]:
 
 
 def _quoted(messages: Sequence[Message]) -> str:
-    """The beginning of the first user's text, in brackets."""
+    """Return the beginning of the first user's text, in brackets."""
     for message in messages:
         if message["role"] == "user":
             content = message["content"]

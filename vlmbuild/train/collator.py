@@ -1,4 +1,4 @@
-"""Chat samples with images -> a batch with labels: loss on the responses only, and no image that truncation has cut."""
+"""Collator from chat samples with images to a batch with labels, on responses only, without cutting images."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vlmbuild.train.responses import render
 from vlmbuild.util.validation import one_of
 
 IGNORED = -100
-"""Label of a token that the loss leaves out."""
+"""Label of a token that the loss ignores."""
 
 
 class Measure(NamedTuple):
-    """What a sample will cost.
+    """The cost of a sample.
 
     Attributes:
-        tokens: With those of its images, and after `max_length`.
-        images: Their number.
-        fits: Whether `max_length` leaves it all its images and the beginning of a response.
+        tokens: Tokens, including its images', after truncation to `max_length`.
+        images: Number of images.
+        fits: Whether all its images and the beginning of a response fit into `max_length`.
     """
 
     tokens: int
@@ -39,7 +39,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A conversation, rendered; its tokens without those of media, and which of them are labels."""
+    """A rendered conversation; its tokens, with one per image, and which of them are labels."""
 
     conversation: Conversation
     text: str
@@ -51,17 +51,16 @@ class VisionDataCollator:
     """Batches for `model(**batch)`, for transformers' and TRL's trainers and for a DataLoader (it can be pickled).
 
     Args:
-        processor: The model's; `vlmbuild.load` returns it.
-        max_length: Most tokens of a sample, those of its images included. What is longer loses its end, but never a part
-            of an image.
-        responses_only: Labels are what the assistant must write, with the token that ends its turn; else all the text.
-            Tokens of media and padding are never labels.
+        processor: Processor of the model; `vlmbuild.load` returns it.
+        max_length: Most tokens of a sample, including its images'. Longer ones lose their end, but never a part of an image.
+        responses_only: Labels are the assistant's responses, with the token that ends the turn; otherwise all text. Tokens of
+            images, videos and padding are never labels.
         padding_side: "right" or "left".
-        overlong: Of a sample whose images, or first response, lie beyond `max_length`: "error", or "drop" it, with a
+        overlong: Treatment of a sample whose images, or first response, lie beyond `max_length`: "error", or "drop" with a
             warning that counts.
-        size: Lower limits for images than the processor's own, in its own terms: {"longest_edge": pixels}.
+        size: Lower limits for images than the processor's own, in the same terms: {"longest_edge": pixels}.
         template_options: Further values for the chat template, for example {"add_vision_id": True}, or {"date_string": ...}
-            where a template writes today's date.
+            for a template that writes today's date.
 
     Raises:
         UsageError: The processor is none, has no chat template or no padding token, or an option is not valid.
@@ -96,13 +95,13 @@ class VisionDataCollator:
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """
         Args:
-            examples: Samples (`read_conversation` says of what form), or packs: lists of samples.
+            examples: Samples (see `read_conversation`), or packs: lists of samples.
 
         Returns:
-            What the processor returns, and `labels`, int64 (batch, sequence), -100 for what is not learned.
+            The processor's batch, and `labels`, int64 (batch, sequence), -100 for ignored tokens.
 
         Raises:
-            BatchError: A sample is malformed, has no response, has other images than placeholders, or is overlong.
+            BatchError: A sample is malformed, has no response, more or fewer images than placeholders, or is overlong.
         """
         flat = [sample for example in examples for sample in (example if isinstance(example, list) else [example])]
         samples = self._samples(flat)
@@ -114,20 +113,20 @@ class VisionDataCollator:
         return self._trimmed(batch)
 
     def measure(self, example: Any) -> Measure:
-        """The cost of a sample, from the size of its images: files are opened, but no pixel is decoded.
+        """Return the cost of a sample from the sizes of its images: files are opened, but no pixel is decoded.
 
         Raises:
             BatchError: The sample is malformed.
         """
         sample = self._samples([example])[0]
         sizes = [image_size(image, sample.conversation.where) for image in sample.conversation.images]
-        places = (sample.ids == self.processor.image_token_id).nonzero().squeeze(1)
+        images = (sample.ids == self.processor.image_token_id).nonzero().squeeze(1)
         lengths = torch.ones_like(sample.ids)
-        lengths[places] = torch.tensor(
+        lengths[images] = torch.tensor(
             [self.family.image_tokens(self.processor, *size) for size in sizes], dtype=torch.int64
         )
         ends = lengths.cumsum(0).tolist()
-        tokens, needed = ends[-1], max(ends[int(place)] for place in (sample.learned.int().argmax(), *places))
+        tokens, needed = ends[-1], max(ends[int(index)] for index in (sample.learned.int().argmax(), *images))
         limit = tokens if self.max_length is None else self.max_length
         return Measure(min(tokens, limit), len(sizes), needed <= limit)
 
@@ -138,15 +137,15 @@ class VisionDataCollator:
             raise BatchError("The batch has no samples.")
         conversations = [read_conversation(example, number) for number, example in enumerate(examples)]
         rendered = [render(talk, self.processor, self.template_options, self.ends) for talk in conversations]
-        made = self.processor.tokenizer(
+        encoded = self.processor.tokenizer(
             [one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
         samples = []
         for number, (talk, one) in enumerate(zip(conversations, rendered, strict=True)):
             self._check_placeholders(talk, one.text)
-            ids = torch.tensor(made["input_ids"][number])
+            ids = torch.tensor(encoded["input_ids"][number])
             spans = one.spans if self.responses_only else ((0, len(one.text)),)
-            learned = _within(made["offset_mapping"][number], spans) & ~torch.isin(ids, self.media)
+            learned = _within(encoded["offset_mapping"][number], spans) & ~torch.isin(ids, self.media)
             if not learned.any():
                 raise BatchError(
                     f"{talk.where} has no response to learn: it needs an assistant message (in the completion, if there is "
@@ -160,16 +159,16 @@ class VisionDataCollator:
         if written != len(talk.images):
             raise BatchError(
                 f"{talk.where} has {len(talk.images)} images, but its text has {written} image tokens "
-                f"({self.processor.image_token}) after the chat template. The template must write one for each "
-                "image part, and the texts themselves none."
+                f"({self.processor.image_token}) after the chat template. Use a template that writes one for each "
+                "image part, and texts without any."
             )
 
     # Images ---------------------------------------------------------------------------------------------------------
 
     def _process(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
-        """The processor's batch, padded on the right, and its labels."""
+        """Return the processor's batch, padded on the right, and its labels."""
         images = [[open_image(image, one.conversation.where) for image in one.conversation.images] for one in samples]
-        made = self.processor(
+        batch = self.processor(
             text=[one.text for one in samples],
             **({"images": images} if any(images) else {}),
             padding=True,
@@ -177,28 +176,28 @@ class VisionDataCollator:
             add_special_tokens=False,
             return_tensors="pt",
         )
-        batch = {key: value for key, value in made.items() if isinstance(value, Tensor)}
-        return {**batch, "labels": self._labels(samples, batch)}
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        return {**tensors, "labels": self._labels(samples, tensors)}
 
     def _labels(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> Tensor:
-        """Each placeholder has become a run of media tokens; all other tokens are the same, in the same order."""
+        """Place labels: each placeholder has become a run of image tokens; other tokens are the same, in the same order."""
         labels = torch.full_like(batch["input_ids"], IGNORED)
         for row, (sample, ids) in enumerate(zip(samples, batch["input_ids"], strict=True)):
-            places = (batch["attention_mask"][row].bool() & ~torch.isin(ids, self.media)).nonzero().squeeze(1)
+            positions = (batch["attention_mask"][row].bool() & ~torch.isin(ids, self.media)).nonzero().squeeze(1)
             text = ~torch.isin(sample.ids, self.media)
-            if not torch.equal(ids[places], sample.ids[text]):
+            if not torch.equal(ids[positions], sample.ids[text]):
                 raise BatchError(
                     f"{sample.conversation.where}: the processor has changed the text besides its images, so that labels "
-                    "cannot be placed. The chat template must write all special tokens, the first one (bos) too."
+                    "cannot be placed. Use a chat template that writes all special tokens, the first one (bos) too."
                 )
-            learned = places[sample.learned[text]]
+            learned = positions[sample.learned[text]]
             labels[row, learned] = ids[learned]
         return labels
 
     # Length ---------------------------------------------------------------------------------------------------------
 
     def _fitting(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> list[int]:
-        """Numbers of the samples that keep their images and a label within `max_length`."""
+        """Return numbers of the samples that keep their images and a label within `max_length`."""
         if self.max_length is None:
             return list(range(len(samples)))
         lengths = batch["attention_mask"].sum(1).tolist()
@@ -221,14 +220,14 @@ class VisionDataCollator:
             raise BatchError(f'{reason} {remedy} Or leave such samples out: overlong="drop".')
         if not kept:
             raise BatchError(
-                f"Nothing is left of the batch. {reason} {remedy} Or leave such samples out of the data set: those with "
-                "collator.measure(sample).fits are kept."
+                f"Nothing is left of the batch. {reason} {remedy} Or keep only samples with "
+                "collator.measure(sample).fits in the data set."
             )
         warnings.warn(f"{len(left_out)} of {len(samples)} samples left out. {reason}", stacklevel=3)
         return kept
 
     def _trimmed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cut to `max_length` at the end, and padded on the side that is asked for."""
+        """Cut a batch to `max_length` at the end, and pad it on the chosen side."""
         rows = self.family.input_layout
         lengths = batch["attention_mask"][:, : self.max_length].sum(1)
         for key in ("input_ids", "attention_mask", "labels", *(key for key in rows if rows[key] == "token")):
@@ -241,7 +240,7 @@ class VisionDataCollator:
 def _check_processor(processor: Any) -> None:
     if not getattr(processor, "chat_template", None):
         raise UsageError(
-            "The processor has no chat template, so that conversations cannot be written as the model knows them. Use the "
+            "The processor has no chat template to write conversations in the model's format. Use the "
             "processor that vlmbuild.load returns, or set processor.chat_template to the model's published one."
         )
     if processor.tokenizer.pad_token_id is None:
@@ -252,12 +251,12 @@ def _check_processor(processor: Any) -> None:
 
 
 def _with_size(processor: Any, size: Mapping[str, int], family: Any) -> Any:
-    """The processor with lower limits for images; the given one stays as it is."""
+    """Copy the processor with lower limits for images."""
     own = dict(processor.image_processor.size)
     for key, value in size.items():
         if key not in family.resizable_keys:
             known = ", ".join(family.resizable_keys) or f"none: {family.title} has images of one size"
-            raise UsageError(f"size: {key!r} cannot be set. Limits that can: {known}.")
+            raise UsageError(f"size: {key!r} cannot be set. Pass one of these limits: {known}.")
         if not isinstance(value, int) or not 1 <= value <= own[key]:
             raise UsageError(f"size: {key} must be from 1 to {own[key]}, the limit of the processor; got {value!r}.")
     chosen = {**own, **size}
@@ -272,24 +271,27 @@ def _with_size(processor: Any, size: Mapping[str, int], family: Any) -> Any:
 
 
 def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens lie in one of the spans, whole: bool (tokens,). One that begins before a response is no label: the model
-    is given its first part and cannot write the rest of it as this token."""
+    """Return bool (tokens,): which tokens lie in one of the spans, whole.
+
+    A token that begins before a response is no label: its first part belongs to the prompt, and the model cannot write the
+    rest as this token.
+    """
     flags = [any(start <= first < last <= end for start, end in spans) for first, last in offsets]
     return torch.tensor(flags, dtype=torch.bool)
 
 
 def _first(flags: Tensor) -> Tensor:
-    """Length of the shortest beginning of each row that has a true value: int64 (rows,)."""
+    """Return the length of each row up to its first true value: int64 (rows,)."""
     return flags.int().argmax(1) + 1
 
 
 def _last(flags: Tensor) -> Tensor:
-    """Length of the shortest beginning of each row that has all its true values: int64 (rows,)."""
+    """Return the length of each row up to its last true value: int64 (rows,)."""
     return (flags * torch.arange(1, flags.shape[1] + 1)).amax(1)
 
 
 def _padded_on_the_left(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Rows (batch, sequence, ...) that are padded on the right, with their padding on the left."""
+    """Move the padding of rows (batch, sequence, ...) from right to left."""
     width = values.shape[1]
     moved = torch.stack([row.roll(width - length, 0) for row, length in zip(values, lengths, strict=True)])
     if values.ndim > 2:  # which images a token sees: padding before all images sees none

@@ -1,4 +1,4 @@
-"""LoRA adapters on a loaded model: new ones, and those that a directory holds in PEFT's format."""
+"""LoRA adapters on a loaded model: new ones, and adapters from a directory in PEFT's format."""
 
 from __future__ import annotations
 
@@ -34,18 +34,17 @@ def add_lora(
 ) -> None:
     """Freeze the model and add a trainable LoRA adapter to its linear layers, plain or quantized, in place.
 
-    What a layer is (language or vision, attention or MLP) is read from the graph, not from its name.
+    The graph, not its name, decides whether a layer is language or vision, attention or MLP.
 
     Args:
-        model: From `vlmbuild.load`; may be compiled already.
+        model: Model from `vlmbuild.load`; may be compiled already.
         r: Rank.
         alpha: Scale is alpha / r; None is 2 r.
         dropout: Probability that a channel of an adapter's input is zeroed, in training.
-        target: "all-linear" (those of the language model and, with `vision`, of the vision tower), roles ("language",
-            "vision", "projector", or "head" where it has a weight of its own), names as PEFT has them ("q_proj"), patterns
-            ("*.layers.0.*"), or several of these.
-        language, vision: Whether layers of the language model and of the vision tower may be chosen.
-        attention, mlp: Whether those that belong to attention, and the other ones of blocks, may be chosen.
+        target: "all-linear" (the language model and, with `vision`, the vision tower), roles ("language", "vision",
+            "projector", or "head" if it is not tied), names as in PEFT ("q_proj"), patterns ("*.layers.0.*"), or several.
+        language, vision: Allow layers of the language model, and of the vision tower.
+        attention, mlp: Allow layers of attention, and the other layers of blocks.
         layers: Numbers of the blocks to adapt; None is all.
         use_rslora: Scale is alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: Modules to train whole, in float32: "lm_head", "embed_tokens", "visual.merger",
@@ -66,11 +65,11 @@ def add_lora(
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Give a model without an adapter the one that a directory holds in PEFT's format, trainable.
+    """Add the adapter from a directory in PEFT's format to a model without one, trainable.
 
     Raises:
         UsageError: The model has an adapter already.
-        SourceError: It is not a LoRA adapter, or it does not fit the model; the tensor is named. The model is then as it was.
+        SourceError: It is no LoRA adapter, or does not fit the model; the tensor is named, and the model is unchanged.
     """
     model = unwrap(model)
     _check_free(model)
@@ -86,12 +85,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write what training has changed: LoRA matrices, and the modules that were trained whole.
+    """Write the trained parameters: LoRA matrices, and the modules that were trained whole.
 
     With sharded parameters every process must call it; the first one writes.
 
     Args:
-        model: Has an adapter; may be compiled or wrapped for several processes.
+        model: Model with an adapter; may be compiled or wrapped for several processes.
         directory: Created if missing; an adapter in it is replaced.
 
     Raises:
@@ -109,7 +108,7 @@ def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
 
 def _check_free(model: VisionLanguageModel) -> None:
     if model.adapter is not None:
-        raise UsageError("The model has an adapter already; load the artifact again for another one.")
+        raise UsageError("The model has an adapter already. Load the artifact again for another one.")
 
 
 def _inside(module: str, trained: Mapping[str, object]) -> bool:

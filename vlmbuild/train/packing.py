@@ -1,8 +1,8 @@
-"""Packs of samples with a steady number of tokens: what a step computes, since the model computes no padding.
+"""Packs of samples with a steady number of tokens, which a step's cost follows: the model computes no padding.
 
-The model puts the tokens of all samples of a batch in one row, each sample an attention segment with positions of its own. So
-a padded batch costs what its samples have, and batches of equal numbers of samples cost unequal amounts. A pack holds as many
-samples as fit a budget.
+The model puts the tokens of all samples of a batch in one row, each sample an attention segment with its own positions. A
+padded batch thus costs as much as its samples, and batches of equal numbers of samples cost unequal amounts. A pack holds as
+many samples as fit a budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlmbuild.train.collator import Measure, VisionDataCollator
 from vlmbuild.util.validation import one_of
 
 WINDOW = 1024
-"""Samples among which companions are sought: more fill packs better and mix samples less."""
+"""Samples that are packed among each other: more fill packs better and mix samples less."""
 
 Overlong = Literal["error", "alone"]
 
@@ -36,15 +36,15 @@ def pack(
     seed: int = 0,
     overlong: Overlong = "error",
 ) -> list[list[int]]:
-    """Samples in packs of at most `max_tokens` tokens: best-fit decreasing within windows of the shuffled samples.
+    """Pack samples into at most `max_tokens` tokens each: best-fit decreasing within windows of the shuffled samples.
 
     Args:
         lengths: Tokens of every sample.
-        max_tokens: The budget of a pack.
-        groups: Only samples of equal groups share a pack; None: all may.
-        window: Samples of a window.
-        seed: Of the shuffling; the same arguments give the same packs.
-        overlong: Of a sample longer than the budget: "error", or a pack of its own ("alone").
+        max_tokens: Budget of a pack.
+        groups: Group of every sample; only equal groups share a pack. None allows all.
+        window: Number of samples of a window.
+        seed: Seed of the shuffling; the same arguments give the same packs.
+        overlong: Treatment of a sample longer than the budget: "error", or its own pack ("alone").
 
     Returns:
         Indices into `lengths`, each exactly once.
@@ -63,7 +63,7 @@ def pack(
         if length > max_tokens and overlong == "error":
             raise BatchError(
                 f"Sample {index} of the data set has {length} tokens, more than the {max_tokens} of a pack. Raise max_tokens, "
-                'keep fewer pixels per image, set the collator\'s max_length, or allow it a pack of its own: overlong="alone".'
+                'keep fewer pixels per image, set the collator\'s max_length, or pass overlong="alone" for its own pack.'
             )
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - an order, no secret
@@ -78,12 +78,12 @@ def pack(
 
 
 def _best_fit(members: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Longest first, each into the fullest pack that has room (Johnson et al., 1974: at most 11/9 of the fewest packs)."""
+    """Put each, longest first, into the fullest pack with room (Johnson et al., 1974: at most 11/9 of the fewest packs)."""
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, number of the pack), ascending
     for index in sorted(members, key=lambda index: -lengths[index]):
-        place = bisect.bisect_left(room, (lengths[index], -1))
-        free, number = room.pop(place) if place < len(room) else (max_tokens, len(packs))
+        slot = bisect.bisect_left(room, (lengths[index], -1))
+        free, number = room.pop(slot) if slot < len(room) else (max_tokens, len(packs))
         if number == len(packs):
             packs.append([])
         packs[number].append(index)
@@ -92,23 +92,23 @@ def _best_fit(members: Sequence[int], lengths: Sequence[int], max_tokens: int) -
 
 
 class PackedDataset(Dataset[list[Any]]):
-    """A data set whose items are packs: lists of samples, which `VisionDataCollator` takes. Use it with a batch size of 1 in
-    a DataLoader or transformers' Trainer; TRL's SFTTrainer takes no data sets but those of `datasets`.
+    """A data set whose items are packs: lists of samples, which `VisionDataCollator` accepts.
 
-    Where the model computes the images that pad a batch (Llama 3.2 Vision), only samples with equally many images share a
-    pack. A sample in a pack is then computed as it is alone.
+    Use it with a batch size of 1 in a DataLoader or transformers' Trainer; TRL's SFTTrainer only accepts data sets of
+    `datasets`. If the model computes the images that pad a batch (Llama 3.2 Vision), only samples with equally many images
+    share a pack, so that a sample has the same results in a pack and alone.
 
     Args:
-        dataset: Samples by index; `measure` of the collator says what each costs, once, when this is made.
-        collator: Of these samples.
+        dataset: Samples by index. The collator measures each once, when the packs are made.
+        collator: Collator of these samples.
         max_tokens: Most tokens of a pack.
-        seed: Of the shuffling.
-        overlong: Of a sample longer than that: "error", or a pack of its own ("alone").
+        seed: Seed of the shuffling.
+        overlong: Treatment of a sample longer than that: "error", or its own pack ("alone").
 
     Attributes:
-        indices: Of the data set's samples that are packed: all, but for those that the collator drops as overlong.
-        lengths: Tokens of each of them.
-        packs: Places in `indices`.
+        indices: Indices of the packed samples: all, except those that the collator drops as overlong.
+        lengths: Tokens of each packed sample.
+        packs: Positions in `indices`.
 
     Raises:
         BatchError: A sample is malformed, or too long.
@@ -136,11 +136,11 @@ class PackedDataset(Dataset[list[Any]]):
         return len(self.packs)
 
     def __getitem__(self, number: int) -> list[Any]:
-        return [self.dataset[self.indices[place]] for place in self.packs[number]]
+        return [self.dataset[self.indices[position]] for position in self.packs[number]]
 
 
 def _fitting(measured: Sequence[tuple[int, Measure]], collator: VisionDataCollator) -> list[int]:
-    """Indices of the samples that the collator can cut to its `max_length`; now, and not in the middle of training."""
+    """Return indices of the samples that the collator can cut to `max_length`, to fail now and not during training."""
     left_out = [index for index, measure in measured if not measure.fits]
     if left_out:
         what = (
@@ -158,13 +158,13 @@ class PaddingReport:
     """Padding and steadiness before and after packing; `str` of it is a table.
 
     Attributes:
-        tokens: Of all samples.
-        batch_size: Samples of a padded batch, taken in the order of the data set.
-        batches: Their number.
-        padded: Places in padded batches, padding included: what a model computes that computes its padding.
+        tokens: Tokens of all samples.
+        batch_size: Samples of a padded batch, in the order of the data set.
+        batches: Number of padded batches.
+        padded: Tokens in padded batches, padding included.
         batch_range: Least and most tokens of a batch, padding included.
-        packs: Their number.
-        packed: Places in packs, which is what this model computes of them.
+        packs: Number of packs.
+        packed: Tokens in packs, all of which the model computes.
         pack_range: Least and most tokens of a pack.
         budget: Most tokens that a pack may have, or that the fullest has.
     """
@@ -186,7 +186,7 @@ class PaddingReport:
 
     @property
     def padding_after(self) -> float:
-        """Share of padding in what this model computes of packs: none, as long as packs hold every sample once."""
+        """Share of padding in packs: none, as long as packs hold every sample once."""
         return 1 - self.tokens / self.packed
 
     @property
@@ -208,16 +208,16 @@ class PaddingReport:
 def padding_report(
     lengths: Sequence[int], packs: Sequence[Sequence[int]], batch_size: int, max_tokens: int | None = None
 ) -> PaddingReport:
-    """What padded batches of `batch_size` samples compute, beside packs.
+    """Compare padded batches of `batch_size` samples with packs.
 
     Args:
         lengths: Tokens of every sample.
         packs: From `pack`, or the attribute of a `PackedDataset`.
         batch_size: Samples of a padded batch.
-        max_tokens: The packs' budget; None: what the fullest has.
+        max_tokens: Budget of a pack; None is the tokens of the fullest.
 
     Raises:
-        UsageError: There are no samples, the packs are not of these samples, or the batch size is not positive.
+        UsageError: There are no samples, the packs belong to other samples, or the batch size is not positive.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1; got {batch_size}.")

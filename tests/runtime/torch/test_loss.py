@@ -28,7 +28,7 @@ def case(rows=37, hidden=24, vocabulary=101, dtype=torch.float32, trained=True):
 @pytest.mark.parametrize("trained", [True, False])
 def test_value_and_gradients_are_the_whole_products(monkeypatch, pieces, trained):
     states, tensors, targets = case(trained=trained)
-    monkeypatch.setattr(losses, "_PIECE_LOGITS", -(-37 // pieces) * 101)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", -(-37 // pieces) * 101)
     leaves = [states, *(tensors if trained else ())]
     ours = summed_cross_entropy(head, tensors, states, targets, 101)
     theirs = cross_entropy(linear(states.double(), *(t.double() for t in tensors)), targets, reduction="sum")
@@ -50,7 +50,7 @@ def test_bfloat16_is_no_worse_than_the_whole_product():
 
 
 def test_no_more_logits_than_a_piece_are_there_at_once(monkeypatch):
-    monkeypatch.setattr(losses, "_PIECE_LOGITS", 4 * 101)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 4 * 101)
     states, tensors, targets = case(rows=40)
     seen = []
     summed_cross_entropy(lambda t, s: seen.append(s.shape[1]) or head(t, s), tensors, states, targets, 101)

@@ -175,7 +175,7 @@ def test_loaded_model_says_what_it_is_not(pair):
     batch = next(iter(cases(processor))).batch
     with pytest.raises(UsageError, match="computes no loss"):
         model(**batch, labels=batch["input_ids"])
-    with pytest.raises(UsageError, match="cache that grows"):
+    with pytest.raises(UsageError, match="dynamic cache"):
         model.generate(**batch, cache_implementation="static", **GREEDY)
     with pytest.raises(UsageError, match="float32. Leave dtype out"):
         vlmbuild.load(model.path, dtype="float16")

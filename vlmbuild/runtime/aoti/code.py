@@ -1,4 +1,4 @@
-"""Open an artifact's compiled code: a runner for each region, from bytes that were verified, where it can run."""
+"""Opening of an artifact's compiled code: a runner for each region, from verified bytes, on a matching platform."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Read = Callable[[str], bytes]
 Runner = Callable[[list[Tensor]], list[Tensor]]
 
 _ROOM = 64
-"""Places that a growing cache gets at once: copying it costs a step 1/64 of what concatenating does, and attention passes over
-at most so many that are empty."""
+"""Tokens by which a dynamic cache grows at once: copying costs 1/64 of concatenating at every step, and attention reads fewer
+than that many empty positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Code:
 
     Attributes:
         runner: Takes a list of tensors, and empties it.
-        inputs: Places among a region's activations, in the order in which it takes them, and their dtypes.
+        inputs: Indices of a region's activations, in the order of its inputs, and their dtypes.
     """
 
     runner: Runner
@@ -49,7 +49,7 @@ class Code:
 
     @classmethod
     def of(cls, file: CodeFile, runners: Mapping[str, Runner]) -> Self:
-        """From the index."""
+        """Create it from the index."""
         return cls(runners[file.file], tuple((place, getattr(torch, dtype)) for place, dtype in file.inputs))
 
 
@@ -57,9 +57,9 @@ class CompiledRegion:
     """A region whose graph was compiled, for inference.
 
     Args:
-        region: Of the program with a cache.
-        entry: Of the index.
-        runners: By file.
+        region: Region of the program with a cache.
+        entry: Its entry of the index.
+        runners: Opened code by file.
     """
 
     def __init__(self, region: Region, entry: CodeEntry, runners: Mapping[str, Runner]) -> None:
@@ -72,17 +72,17 @@ class CompiledRegion:
         self._tensors: dict[nn.Module, tuple[Tensor, ...]] = {}
 
     def __call__(self, owner: nn.Module, compiler: Compiler, activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run the code with the owner's tensors, which stay as they are."""
+        """Run the code with the owner's tensors, which must not change afterwards."""
         tensors = self._tensors.get(owner)
         if tensors is None:
             tensors = self._tensors[owner] = tuple(x.detach().contiguous() for x in self._tensors_of(owner))
         return self.run(tensors, activations)
 
     def run(self, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run the code, or that for one token.
+        """Run the code, or the one for one token.
 
         Raises:
-            UsageError: An activation is not what the code was compiled for. It would read memory as if it were.
+            UsageError: An activation has another dtype, device or layout than the compiled code reads.
         """
         code = self.code
         if self._token is not None and self._token_axis is not None:
@@ -99,13 +99,13 @@ class CompiledRegion:
             )
         if not value.is_contiguous() and place in self._written:
             raise UsageError(
-                f"{self.region.name} writes into its cache, which has to be contiguous. Make it by new_cache."
+                f"{self.region.name} writes into its cache, which has to be contiguous. Create it with new_cache."
             )
         return value.contiguous()
 
 
 def written_activations(region: Region) -> frozenset[int]:
-    """Places of the activations that a region's graph writes into."""
+    """Return indices of the activations that a region's graph writes into."""
     places = {node: place for place, node in enumerate(region.placeholders()[len(region.slots) :])}
     return frozenset(
         places[node.args[0]]
@@ -115,7 +115,7 @@ def written_activations(region: Region) -> frozenset[int]:
 
 
 def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
-    """Let a model's programs with a cache run the compiled regions of its artifact.
+    """Use the compiled regions of an artifact in its model's programs with a cache.
 
     Raises:
         IncompatibleError: The code is for another platform, dtype or graph, or cannot be opened.
@@ -140,14 +140,14 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
 
 
 def new_code_cache(model: VisionLanguageModel, length: int | None) -> KeyValueCache:
-    """An empty cache for compiled regions, growing or with room for so many tokens. A single token is written in place in
-    both: that is what there is code for."""
+    """Return an empty cache for compiled regions: dynamic, or with room for `length` tokens. Both are written in place, as the
+    compiled code for single tokens needs."""
     program = model.cached("growing").program
     return KeyValueCache(cached_inputs(program.variants["text"]), length, _ROOM)
 
 
 def read_index(read: Read, where: str) -> CodeIndex:
-    """Raises IncompatibleError for an index that this vlmbuild does not know."""
+    """Read the index of compiled code. Raises IncompatibleError if this vlmbuild cannot read it."""
     try:
         return CodeIndex.from_record(json.loads(read(CODE_INDEX)))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -167,7 +167,7 @@ def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str)
 
 
 def _runner(package: bytes, where: str) -> Runner:
-    """Runs the machine code of a package, which is opened from a file of its own: nobody else can write to it."""
+    """Open a package from a private file, which nobody else can write to."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "region.pt2"
         file.write_bytes(package)

@@ -13,8 +13,8 @@ CODE_INDEX = "code/index.json"
 
 
 def compiled_regions(program: Program) -> dict[str, Region]:
-    """Those that are compiled: the repeated blocks. The parts between them are a few operators each, which run once a batch
-    and would take as long to compile as a block."""
+    """Return the regions that are compiled: repeated blocks. Other regions are a few operators each, run once per batch, and
+    would take as long to compile as a block."""
     return {name: region for name, region in program.regions.items() if len(region.instances) > 1}
 
 
@@ -24,23 +24,23 @@ class CodeFile:
 
     Attributes:
         file: Path in the artifact.
-        inputs: What the code takes after the slots: places among the region's activations, and the dtype of each.
+        inputs: Inputs of the code after the slots: indices of the region's activations, and their dtypes.
     """
 
     file: str
     inputs: tuple[tuple[int, str], ...]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return {"file": self.file, "inputs": [list(entry) for entry in self.inputs]}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Raises what `CodeIndex.from_record` raises."""
+        """Read JSON values. Raises the errors of `CodeIndex.from_record`."""
         file = str(record["file"])
         if not file.endswith(".pt2"):  # a manifest calls such files code, whoever wrote it
             raise ValueError(f"{file} is no package")
-        return cls(file, tuple((int(place), str(dtype)) for place, dtype in record["inputs"]))
+        return cls(file, tuple((int(index), str(dtype)) for index, dtype in record["inputs"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class CodeEntry:
     """One compiled region.
 
     Attributes:
-        graph: SHA-256 (hex) of the region's text, which says what was compiled.
-        code: For any number of tokens.
-        token: For a single token of a single row, where there is such code.
-        token_axis: Of an activation that has a row for every token, its place and the axis.
+        graph: SHA-256 (hex) of the compiled region's text.
+        code: Code for any number of tokens.
+        token: Code for a single token of a single row, if any.
+        token_axis: Index and axis of an activation with a row for every token.
     """
 
     graph: str
@@ -61,24 +61,24 @@ class CodeEntry:
 
     @property
     def files(self) -> tuple[CodeFile, ...]:
-        """All its code."""
+        """All packages of the region."""
         return (self.code,) if self.token is None else (self.code, self.token)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = {"graph": self.graph, "code": self.code.record()}
+        """Return JSON values."""
+        record: dict[str, Any] = {"graph": self.graph, "code": self.code.record()}
         if self.token is not None and self.token_axis is not None:
-            found |= {"token": self.token.record(), "token_axis": list(self.token_axis)}
-        return found
+            record |= {"token": self.token.record(), "token_axis": list(self.token_axis)}
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Raises what `CodeIndex.from_record` raises."""
+        """Read JSON values. Raises the errors of `CodeIndex.from_record`."""
         graph, code = str(record["graph"]), CodeFile.from_record(record["code"])
         if "token" not in record:
             return cls(graph, code)
-        place, axis = record["token_axis"]
-        return cls(graph, code, CodeFile.from_record(record["token"]), (int(place), int(axis)))
+        index, axis = record["token_axis"]
+        return cls(graph, code, CodeFile.from_record(record["token"]), (int(index), int(axis)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class CodeIndex:
     """All compiled regions.
 
     Attributes:
-        platform: That they need.
+        platform: Platform that they need.
         dtype: The compute dtype.
         regions: Form of the cache -> region -> code.
     """
@@ -96,7 +96,7 @@ class CodeIndex:
     regions: Mapping[str, Mapping[str, CodeEntry]]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return {
             "platform": self.platform.record(),
             "dtype": self.dtype,
@@ -108,7 +108,7 @@ class CodeIndex:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Raises LookupError, TypeError, ValueError or AttributeError for a record of something else."""
+        """Read JSON values. Raises LookupError, TypeError, ValueError or AttributeError for anything but an index."""
         regions = {
             form: {name: CodeEntry.from_record(entry) for name, entry in entries.items()}
             for form, entries in record["regions"].items()

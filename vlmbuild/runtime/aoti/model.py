@@ -19,7 +19,7 @@ class CompiledVisionLanguageModel(InferenceModel):
     also with `cache_implementation="static"`. It is for inference, on a CPU and in the dtype that it was compiled for.
 
     Args:
-        graphs: The same model, whose programs with a cache have compiled regions.
+        graphs: The model in torch, with compiled regions in its programs with a cache.
     """
 
     target = "aoti"
@@ -40,7 +40,7 @@ class CompiledVisionLanguageModel(InferenceModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.graphs.device
 
     @property
@@ -48,7 +48,7 @@ class CompiledVisionLanguageModel(InferenceModel):
         """The compute dtype."""
         return self.graphs.dtype
 
-    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+    def _cannot_move(self, target: torch.device | torch.dtype) -> str:
         advice = (
             "for the trainable target" if isinstance(target, torch.device) else f"with --dtype {dtype_name(target)}"
         )

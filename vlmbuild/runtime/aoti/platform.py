@@ -1,4 +1,4 @@
-"""What machine code was compiled for, and whether it can run here. Nothing here opens such code."""
+"""The platform of machine code, and whether it can run here. Nothing here opens such code."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ _SETS = (
     "vpclmul",
     "xsave",
 )
-"""How names of instruction sets begin on x86, where the system lists much else, also of virtual machines."""
+"""Prefixes of instruction sets on x86, where the system lists other features too."""
 
 
 @dataclass(frozen=True, slots=True)
 class CodePlatform:
-    """What code for a CPU needs of the machine that runs it.
+    """The requirements of CPU code on the machine that runs it.
 
     Attributes:
         machine: Architecture of the processor, for example "x86_64".
-        level: The microarchitecture level that it was compiled for; "" where it is for the very processor.
+        level: Microarchitecture level; "" for code that uses all features of one processor.
         features: Instruction sets that it may use, without punctuation ("avx512vl"), sorted.
         torch: Version of torch, whose libraries it is linked to.
-        libc: The C library and its version, for example "glibc 2.36"; "" if there is no telling.
+        libc: C library and version, for example "glibc 2.36"; "" if unknown.
     """
 
     machine: str
@@ -70,18 +70,18 @@ class CodePlatform:
         return f"cpu-{self.level or self.machine}"
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return JSON values."""
         return asdict(self) | {"features": list(self.features)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Raises LookupError or TypeError for a record of something else."""
+        """Read JSON values. Raises LookupError or TypeError for anything but a platform."""
         return cls(**{**record, "features": tuple(record["features"])})
 
 
 def this_platform(features: tuple[str, ...] = (), *, levels: bool = True) -> CodePlatform:
-    """That of code which is compiled here, for this processor's level and the features given; without levels, for all
-    instruction sets that the processor has."""
+    """Return the platform of code compiled here: for this processor's level with `features`, or, without levels, for all of
+    its instruction sets."""
     here = cpu_features()
     level = ""
     needed = set(features)
@@ -125,7 +125,7 @@ def check_platform(needed: CodePlatform, where: str) -> None:
 
 
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this processor, without punctuation; none where the system does not tell."""
+    """Return instruction sets of this processor, without punctuation; none if the system lists none."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -141,7 +141,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def plain_feature(name: str) -> str:
-    """ "avx512_vnni" of the system and "avx512vnni" of compilers are the same."""
+    """Return a feature without punctuation: the system writes "avx512_vnni", compilers "avx512vnni"."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
@@ -150,9 +150,9 @@ def _torch_version() -> str:
 
 
 def _runs_on(needed: str, here: str) -> bool:
-    """Whether code for one C library runs on another: the same, at least as new."""
-    (library, _, version), (ours, _, found) = needed.partition(" "), here.partition(" ")
-    return not needed or (library == ours and _numbers(version) <= _numbers(found))
+    """Whether code for one C library runs on another: the same one, at least as new."""
+    (library, _, version), (installed, _, newest) = needed.partition(" "), here.partition(" ")
+    return not needed or (library == installed and _numbers(version) <= _numbers(newest))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

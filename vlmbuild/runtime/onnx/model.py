@@ -20,7 +20,7 @@ from vlmbuild.runtime.onnx.decoding import OnnxDecoding, OnnxModels
 class OnnxVisionLanguageModel(InferenceModel):
     """`model(**processor_batch)` gives `.logits`; `model.generate(**processor_batch, ...)` is transformers' own generation.
 
-    Tensors go in and come out on the CPU, whatever device the models run on. It has no weights that could be trained.
+    Inputs and outputs are on the CPU, whatever device the models run on. It cannot be trained.
     """
 
     target = "onnx"
@@ -33,31 +33,29 @@ class OnnxVisionLanguageModel(InferenceModel):
         return OnnxDecoding(self.models, self.family, self.config, self.processor, cache, keep).logits(batch)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
-        """An empty cache. Raises UsageError for one of fixed length."""
+        """Return an empty cache. Raises UsageError for a static one."""
         if length is not None:
-            raise UsageError("An ONNX artifact has a cache that grows. Leave cache_implementation='static' out.")
+            raise UsageError("An ONNX artifact has a dynamic cache. Leave cache_implementation='static' out.")
         return KeyValueCache(self.models.cached())
 
     @property
     def device(self) -> torch.device:
-        """Where tensors go in and come out."""
+        """Device of inputs and outputs."""
         return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embeddings and logits."""
+        """Dtype of embeddings and logits."""
         return next(entry.dtype for entry in self.models.decoder.inputs if entry.name == "inputs_embeds")
 
-    def _elsewhere(self, target: torch.device | torch.dtype) -> str:
+    def _cannot_move(self, target: torch.device | torch.dtype) -> str:
         if isinstance(target, torch.dtype):
             return f"The models were exported in {self.dtype}. Build them with --dtype {dtype_name(target)}."
-        return (
-            f"Tensors go in and come out on the CPU. To run the models on {target}, load with device={str(target)!r}."
-        )
+        return f"Inputs and outputs are on the CPU. To run the models on {target}, load with device={str(target)!r}."
 
 
 def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:
-    """The model of an ONNX artifact whose files have been verified.
+    """Open the model of an ONNX artifact whose files have been verified.
 
     Raises:
         DeviceError: There is no execution provider for the device.

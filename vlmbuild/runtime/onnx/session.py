@@ -1,4 +1,4 @@
-"""Open ONNX models of an artifact: which execution provider runs them, and that their weights lie in the artifact."""
+"""Opening of an artifact's ONNX models: their execution provider, and a check that weights lie in the artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlmbuild.util.cpu import available_cores
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 FOLDER = "onnx"
 _WARNINGS = 3
-"""ONNX Runtime's log level from which it writes: errors. Its warnings are about its own optimizations."""
+"""Lowest level that ONNX Runtime logs: errors. Its warnings are about its own optimizations."""
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -34,8 +34,8 @@ class OnnxSession:
     """One model, ready to run.
 
     Attributes:
-        inputs: What must be passed.
-        optional: Names of what may be passed besides.
+        inputs: Required inputs.
+        optional: Names of optional inputs.
     """
 
     session: Any
@@ -43,12 +43,14 @@ class OnnxSession:
     optional: frozenset[str]
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs by name, from the inputs among the values."""
+        """Return all outputs by name; values that are no inputs are ignored."""
         names = [entry.name for entry in self.inputs] + sorted(self.optional & values.keys())
         dtypes = {entry.name: entry.dtype for entry in self.inputs}
-        fed = {name: np.asarray(values[name].to(dtypes.get(name, values[name].dtype)).contiguous()) for name in names}
+        arrays = {
+            name: np.asarray(values[name].to(dtypes.get(name, values[name].dtype)).contiguous()) for name in names
+        }
         outputs = self.session.get_outputs()
-        results = self.session.run(None, fed)
+        results = self.session.run(None, arrays)
         return {output.name: torch.from_numpy(result) for output, result in zip(outputs, results, strict=True)}
 
 
@@ -57,9 +59,9 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
 
     Args:
         directory: The artifact.
-        stem: Of the file's name.
+        stem: Stem of the file name.
         device: "cpu" or "cuda".
-        economical: Read weights where they are mapped, and do not lay them out anew; slower, in a fraction of the memory.
+        economical: Read weights where they are mapped, without packing them: slower, in a fraction of the memory.
 
     Raises:
         DeviceError: This onnxruntime has no provider for the device, or it does not start.
@@ -93,7 +95,7 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
 
 
 def check_provider(device: str) -> str:
-    """The execution provider of a device. Raises DeviceError when the installed onnxruntime has none."""
+    """Return the execution provider of a device. Raises DeviceError if the installed onnxruntime has none."""
     import onnxruntime
 
     provider = PROVIDERS.get(device)
@@ -107,7 +109,7 @@ def check_provider(device: str) -> str:
 
 
 def check_data_files(file: Path) -> None:
-    """Refuse a model whose weights are not whole files beside it.
+    """Refuse a model whose weights are not complete files beside it.
 
     Raises:
         IncompatibleError: The model is no ONNX model, or its weights are missing, lie elsewhere, or end too early.
@@ -126,8 +128,8 @@ def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
     data = file.parent / location
     if not location or Path(location).name != location or location in (".", ".."):
         raise IncompatibleError(
-            f"{file}: the weight {tensor} lies at {location!r}, outside of the folder of its model. Such a model is not "
-            "opened; build it again."
+            f"{file}: the weight {tensor} lies at {location!r}, outside of the folder of its model. Build it again; "
+            "such a model is not opened."
         )
     if data.is_symlink() or not data.is_file():
         raise IncompatibleError(
@@ -140,7 +142,9 @@ def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
 
 def _dtype(file: Path, entry: Any) -> torch.dtype:
     if entry.type not in _DTYPES:
-        raise IncompatibleError(f"{file}: the input {entry.name} is a {entry.type}, which vlmbuild never writes.")
+        raise IncompatibleError(
+            f"{file}: the input {entry.name} is a {entry.type}, which vlmbuild never writes. Build it again."
+        )
     return _DTYPES[entry.type]
 
 

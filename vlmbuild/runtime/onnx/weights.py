@@ -1,4 +1,4 @@
-"""The weights of an artifact's ONNX models as the program reads them: plain ones mapped, packed ones dequantized on demand."""
+"""Weights of an artifact's ONNX models under the program's names: plain ones mapped, packed ones dequantized on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmbuild.runtime.onnx.sizes import PACKED
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Location:
     file: Path
     dtype: Any
     shape: tuple[int, ...]
@@ -33,14 +33,14 @@ class OnnxWeights:
     """Reads the weights of all models under a directory's `onnx/`. Raises IncompatibleError when one is not readable.
 
     Attributes:
-        packed: Module name -> how a quantized parameter is stored.
-        packing: Stems of the models that have such parameters.
-        stems: Of all models.
+        packed: Module name -> storage of a quantized parameter.
+        packing: Stems of the models with such parameters.
+        stems: Stems of all models.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         self.packed: dict[str, PackedWeight] = {}
         self.stems: set[str] = set()
         self.packing: set[str] = set()
@@ -49,28 +49,29 @@ class OnnxWeights:
             self._read_model(file)
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter by module name, in float32 if it is quantized, else in its dtype.
+        """Return a parameter by module name, in float32 if it is quantized.
 
         Raises:
             IncompatibleError: No model has it.
         """
-        if name not in self._places:
-            raise IncompatibleError(f"The ONNX models of {self.directory} lack {name}, which their program needs.")
+        if name not in self._locations:
+            raise IncompatibleError(
+                f"The ONNX models of {self.directory} lack {name}, which their program needs. Build it again."
+            )
         packed = self.packed.get(name)
         if packed is None:
             return self._stored(name)
         suffixes = PACKED[packed.operator]
-        return unpacked(packed, {s: self._stored(name + s) for s in suffixes if name + s in self._places})
+        return unpacked(packed, {s: self._stored(name + s) for s in suffixes if name + s in self._locations})
 
     def slots(self, region: Region, instance: str, constants: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """What an instance's slots hold, in float32."""
+        """Return the tensors of an instance's slots, in float32."""
         names = [join(instance, slot.name) for slot in region.slots]
-        found = (constants[name] if name in constants else self.tensor(name) for name in names)
-        return tuple(tensor.float() for tensor in found)
+        return tuple((constants[name] if name in constants else self.tensor(name)).float() for name in names)
 
     def _stored(self, name: str) -> Tensor:
-        place = self._places[name]
-        mapped = np.memmap(place.file, place.dtype, "c", place.offset, place.shape)
+        location = self._locations[name]
+        mapped = np.memmap(location.file, location.dtype, "c", location.offset, location.shape)
         tensor: Tensor = torch.from_numpy(np.asarray(mapped))
         return tensor
 
@@ -81,14 +82,14 @@ class OnnxWeights:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 where = {entry.key: entry.value for entry in tensor.external_data}
                 dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-                place = _Place(
+                location = _Location(
                     file.parent / where["location"],
                     dtype,
                     tuple(tensor.dims),
                     int(where["offset"]),
                     int(where["length"]),
                 )
-                self._places[tensor.name] = place
+                self._locations[tensor.name] = location
         for node in model.graph.node:
             if node.op_type in PACKED:
                 attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}

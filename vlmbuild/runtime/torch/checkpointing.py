@@ -1,4 +1,4 @@
-"""Gradient checkpointing of repeated blocks (arXiv:1604.06174): which blocks, and where their inputs wait for backward."""
+"""Gradient checkpointing of repeated blocks (arXiv:1604.06174): which blocks, and where their inputs are kept."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vlmbuild.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Checkpointing:
-    """What is computed again in backward.
+    """The blocks that are recomputed in backward.
 
     Attributes:
-        every: Checkpoint every so many blocks of each list; the others keep their activations.
-        offload: Keep the blocks' inputs in the memory of the host, pinned where the model is on a GPU, and copy them back
-            for backward. On a CPU it costs a copy and saves nothing.
+        every: Checkpoint every n-th block of each list; the others keep their activations.
+        offload: Keep the blocks' inputs in host memory, pinned if the model is on a GPU, and copy them back for backward. On a
+            CPU it costs a copy and saves nothing.
     """
 
     every: int = 1
@@ -33,17 +33,17 @@ class Checkpointing:
             raise UsageError(f"every_n_layers must be a whole number of at least 1, got {self.every!r}.")
 
     def covers(self, instance: str) -> bool:
-        """Whether the block of this name ("model.language_model.layers.7") is one of those."""
+        """Whether it includes the block of this name ("model.language_model.layers.7")."""
         leaf = instance.rpartition(".")[2]
         return bool(instance) and (not leaf.isdigit() or int(leaf) % self.every == 0)
 
     def run(self, block: Callable[..., Any], compiler: Any, tensors: tuple[Tensor, ...], *, random: bool) -> Any:
-        """Call a block, and again in backward; `random` when it draws numbers, which must then be the same.
+        """Call a block, and again in backward, with the same random numbers if it is `random`.
 
-        What checkpointing itself saves are the block's inputs, so hooks on saved tensors move just these.
+        Checkpointing itself saves only the block's inputs, so that hooks on saved tensors move just these.
         """
-        waiting: AbstractContextManager[Any] = nullcontext()
+        storage: AbstractContextManager[Any] = nullcontext()
         if self.offload:
-            waiting = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)
-        with waiting:
+            storage = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)
+        with storage:
             return checkpoint(block, compiler, *tensors, use_reentrant=False, preserve_rng_state=random)

@@ -1,4 +1,4 @@
-"""Run a variant of a bound program: its regions in order, then the head, for logits or for a loss."""
+"""Running of a bound program's variant: its regions in order, then the head, for logits or for a loss."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Execution:
     Attributes:
         model: Bound to weights.
         prepared: The batch, after the host prologue.
-        shape: Of input_ids, (batch, sequence).
-        compiler: The callback of a surrounding `torch.compile`, or None.
+        shape: Shape of input_ids, (batch, sequence).
+        compiler: Callback of a surrounding `torch.compile`, or None.
     """
 
     model: VisionLanguageModel
@@ -39,7 +39,7 @@ class Execution:
     compiler: Compiler = None
 
     def hidden(self) -> Tensor:
-        """What the head reads: (tokens, hidden), packed. A value is let go after its last reader."""
+        """Return the head's input (tokens, hidden), packed. Values are freed after their last reader."""
         check_same_variant(self.model, self.prepared.variant)
         gather_unreached(self.model)
         device = self.model.device
@@ -48,7 +48,7 @@ class Execution:
         return values[self._head().inputs[0]].squeeze(0)
 
     def logits(self, hidden: Tensor, keep: int = 0) -> Tensor:
-        """(batch, sequence, vocabulary) from packed hidden states; of the last `keep` places alone if that is not 0."""
+        """Return logits (batch, sequence, vocabulary) of packed hidden states; only of the last `keep` positions if not 0."""
         if not keep:
             (logits,) = self._call(self._head(), (hidden.unsqueeze(0),))
             return self.unpack(logits.squeeze(0))
@@ -57,9 +57,10 @@ class Execution:
         return logits.view(*last.shape[:2], -1)
 
     def loss(self, hidden: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-        """Cross-entropy of every token's successor in its own row, as transformers has it, over the number of labels or of
-        `items`. A padding place predicts nothing here (transformers lets the last place of left padding predict the first
-        token)."""
+        """Return the cross-entropy of every token's successor in its row, divided by the number of labels or by `items`.
+
+        Padding predicts nothing here, where in transformers the last position of left padding predicts the first token.
+        """
         rows, targets = labelled_rows(labels, self.prepared.index)
         region = self.model.bound[self._head().region]
         total = summed_cross_entropy(
@@ -74,7 +75,7 @@ class Execution:
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """Packed rows (tokens, width) as (batch, sequence, width); zero at padding."""
+        """Return packed rows (tokens, width) as (batch, sequence, width), zero at padding."""
         return padded_rows(rows, self.prepared, 0, self.shape).view(*self.shape, -1)
 
     def _calls(self) -> tuple[Call, ...]:
@@ -99,8 +100,11 @@ class Execution:
         return results
 
     def _unused(self) -> Tensor | float:
-        """Zero, of every trainable parameter that this variant does not use: all processes then have the same gradients to
-        average, whichever of them has no image in its batch. (A sharded model's processes all have the same variant.)"""
+        """Return zero as a function of every trainable parameter that this variant does not use.
+
+        All processes then average the same gradients, even if some have no image in their batch. (All processes of a sharded
+        model have the same variant.)
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled()):
             return 0.0
         if isinstance(self.model, FSDPModule):

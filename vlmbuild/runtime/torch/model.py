@@ -46,8 +46,8 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         """
         Args:
             program: After its passes.
-            family: The program's family.
-            config: The transformers config.
+            family: Family of the program.
+            config: Config of transformers.
             tensors: Every slot of kind "parameter" or "buffer" by module name; constants come from the family.
             dtype: The compute dtype.
         """
@@ -57,11 +57,11 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
         self.processor: Any = None
-        """Belongs to the model; batches are held against its pixel limits."""
+        """Processor of the model; batches are checked against its pixel limits."""
         self.path: Path | None = None
-        """The artifact that it was loaded from."""
+        """Directory of its artifact."""
         self.source: str | None = None
-        """What its user called that."""
+        """Artifact as its user named it: a path or hub id."""
         self.adapter: AdapterSpec | None = None
         self.merged_writer: Callable[..., None] | None = None
         """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
@@ -89,8 +89,11 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
 
     def attach_adapter(self, spec: AdapterSpec) -> None:
-        """Take over what passes have added to the program for an adapter: LoRA matrices, which start as PEFT's do (A uniform
-        by He et al., arXiv:1502.01852; B zero), and parameters that are trained whole, in float32."""
+        """Register the slots that passes have added to the program for an adapter.
+
+        LoRA matrices start as PEFT's do (A uniform by He et al., arXiv:1502.01852; B zero); parameters that are trained whole
+        are float32.
+        """
         for name, slot in self.program.slots():
             if ".lora_" in slot.name:
                 tensor = torch.zeros(slot.shape, device=self.device)
@@ -104,7 +107,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self.adapter = spec
 
     def _bind_regions(self) -> None:
-        """Bind every region of the program anew, and hand each instance its region's."""
+        """Bind every region of the program, and set it on the region's instances."""
         self._cached.clear()
         for name, region in self.program.regions.items():
             carried = carried_activations(region, self.program.variants)
@@ -118,7 +121,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
                     self.get_submodule(instance).bound = self.bound[name]  # type: ignore[assignment]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`.to`, `.half`, `.cuda`, ...: tensors with a dtype of their own (frequencies, scales, adapters) keep it."""
+        """Convert for `.to`, `.half`, `.cuda`, ...; tensors with their own dtype (frequencies, scales, adapters) keep it."""
         fixed = {self.tensor(name) for name, slot in self.program.slots() if not is_compute(slot)}
 
         def convert(tensor: Tensor) -> Tensor:
@@ -150,15 +153,15 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
     ) -> CausalLMOutputWithPast | TrainingOutput:
         """
         Args:
-            labels: (batch, sequence) token ids; -100 is ignored. The shift by one place is done here.
-            num_items_in_batch: Divides the summed loss, for gradient accumulation; None averages over the labels.
-            past_key_values: From `new_cache`; takes the batch's keys and values. Once it has some, `input_ids` are the tokens
-                that follow, and `attention_mask` is that of all.
-            logits_to_keep: Make the logits of the last so many tokens of every row; 0 is all.
-            **batch: The processor's output.
+            labels: (batch, sequence) token ids; -100 is ignored. They are shifted by one position here.
+            num_items_in_batch: Divisor of the summed loss, for gradient accumulation; None averages over the labels.
+            past_key_values: Cache from `new_cache`, which receives the batch's keys and values. Once it has some, `input_ids`
+                are the following tokens, and `attention_mask` covers all.
+            logits_to_keep: Number of last tokens per row that get logits; 0 is all.
+            **batch: Output of the processor.
 
         Returns:
-            `.loss` when labels are given, `.logits` (batch, sequence, vocabulary).
+            `.logits` (batch, sequence, vocabulary), and `.loss` with labels.
 
         Raises:
             BatchError: The batch contradicts itself; the message names the sample.
@@ -187,27 +190,27 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
             return execution.logits(hidden)
 
     def _own_precision(self) -> AbstractContextManager[None]:
-        """Autocast is for float32 weights. A model in a smaller dtype has its casts in its graph, and keeps to them."""
+        """Turn autocast off for smaller dtypes, whose graphs have their own casts; it is for float32 weights."""
         if self._dtype == torch.float32:
             return nullcontext()
         off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
         return off
 
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
-        """After the host prologue of what a trainer passes."""
+        """Check a trainer's batch, and run the host prologue."""
         check_names(self.family, "model", batch)
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
 
     def cached(self, form: CacheForm) -> CachedProgram:
-        """Its program with a key-value cache; derived once."""
+        """Return its program with a key-value cache; derived once."""
         if form not in self._cached:
             self._cached[form] = CachedProgram.of(self, form)
         return self._cached[form]
 
     def use_cached(self, form: CacheForm, cached: CachedProgram) -> None:
-        """Generate with this one from now on."""
+        """Use another program with a key-value cache."""
         self._cached[form] = cached
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
@@ -215,10 +218,10 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         return KeyValueCache(cached_inputs(program.variants["text"]), length)
 
     def forward_prepared(self, prepared: PackedBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
-        """`forward` after the host prologue: what runs on the device, eagerly. `shape` is that of input_ids.
+        """Run the part of `forward` after the host prologue, eagerly. `shape` is the shape of input_ids.
 
         Returns:
-            The loss when labels are given, else the logits.
+            The loss with labels, else the logits.
         """
         execution = Execution(self, prepared, shape)
         hidden = execution.hidden()
@@ -226,13 +229,13 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """For DistributedDataParallel: stored buffers (quantized weights and scales) and constants are the same in all
-        processes, so that nothing need be sent before every forward pass."""
+        """Buffers that DistributedDataParallel does not broadcast before every forward pass: stored ones (quantized weights,
+        scales) and constants are equal in all processes."""
         return [name for name, _ in self.named_buffers()]
 
     @property
     def base_model(self) -> Backbone:
-        """The model without its head: takes a batch, gives `.last_hidden_state` (batch, sequence, hidden)."""
+        """The model without its head: called with a batch, it returns `.last_hidden_state` (batch, sequence, hidden)."""
 
         def hidden_states(batch: dict[str, Any]) -> Tensor:
             compiler = swap_compiler(None)
@@ -249,7 +252,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property
@@ -265,7 +268,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
             OutputError: The directory cannot be written.
         """
         if self.adapter is None:
-            raise UsageError("The model has no adapter to save; call vlmbuild.add_lora(model, r=16) first.")
+            raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
         write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
 
     def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
@@ -282,12 +285,12 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self.merged_writer(self, save_directory, *arguments, **options)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that takes a gradient."""
+        """Yield (name, parameter) of all parameters that take a gradient."""
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
 
 def unwrap(model: nn.Module) -> VisionLanguageModel:
-    """The model itself, also of one that is compiled or wrapped for several processes.
+    """Return the model itself, also from one that is compiled or wrapped for several processes.
 
     Raises:
         UsageError: It is not a vlmbuild model.
@@ -299,12 +302,14 @@ def unwrap(model: nn.Module) -> VisionLanguageModel:
             break
         inner = wrapped
     if not isinstance(inner, VisionLanguageModel):
-        raise UsageError(f"Expected a model from vlmbuild.load, got {type(model).__name__}.")
+        raise UsageError(
+            f"Expected a model from vlmbuild.load, got {type(model).__name__}. Load one, or pass the wrapped model."
+        )
     return inner
 
 
 def _vocabulary(program: Program) -> int:
-    """How many logits a token has."""
+    """Return the number of logits per token."""
     head = program.regions[next(iter(program.variants.values())).calls[-1].region]
     node, _ = linear_nodes(head)[-1]
     return linear_features(head, node)[0]

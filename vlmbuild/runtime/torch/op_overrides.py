@@ -1,8 +1,8 @@
-"""Faster spellings of operators: functions of the same values that take their places in a bound region's graph.
+"""Faster functions of the same values that replace operators in a bound region's graph.
 
-Python runs graphs in which an operator's kernel is called at once where no gradient is asked for. Compilers get aten's
-operators, and for steps of one token a row functions that they trace through and fuse; `targets/aoti/lowering.py` has more for
-AOTInductor alone.
+Graphs that Python runs call an operator's kernel directly where no gradient is needed. Compilers get aten's operators, and
+for steps of one token per row functions that they trace through and fuse; `targets/aoti/lowering.py` has more for AOTInductor
+alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vlmbuild.ops.rope.op import rotate_cpu, rotate_reference
 
 
 def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer; on a CPU, a matrix times one vector for each of a few rows. Inductor makes them one loop that reads
-    weights as fast as memory gives them, where BLAS libraries are made for more rows."""
+    """Apply a linear layer; on a CPU, as matrix times vector for each of a few rows. Inductor turns them into one loop at the
+    speed of memory, where BLAS libraries are tuned for more rows."""
     rows = states.flatten(0, -2)
     if states.device.type != "cpu" or len(rows) > _FEW:
         return F.linear(states, weight, bias)
@@ -30,7 +30,7 @@ def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _rotate(query: Tensor, *rest: Any) -> Any:
-    """The rotation; on a CPU as its formula, which inductor fuses."""
+    """Rotate; on a CPU by the formula, which inductor fuses."""
     return rotate_reference(query, *rest) if query.device.type == "cpu" else _ROTATE(query, *rest)
 
 
@@ -49,7 +49,7 @@ def _linear_kernel(states: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def _needs_dispatcher(tensor: Tensor) -> bool:
-    """For gradients, autocast, another device, or a kind of tensor with rules of its own."""
+    """Whether gradients, autocast, another device or a tensor subclass need the dispatcher."""
     return (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
@@ -65,7 +65,7 @@ WITHOUT_GRADIENTS: dict[object, Callable[..., Any]] = {
     _ROTATE: _rotation_kernel,
     _LINEAR: _linear_kernel,
 }
-"""For graphs as Python runs them. With gradients each calls its operator, so that one graph serves both."""
+"""Overrides for graphs that Python runs. With gradients each calls its operator, so that one graph serves both."""
 _FEW = 4
 FOR_COMPILERS_OF_ONE_TOKEN: dict[object, Callable[..., Any]] = {_LINEAR: _linear, _ROTATE: _rotate}
-"""For `torch.compile` and AOTInductor."""
+"""Overrides for `torch.compile` and AOTInductor."""

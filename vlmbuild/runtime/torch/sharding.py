@@ -1,4 +1,4 @@
-"""Parameters over several processes: FSDP2 by region instance."""
+"""Sharding of parameters over several processes: FSDP2 by region instance."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from vlmbuild.runtime.torch.region_instance import RegionInstance
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> None:
-    """Shard a model in place with PyTorch's FSDP2: every repeated block is gathered when it runs, the rest for the whole step.
+    """Shard a model in place with PyTorch's FSDP2: a repeated block is gathered when it runs, the rest for the whole step.
 
-    Quantized weights and their scales are sharded too, as parameters that take no gradient; float32 scales are not where
-    `mp_policy` has a `param_dtype`, and each process holds them whole. Call it after
-    `add_lora` or `load_adapter`, and before the optimizer is made.
+    Quantized weights and their scales are sharded too, as parameters without gradient. If `mp_policy` has a `param_dtype`,
+    each process holds all float32 scales. Call it after `add_lora` or `load_adapter`, and before creating the optimizer.
 
     Args:
-        model: From `vlmbuild.load`, neither wrapped nor compiled by `torch.compile(model)`; `model.compile()` may come after.
-        mesh: Which processes hold a part each; None is all.
-        **options: Of `torch.distributed.fsdp.fully_shard`, for example `mp_policy` or `offload_policy`.
+        model: Model from `vlmbuild.load`, not wrapped, nor compiled by `torch.compile(model)`; `model.compile()` may follow.
+        mesh: Processes to shard over; None is all.
+        **options: Options of `torch.distributed.fsdp.fully_shard`, for example `mp_policy` or `offload_policy`.
 
     Raises:
-        UsageError: There are no processes to shard over, the model is sharded already, or it is not vlmbuild's.
+        UsageError: There is no process group, the model is sharded already, or it is not from vlmbuild.
     """
     blocks = [module for module in model.modules() if isinstance(module, RegionInstance)]
     if not blocks or isinstance(model, RegionInstance):
-        raise UsageError(f"Expected a model from vlmbuild.load that is not wrapped, got {type(model).__name__}.")
+        kind = type(model).__name__
+        raise UsageError(
+            f"Expected a model from vlmbuild.load that is not wrapped, got {kind}. Shard it before wrapping it."
+        )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise UsageError("The model is sharded already; call vlmbuild.shard once, and not under accelerate's FSDP.")
     if not torch.distributed.is_initialized():
@@ -47,10 +49,10 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> N
 
 
 def _frozen_parameters(module: nn.Module, floating: bool) -> None:
-    """Stored buffers as parameters that take no gradient, since FSDP2 shards nothing else. A scalar cannot be sharded.
+    """Turn stored buffers into parameters without gradient, since FSDP2 shards nothing else. Scalars cannot be sharded.
 
     Args:
-        floating: Float32 scales too. FSDP2's mixed precision would cast them.
+        floating: Include float32 scales, which FSDP2's mixed precision would cast.
     """
     for name, tensor in list(module._buffers.items()):  # in order, which must be the same in all processes
         if tensor is None or not tensor.ndim or name in module._non_persistent_buffers_set:
@@ -61,17 +63,17 @@ def _frozen_parameters(module: nn.Module, floating: bool) -> None:
 
 
 def check_same_variant(model: nn.Module, variant: str) -> None:
-    """Of a sharded model, all processes must gather the same blocks, or they would wait for each other for ever.
+    """Check that all processes of a sharded model gather the same blocks; otherwise they would wait for each other forever.
 
     Raises:
-        BatchError: Some processes have images in their batch and others do not; on all of them.
+        BatchError: Only some processes have images in their batch. All processes raise it.
     """
     if not isinstance(model, FSDPModule):
         return
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, variant)
-    if len(set(found)) > 1:
-        ranks = {kind: [rank for rank, other in enumerate(found) if other == kind] for kind in sorted(set(found))}
+    variants: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(variants, variant)
+    if len(set(variants)) > 1:
+        ranks = {kind: [rank for rank, other in enumerate(variants) if other == kind] for kind in sorted(set(variants))}
         raise BatchError(
             f"The processes of a sharded model have different kinds of batches (kind: ranks): {ranks}. All must gather the "
             "same blocks: give each batch a sample with an image, or train with DDP, where any mixture works."
@@ -79,8 +81,8 @@ def check_same_variant(model: nn.Module, variant: str) -> None:
 
 
 def gather_unreached(model: nn.Module) -> None:
-    """Gather the parts that no call of their own reaches. FSDP gathers a module when it is called; accelerate shards the
-    embeddings, the last norm and the head as modules of their own, but here the whole model's graph reads their weights."""
+    """Gather sharded modules that are never called themselves. FSDP gathers a module when it is called; accelerate shards the
+    embeddings, the last norm and the head separately, but here the whole model's graph reads their weights."""
     if isinstance(model, FSDPModule):
         for module in model.modules():
             if isinstance(module, FSDPModule) and module is not model and not isinstance(module, RegionInstance):

@@ -1,4 +1,4 @@
-"""What a model's state dict holds: every tensor once, and of a model with an adapter only what is trained."""
+"""State dicts: every tensor once, and only trained tensors of a model with an adapter."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from vlmbuild.ir.program import Program
 
 
 class TrainedState(nn.Module):
-    """Checkpoints of trainers stay small, and the tied tensors that safetensors refuses to write stand in them once.
+    """A module whose checkpoints stay small and hold tied tensors once, since safetensors refuses to write them twice.
 
-    Both are done where torch comes by on its way through the modules, so that they hold too for a model that is compiled, or
-    wrapped for several processes.
+    Hooks that torch calls on its way through the modules do both, so that they hold for compiled and wrapped models too.
     """
 
     adapter: Any
@@ -27,20 +26,20 @@ class TrainedState(nn.Module):
         self.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]
 
     def tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of a full name."""
+        """Return a parameter or buffer by its full name."""
         path, _, leaf = name.rpartition(".")
-        found: Tensor = getattr(self.get_submodule(path), leaf)
-        return found
+        tensor: Tensor = getattr(self.get_submodule(path), leaf)
+        return tensor
 
     def tie_weights(self) -> None:
-        """Give every second name the parameter that it stands for."""
+        """Register every tied parameter under its second name."""
         for alias, name in self.program.ties.items():
             path, _, leaf = alias.rpartition(".")
             module_at(self, path).register_parameter(leaf, self.get_parameter(name))
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path; missing ones on the way are made."""
+    """Return the module at a path; create missing ones on the way."""
     module = root
     for part in path.split(".") if path else ():
         if part not in module._modules:
@@ -50,34 +49,34 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
 
 
 def _leave_out(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: Any) -> None:
-    """Take from a state dict what it need not hold: frozen tensors beside an adapter, and second names."""
+    """Remove frozen tensors beside an adapter, and second names, from a state dict."""
     assert isinstance(module, TrainedState)
-    for name in _not_held(module, [key.removeprefix(prefix) for key in state if key.startswith(prefix)]):
+    for name in _left_out(module, [key.removeprefix(prefix) for key in state if key.startswith(prefix)]):
         del state[f"{prefix}{name}"]
 
 
-def _not_held(module: TrainedState, names: Iterable[str]) -> list[str]:
+def _left_out(module: TrainedState, names: Iterable[str]) -> list[str]:
     aliases = module.program.ties
     return [name for name in names if name in aliases or not (module.adapter is None or _is_trained(module, name))]
 
 
 def _is_trained(module: TrainedState, name: str) -> bool:
-    """Whether a tensor belongs to the adapter, frozen meanwhile or not."""
+    """Whether a tensor belongs to the adapter, frozen or not."""
     return ".lora_" in name or name in module.adapter.trained
 
 
 def _fill_in(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
-    """Give a state dict that is to be loaded what it need not hold, so that torch misses only what is really missing."""
+    """Complete a state dict before loading, so that torch reports only tensors that are really missing."""
     assert isinstance(module, TrainedState)
     ties: Mapping[str, str] = module.program.ties
-    for name in _not_held(module, _stored_names(module)):
-        held = f"{prefix}{ties.get(name, name)}"
+    for name in _left_out(module, _stored_names(module)):
+        source = f"{prefix}{ties.get(name, name)}"
         if f"{prefix}{name}" not in state:
-            state[f"{prefix}{name}"] = state[held] if held in state else module.tensor(name).detach()
+            state[f"{prefix}{name}"] = state[source] if source in state else module.tensor(name).detach()
 
 
 def _stored_names(module: TrainedState) -> list[str]:
-    """Of parameters, second names included, and of buffers that are stored."""
+    """Return names of parameters, second names included, and of stored buffers."""
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     for path, owner in module.named_modules():
         stored = owner._buffers.keys() - owner._non_persistent_buffers_set
@@ -86,6 +85,6 @@ def _stored_names(module: TrainedState) -> list[str]:
 
 
 def _tie_again(module: nn.Module, _incompatible: Any) -> None:
-    """Loading with `assign=True` puts new parameters in the places of old ones."""
+    """Restore ties, since loading with `assign=True` replaces parameters."""
     assert isinstance(module, TrainedState)
     module.tie_weights()

@@ -30,7 +30,7 @@ CASES = (
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    return matrix.shrink(matrix.SETUPS[request.param](False))
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")

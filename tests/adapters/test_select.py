@@ -40,7 +40,7 @@ def leaves(modules):
 
 @pytest.mark.parametrize("family", PARTS)
 def test_attention_and_mlp_are_told_from_the_graph(family):
-    setup = matrix.shrink(matrix.SETUPS[family](False))
+    setup = matrix.tiny(family)
     program = matrix.program(setup)
     found = {part: set() for part in ("attention", "mlp", "other")}
     for layer in adaptable_layers(program):
@@ -75,7 +75,7 @@ def test_roles_names_and_patterns(built):
 
 
 def test_names_that_a_vision_tower_has_too_stay_in_the_language_model():
-    program = matrix.program(matrix.shrink(matrix.SETUPS["pixtral"](False)))
+    program = matrix.program(matrix.tiny("pixtral"))
     assert all("vision" not in name for name in names(program, target=["q_proj"]))
     assert any("vision" in name for name in names(program, target=["q_proj"], vision=True))
 

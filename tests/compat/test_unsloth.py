@@ -16,9 +16,12 @@ from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLMBUILD_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Each form of the checkpoint is built once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMBUILD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def conversation(sample):

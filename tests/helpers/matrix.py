@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import processors
@@ -38,6 +39,7 @@ __all__ = [
     "program",
     "reference",
     "replace",
+    "tiny",
 ]
 
 Batch = dict[str, torch.Tensor]
@@ -206,6 +208,13 @@ def pixtral(full: bool) -> Setup:
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
 """Family -> its tiny model and real processor; everything that tests of all families need. `full` has published image sizes."""
+
+
+@cache
+def tiny(name: str) -> Setup:
+    """A family's tiny setup with a small vocabulary, shared by all tests of a process; nobody may change it."""
+    return shrink(SETUPS[name](False))
+
 
 Conversation = list[str | Image.Image]
 

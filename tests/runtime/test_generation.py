@@ -26,7 +26,7 @@ GREEDY = {"max_new_tokens": 32, "do_sample": False, "no_repeat_ngram_size": 2, "
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
     """Heads of their own: a random tied one answers with the last token again."""
-    found = matrix.shrink(matrix.SETUPS[request.param](False))
+    found = matrix.tiny(request.param)
     return matrix.replace(found, values={**found.values, "tie_word_embeddings": False})
 
 
@@ -86,7 +86,7 @@ def test_greedy_tokens_and_the_logits_of_every_step_equal_transformers(case, bat
     assert_same(mine, reference)
 
 
-@pytest.mark.parametrize("case", ["several sizes", "counts differ, left", "text only"])
+@pytest.mark.parametrize("case", ["counts differ, left", "text only"])
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"do_sample": True, "temperature": 1.3}, {"do_sample": True, "num_return_sequences": 3}],

@@ -23,7 +23,7 @@ SAME = 1e-5  # relative, float32: sums over masked keys too
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    return matrix.shrink(matrix.SETUPS[request.param](False))
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("case", ["several sizes", "counts differ, left", "text only"])
+@pytest.mark.parametrize("case", ["counts differ, left", "text only"])
 def test_static_equals_growing(case, options, batches, model):
     found = [
         model.generate(**batches[case], **OPTIONS | options, cache_implementation=form) for form in ("static", None)

@@ -18,7 +18,7 @@ LINEAR = torch.ops.aten.linear.default
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    return matrix.shrink(matrix.SETUPS[request.param](False))
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ class Ours(Side):
         from vlmbuild.runtime.onnx.decoding import OnnxDecoding
 
         model = self.model
-        decoding = OnnxDecoding(model.models, model.family, model.config, model.processor, model.new_cache())
+        decoding = OnnxDecoding(model, model.new_cache())
         return decoding.image_values(batch)
 
     def prompt(self, ids: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from vlmbuild.measure.batches import SEED, Case, cases
 from vlmbuild.measure.numerics import Measurement, Record, compare, print_records, stepwise
 from vlmbuild.quant.ort_matmul import INTEGER
 from vlmbuild.runtime.decode_steps import unpack_to_padded, whole_mask
-from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.decoding import FEATURES, OnnxDecoding, OnnxModels
+from vlmbuild.runtime.onnx.model import OnnxVisionLanguageModel
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.runtime.torch.execution import run_calls
 from vlmbuild.runtime.torch.region_instance import BoundRegion
@@ -56,9 +56,10 @@ def measure(directory: Path, dtype: str) -> list[Record]:
     reference = _Reference(with_cache(program), family, config, weights)
     # Kernels of packed weights depend on how they are laid out, and are checked as they will run.
     models = OnnxModels.open(directory, economical=weights.stems - weights.packing)
+    model = OnnxVisionLanguageModel(models, family, config, processor, directory)
     records = []
     for case in cases(processor):
-        records += _compare(case, models, reference, family, config, processor)
+        records += _compare(case, model, reference)
     rounds = any(weight.attributes.get("accuracy_level") == INTEGER for weight in weights.packed.values())
     tolerance = max(TOLERANCES[dtype], ROUNDED_INPUTS if rounds else 0)
     return [{**record, "dtype": dtype, "seed": SEED, "tolerance": f"{tolerance:.0e}"} for record in records]
@@ -106,13 +107,11 @@ class _Reference:
         }
 
 
-def _compare(
-    case: Case, models: OnnxModels, reference: _Reference, family: Family, config: Any, processor: Any
-) -> list[Record]:
+def _compare(case: Case, model: OnnxVisionLanguageModel, reference: _Reference) -> list[Record]:
     """The records of one case: a prompt, then some tokens on its cache, then all of that at once through the program."""
-    cache = KeyValueCache(models.cached())
-    decoding = OnnxDecoding(models, family, config, processor, cache)
-    batch, logits = stepwise(case, decoding, family)
+    cache = model.new_cache()
+    decoding = OnnxDecoding(model, cache)
+    batch, logits = stepwise(case, decoding, model.family)
     _, expected = reference.run(batch)
     found = {"logits": logits, **decoding.image_values(case.batch)}
     found |= {present_name(name): x for name, x in cache.past(1, torch.float32, torch.device("cpu")).items()}

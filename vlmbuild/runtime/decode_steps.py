@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,23 +38,34 @@ class PromptResult:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class DecodeSteps(ABC):
+class Decodable(Protocol):
+    """A model that prompts and steps run on."""
+
+    family: Family
+    config: Any
+    processor: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs."""
+
+
+Model = TypeVar("Model", bound=Decodable)
+
+
+@dataclass(frozen=True)
+class DecodeSteps(ABC, Generic[Model]):
     """Runs tokens on one model and cache.
 
-    Args:
-        family, config, processor: Those of the model.
+    Attributes:
+        model: Bound to weights.
         cache: Receives the tokens' keys and values.
         keep: Number of last tokens per row that get logits; 0 is all.
-        device: Device of the model's inputs.
     """
 
-    def __init__(
-        self, family: Family, config: Any, processor: Any, cache: KeyValueCache, keep: int, device: torch.device
-    ) -> None:
-        self.family, self.config, self.processor = family, config, processor
-        self.cache = cache
-        self.keep = keep
-        self.device = device
+    model: Model
+    cache: KeyValueCache
+    keep: int = 0
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Run a prompt, or the tokens after one.
@@ -80,33 +91,30 @@ class DecodeSteps(ABC):
     def run_step(self, variant: str, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Return logits of new tokens (batch, new), after putting their keys and values into the cache."""
 
-    @abstractmethod
-    def embedding_rows(self) -> int:
-        """Return how many token ids there are."""
-
     def _prompt(self, batch: Mapping[str, Any]) -> Tensor:
-        cache = self.cache
+        model, cache = self.model, self.cache
         batch = {name: value for name, value in batch.items() if value is not None}
         batch |= {name: batch[name][:: cache.copies] for name in ("input_ids", MASK) if name in batch}
-        prepared = self.family.prepare(batch, self.config, self.processor)
-        mask = whole_mask(batch.get(MASK), *batch["input_ids"].shape, self.device)
+        prepared = model.family.prepare(batch, model.config, model.processor)
+        mask = whole_mask(batch.get(MASK), *batch["input_ids"].shape, model.device)
         result = self.run_prompt(batch, prepared, mask)
-        cache.positions, last = (ends.to(self.device) for ends in row_ends(prepared, mask.shape))
+        cache.positions, last = (ends.to(model.device) for ends in row_ends(prepared, mask.shape))
         cache.variant = result.variant
         cache.images |= result.images
         cache.rows |= {name: tensor[last] for name, tensor in result.tokens.items()}
-        cache.media = media_shapes(self.family, batch)
+        cache.media = media_shapes(model.family, batch)
         if cache.copies > 1:
             cache.batch_repeat_interleave(cache.copies)
         return result.logits.repeat_interleave(cache.copies, 0)
 
     def _step(self, batch: Mapping[str, Any], variant: str) -> Tensor:
-        check_step(batch, self.family)
+        model = self.model
+        check_step(batch, model.family)
         ids, past = batch["input_ids"], self.cache.get_seq_length()
-        mask, positions = step_positions(self.cache, batch, self.device)
-        if "cpu" in (ids.device.type, self.device.type):  # elsewhere every step would wait for the GPU
-            check_ids(ids.cpu(), self.embedding_rows())
-        logits = self.run_step(variant, ids.to(self.device), mask, positions)
+        mask, positions = step_positions(self.cache, batch, model.device)
+        if "cpu" in (ids.device.type, model.device.type):  # elsewhere every step would wait for the GPU
+            check_ids(ids.cpu(), model.family.vocabulary(model.config))
+        logits = self.run_step(variant, ids.to(model.device), mask, positions)
         self.cache.positions = self.cache.positions + mask[:, past:].sum(1)
         return logits
 

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.reader import ArtifactReader
@@ -19,6 +18,7 @@ from vlmbuild.errors import IncompatibleError, TrustError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.bind import bind_artifact
+from vlmbuild.runtime.hf import CausalLMOutputWithPast
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.devices import available_device, named_device
 from vlmbuild.util.validation import one_of

@@ -20,28 +20,9 @@ _LEVELS: dict[str, tuple[str, ...]] = {
 }
 """Each level has the features of those before it (System V ABI for AMD64, table 3.1)."""
 
-
 _SETS = (
-    "abm",
-    "adx",
-    "aes",
-    "amx",
-    "avx",
-    "bmi",
-    "cx16",
-    "f16c",
-    "fma",
-    "gfni",
-    "lahf",
-    "movbe",
-    "pclmul",
-    "popcnt",
-    "sha",
-    "sse",
-    "ssse",
-    "vaes",
-    "vpclmul",
-    "xsave",
+    *("abm", "adx", "aes", "amx", "avx", "bmi", "cx16", "f16c", "fma", "gfni", "lahf", "movbe", "pclmul", "popcnt"),
+    *("sha", "sse", "ssse", "vaes", "vpclmul", "xsave"),
 )
 """Prefixes of instruction sets on x86, where the system lists other features too."""
 

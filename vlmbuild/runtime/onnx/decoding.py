@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmbuild.families import Family, PackedBatch
+from vlmbuild.families import PackedBatch
 from vlmbuild.ir.program import Input
 from vlmbuild.kv_cache.program import MASK, PAST, present_name
 from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, padded_rows
-from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.session import FOLDER, OnnxSession, open_session
 
 VISION, EMBED, DECODER, TEXT_DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_text"
@@ -56,31 +55,21 @@ class OnnxModels:
         return tuple(entry for entry in self.decoder.inputs if entry.name.startswith(f"{PAST}."))
 
 
-class OnnxDecoding(DecodeSteps):
-    """Runs tokens on an artifact's models.
+class OnnxDecoding(DecodeSteps["OnnxVisionLanguageModel"]):
+    """Runs tokens on an artifact's models."""
 
-    Args:
-        models: Models of an artifact.
-        family, config, processor: Those of the model.
-        cache: Receives the tokens' keys and values.
-        keep: Number of last tokens per row that get logits; 0 is all.
-    """
-
-    def __init__(
-        self, models: OnnxModels, family: Family, config: Any, processor: Any, cache: KeyValueCache, keep: int = 0
-    ) -> None:
-        super().__init__(family, config, processor, cache, keep, torch.device("cpu"))
-        self.models = models
+    @property
+    def models(self) -> OnnxModels:
+        """The models of the artifact."""
+        return self.model.models
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         return super().logits({name: x.cpu() if isinstance(x, Tensor) else x for name, x in batch.items()})
 
-    def embedding_rows(self) -> int:
-        return self.family.vocabulary(self.config)
-
     def image_values(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the vision encoder's results for a processor's images; nothing without images."""
-        return self._encoded(batch, self.family.prepare(batch, self.config, self.processor))
+        model = self.model
+        return self._encoded(batch, model.family.prepare(batch, model.config, model.processor))
 
     def run_prompt(self, batch: Mapping[str, Any], prepared: PackedBatch, mask: Tensor) -> PromptResult:
         session = self.models.decoder_of(prepared.variant)
@@ -112,7 +101,7 @@ class OnnxDecoding(DecodeSteps):
     def _encoded(self, batch: Mapping[str, Any], prepared: PackedBatch) -> dict[str, Tensor]:
         if prepared.variant == "text":
             return {}
-        client = self.family.client_batch(batch)
+        client = self.model.family.client_batch(batch)
         return self.models.vision.run(prepared.tensors if client is None else client)
 
     def _images(self, batch: Mapping[str, Any], prepared: PackedBatch) -> dict[str, Tensor]:

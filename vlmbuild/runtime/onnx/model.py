@@ -30,7 +30,7 @@ class OnnxVisionLanguageModel(InferenceModel):
         self.models = models
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
-        return OnnxDecoding(self.models, self.family, self.config, self.processor, cache, keep).logits(batch)
+        return OnnxDecoding(self, cache, keep).logits(batch)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
         """Return an empty cache. Raises UsageError for a static one."""

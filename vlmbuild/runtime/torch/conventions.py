@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vlmbuild.adapters.lora import AdapterSpec
+from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.hf import BaseModelOutputWithPast, TrainerHooks
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
@@ -17,13 +20,18 @@ _TORCH_OPTIONS = {"preserve_rng_state", "context_fn", "determinism_check", "debu
 
 
 class TrainerConventions(TrainerHooks, TrainedState):
-    """Gradient checkpointing and embeddings under transformers' names."""
+    """Gradient checkpointing, saving and embeddings under transformers' names."""
 
     config: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.checkpointing: Checkpointing | None = None
+        self.adapter: AdapterSpec | None = None
+        self.source: str | None = None
+        """Artifact as its user named it: a path or hub id."""
+        self.merged_writer: Callable[..., None] | None = None
+        """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
 
     def activation_checkpointing_enable(
         self,
@@ -78,6 +86,34 @@ class TrainerConventions(TrainerHooks, TrainedState):
         if not hasattr(head, "bias"):
             head.register_parameter("bias", None)
         return head
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
+
+        Raises:
+            UsageError: The model has no adapter.
+            OutputError: The directory cannot be written.
+        """
+        if self.adapter is None:
+            raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
+        write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
+
+    def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
+        """Write an artifact with the adapter merged, by the function that `FastVisionModel` has set.
+
+        Raises:
+            UsageError: The model was loaded in another way.
+        """
+        if self.merged_writer is None:
+            raise UsageError(
+                "save_pretrained_merged belongs to models from FastVisionModel. Save the adapter, and merge it with "
+                "vlmbuild build ARTIFACT --adapter DIRECTORY -o OUTPUT."
+            )
+        self.merged_writer(self, save_directory, *arguments, **options)
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter) of all parameters that take a gradient."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
 
 class Backbone:

@@ -51,31 +51,20 @@ class CachedProgram:
         return cls(program, bound)
 
 
-class Decoding(DecodeSteps):
-    """Runs tokens on a model bound to weights.
+@dataclass(frozen=True)
+class Decoding(DecodeSteps["VisionLanguageModel"]):
+    """Runs tokens on a model in torch.
 
-    Args:
-        model: Bound to weights.
-        cache: Receives the tokens' keys and values.
-        keep: Number of last tokens per row that get logits; 0 is all.
+    Attributes:
         compiler: Callback of a surrounding `torch.compile`, or None.
     """
 
-    def __init__(
-        self, model: VisionLanguageModel, cache: KeyValueCache, keep: int = 0, compiler: Compiler = None
-    ) -> None:
-        super().__init__(model.family, model.config, model.processor, cache, keep, model.device)
-        self.model = model
-        self.compiler = compiler
-
-    def embedding_rows(self) -> int:
-        weight: Any = self.model.get_input_embeddings().weight
-        return len(weight)
+    compiler: Compiler = None
 
     def run_prompt(self, batch: Mapping[str, Any], prepared: PackedBatch, mask: Tensor) -> PromptResult:
         variants = self.model.cached("growing").program.variants
         inputs = unpack_to_padded(prepared, variants[prepared.variant], mask.shape)
-        values = {name: tensor.to(self.device) for name, tensor in inputs.items()} | {MASK: mask}
+        values = {name: tensor.to(self.model.device) for name, tensor in inputs.items()} | {MASK: mask}
         logits, crossing = self._append(prepared.variant, dict(values))
         values |= crossing
         step = STEP if crossing else "text"

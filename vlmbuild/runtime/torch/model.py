@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from vlmbuild.adapters.lora import AdapterSpec
-from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.adapters.select import linear_features, linear_nodes
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, PackedBatch
@@ -60,11 +59,6 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         """Processor of the model; batches are checked against its pixel limits."""
         self.path: Path | None = None
         """Directory of its artifact."""
-        self.source: str | None = None
-        """Artifact as its user named it: a path or hub id."""
-        self.adapter: AdapterSpec | None = None
-        self.merged_writer: Callable[..., None] | None = None
-        """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
         self.bound: dict[str, BoundRegion] = {}
@@ -259,34 +253,6 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
         return self._dtype
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
-
-        Raises:
-            UsageError: The model has no adapter.
-            OutputError: The directory cannot be written.
-        """
-        if self.adapter is None:
-            raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
-        write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
-
-    def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        """Write an artifact with the adapter merged, by the function that `FastVisionModel` has set.
-
-        Raises:
-            UsageError: The model was loaded in another way.
-        """
-        if self.merged_writer is None:
-            raise UsageError(
-                "save_pretrained_merged belongs to models from FastVisionModel. Save the adapter, and merge it with "
-                "vlmbuild build ARTIFACT --adapter DIRECTORY -o OUTPUT."
-            )
-        self.merged_writer(self, save_directory, *arguments, **options)
-
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, parameter) of all parameters that take a gradient."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
 
 def unwrap(model: nn.Module) -> VisionLanguageModel:

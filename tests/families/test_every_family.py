@@ -73,6 +73,7 @@ def test_costs_and_sizes_equal_what_the_prologue_makes(setup, config):
     tokens = inputs["input_ids"].shape[1]
     sizes = family.batch_sizes(config, [cost, cost], 2, tokens - 2 * cost.tokens)
     for entry in family.variants(config)["image"]:
+        assert prepared.tensors[entry.name].dtype == entry.dtype
         for number, size in zip(prepared.tensors[entry.name].shape, entry.shape, strict=True):
             factor, _, name = str(size).rpartition("*")
             expected = int(name) if name.isdigit() else int(factor or 1) * sizes[name]

@@ -24,7 +24,7 @@ LAYOUTS = st.lists(SAMPLES, min_size=1, max_size=4)
 
 @settings(max_examples=60, deadline=None)
 @given(layout=LAYOUTS, side=st.sampled_from(["left", "right"]))
-def test_positions_and_places_equal_transformers(layout, side, config, reference):
+def test_positions_and_features_equal_transformers(layout, side, config, reference):
     batch, _ = make_batch(layout, side)
     prepared = FAMILY.prepare(batch, config)
     expected, _ = reference.model.get_rope_index(
@@ -34,21 +34,33 @@ def test_positions_and_places_equal_transformers(layout, side, config, reference
         batch.get("video_grid_thw"),
         batch["attention_mask"],
     )
-    places = batch["attention_mask"].flatten().nonzero().squeeze(1)
-    assert torch.equal(prepared.index, places)
-    assert torch.equal(prepared.tensors["position_ids"], expected.flatten(1)[:, places].unsqueeze(1))
-    assert torch.equal(prepared.tensors["input_ids"][0], batch["input_ids"].flatten()[places])
+    index = batch["attention_mask"].flatten().nonzero().squeeze(1)
+    assert torch.equal(prepared.index, index)
+    assert torch.equal(prepared.tensors["position_ids"], expected.flatten(1)[:, index].unsqueeze(1))
+    assert torch.equal(prepared.tensors["input_ids"][0], batch["input_ids"].flatten()[index])
     lengths = batch["attention_mask"].sum(1).cumsum(0).tolist()
     assert prepared.tensors["text_cu_seqlens"].tolist() == [0, *lengths, lengths[-1]]
-    media = batch["mm_token_type_ids"].flatten()[places]
+    media = batch["mm_token_type_ids"].flatten()[index]
     if prepared.variant == "text":
         assert not media.any()
         return
-    index = prepared.tensors["feature_index"][0]
+    features = prepared.tensors["feature_index"][0]
     images = int((media == 1).sum())
-    assert torch.equal(index[media == 1], torch.arange(images))
-    assert torch.equal(index[media == 2], images + torch.arange(int((media == 2).sum())))
-    assert (index[media == 0] == -1).all()
+    assert torch.equal(features[media == 1], torch.arange(images))
+    assert torch.equal(features[media == 2], images + torch.arange(int((media == 2).sum())))
+    assert (features[media == 0] == -1).all()
+
+
+def test_rows_without_tokens_and_short_ids_are_no_special_case(config):
+    batch, _ = make_batch([[5, (1, 4, 6), 2], [4], [3, ("video", 2, 2, 4)]])
+    expected = FAMILY.prepare({key: batch[key] for key in batch}, config).tensors["position_ids"]
+    lengths = batch["attention_mask"].sum(1)
+    batch["attention_mask"][1] = 0
+    batch["input_ids"] = batch["input_ids"].int()
+    found = FAMILY.prepare(batch, config).tensors["position_ids"]
+    kept = torch.ones(int(lengths.sum()), dtype=torch.bool)
+    kept[int(lengths[0]) : int(lengths[:2].sum())] = False
+    assert torch.equal(found, expected[:, :, kept]) and found.dtype == torch.int64
 
 
 @settings(max_examples=40, deadline=None)

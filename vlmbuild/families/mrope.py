@@ -66,7 +66,7 @@ class MropeFamily(GridFamily):
         nn.Module.__init__(model)
         model.config = config
         rows = tokens.mask.any(1)
-        ids, mask = tokens.ids.cpu()[rows], tokens.mask[rows]
+        ids, mask = tokens.ids.cpu()[rows].long(), tokens.mask[rows]
         kinds = list(self.placeholders(config))  # transformers' type ids: text 0, image 1, video 2
         types = sum(number * (ids == token).int() for number, token in enumerate(kinds, start=1))
         grids = {kind: torch.tensor([i.grid for i in images if i.kind == kind]) for kind in ("image", "video")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from vlmbuild.ir.dims import Dim, Shape, shape_names
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
 from vlmbuild.ir.shapes import Shapes
 from vlmbuild.runtime.torch.graphs import aten_module, one_token_module
 from vlmbuild.targets.aoti.lowering import lower
 from vlmbuild.targets.aoti.units import of_one_token
-
-Shape = tuple[int | str, ...]
-_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -> tuple[GraphModule, tuple[int, ...]]:
@@ -58,16 +55,16 @@ def solvable_order(shapes: Sequence[Shape]) -> tuple[int, ...] | None:
         )
         if found is None:
             return None
-        known.update(_names(shapes[found]))
+        known.update(shape_names([shapes[found]]))
         order.append(found)
     return tuple(order)
 
 
 def with_names(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes with a name for each size that changes: ("batch*new", 4), ("batch*new",) -> ("d0", 4), ("d0",)."""
-    names: dict[str, str] = {}
+    names: dict[Dim, Dim] = {}
     return tuple(
-        tuple(names.setdefault(size, f"d{len(names)}") if isinstance(size, str) else size for size in shape)
+        tuple(names.setdefault(size, Dim.named(f"d{len(names)}")) if isinstance(size, Dim) else size for size in shape)
         for shape in shapes
     )
 
@@ -75,15 +72,11 @@ def with_names(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
 def _solvable(shape: Shape, known: set[str]) -> bool:
     known = set(known)
     for size in shape:
-        unknown = set(_NAME.findall(str(size))) - known
+        unknown = set(shape_names([(size,)])) - known
         if len(unknown) > 1:
             return False
         known |= unknown
     return True
-
-
-def _names(shape: Shape) -> set[str]:
-    return {name for size in shape for name in _NAME.findall(str(size))}
 
 
 def _placeholders_first(graph: GraphModule) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 
+from vlmbuild.ir.dims import Dim, Shape
 from vlmbuild.ir.program import Region
 from vlmbuild.kv_cache.block import CacheForm
+from vlmbuild.kv_cache.program import TOKENS
 
-TOKENS: Mapping[CacheForm, frozenset[str]] = {
-    "growing": frozenset({"batch", "new"}),
-    "static": frozenset({"batch"}),
-}
-"""The names whose product is the number of a call's tokens."""
+_TOKENS: Mapping[CacheForm, Dim] = {"growing": TOKENS, "static": Dim.named("batch")}
+"""The number of tokens of a call."""
 _LINEAR = torch.ops.aten.linear.default
 
 
@@ -77,19 +76,12 @@ def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
         return None
     for place, shape in enumerate(region.activations):
         for axis, size in enumerate(shape):
-            if isinstance(size, str) and frozenset(size.split("*")) == TOKENS[form]:
+            if size == _TOKENS[form]:
                 return place, axis
     return None
 
 
-def of_one_token(shapes: tuple[tuple[int | str, ...], ...]) -> tuple[tuple[int | str, ...], ...]:
+def of_one_token(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     """The shapes for one token of one row: ("batch", "batch*new", "past + new") -> (1, 1, "past + 1")."""
-    return tuple(tuple(_of_one(size) for size in shape) for shape in shapes)
-
-
-def _of_one(size: int | str) -> int | str:
-    terms: list[Any] = []
-    for term in str(size).split("+"):
-        factors = [factor for part in term.split("*") if (factor := part.strip()) not in ("batch", "new", "1")]
-        terms.append("*".join(factors) or "1")
-    return sum(map(int, terms)) if all(term.isdigit() for term in terms) else " + ".join(terms)
+    one = {"batch": 1, "new": 1}
+    return tuple(tuple(size.substitute(one) if isinstance(size, Dim) else size for size in shape) for shape in shapes)

@@ -12,8 +12,9 @@ import onnx
 import torch
 
 from vlmbuild.families import ClientVision
+from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.program import COMPUTE_DTYPE, Input, Program, Variant
-from vlmbuild.kv_cache.program import CROSS, PAST, PRESENT, STEP, TOKENS
+from vlmbuild.kv_cache.program import CROSS, PAST, PRESENT, STEP, TOKENS, TOTAL
 from vlmbuild.runtime.onnx.decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.layout import DataFile, Weights
@@ -22,11 +23,12 @@ from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens
 from vlmbuild.targets.onnx.prologue import add_prologue
 from vlmbuild.targets.onnx.translate import Translator
 
+_PAST = Dim.named("past")
 _NAMES = {
-    "batch": "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache
-    "new": "sequence_length",
-    "past": "past_sequence_length",
-    "past + new": "total_sequence_length",
+    Dim.named("batch"): "batch_size",  # the one symbol that transformers.js fills in when it makes an empty cache
+    Dim.named("new"): "sequence_length",
+    _PAST: "past_sequence_length",
+    TOTAL: "total_sequence_length",
 }
 
 
@@ -119,7 +121,7 @@ class _Maker:
         shapes = {entry.name: entry.shape for entry in variant.inputs}
         for present in variant.presents:
             past = shapes[present.replace(PRESENT, PAST, 1)]
-            sizes = ["past + new" if size == "past" else size for size in past]
+            sizes = [TOTAL if size == _PAST else size for size in past]
             self._give(builder, present, values[present], _shape(sizes))
         return OnnxModel(stem, builder.model(stem), data)
 
@@ -178,7 +180,7 @@ def _kept(builder: GraphBuilder, name: str, entry: Input, axis: int) -> int | st
     return builder.size(name, len(_shape(entry.shape[:axis])))
 
 
-def _shape(sizes: Sequence[int | str]) -> list[int | str]:
+def _shape(sizes: Sequence[Size]) -> list[int | str]:
     """An input's shape outside: the tokens of all rows are (batch, sequence) there."""
     shape: list[int | str] = []
     for size in sizes:
@@ -187,7 +189,7 @@ def _shape(sizes: Sequence[int | str]) -> list[int | str]:
                 shape.pop()
             shape += ["batch_size", "sequence_length"]
         else:
-            shape.append(size if isinstance(size, int) else _NAMES.get(size, size.replace("*", "_times_")))
+            shape.append(size if isinstance(size, int) else _NAMES.get(size, str(size).replace("*", "_times_")))
     return shape
 
 

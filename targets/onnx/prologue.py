@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.export import Dim
 from torch.fx import Graph
 
 from vlmbuild.families import ClientVision
-from vlmbuild.ir.program import needed_nodes, parse_size
+from vlmbuild.ir.dims import Size, evaluate_shape, shape_names
+from vlmbuild.ir.program import needed_nodes
 from vlmbuild.rewrite.pattern import trace
 from vlmbuild.targets.onnx.graph import GraphBuilder
 from vlmbuild.targets.onnx.operators import table
@@ -37,25 +37,22 @@ def add_prologue(builder: GraphBuilder, client: ClientVision) -> dict[str, str]:
 
 def traced(client: ClientVision) -> Graph:
     """The prologue's graph; no size is special in ONNX, so that those of one may be left out of tracing."""
-    sizes: list[int | str] = [size for entry in client.inputs for size in entry.shape]
-    symbols = sorted({parse_size(size)[1] for size in sizes if isinstance(size, str)})
-    dims = {name: Dim(name, min=2) for name in symbols}
-    example, dynamic = [], []
-    for entry in client.inputs:
-        shape, axes = [], {}
-        for axis, size in enumerate(entry.shape):
-            factor, name = parse_size(size) if isinstance(size, str) else (size, "")
-            shape.append(factor * _EXAMPLE[symbols.index(name)] if name else factor)
-            if name:
-                axes[axis] = factor * dims[name] if factor > 1 else dims[name]
-        example.append(torch.empty(shape, dtype=entry.dtype, device="meta"))
-        dynamic.append(axes)
-    return trace(client.module, tuple(example), tuple(dynamic))
+    names = sorted(shape_names(entry.shape for entry in client.inputs))
+    sizes = dict(zip(names, _EXAMPLE[: len(names)], strict=True))
+    dims = {name: torch.export.Dim(name, min=2) for name in names}
+    example = tuple(
+        torch.empty(evaluate_shape(entry.shape, sizes), dtype=entry.dtype, device="meta") for entry in client.inputs
+    )
+    dynamic = tuple(
+        {axis: size.evaluate(dims) for axis, size in enumerate(entry.shape) if not isinstance(size, int)}
+        for entry in client.inputs
+    )
+    return trace(client.module, example, dynamic)
 
 
-def _dimension(size: int | str) -> int | str:
+def _dimension(size: Size) -> int | str:
     """ "4*merged" is called merged_4: a name, since a client takes any other symbol for a size of its own."""
     if isinstance(size, int):
         return size
-    factor, name = parse_size(size)
-    return name if factor == 1 else f"{name}_{factor}"
+    ((factor, names),) = size.terms
+    return "_".join([*names, *([str(factor)] if factor != 1 else [])])

@@ -12,6 +12,7 @@ from traces import traced
 from transformers import Qwen2VLForConditionalGeneration
 
 from vlmbuild.families import FAMILIES
+from vlmbuild.ir.dims import parse_shape
 from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Program, Region, Slot
 from vlmbuild.passes import passes_for, quantization_passes
 from vlmbuild.quant.decide import decide
@@ -199,7 +200,7 @@ def make_region(
         for size in node.meta["val"].shape
         if not isinstance(size, int)
     }
-    return Region(name, module, tuple(slots), instances, tuple(sizes), dimensions=symbols)
+    return Region(name, module, tuple(slots), instances, tuple(map(parse_shape, sizes)), dimensions=symbols)
 
 
 def region_program(*regions: Region, rotary: tuple[Any, ...] = ()) -> Program:

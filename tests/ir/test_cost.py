@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from vlmbuild.ir.cost import region_cost
-from vlmbuild.ir.cost_formulas import evaluate, growth
+from vlmbuild.ir.cost import everyday_value, growth, region_cost
 
 
 def test_flops_of_a_layer_are_those_of_its_products(pristine_built):
@@ -32,7 +31,7 @@ def test_a_fused_rotation_moves_less(pristine_program, pristine_built):
 
 
 def test_formulas_are_read_back():
-    assert evaluate("2*sequence**2 + 3*samples + 7") == 2 * 1024**2 + 3 * 2 + 7
-    assert evaluate("__import__('os')") is None
+    assert everyday_value("2*sequence**2 + 3*samples + 7") == 2 * 1024**2 + 3 * 2 + 7
+    assert everyday_value("__import__('os')") is None
     assert growth("100*sequence", "110*sequence") == pytest.approx(0.1)
     assert growth("0", "5") is None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -20,7 +20,8 @@ import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.capture.dedup_blocks import trace_once
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family, KeyGroups
-from vlmbuild.ir.program import Input, parse_size
+from vlmbuild.ir.dims import Dim, evaluate_shape, shape_names
+from vlmbuild.ir.program import Input
 from vlmbuild.util.gc_paused import resting_collector
 
 ATTENTION = "vlmbuild_flash"
@@ -60,35 +61,30 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
 
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
     """`torch.export` (non-strict) of a module on meta tensors with the inputs' dimensions dynamic."""
-    symbols = sorted({parse_size(size)[1] for entry in inputs for size in entry.shape if isinstance(size, str)})
-    assert len(symbols) <= len(_EXAMPLE_SIZES)
-    dims = {name: Dim(name) for name in symbols}
-    sizes = dict(zip(symbols, _EXAMPLE_SIZES, strict=False))
-    example = {entry.name: _example(entry, sizes) for entry in inputs}
+    names = sorted(shape_names(entry.shape for entry in inputs))
+    if len(names) > len(_EXAMPLE_SIZES):
+        raise CaptureError(
+            f"{what} has {len(names)} dynamic dimensions ({', '.join(names)}); at most {len(_EXAMPLE_SIZES)} can be traced. "
+            "Give inputs of one length one name in the family's `variants`."
+        )
+    sizes = dict(zip(names, _EXAMPLE_SIZES[: len(names)], strict=True))
+    dims = {name: torch.export.Dim(name) for name in names}
+    example = {
+        entry.name: torch.empty(evaluate_shape(entry.shape, sizes), dtype=entry.dtype, device="meta")
+        for entry in inputs
+    }
     shapes = {
-        entry.name: {
-            axis: dims[name] if factor == 1 else factor * dims[name]
-            for axis, size in enumerate(entry.shape)
-            if isinstance(size, str)
-            for factor, name in (parse_size(size),)
-        }
+        entry.name: {axis: size.evaluate(dims) for axis, size in enumerate(entry.shape) if isinstance(size, Dim)}
         for entry in inputs
     }
     try:
         exported = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many types, all of them about the model
         raise CaptureError(
-            f"Cannot trace {what} with dynamic {', '.join(symbols)}: {error}\nThis is a limit of vlmbuild, or the "
+            f"Cannot trace {what} with dynamic {', '.join(names)}: {error}\nThis is a limit of vlmbuild, or the "
             "installed transformers is outside the tested range; please report it with the config.json."
         ) from error
     return Trace(exported, inputs, _dimension_names(exported, inputs))
-
-
-def _example(entry: Input, sizes: dict[str, int]) -> Tensor:
-    shape = [
-        size if isinstance(size, int) else parse_size(size)[0] * sizes[parse_size(size)[1]] for size in entry.shape
-    ]
-    return torch.empty(shape, dtype=entry.dtype, device="meta")
 
 
 def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> dict[str, str]:
@@ -97,15 +93,15 @@ def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> di
     names: dict[str, str] = {}
     for entry in inputs:
         for axis, size in enumerate(entry.shape):
-            if not isinstance(size, str):
+            if not isinstance(size, Dim):
                 continue
             found = traced[entry.name].shape[axis]
             if isinstance(found, int):
                 raise CaptureError(
                     f"Dimension {axis} ({size}) of input {entry.name} became the constant {found} while tracing."
                 )
-            (symbol,) = found.node.expr.free_symbols
-            names[str(symbol)] = parse_size(size)[1]
+            (symbol,), (name,) = found.node.expr.free_symbols, size.names
+            names[str(symbol)] = name
     return names
 
 

@@ -20,7 +20,8 @@ from vlmbuild.capture.dedup_blocks import REPEAT
 from vlmbuild.capture.export import Trace
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family
-from vlmbuild.ir.printer import region_text, size_text
+from vlmbuild.ir.dims import Dim, Shape
+from vlmbuild.ir.printer import region_text
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join, returned_nodes
 from vlmbuild.rewrite.simplify import inline_no_grad
 from vlmbuild.util.gc_paused import resting_collector
@@ -155,10 +156,9 @@ class _Outliner:
         self.program.regions[region.name] = region
         return region.name, kept
 
-    def _shape(self, node: Node) -> tuple[int | str, ...]:
-        return tuple(
-            size if isinstance(size, int) else size_text(size, self.trace.dimensions) for size in node.meta["val"].shape
-        )
+    def _shape(self, node: Node) -> Shape:
+        sizes = node.meta["val"].shape
+        return tuple(size if isinstance(size, int) else Dim.of(size, self.trace.dimensions) for size in sizes)
 
     def _slot(self, node: Node, block: str) -> Slot:
         name, kind = self.slot_names[node.name]

@@ -1,21 +1,22 @@
 """FLOPs and bytes of a region as formulas of the program's dimensions.
 
-FLOPs are those of matrix products, convolutions and attention, two for a multiply and an add; the rest is bound by memory.
-Attention counts every pair of a packed row, which is its upper bound: one segment. Bytes are what each operator reads and
-writes when it runs alone, so a lost fusion shows; views move nothing, and gathers read the rows that they return.
+FLOPs count matrix products, convolutions and attention, two for a multiply and an add; everything else is bound by memory.
+Attention counts every pair of a packed row, which is its upper bound: one segment. Bytes are read and written by each
+operator as if it ran alone, so a lost fusion shows; views move nothing, and gathers read the rows that they return.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 
+from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region
 
@@ -24,10 +25,22 @@ _GATHERS = (aten.embedding.default, aten.index.Tensor)
 _FREE = (aten.sym_size.int,)
 _ATTENTION = "vlmbuild.attention"
 
+_SIZES = {"samples": 2, "segments": 4, "groups": 4}
+_OTHERS = 1024
+"""Tokens, patches: whatever is counted by the thousand."""
+
+EVERYDAY = f"at {_OTHERS} tokens and merged patches"
+"""The sizes of `everyday_value` in words."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one instance of a region costs: formulas, and how often each operator occurs."""
+    """Cost of one instance of a region.
+
+    Attributes:
+        flops, bytes: Formulas: "24576*sequence**2 + 93585408*sequence".
+        operators: How often each operator occurs.
+    """
 
     flops: str
     bytes: str
@@ -38,58 +51,82 @@ def region_cost(region: Region, itemsize: int) -> Cost:
     """Count a region whose nodes have shapes.
 
     Args:
-        region: Of a captured program, or of one whose shapes were propagated.
+        region: From a captured program, or one whose shapes were propagated.
         itemsize: Bytes of the compute dtype.
     """
-    flops: Any = sympy.Integer(0)
-    moved: Any = sympy.Integer(0)
+    count = _NodeCost(region.dimensions, itemsize)
+    flops = moved = Dim(())
     operators: Counter[str] = Counter()
     for node in dataflow_order(region):
         operators[target_name(node)] += 1
-        flops += node_flops(node)
-        moved += node_bytes(node, itemsize)
-    names = region.dimensions
-    return Cost(formula(flops, names), formula(moved, names), dict(sorted(operators.items())))
+        flops += count.flops(node)
+        moved += count.bytes(node)
+    return Cost(str(flops.ordered()), str(moved.ordered()), dict(sorted(operators.items())))
 
 
-def node_flops(node: Node) -> Any:
-    """FLOPs of an operator."""
-    name = target_name(node)
-    if name.startswith(_ATTENTION):
-        query, key = (_shape(node.args[place]) for place in (0, 1))
-        batch, heads, length, width = query
-        return 4 * batch * heads * length * key[2] * width
-    if name.startswith("aten.conv"):
-        return 2 * _count(node) * math.prod(_shape(node.args[1])[1:])
-    if name.partition(".")[2].startswith("linear"):
-        return 2 * _count(node) * _shape(node.args[0])[-1]
-    return sympy.Integer(0)
+def growth(before: str, after: str) -> float | None:
+    """Return (after - before) / before at everyday sizes; None if a formula cannot be read or there was nothing before."""
+    old, new = everyday_value(before), everyday_value(after)
+    return (new - old) / old if old and new is not None else None
 
 
-def node_bytes(node: Node, itemsize: int) -> Any:
-    """Bytes that an operator reads and writes when it runs alone."""
-    if node.target in _FREE or node.op != "call_function" or _is_view(node):
-        return sympy.Integer(0)
-    written = _nbytes(node, itemsize)
-    if node.target in _GATHERS:
-        return 2 * written + sum(_nbytes(other, itemsize) for other in node.all_input_nodes[1:])
-    return written + sum(_nbytes(other, itemsize) for other in node.all_input_nodes)
+def everyday_value(formula: str) -> int | None:
+    """Evaluate a formula at everyday sizes; None if it is not a sum of products."""
+    try:
+        size = Dim.parse(formula)
+        return int(size.evaluate({name: _SIZES.get(name, _OTHERS) for name in size.names}))
+    except (ValueError, KeyError):  # no sum of products, or an opaque factor
+        return None
 
 
-def formula(expression: Any, names: dict[str, str]) -> str:
-    """A polynomial with its largest powers first: "24576*sequence**2 + 93585408*sequence"."""
-    renamed = {symbol: sympy.Symbol(names.get(str(symbol), str(symbol))) for symbol in expression.free_symbols}
-    expanded = sympy.expand(sympy.sympify(expression).subs(renamed))
-    terms = sorted(sympy.Add.make_args(expanded), key=lambda term: (-_degree(term), str(term)))
-    return " + ".join(str(term) for term in terms)
+@dataclass(frozen=True, slots=True)
+class _NodeCost:
+    dimensions: Mapping[str, str]
+    itemsize: int
+
+    def flops(self, node: Node) -> Size:
+        name = target_name(node)
+        if name.startswith(_ATTENTION):
+            query, key = (self._shape(node.args[index]) for index in (0, 1))
+            batch, heads, length, width = query
+            return 4 * batch * heads * length * key[2] * width
+        if name.startswith("aten.conv"):
+            return 2 * _product(self._shape(node)) * _product(self._shape(node.args[1])[1:])
+        if name.partition(".")[2].startswith("linear"):
+            return 2 * _product(self._shape(node)) * self._shape(node.args[0])[-1]
+        return 0
+
+    def bytes(self, node: Node) -> Size:
+        """Bytes that an operator reads and writes when it runs alone."""
+        if node.target in _FREE or node.op != "call_function" or _is_view(node):
+            return 0
+        written = self._nbytes(node)
+        gathers = node.target in _GATHERS
+        read = node.all_input_nodes[1:] if gathers else node.all_input_nodes
+        return sum((self._nbytes(other) for other in read), start=2 * written if gathers else written)
+
+    def _nbytes(self, node: Node) -> Dim:
+        value = node.meta.get("val")
+        total = Dim(())
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                size = self.itemsize if tensor.dtype == COMPUTE_DTYPE else tensor.dtype.itemsize
+                total += size * _product(self._sizes(tensor))
+        return total
+
+    def _shape(self, node: Any) -> list[Size]:
+        return self._sizes(_tensor(node))
+
+    def _sizes(self, tensor: torch.Tensor) -> list[Size]:
+        return [size if isinstance(size, int) else Dim.of(size, self.dimensions) for size in tensor.shape]
 
 
-def _degree(term: Any) -> int:
-    return int(sum(power for power in term.as_powers_dict().values() if power.is_number)) if term.free_symbols else 0
+def _product(sizes: list[Size]) -> Dim:
+    return math.prod(sizes, start=Dim(((1, ()),)))
 
 
 def _is_view(node: Node) -> bool:
-    """Whether the result shares the input's memory: getitem, and what the schema says returns an alias."""
+    """Whether the result shares the input's memory: getitem, and operators whose schema returns an alias."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     if node.target is aten.to.dtype:
@@ -102,26 +139,3 @@ def _tensor(node: Any) -> torch.Tensor:
     value = node.meta["val"]
     assert isinstance(value, torch.Tensor)
     return value
-
-
-def _shape(node: Any) -> list[Any]:
-    return [_size(size) for size in _tensor(node).shape]
-
-
-def _size(size: int | torch.SymInt) -> Any:
-    return sympy.Integer(size) if isinstance(size, int) else size.node.expr
-
-
-def _count(node: Any) -> Any:
-    return math.prod(_shape(node), start=sympy.Integer(1))
-
-
-def _nbytes(node: Node, itemsize: int) -> Any:
-    value = node.meta.get("val")
-    tensors = value if isinstance(value, list | tuple) else [value]
-    total: Any = sympy.Integer(0)
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor):
-            size = itemsize if tensor.dtype == COMPUTE_DTYPE else tensor.dtype.itemsize
-            total += size * math.prod((_size(one) for one in tensor.shape), start=sympy.Integer(1))
-    return total

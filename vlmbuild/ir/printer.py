@@ -7,12 +7,12 @@ name or as `in0, in1, ...`, and symbolic sizes by the names of the program's dim
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from vlmbuild.ir.dims import size_text
 from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, Variant
 
 _SHORT_DTYPES = {
@@ -138,11 +138,6 @@ class _Printer:
 def dtype_name(dtype: torch.dtype) -> str:
     """ "f32", "i64"; "compute" for the dtype that is chosen later."""
     return _SHORT_DTYPES.get(dtype, str(dtype))
-
-
-def size_text(size: int | torch.SymInt, dimensions: dict[str, str]) -> str:
-    """A size with its symbols replaced by the names of dimensions: "4*merged"."""
-    return re.sub(r"\w+", lambda word: dimensions.get(word[0], word[0]), str(size))
 
 
 def target_name(node: Node) -> str:

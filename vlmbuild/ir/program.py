@@ -6,7 +6,7 @@ cast is visible, and a bfloat16 literal in a graph means "the dtype the model co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.dims import Dim, Shape, parse_shape, shape_names
 from vlmbuild.ir.schema import Role as Role  # noqa: PLC0414  (exported)
 from vlmbuild.ir.schema import SlotKind as SlotKind  # noqa: PLC0414  (exported)
 
@@ -66,7 +67,7 @@ class Region:
         graph: A `GraphModule` without parameters of its own.
         slots: One per leading placeholder.
         instances: Module paths ("model.language_model.layers.7"); "" for the parts between repeated blocks.
-        activations: Shape of every activation; sizes that change from batch to batch have names.
+        activations: Shape of every activation; sizes that change from batch to batch are `Dim`s.
         recipes: What becomes of source tensors that are not stored as they are.
         dimensions: Symbol in the graph's shapes -> name of the program's dimension.
     """
@@ -75,7 +76,7 @@ class Region:
     graph: GraphModule
     slots: tuple[Slot, ...]
     instances: tuple[str, ...]
-    activations: tuple[tuple[int | str, ...], ...]
+    activations: tuple[Shape, ...]
     recipes: tuple[WeightRecipe, ...] = ()
     dimensions: dict[str, str] = field(default_factory=dict)
 
@@ -122,26 +123,24 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """An input of a variant. A dimension is a size or the name of a symbol, with a factor as in "4*merged"."""
+    """An input of a variant. Sizes that change from batch to batch are `Dim`s; texts such as "4*merged" are parsed."""
 
     name: str
     dtype: torch.dtype
-    shape: tuple[int | str, ...]
+    shape: Shape
+
+    def __init__(self, name: str, dtype: torch.dtype, shape: Iterable[int | str | Dim]) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "shape", parse_shape(shape))
 
     def is_about_tokens(self) -> bool:
         """Whether a dimension counts tokens or samples; every other input is about images."""
-        words = {word for size in self.shape if isinstance(size, str) for word in size.replace("*", " ").split()}
-        return bool(words & TOKEN_DIMENSIONS)
+        return not TOKEN_DIMENSIONS.isdisjoint(shape_names([self.shape]))
 
 
 TOKEN_DIMENSIONS = frozenset({"sequence", "samples", "batch", "new", "past", "length"})
 """Names of sizes that follow from the text."""
-
-
-def parse_size(size: str) -> tuple[int, str]:
-    """ "4*merged" -> (4, "merged"); "samples" -> (1, "samples")."""
-    factor, star, name = size.rpartition("*")
-    return (int(factor) if star else 1), name
 
 
 @dataclass(frozen=True, slots=True)

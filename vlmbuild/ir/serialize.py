@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 import vlmbuild.ops
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.formats import format_from_json
+from vlmbuild.ir.dims import parse_shape, shape_json
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import (
     COMPUTE_DTYPE,
@@ -176,7 +177,7 @@ def _check_names(program: Program) -> None:
 def _variant_json(variant: Variant) -> dict[str, Any]:
     return {
         "inputs": [
-            {"name": entry.name, "dtype": _DTYPE_NAMES[entry.dtype], "shape": list(entry.shape)}
+            {"name": entry.name, "dtype": _DTYPE_NAMES[entry.dtype], "shape": shape_json(entry.shape)}
             for entry in variant.inputs
         ],
         "calls": [
@@ -194,7 +195,7 @@ def _variant_json(variant: Variant) -> dict[str, Any]:
 
 
 def _variant(values: Mapping[str, Any]) -> Variant:
-    inputs = tuple(Input(e["name"], _DTYPES[e["dtype"]], tuple(e["shape"])) for e in values["inputs"])
+    inputs = tuple(Input(e["name"], _DTYPES[e["dtype"]], e["shape"]) for e in values["inputs"])
     calls = tuple(Call(c["region"], c["instance"], tuple(c["inputs"]), tuple(c["outputs"])) for c in values["calls"])
     return Variant(inputs, calls, values["output"], tuple(values.get("presents", ())))
 
@@ -222,7 +223,7 @@ def _region_json(region: Region) -> dict[str, Any]:
             }
             for recipe in region.recipes
         ],
-        "activations": [list(shape) for shape in region.activations],
+        "activations": [shape_json(shape) for shape in region.activations],
         "nodes": [_node_json(node, names) for node in dataflow_order(region)],
         "results": _encode(region.results(), names),
     }
@@ -270,7 +271,7 @@ def _region(values: Mapping[str, Any]) -> Region:
     recipes = tuple(
         WeightRecipe(r["source"], tuple(r["shape"]), format_from_json(r["format"])) for r in values["recipes"]
     )
-    activations = tuple(tuple(shape) for shape in values["activations"])
+    activations = tuple(parse_shape(shape) for shape in values["activations"])
     module = GraphModule(nn.Module(), graph, class_name="Region")
     return Region(values["name"], module, slots, tuple(values["instances"]), activations, recipes)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -11,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
-from vlmbuild.ir.printer import size_text
+from vlmbuild.ir.dims import Dim, Shape, evaluate_shape, shape_names
 from vlmbuild.ir.program import Program, Region
 
-Size = int | torch.SymInt
 Values = dict[Node, Any]
 
-_NAME = re.compile(r"[A-Za-z_]\w*")
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
 """Example sizes: distinct, so that no two symbols are taken for one, and neither 0 nor 1, which are special cases."""
 
@@ -36,8 +32,7 @@ class Shapes:
             program: Its graphs need no shapes.
             wanted: Names of the regions that are asked about; None is all. Variants that do not help are not run.
         """
-        sizes = [size for variant in program.variants.values() for entry in variant.inputs for size in entry.shape]
-        names = sorted({name for size in sizes for name in _NAME.findall(str(size))})
+        names = sorted(shape_names(entry.shape for variant in program.variants.values() for entry in variant.inputs))
         example = _symbolic(names)
         self._mode = example.fake_mode
         self._symbols: dict[str, torch.SymInt] = dict(zip(names, example.shape, strict=True))
@@ -62,20 +57,13 @@ class Shapes:
         activations = region.placeholders()[len(region.slots) :]
         region.activations = tuple(self.sizes(node.meta["val"]) for node in activations)
 
-    def sizes(self, value: Tensor) -> tuple[int | str, ...]:
-        """A value's shape, with names for sizes that change."""
-        return tuple(s if isinstance(s, int) else size_text(s, self.dimensions) for s in value.shape)
+    def sizes(self, value: Tensor) -> Shape:
+        """The shape of a value in the names of dimensions."""
+        return tuple(s if isinstance(s, int) else Dim.of(s, self.dimensions) for s in value.shape)
 
-    def _size(self, size: int | str) -> Size:
-        """ "4*merged", "batch*new", "past + new"."""
-        if isinstance(size, int):
-            return size
-        products = [[part.strip() for part in term.split("*")] for term in size.split("+")]
-        return sum(math.prod(int(p) if p.isdigit() else self._symbols[p] for p in product) for product in products)
-
-    def _empty(self, shape: tuple[int | str, ...], dtype: torch.dtype) -> Tensor:
+    def _empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         with self._mode:
-            return torch.empty([self._size(size) for size in shape], dtype=dtype, device="meta")
+            return torch.empty(evaluate_shape(shape, self._symbols), dtype=dtype, device="meta")
 
     def _run(self, region: Region, activations: list[Tensor]) -> Values:
         recorder = _Recorder(region.graph, garbage_collect_values=False)

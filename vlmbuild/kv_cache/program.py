@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from vlmbuild.ir.dims import Dim, Shape
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Input, Program, Region, Variant
 from vlmbuild.ir.shapes import Shapes
 from vlmbuild.kv_cache.block import CachedBlock, CacheForm, cached_block, given_keys, self_attention
@@ -19,8 +20,11 @@ STEP = "decode"
 """The variant of steps after a prompt with images, where blocks read images; elsewhere it is "text"."""
 MASK, POSITION = "attention_mask", "cache_position"
 PAST, PRESENT, CROSS = "past_key_values", "present", "cross_key_values"
-TOKENS = "batch*new"
+TOKENS = Dim.parse("batch*new")
 """The size of values that have a row for every token."""
+TOTAL = Dim.parse("past + new")
+"""The number of tokens of a row once a step has run."""
+_SEQUENCE = Dim.named("sequence")
 
 
 def with_cache(program: Program, form: CacheForm = "growing") -> Program:
@@ -110,7 +114,7 @@ def _add_step(program: Program, images: Mapping[str, frozenset[str]], shapes: Sh
         program.variants[STEP] = Variant(tuple(inputs), calls, variant.output)
 
 
-def _shapes_of(call: Call, program: Program, shapes: Shapes) -> Iterator[tuple[str, tuple[int | str, ...]]]:
+def _shapes_of(call: Call, program: Program, shapes: Shapes) -> Iterator[tuple[str, Shape]]:
     """The shapes of a call's inputs."""
     region = program.regions[call.region]
     for value, node in zip(call.inputs, region.placeholders()[len(region.slots) :], strict=True):
@@ -138,9 +142,11 @@ def _with_blocks(program: Program, shapes: Shapes, form: CacheForm) -> Program:
 def _cached(
     variant: Variant, blocks: Mapping[str, CachedBlock], heads: Mapping[str, tuple[int, int]], form: CacheForm
 ) -> Variant:
-    past, rows, tokens = ("past", "past + new", TOKENS) if form == "growing" else ("length", "length", "batch")
+    past, rows, tokens = (
+        ("past", TOTAL, TOKENS) if form == "growing" else ("length", Dim.named("length"), Dim.named("batch"))
+    )
     inputs = {
-        entry.name: replace(entry, shape=tuple(tokens if size == "sequence" else size for size in entry.shape))
+        entry.name: replace(entry, shape=tuple(tokens if size == _SEQUENCE else size for size in entry.shape))
         for entry in variant.inputs
     }
     inputs[MASK] = Input(MASK, torch.int64, ("batch", rows))

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from vlmbuild.ir.dims import Shape
 from vlmbuild.ir.printer import dataflow_order
 from vlmbuild.ir.program import Call, Program, Region, needed_nodes
 
@@ -136,7 +136,7 @@ def _copied(
     kept = tuple(region.slots[place] for place in slots)
     names = {slot.name for slot in kept}
     recipes = tuple(recipe for recipe in region.recipes if recipe.source in names)
-    shapes: tuple[Any, ...] = tuple(region.activations[place] for place in read) + ((),) * len(given)
+    shapes: tuple[Shape, ...] = tuple(region.activations[place] for place in read) + ((),) * len(given)
     module = GraphModule(nn.Module(), graph, class_name="Region")
     return Region(name, module, kept, region.instances, shapes, recipes, dict(region.dimensions)), read
 

@@ -17,7 +17,8 @@ from vlmbuild.builder.tracing import Traced, apply_recipe, portable
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
 from vlmbuild.ir.cost import region_cost
-from vlmbuild.ir.printer import dtype_name, region_text, size_text, variant_text
+from vlmbuild.ir.dims import size_text
+from vlmbuild.ir.printer import dtype_name, region_text, variant_text
 from vlmbuild.ir.program import Program, Region, Variant, returned_nodes
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.locks.canonical_order import canonical

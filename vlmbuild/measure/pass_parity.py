@@ -21,7 +21,8 @@ from torch.fx import GraphModule
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
-from vlmbuild.ir.program import Call, Input, Program, Region, Slot, Variant, join, parse_size
+from vlmbuild.ir.dims import evaluate_shape, shape_names
+from vlmbuild.ir.program import Call, Input, Program, Region, Slot, Variant, join
 from vlmbuild.rewrite.pass_manager import Pass, run
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
@@ -131,10 +132,13 @@ def _values(program: Program, constants: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _forward(program: Program, variant: Variant, constants: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
-    symbols = dict.fromkeys(
-        parse_size(size)[1] for entry in variant.inputs for size in entry.shape if isinstance(size, str)
-    )
-    sizes = dict(zip(symbols, _SIZES, strict=False))
+    names = shape_names(entry.shape for entry in variant.inputs)
+    if len(names) > len(_SIZES):
+        raise UsageError(
+            f"The variant has {len(names)} dynamic dimensions ({', '.join(names)}); --bisect knows sizes for {len(_SIZES)}. "
+            "Run without --bisect."
+        )
+    sizes = dict(zip(names, _SIZES[: len(names)], strict=True))
     values = {entry.name: _input(entry, sizes) for entry in variant.inputs}
     graphs = {name: _runnable(region) for name, region in program.regions.items()}
     first: dict[str, Call] = {}
@@ -183,11 +187,9 @@ def _weight(name: str, slot: Slot, constants: Mapping[str, Tensor], weights: dic
 
 def _input(entry: Input, sizes: Mapping[str, int]) -> Tensor:
     """Seeded values that any model takes: small indices, and segments of which one is long and some are empty."""
-    shape = [
-        size if isinstance(size, int) else parse_size(size)[0] * sizes[parse_size(size)[1]] for size in entry.shape
-    ]
+    shape = evaluate_shape(entry.shape, sizes)
     if entry.dtype.is_floating_point:
-        return _random(entry.name, tuple(shape))
+        return _random(entry.name, shape)
     if entry.name.endswith("cu_seqlens"):
         return torch.tensor([0, *[2] * (shape[0] - 2), min(_SIZES)], dtype=entry.dtype)
     generator = torch.Generator().manual_seed(_seed(entry.name))

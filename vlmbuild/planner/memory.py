@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_iter
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, ImageCost, PackedBatch
-from vlmbuild.ir.program import Input, Program, parse_size
+from vlmbuild.ir.dims import evaluate_shape
+from vlmbuild.ir.program import Input, Program
 from vlmbuild.ops.workspace import WORKSPACES, Workspace
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 from vlmbuild.runtime.torch.model import VisionLanguageModel
@@ -230,12 +231,7 @@ class _Step:
         return {entry.name: self._input(entry) for entry in self.model.program.variants[self.variant].inputs}
 
     def _input(self, entry: Input) -> Tensor:
-        shape = [size if isinstance(size, int) else self._size(size) for size in entry.shape]
-        return torch.empty(shape, dtype=entry.dtype, device=_META)
-
-    def _size(self, size: str) -> int:
-        factor, name = parse_size(size)
-        return factor * self.sizes[name]
+        return torch.empty(evaluate_shape(entry.shape, self.sizes), dtype=entry.dtype, device=_META)
 
 
 class _LiveBytes(TorchDispatchMode):

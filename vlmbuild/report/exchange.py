@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlmbuild.ir.printer import dataflow_order, dtype_name, size_text, target_name
+from vlmbuild.ir.dims import size_text
+from vlmbuild.ir.printer import dataflow_order, dtype_name, target_name
 from vlmbuild.ir.program import Program, Region
 
 

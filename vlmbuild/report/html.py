@@ -16,8 +16,7 @@ from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.build import exact_passes
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import UsageError
-from vlmbuild.ir.cost import region_cost
-from vlmbuild.ir.cost_formulas import EVERYDAY, evaluate
+from vlmbuild.ir.cost import EVERYDAY, everyday_value, region_cost
 from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
 from vlmbuild.locks.listing_difference import is_equal, side_by_side
@@ -80,7 +79,7 @@ def _model(path: Path, staged: Staged) -> Iterator[str]:
 
 def _box(region: Region, weights: Sequence[Any], total: int, staged: Staged) -> str:
     size, count = sum(weight.nbytes for weight in weights), sum(weight.parameters for weight in weights)
-    flops = evaluate(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
+    flops = everyday_value(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
     share = round(100 * size / total) if total else 0
     facts = "weights shared with another region"
     if count:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
+from vlmbuild.ir.dims import Dim, Shape
+
 Compiler = Any
 """Callback of the surrounding `torch.compile`, or None."""
 
@@ -36,8 +38,8 @@ def apply(
         set_eval_frame(previous)
 
 
-def mark_dynamic(tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+def mark_dynamic(tensor: Tensor, shape: Shape) -> None:
     """Mark sizes that change from batch to batch, so that the first trace serves all."""
     for axis, size in enumerate(shape):
-        if isinstance(size, str):
+        if isinstance(size, Dim):
             torch._dynamo.maybe_mark_dynamic(tensor, axis)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vlmbuild.ir.dims import parse_shape
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.runtime.aoti.code_index import compiled_regions
@@ -41,7 +42,7 @@ def test_a_graph_that_two_forms_share_is_compiled_once():
     ],
 )
 def test_sizes_of_one_token(size, one):
-    assert of_one_token(((size, 8),)) == ((one, 8),)
+    assert of_one_token((parse_shape((size, 8)),)) == (parse_shape((one, 8)),)
 
 
 @pytest.mark.parametrize("form", ["growing", "static"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.families import PackedBatch
+from vlmbuild.ir.dims import Dim
 from vlmbuild.ir.program import Input
 from vlmbuild.kv_cache.program import MASK, PAST, present_name
 from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, padded_rows
@@ -19,7 +20,7 @@ from vlmbuild.runtime.onnx.session import FOLDER, OnnxSession, open_session
 VISION, EMBED, DECODER, TEXT_DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_text"
 FEATURES, EMBEDS, LOGITS, KEEP = "image_features", "inputs_embeds", "logits", "num_logits_to_keep"
 POSITIONS = "position_ids"
-_ROWS = ("batch_size", "sequence_length")
+_ROWS = (Dim.named("batch_size"), Dim.named("sequence_length"))
 _FEATURE_INDEX = "feature_index"
 """Tensor of the host prologue: the image feature that replaces each token's embedding, -1 for none."""
 

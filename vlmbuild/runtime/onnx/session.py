@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import DeviceError, IncompatibleError
+from vlmbuild.ir.dims import Dim
 from vlmbuild.ir.program import Input
 from vlmbuild.util.cpu import available_cores
 
@@ -89,9 +90,14 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
             f"onnxruntime did not start its provider for {device!r}, and took {session.get_providers()[0]}. Install CUDA "
             "and cuDNN as it needs them, or use the CPU."
         )
-    inputs = tuple(Input(entry.name, _dtype(file, entry), tuple(entry.shape)) for entry in session.get_inputs())
+    inputs = tuple(Input(entry.name, _dtype(file, entry), _sizes(entry.shape)) for entry in session.get_inputs())
     optional = frozenset(entry.name for entry in session.get_overridable_initializers())
     return OnnxSession(session, inputs, optional)
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int | Dim]:
+    """An input's shape; ONNX names are no expressions."""
+    return [size if isinstance(size, int) else Dim.named(str(size)) for size in shape]
 
 
 def check_provider(device: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from vlmbuild.ir.dims import Dim, Shape, evaluate_shape, shape_names
-from vlmbuild.ir.program import Program, Region
+from vlmbuild.ir.interpret import run_calls
+from vlmbuild.ir.program import Call, Program, Region
 
 Values = dict[Node, Any]
 
@@ -42,12 +44,7 @@ class Shapes:
             if self.values.keys() >= set(program.regions if wanted is None else wanted):
                 break
             known = {entry.name: self._empty(entry.shape, entry.dtype) for entry in variant.inputs}
-            for call in variant.calls:
-                region = program.regions[call.region]
-                if region.name not in self.values:
-                    self.values[region.name] = self._run(region, [known[name] for name in call.inputs])
-                results = (self.values[region.name][node] for node in region.results())
-                known.update(zip(call.outputs, results, strict=True))
+            run_calls(variant.calls, known, partial(self._call, program))
 
     def annotate(self, region: Region) -> None:
         """Give a region's nodes their values, and say its shapes in the names of dimensions."""
@@ -65,7 +62,13 @@ class Shapes:
         with self._mode:
             return torch.empty(evaluate_shape(shape, self._symbols), dtype=dtype, device="meta")
 
-    def _run(self, region: Region, activations: list[Tensor]) -> Values:
+    def _call(self, program: Program, call: Call, activations: tuple[Tensor, ...]) -> list[Tensor]:
+        region = program.regions[call.region]
+        if region.name not in self.values:
+            self.values[region.name] = self._run(region, activations)
+        return [self.values[region.name][node] for node in region.results()]
+
+    def _run(self, region: Region, activations: tuple[Tensor, ...]) -> Values:
         recorder = _Recorder(region.graph, garbage_collect_values=False)
         slots = [self._empty(slot.shape, slot.dtype) for slot in region.slots]
         with self._mode, torch.no_grad():

@@ -18,6 +18,7 @@ from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Program, Region, join
 from vlmbuild.measure.sensitivity import Loss
 from vlmbuild.quant.decide import LinearLayer
@@ -97,25 +98,27 @@ def output_losses(
     constants = family.constants(config)
     wanted = {layer.module: layer for layer in layers}
     sums: dict[str, list[float]] = {}
+
+    def run_call(call: Call, columns: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
+        """Run a block on every batch, and again with each of its layers quantized; a value is a tensor for each batch."""
+        region = program.regions[call.region]
+        held = _weights_of(region, call, weights, tensors, constants)
+        inputs = list(zip(*columns, strict=True))
+        outputs = [graphs[call.region](*held, *values) for values in inputs]
+        for index, layer in _measured(region, call, wanted):
+            plain = held[index]
+            held[index] = form.rounded(plain.flatten(), layer.module).view_as(plain)
+            again = [graphs[call.region](*held, *values) for values in inputs]
+            held[index] = plain
+            _add(sums.setdefault(layer.module, [0.0, 0.0]), outputs, again)
+            progress("sensitivity", len(sums), len(layers))
+        return [list(column) for column in zip(*outputs, strict=True)]
+
     for variant_name, states in _prepared(family, config, batches).items():
-        calls = program.variants[variant_name].calls
-        last = {name: number for number, call in enumerate(calls) for name in call.inputs}
-        for number, call in enumerate(calls):
-            region = program.regions[call.region]
-            held = _weights_of(region, call, weights, tensors, constants)
-            inputs = [tuple(state[name] for name in call.inputs) for state in states]
-            outputs = [graphs[call.region](*held, *values) for values in inputs]
-            for index, layer in _measured(region, call, wanted):
-                plain = held[index]
-                held[index] = form.rounded(plain.flatten(), layer.module).view_as(plain)
-                again = [graphs[call.region](*held, *values) for values in inputs]
-                held[index] = plain
-                _add(sums.setdefault(layer.module, [0.0, 0.0]), outputs, again)
-                progress("sensitivity", len(sums), len(layers))
-            for state, results in zip(states, outputs, strict=True):
-                state.update(zip(call.outputs, results, strict=True))
-                for name in [name for name in state if last.get(name, -1) <= number]:
-                    del state[name]  # nobody reads it any more
+        variant = program.variants[variant_name]
+        run_calls(
+            variant.calls, {entry.name: [state[entry.name] for state in states] for entry in variant.inputs}, run_call
+        )
     if missed := sorted(set(wanted) - set(sums)):
         raise UsageError(f"No calibration batch runs through {missed[0]}. Give batches like those of use, with images.")
     return [Loss(layer, error / max(rows, 1)) for layer in layers for error, rows in [sums[layer.module]]]

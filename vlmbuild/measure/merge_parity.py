@@ -21,6 +21,7 @@ from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
+from vlmbuild.ir import interpret
 from vlmbuild.ir.program import Program, Region, join
 from vlmbuild.measure.calibration import Batch, batches_digest
 from vlmbuild.runtime.bind import instance_tensors
@@ -176,22 +177,20 @@ class ParityCheck:
             for name, tensor in self.probe.prepared.tensors.items()
         }
         constants = self.family.constants(self.config)
-        last = {name: number for number, call in enumerate(variant.calls) for name in call.inputs}
         bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
-        for number, call in enumerate(variant.calls):
-            region = program.regions[call.region]
-            held = {**tensors_of(region, call.instance), **constants}
-            slots = tuple(
-                held[name].float() if is_compute(slot) else held[name]
-                for slot in region.slots
-                for name in [join(call.instance, slot.name)]
-            )
-            results = bound[call.region].run(slots, None, tuple(state[name] for name in call.inputs), training=False)
-            state.update(zip(call.outputs, results, strict=True))
-            for name in [name for name in state if name != variant.output and last.get(name, -1) <= number]:
-                del state[name]  # nobody reads it any more
-            self.progress("parity", turn * len(variant.calls) + number + 1, 3 * len(variant.calls))
-        return state[variant.output]
+
+        def slots_of(region: Region, instance: str) -> list[Tensor]:
+            held = {**tensors_of(region, instance), **constants}
+            tensors = [held[join(instance, slot.name)] for slot in region.slots]
+            return [x.float() if is_compute(slot) else x for x, slot in zip(tensors, region.slots, strict=True)]
+
+        def run_region(region: Region, slots: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return bound[region.name].run(slots, None, values, training=False)
+
+        def on_call(done: int) -> None:
+            self.progress("parity", turn * len(variant.calls) + done, 3 * len(variant.calls))
+
+        return interpret.run(program, variant, state, slots_of, run_region, on_call=on_call)[variant.output]
 
     def _source_tensors(self, adapter: Adapter) -> TensorsOf:
         def tensors_of(region: Region, instance: str) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vlmbuild.families import Family, family_named
-from vlmbuild.ir.program import Call, Program, Variant
+from vlmbuild.ir import interpret
+from vlmbuild.ir.program import Program, Region, Variant
 from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
 from vlmbuild.kv_cache.program import CROSS, cached_inputs, present_name, with_cache
 from vlmbuild.measure.batches import SEED, Case, cases
@@ -26,7 +27,6 @@ from vlmbuild.runtime.decode_steps import unpack_to_padded, whole_mask
 from vlmbuild.runtime.onnx.decoding import FEATURES, OnnxDecoding, OnnxModels
 from vlmbuild.runtime.onnx.model import OnnxVisionLanguageModel
 from vlmbuild.runtime.onnx.weights import OnnxWeights
-from vlmbuild.runtime.torch.execution import run_calls
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
@@ -74,6 +74,7 @@ class _Reference:
         self._constants = family.constants(config)
         self._bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
 
+    @torch.no_grad()
     def run(self, batch: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
         """The variant that a batch takes, and its values that clients see: logits (batch, sequence, vocabulary), the cache,
         and what follows from images."""
@@ -86,16 +87,18 @@ class _Reference:
         for entry in cached_inputs(variant):
             values[entry.name] = torch.zeros(shape[0], int(entry.shape[1]), 0, int(entry.shape[3]))
         kept = self._seen(variant)
-        run_calls(variant.calls, values, self._call, keep=kept.values())
-        found = {name: values[value] for name, value in kept.items()}
+        results = interpret.run(self.program, variant, values, self._tensors_of, self._run_region, keep=kept.values())
+        found = {name: results[value] for name, value in kept.items()}
         found["logits"] = found["logits"].view(*shape, -1)
         return prepared.variant, found
 
-    @torch.no_grad()
-    def _call(self, call: Call, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        region = self.program.regions[call.region]
-        slots = self._weights.slots(region, call.instance, self._constants)
-        return self._bound[call.region].run(slots, None, arguments, training=False)
+    def _tensors_of(self, region: Region, instance: str) -> tuple[Tensor, ...]:
+        return self._weights.slots(region, instance, self._constants)
+
+    def _run_region(
+        self, region: Region, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        return self._bound[region.name].run(tensors, None, activations, training=False)
 
     def _seen(self, variant: Variant) -> dict[str, str]:
         """Name that clients see -> name in the variant."""

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.dims import evaluate_shape, shape_names
+from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Input, Program, Region, Slot, Variant, join
 from vlmbuild.rewrite.pass_manager import Pass, run
 from vlmbuild.runtime.torch.region_instance import BoundRegion
@@ -84,14 +85,16 @@ def pass_parity(program: Program, family: Family, config: Any, passes: Sequence[
     _check_size(program)
     constants = family.constants(config)
     expected = _values(program, constants)
-    floor = _CANCELLED * math.sqrt(sum(value.square().sum().item() for value in expected.values()))
+    norms = (value.square().sum().item() for values in expected for value in values.values())
+    floor = _CANCELLED * math.sqrt(sum(norms))
     steps = []
     for step in passes:
         run([step], program)
         actual = _values(program, constants)
-        errors = [_error(actual.get(name), value, floor) for name, value in expected.items()]
-        forward = max(error for name, error in zip(expected, errors, strict=True) if name.endswith(" logits"))
-        gradient = max(error for name, error in zip(expected, errors, strict=True) if not name.endswith(" logits"))
+        forward, gradient = (
+            max(_error(got.get(name), value, floor) for name, value in want.items())
+            for got, want in zip(actual, expected, strict=True)
+        )
         steps.append(Step(step.name, forward, gradient))
     return Parity(tuple(steps))
 
@@ -117,18 +120,19 @@ def _check_size(program: Program) -> None:
         )
 
 
-def _values(program: Program, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _values(program: Program, constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The logits of every variant, and the gradients of all its weights."""
-    values: dict[str, Tensor] = {}
+    all_logits: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for name, variant in program.variants.items():
         weights: dict[str, Tensor] = {}
         logits = _forward(program, variant, constants, weights)
         seed = _random(f"gradient {name}", tuple(logits.shape))
         trained = {key: weight for key, weight in weights.items() if weight.requires_grad}
         grads = torch.autograd.grad(logits, list(trained.values()), seed, allow_unused=True)
-        values[f"{name} logits"] = logits.detach()
-        values |= {f"{name} {key}": grad for key, grad in zip(trained, grads, strict=True) if grad is not None}
-    return values
+        all_logits[name] = logits.detach()
+        gradients |= {f"{name} {key}": grad for key, grad in zip(trained, grads, strict=True) if grad is not None}
+    return all_logits, gradients
 
 
 def _forward(program: Program, variant: Variant, constants: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
@@ -142,18 +146,17 @@ def _forward(program: Program, variant: Variant, constants: Mapping[str, Tensor]
     values = {entry.name: _input(entry, sizes) for entry in variant.inputs}
     graphs = {name: _runnable(region) for name, region in program.regions.items()}
     first: dict[str, Call] = {}
-    for call in variant.calls:
-        handed_on = _handed_on(first[call.region], call) if call.region in first else None
-        if handed_on is not None:
-            values[call.outputs[0]] = values[handed_on]
-            continue
-        first.setdefault(call.region, call)
-        held = [
-            _weight(join(call.instance, slot.name), slot, constants, weights)
-            for slot in program.regions[call.region].slots
-        ]
-        results = graphs[call.region](*held, *(values[name] for name in call.inputs))
-        values.update(zip(call.outputs, results, strict=True))
+
+    def run_call(call: Call, activations: tuple[Tensor, ...]) -> Sequence[Tensor]:
+        index = _handed_on(first.setdefault(call.region, call), call)
+        if index is not None:
+            return [activations[index]]
+        slots = program.regions[call.region].slots
+        held = [_weight(join(call.instance, slot.name), slot, constants, weights) for slot in slots]
+        results: tuple[Tensor, ...] = graphs[call.region](*held, *activations)
+        return results
+
+    run_calls(variant.calls, values, run_call)
     return values[variant.output]
 
 
@@ -170,9 +173,10 @@ def _runnable(region: Region) -> GraphModule:
     return graph
 
 
-def _handed_on(first: Call, call: Call) -> str | None:
-    """The input of a repeated call that takes the place of its result: the only one that the first call did not have."""
-    changed = [now for was, now in zip(first.inputs, call.inputs, strict=True) if was != now]
+def _handed_on(first: Call, call: Call) -> int | None:
+    """Index of the activation that takes the place of a repeated call's result: the only one that the first call did not
+    have."""
+    changed = [index for index, name in enumerate(call.inputs) if name != first.inputs[index]]
     return changed[0] if len(changed) == 1 and len(call.outputs) == 1 else None
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import PackedBatch
+from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Input, Program
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import MASK, PAST, POSITION, STEP, TOKENS, present_name, with_cache
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, unpack_to_padded
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.execution import run_calls
 from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionRunner
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
 from vlmbuild.runtime.torch.state import module_at

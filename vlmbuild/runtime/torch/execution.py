@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from vlmbuild.families import PackedBatch
+from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import padded_rows
@@ -113,23 +113,3 @@ class Execution:
         used = {join(call.instance, slot.name) for call in self._calls() for slot in program.regions[call.region].slots}
         unused = (p for name, p in self.model.trainable_parameters() if name not in used)
         return sum((parameter.sum() * 0 for parameter in unused), start=0.0)
-
-
-def run_calls(
-    calls: Sequence[Call],
-    values: dict[str, Tensor],
-    run: Callable[[Call, tuple[Tensor, ...]], tuple[Tensor, ...]],
-    keep: Collection[str] = (),
-) -> None:
-    """Run calls in order on named values, and add what they return. A value is let go after its last reader, but for those
-    to keep."""
-    last = {name: number for number, call in enumerate(calls) for name in call.inputs}
-    for number, call in enumerate(calls):
-        arguments = tuple(values[name] for name in call.inputs)
-        for name in set(call.inputs):
-            if last[name] == number and name not in keep:
-                del values[name]
-        results = run(call, arguments)
-        del arguments
-        values.update(zip(call.outputs, results, strict=True))
-        del results

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.adapters.lora import Lora
-from vlmbuild.adapters.select import linear_features, linear_nodes
+from vlmbuild.ir.linear_layers import LinearSite, linear_sites
 from vlmbuild.ir.program import Program, Region, Role, Slot, join
 from vlmbuild.ir.split_region import divide_by
 from vlmbuild.rewrite.pass_manager import PassOutcome
@@ -42,7 +41,7 @@ class AddLora:
     def __call__(self, program: Program) -> PassOutcome:
         outcome = PassOutcome()
         for name in list(program.regions):
-            modules = [slot.name.removesuffix(".weight") for _, slot in linear_nodes(program.regions[name])]
+            modules = [site.module for site in linear_sites(program.regions[name])]
 
             def adapters(instance: str) -> tuple[Lora | None, ...]:
                 return tuple(self.adapters.get(join(instance, module)) for module in modules)  # noqa: B023
@@ -55,21 +54,21 @@ class AddLora:
 
 def _rewrite(region: Region, adapters: tuple[Lora | None, ...], outcome: PassOutcome) -> None:
     names = {slot.name for slot in region.slots}
-    for (node, slot), lora in zip(linear_nodes(region), adapters, strict=True):
-        module = slot.name.removesuffix(".weight")
+    for site, lora in zip(linear_sites(region), adapters, strict=True):
         if lora is None:
             continue
-        if f"{module}.lora_A.default.weight" in names:
-            outcome.add(region.name, 0, [f"{module}: has an adapter already"])
+        if f"{site.module}.lora_A.default.weight" in names:
+            outcome.add(region.name, 0, [f"{site.module}: has an adapter already"])
             continue
-        _add(region, node, module, slot.role, lora)
+        _add(region, site, lora)
         outcome.add(region.name, 1)
 
 
-def _add(region: Region, node: Node, module: str, role: Role, lora: Lora) -> None:
-    out_features, in_features = linear_features(region, node)
-    down = region.add_slot(_adapter(f"{module}.lora_A.default.weight", (lora.r, in_features), role))
-    up = region.add_slot(_adapter(f"{module}.lora_B.default.weight", (out_features, lora.r), role))
+def _add(region: Region, site: LinearSite, lora: Lora) -> None:
+    out_features, in_features = site.shape
+    node, role = site.node, site.slot.role
+    down = region.add_slot(_adapter(f"{site.module}.lora_A.default.weight", (lora.r, in_features), role))
+    up = region.add_slot(_adapter(f"{site.module}.lora_B.default.weight", (out_features, lora.r), role))
     graph = region.graph.graph
     values = node.args[0]
     with graph.inserting_before(node):

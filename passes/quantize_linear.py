@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.split_region import divide_by
-from vlmbuild.quant.decide import LINEAR, QUANTIZE, Decision, weight_slot
+from vlmbuild.ops import PLAIN_LINEAR
+from vlmbuild.quant.decide import QUANTIZE, Decision
 from vlmbuild.rewrite.pass_manager import PassOutcome
 
 
@@ -64,24 +65,23 @@ class QuantizeLinear:
 
     def _decisions(self, region: Region, instance: str) -> tuple[Decision, ...]:
         """For the linear layers of an instance, in the order of their nodes."""
-        found = []
-        for node in _linear_nodes(region):
-            slot = weight_slot(region, node)
-            if slot is None:
-                found.append(Decision(None, "a product with a computed weight"))
-            else:
-                module = join(instance, slot.name.removesuffix(".weight"))
-                found.append(self.decisions.get(module, Decision(None, "nothing was decided")))
-        return tuple(found)
+        sites = {site.node: site for site in linear_sites(region, (PLAIN_LINEAR,))}
+        return tuple(
+            self.decisions.get(join(instance, sites[node].module), Decision(None, "nothing was decided"))
+            if node in sites
+            else Decision(None, "a product with a computed weight")
+            for node in _linear_nodes(region)
+        )
 
     def _rewrite(self, region: Region, decisions: tuple[Decision, ...], outcome: PassOutcome) -> None:
+        sites = {site.node: site for site in linear_sites(region, (PLAIN_LINEAR,))}
         for node, decision in zip(_linear_nodes(region), decisions, strict=True):
-            slot = weight_slot(region, node)
-            if slot is None or decision.format is None:
-                place = f"{slot.name.removesuffix('.weight')}: " if slot is not None else ""
-                outcome.add(region.name, 0, [place + decision.reason])
+            site = sites.get(node)
+            if site is None or decision.format is None:
+                where = f"{site.module}: " if site is not None else ""
+                outcome.add(region.name, 0, [where + decision.reason])
             else:
-                (_mark if self.packed else _quantize)(region, node, slot, decision.format)
+                (_mark if self.packed else _quantize)(region, node, site.slot, decision.format)
                 outcome.add(region.name, 1)
 
 
@@ -94,7 +94,7 @@ def _merged(one: tuple[Decision, ...], other: tuple[Decision, ...]) -> tuple[Dec
 
 
 def _linear_nodes(region: Region) -> list[Node]:
-    return [node for node in region.graph.graph.nodes if node.target is LINEAR]
+    return [node for node in region.graph.graph.nodes if node.target is PLAIN_LINEAR]
 
 
 def _mark(region: Region, node: Node, slot: Slot, weight_format: WeightFormat) -> None:

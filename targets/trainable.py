@@ -16,7 +16,7 @@ from vlmbuild.checkpoint.source import SIDE_FILES
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.printer import program_text
-from vlmbuild.ir.program import Program, Region, join
+from vlmbuild.ir.program import Program, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.quant.bnb_config import quantization_config
 from vlmbuild.recipe import Recipe
@@ -56,19 +56,8 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
 def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
     """What becomes of every source tensor, each once, in the order of the regions; follows from the program alone."""
     dtype = getattr(torch, recipe.dtype)
-    seen = set()
-    for region in program.regions.values():
-        for instance in region.instances:
-            for relative, shape, form in _parameters(region):
-                name = join(instance, relative)
-                if name not in seen:
-                    seen.add(name)
-                    yield StoredParameter(name, shape, form, _specs(family.stored_name(name), shape, dtype, form))
-
-
-def _parameters(region: Region) -> Iterator[tuple[str, tuple[int, ...], WeightFormat | None]]:
-    yield from ((recipe.source, recipe.shape, recipe.format) for recipe in region.recipes)
-    yield from ((slot.name, slot.shape, None) for slot in region.slots if slot.kind == "parameter")
+    for name, shape, form in program.source_weights():
+        yield StoredParameter(name, shape, form, _specs(family.stored_name(name), shape, dtype, form))
 
 
 def _specs(

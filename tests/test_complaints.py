@@ -29,8 +29,9 @@ from vlmbuild.checkpoint.source import PROCESSOR_FILES
 from vlmbuild.errors import BatchError, ParityError, PassError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.ir.dims import shape_names
+from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.passes import FuseMrope
-from vlmbuild.quant.decide import decide, linear_layers
+from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.zoo import ZOO

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
 from vlmbuild.ir.dims import Dim, Shape
 from vlmbuild.ir.program import Region
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import TOKENS
+from vlmbuild.ops import PLAIN_LINEAR
 
 _TOKENS: Mapping[CacheForm, Dim] = {"growing": TOKENS, "static": Dim.named("batch")}
 """The number of tokens of a call."""
-_LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
         region: With its shapes.
         form: Of its program's cache.
     """
-    if all(node.target is not _LINEAR for node in region.graph.graph.nodes):
+    if all(node.target is not PLAIN_LINEAR for node in region.graph.graph.nodes):
         return None
     for place, shape in enumerate(region.activations):
         for axis, size in enumerate(shape):

@@ -15,11 +15,11 @@ from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.source import ZOO
 from vlmbuild.checkpoint.tensors import source_tensors
 from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
 from vlmbuild.measure.calibration import conversation_batches, output_losses
 from vlmbuild.measure.sensitivity import Loss, keep_within, weight_losses
 from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
 from vlmbuild.quant.bnb_state import parse_quant_state
-from vlmbuild.quant.decide import LinearLayer, linear_layers
 from vlmbuild.quant.nf4 import NF4
 from vlmbuild.quant.spec import Override, QuantSpec
 from vlmbuild.recipe import Recipe
@@ -49,7 +49,7 @@ def tensors(weights, checkpoint, family):
 
 @pytest.fixture
 def layers(built):
-    return [layer for layer in linear_layers(built) if layer.role == "language" and not layer.refusal]
+    return [layer for layer in linear_layers(built) if layer.role == "language" and not layer.shared]
 
 
 def test_weight_losses_are_those_of_the_stored_bytes(layers, weights, tensors):
@@ -101,7 +101,7 @@ def test_output_losses_are_those_of_a_model_with_one_layer_quantized(
 
 
 def layer(name, shape):
-    return LinearLayer(name, "language", shape, "")
+    return LinearLayer(name, "language", shape)
 
 
 def test_budget_is_spent_where_a_bit_saves_most_and_never_exceeded():

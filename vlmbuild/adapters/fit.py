@@ -59,7 +59,7 @@ def check_fits(program: Program, adapter: Adapter, directory: str | Path) -> Non
             raise SourceError(
                 f"{directory}: {module} is not a linear layer of the model. Use an adapter of this model."
             )
-        out_features, in_features = layers[module].features
+        out_features, in_features = layers[module].shape
         needed = {"lora_A": (lora.r, in_features), "lora_B": (out_features, lora.r)}
         for part, shape in needed.items():
             name = f"{module}.{part}.default.weight"

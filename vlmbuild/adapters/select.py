@@ -5,51 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
 
-import torch
-from torch.fx import Node
-
-import vlmbuild.ops
 from vlmbuild.adapters.lora import Lora
 from vlmbuild.errors import UsageError
-from vlmbuild.ir.program import Program, Region, Role, Slot, join
-
-Part = Literal["attention", "mlp", "other"]
-"""Position of a linear layer in its block."""
+from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
+from vlmbuild.ir.program import Program, Role
 
 ALL_LINEAR = "all-linear"
 ROLES: tuple[Role, ...] = ("language", "vision", "projector", "head")
 """Roles of layers that can have an adapter."""
-
-_OPS = torch.ops.vlmbuild
-LINEAR = (torch.ops.aten.linear.default, _OPS.linear_4bit.default, _OPS.linear_8bit.default)
-"""The operators of linear layers, plain and quantized; the second argument is the weight."""
-
-_ATTENTION = frozenset(
-    getattr(_OPS, name.removeprefix("vlmbuild::")).default
-    for name in vlmbuild.ops.OPERATORS
-    if name.startswith("vlmbuild::attention") and not name.endswith("_backward")
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A linear layer of an instance.
-
-    Attributes:
-        module: Its name, for example "model.language_model.layers.0.mlp.up_proj".
-        role: Role of its weight.
-        part: Part of its block.
-        features: (out, in).
-        number: Number of its repeated block ("model.language_model.layers.7": 7); None outside of blocks.
-    """
-
-    module: str
-    role: Role
-    part: Part
-    features: tuple[int, int]
-    number: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,41 +38,11 @@ class Targets:
             raise UsageError(f"layers must be a list of the numbers of blocks, or None for all; got {numbers!r}.")
 
 
-def linear_nodes(region: Region) -> list[tuple[Node, Slot]]:
-    """Return the linear layers of a region's graph, with the slots of their weights."""
-    slots = region.slot_nodes()
-    layers = []
-    for node in region.graph.graph.nodes:
-        slot = slots.get(node.args[1]) if node.target in LINEAR else None
-        if slot is not None and slot.name.endswith(".weight") and ".lora_" not in slot.name:
-            layers.append((node, slot))
-    return layers
-
-
-def linear_features(region: Region, node: Node) -> tuple[int, int]:
-    """Return (out, in) of a linear layer, from the weight or the arguments: a loaded graph has no shapes."""
-    arguments: Any = node.args
-    if node.target is _OPS.linear_4bit.default:
-        in_features, out_features = arguments[6:8]
-        return out_features, in_features
-    out_features, in_features = region.slot_nodes()[arguments[1]].shape
-    return out_features, in_features
-
-
-def adaptable_layers(program: Program) -> list[Layer]:
+def adaptable_layers(program: Program) -> list[LinearLayer]:
     """Return every linear layer that can have an adapter, once per instance, in the order of the program."""
-    layers = []
-    for region in program.regions.values():
-        parts = _parts(region)
-        for node, slot in linear_nodes(region):
-            if slot.role not in ROLES or (slot.role == "head" and program.ties):
-                continue
-            features = linear_features(region, node)
-            for instance in region.instances:
-                module = join(instance, slot.name).removesuffix(".weight")
-                leaf = instance.rpartition(".")[2]
-                layers.append(Layer(module, slot.role, parts[node], features, int(leaf) if leaf.isdigit() else None))
-    return layers
+    return [
+        layer for layer in linear_layers(program) if layer.role in ROLES and not (layer.role == "head" and program.ties)
+    ]
 
 
 def choose(program: Program, targets: Targets, lora: Lora) -> dict[str, Lora]:
@@ -142,7 +76,7 @@ def matches_module(pattern: str, module: str) -> bool:
     return module == pattern or module.endswith(f".{pattern}") or fnmatchcase(module, pattern)
 
 
-def _is_allowed(layer: Layer, targets: Targets) -> bool:
+def _is_allowed(layer: LinearLayer, targets: Targets) -> bool:
     if not (targets.attention if layer.part == "attention" else targets.mlp if layer.part == "mlp" else True):
         return False
     if targets.layers is not None and layer.number not in targets.layers:
@@ -150,7 +84,7 @@ def _is_allowed(layer: Layer, targets: Targets) -> bool:
     return {"language": targets.language, "vision": targets.vision or "vision" in _named(targets)}.get(layer.role, True)
 
 
-def _is_hit(layer: Layer, name: str, targets: Targets) -> bool:
+def _is_hit(layer: LinearLayer, name: str, targets: Targets) -> bool:
     if name == ALL_LINEAR:
         return layer.role in ("language", "vision")
     return layer.role == name if name in ROLES else matches_module(name, layer.module)
@@ -176,36 +110,3 @@ def _no_match(program: Program, name: str, targets: Targets) -> str:
         f"target {name!r} matches {len(hits)} linear layers ({roles}), and all are excluded by vision={targets.vision}, "
         f"language={targets.language}, attention={targets.attention}, mlp={targets.mlp} or layers={targets.layers}."
     )
-
-
-def _parts(region: Region) -> dict[Node, Part]:
-    """Return the part of each linear layer in a graph.
-
-    Layers whose results reach attention, or that read its result, without another linear layer between are attention's; the
-    others of a graph with attention are the MLP's.
-    """
-    linears = [node for node, _ in linear_nodes(region)]
-    attentions = [node for node in region.graph.graph.nodes if node.target in _ATTENTION]
-    if not attentions:
-        return dict.fromkeys(linears, "other")
-    near = _reach(attentions, lambda node: node.all_input_nodes) | _reach(attentions, lambda node: list(node.users))
-    return {node: "attention" if node in near else "mlp" for node in linears}
-
-
-def _reach(starts: Sequence[Node], neighbours: Any) -> set[Node]:
-    """Return the linear layers reached from the nodes without passing another linear layer."""
-    seen: set[Node] = set()
-    reached: set[Node] = set()
-    waiting = list(starts)
-    while waiting:
-        for node in neighbours(waiting.pop()):
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.target is _OPS.lora.default:
-                reached.add(node.args[0])  # the layer below the adapter
-            elif node.target in LINEAR:
-                reached.add(node)
-            else:
-                waiting.append(node)
-    return reached

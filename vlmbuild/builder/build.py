@@ -25,13 +25,14 @@ from vlmbuild.checkpoint.tensors import SourceTensor, published_name, source_ten
 from vlmbuild.errors import PassError, UsageError
 from vlmbuild.families import Family, family_of
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest, output_losses
 from vlmbuild.measure.merge_parity import ParityCheck, make_probe
 from vlmbuild.measure.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
 from vlmbuild.quant.bnb_config import check_method
-from vlmbuild.quant.decide import QUANTIZE, Decision, LinearLayer, decide, linear_layers
+from vlmbuild.quant.decide import QUANTIZE, Decision, decide
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.near_miss import near_miss

@@ -13,7 +13,7 @@ from vlmbuild.ir.schema import Role
 from vlmbuild.quant.spec import QUANTIZE_PASS
 
 if TYPE_CHECKING:
-    from vlmbuild.ir.program import Program, Region
+    from vlmbuild.ir.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def describe_regions(program: Program) -> list[dict[str, Any]]:
             "name": region.name,
             "instances": len(region.instances),
             "operators": sum(node.op == "call_function" for node in region.graph.graph.nodes),
-            "parameters": sum(math.prod(shape) for _, shape, _ in _weights_of(region)),
+            "parameters": sum(math.prod(weight.shape) for weight in region.source_weights()),
         }
         for region in program.regions.values()
     ]
@@ -90,11 +90,3 @@ def refusals_by_role(
 def slot_roles(program: Program) -> dict[tuple[str, str], Role]:
     """Return the role of each (region, slot)."""
     return {(region.name, slot.name): slot.role for region in program.regions.values() for slot in region.slots}
-
-
-def _weights_of(region: Region) -> Iterable[tuple[str, tuple[int, ...], WeightFormat | None]]:
-    """(relative name, source shape, format) of a region's weights."""
-    quantized = {recipe.source for recipe in region.recipes}
-    yield from ((recipe.source, recipe.shape, recipe.format) for recipe in region.recipes)
-    kept = (slot for slot in region.slots if slot.kind == "parameter" and slot.name not in quantized)
-    yield from ((slot.name, slot.shape, None) for slot in kept)

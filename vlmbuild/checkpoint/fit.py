@@ -9,8 +9,8 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
+from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
-from vlmbuild.quant.decide import linear_layers
 
 _IGNORED_SOURCE_TENSORS = re.compile(r".*rotary_emb\.inv_freq|.*rotary_pos_emb\.inv_freq")
 """Buffers that old checkpoints store; they follow from the config."""
@@ -42,7 +42,7 @@ def check_weights(
                 f"{weights.directory}: tensor {family.stored_name(name)} is {tensors[name].dtype}, and config.json does not "
                 "say that it is quantized. Get the original checkpoint."
             )
-    linear = {f"{layer.module}.weight" for layer in linear_layers(program) if not layer.refusal}
+    linear = {f"{layer.module}.weight" for layer in linear_layers(program) if not layer.shared}
     for name, tensor in tensors.items():
         if tensor.format is not None and name in needed and name not in linear:
             raise SourceError(

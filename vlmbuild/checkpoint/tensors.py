@@ -14,9 +14,9 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
+from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
 from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
-from vlmbuild.quant.decide import linear_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def announced_formats(
     return {
         layer.module: form
         for layer in linear_layers(program)
-        if not layer.refusal and not is_skipped(layer.module, skipped) and not is_skipped(names(layer.module), skipped)
+        if not layer.shared and not is_skipped(layer.module, skipped) and not is_skipped(names(layer.module), skipped)
     }
 
 

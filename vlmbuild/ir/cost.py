@@ -19,11 +19,11 @@ from torch.fx import Node
 from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region
+from vlmbuild.ops import ATTENTION
 
 aten = torch.ops.aten
 _GATHERS = (aten.embedding.default, aten.index.Tensor)
 _FREE = (aten.sym_size.int,)
-_ATTENTION = "vlmbuild.attention"
 
 _SIZES = {"samples": 2, "segments": 4, "groups": 4}
 _OTHERS = 1024
@@ -86,7 +86,7 @@ class _NodeCost:
 
     def flops(self, node: Node) -> Size:
         name = target_name(node)
-        if name.startswith(_ATTENTION):
+        if node.target in ATTENTION:
             query, key = (self._shape(node.args[index]) for index in (0, 1))
             batch, heads, length, width = query
             return 4 * batch * heads * length * key[2] * width

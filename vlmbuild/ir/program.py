@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._guards import detect_fake_mode
@@ -58,6 +58,20 @@ class WeightRecipe:
     format: WeightFormat
 
 
+class SourceWeight(NamedTuple):
+    """A weight of the source and its stored format.
+
+    Attributes:
+        name: Name of the tensor; of a region's weight, relative to the instance.
+        shape: Shape in the source.
+        format: Stored format; None keeps the tensor as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: WeightFormat | None
+
+
 @dataclass(slots=True)
 class Region:
     """One graph and the instances that share it. Placeholders are the slots in order, then the activations.
@@ -91,6 +105,14 @@ class Region:
     def slot_nodes(self) -> dict[Node, Slot]:
         """The placeholder of each slot."""
         return dict(zip(self.placeholders(), self.slots, strict=False))
+
+    def source_weights(self) -> Iterator[SourceWeight]:
+        """Yield the weights of an instance: those with a recipe, then the other parameters."""
+        yield from (SourceWeight(recipe.source, recipe.shape, recipe.format) for recipe in self.recipes)
+        converted = {recipe.source for recipe in self.recipes}
+        for slot in self.slots:
+            if slot.kind == "parameter" and slot.name not in converted:
+                yield SourceWeight(slot.name, slot.shape, None)
 
     def add_slot(self, slot: Slot) -> Node:
         """Append a slot; returns its placeholder."""
@@ -226,6 +248,17 @@ class Program:
                     if name not in seen:
                         seen.add(name)
                         yield name, slot
+
+    def source_weights(self) -> Iterator[SourceWeight]:
+        """Yield every distinct weight by its absolute name, in the order of the regions and their instances."""
+        seen = set()
+        for region in self.regions.values():
+            for instance in region.instances:
+                for weight in region.source_weights():
+                    name = join(instance, weight.name)
+                    if name not in seen:
+                        seen.add(name)
+                        yield weight._replace(name=name)
 
 
 def returned_nodes(graph_module: GraphModule) -> list[Node]:

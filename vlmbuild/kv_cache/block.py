@@ -9,19 +9,15 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.errors import PassError
 from vlmbuild.ir.program import Region
+from vlmbuild.ops import ATTENTION
 
 CacheForm = Literal["growing", "static"]
 """Whether keys and values are concatenated with those of the new tokens, or these are written into buffers."""
 FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 aten = torch.ops.aten
-_ATTENTION = frozenset(
-    getattr(torch.ops.vlmbuild, name).default
-    for name in ("attention", "attention_auto", "attention_sdpa", "attention_triton")
-)
 _KEY, _VALUE, _BOUNDS, _CAUSAL, _SCALE = 1, 2, 4, 7, 8
 """Places of the operator's arguments."""
 
@@ -112,7 +108,7 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
 
 
 def _attentions(region: Region) -> list[Node]:
-    return [node for node in region.graph.graph.nodes if node.target in _ATTENTION]
+    return [node for node in region.graph.graph.nodes if node.target in ATTENTION]
 
 
 def _activations(graph: Graph, region: Region) -> list[Node]:

@@ -19,9 +19,9 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.interpret import run_calls
+from vlmbuild.ir.linear_layers import LinearLayer
 from vlmbuild.ir.program import Call, Program, Region, join
 from vlmbuild.measure.sensitivity import Loss
-from vlmbuild.quant.decide import LinearLayer
 from vlmbuild.runtime.torch.region_instance import BoundRegion
 
 Batch = Mapping[str, Tensor]

@@ -15,7 +15,8 @@ from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
-from vlmbuild.quant.decide import Decision, LinearLayer
+from vlmbuild.ir.linear_layers import LinearLayer
+from vlmbuild.quant.decide import Decision
 from vlmbuild.util.cpu import available_cores, single_threaded
 
 _PIECE = 2**22

@@ -6,6 +6,8 @@ Each has a schema, shape rules for tensors without data, a plain-torch reference
 
 from __future__ import annotations
 
+import torch
+
 import vlmbuild.ops.attention.lowered
 import vlmbuild.ops.attention.op
 import vlmbuild.ops.linear_4bit.op
@@ -40,3 +42,12 @@ OPERATORS: tuple[str, ...] = (
 )
 """What a loaded graph may call besides torch's own, by qualified name: every registered operator but `linear_onednn`, which
 the runtime and compiled code put in the place of torch's."""
+
+ATTENTION = frozenset(
+    getattr(torch.ops.vlmbuild, name).default
+    for name in ("attention", "attention_auto", "attention_sdpa", "attention_triton")
+)
+"""The operators that compute attention in a program's graphs."""
+PLAIN_LINEAR = torch.ops.aten.linear.default
+LINEAR = (PLAIN_LINEAR, torch.ops.vlmbuild.linear_4bit.default, torch.ops.vlmbuild.linear_8bit.default)
+"""The operators of trainable linear layers, plain and quantized; the second argument is the weight."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
-
-import torch
-from torch.fx import Node
 
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.program import Program, Region, Role, Slot, join
+from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
+from vlmbuild.ir.program import Program
+from vlmbuild.ops import PLAIN_LINEAR
 from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
 
 QUANTIZE = QUANTIZE_PASS
-LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +38,6 @@ class Decision:
         return record if self.error is None else {**record, "error": f"{self.error:.2e}"}
 
 
-@dataclass(frozen=True, slots=True)
-class LinearLayer:
-    """A linear layer of an instance.
-
-    Attributes:
-        module: Its name, "model.language_model.layers.0.mlp.up_proj".
-        role: Of its weight.
-        shape: (out features, in features).
-        refusal: Why it can only keep its dtype, or "".
-    """
-
-    module: str
-    role: Role
-    shape: tuple[int, ...]
-    refusal: str
-
-
-def weight_slot(region: Region, node: Node) -> Slot | None:
-    """The slot of a linear layer's weight, None when the weight is computed or has another name."""
-    weight: Any = node.args[1]
-    slot = region.slot_nodes().get(weight)
-    return slot if slot is not None and slot.name.endswith(".weight") else None
-
-
-def linear_layers(program: Program) -> Iterator[LinearLayer]:
-    """Every linear layer whose weight is stored, each once per instance."""
-    holders = Counter(
-        join(instance, slot.name)
-        for region in program.regions.values()
-        for instance in region.instances
-        for slot in region.slots
-    )
-    for region in program.regions.values():
-        for node in region.graph.graph.nodes:
-            slot = weight_slot(region, node) if node.target is LINEAR else None
-            if slot is not None:
-                weight: Any = node.args[1]
-                for instance in region.instances:
-                    name = join(instance, slot.name)
-                    # A tied head is the embedding of another region.
-                    shared = len(weight.users) > 1 or holders[name] > 1
-                    refusal = "its weight is used elsewhere too" if shared else ""
-                    yield LinearLayer(name.removesuffix(".weight"), slot.role, slot.shape, refusal)
-
-
 def decide(
     program: Program,
     spec: QuantSpec | None,
@@ -109,7 +60,7 @@ def decide(
     stored = stored or {}
     patterns = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
     decisions = {}
-    for layer in linear_layers(program):
+    for layer in linear_layers(program, (PLAIN_LINEAR,)):
         names = (layer.module, published(layer.module))
         if spec is None:
             decision = Decision(
@@ -127,8 +78,8 @@ def decide(
 
 def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping[str, WeightFormat]) -> Decision:
     """The first rule that says something: what is impossible, the user's patterns, the role, the source."""
-    if layer.refusal:
-        return Decision(None, layer.refusal)
+    if layer.shared:
+        return Decision(None, "its weight is used elsewhere too")
     if hits.intersection(spec.skip):
         return Decision(None, "in the skip list")
     override = next((item for item in spec.overrides if item.pattern in hits), None)

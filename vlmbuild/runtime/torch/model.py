@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from vlmbuild.adapters.lora import AdapterSpec
-from vlmbuild.adapters.select import linear_features, linear_nodes
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, PackedBatch
+from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Slot
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import cached_inputs
@@ -277,5 +277,4 @@ def unwrap(model: nn.Module) -> VisionLanguageModel:
 def _vocabulary(program: Program) -> int:
     """Return the number of logits per token."""
     head = program.regions[next(iter(program.variants.values())).calls[-1].region]
-    node, _ = linear_nodes(head)[-1]
-    return linear_features(head, node)[0]
+    return linear_sites(head)[-1].shape[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vlmbuild.adapters.lora import Lora
-from vlmbuild.passes.add_cache import AddCache
 from vlmbuild.passes.add_lora import AddLora
 from vlmbuild.passes.fuse_mrope import FuseMrope
 from vlmbuild.passes.fuse_rms_norm import FuseRmsNorm
@@ -18,7 +17,6 @@ from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 from vlmbuild.rewrite.pass_manager import Pass
 
 __all__ = [
-    "AddCache",
     "AddLora",
     "FuseMrope",
     "FuseRmsNorm",

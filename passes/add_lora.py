@@ -12,7 +12,7 @@ import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.adapters.lora import Lora
 from vlmbuild.ir.linear_layers import LinearSite, linear_sites
 from vlmbuild.ir.program import Program, Region, Role, Slot, join
-from vlmbuild.ir.split_region import divide_by
+from vlmbuild.ir.split_region import split_by
 from vlmbuild.rewrite.pass_manager import PassOutcome
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ class AddLora:
 
     `lora_A` and `lora_B` are trainable and in float32; their product starts at zero, so the result is unchanged until they
     are trained. Names and shapes are PEFT's. Where the instances of a region are not all to be adapted alike, the region is
-    divided.
+    split.
 
     Attributes:
         adapters: Module name -> its adapter.
@@ -46,7 +46,7 @@ class AddLora:
             def adapters(instance: str) -> tuple[Lora | None, ...]:
                 return tuple(self.adapters.get(join(instance, module)) for module in modules)  # noqa: B023
 
-            for part, chosen in divide_by(program, name, adapters):
+            for part, chosen in split_by(program, name, adapters):
                 outcome.add_part(part.name, name)
                 _rewrite(part, chosen, outcome)
         return outcome

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from vlmbuild.ir.program import Program
 from vlmbuild.rewrite.pass_manager import PassOutcome
-from vlmbuild.rewrite.simplify import clean
+from vlmbuild.rewrite.simplify import simplify
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,5 +28,5 @@ class Normalize:
     def __call__(self, program: Program) -> PassOutcome:
         outcome = PassOutcome()
         for name, region in program.regions.items():
-            outcome.add(name, clean(region.graph))
+            outcome.add(name, simplify(region.graph))
         return outcome

@@ -12,7 +12,7 @@ from torch.fx import Node
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
-from vlmbuild.ir.split_region import divide_by
+from vlmbuild.ir.split_region import split_by
 from vlmbuild.ops import PLAIN_LINEAR
 from vlmbuild.quant.decide import QUANTIZE, Decision
 from vlmbuild.rewrite.pass_manager import PassOutcome
@@ -33,7 +33,7 @@ class QuantizeLinear:
             linear_packed(x, weight, bias, format)          weight: compute[out, in], what the stored one stands for
 
     Not exact: values are rounded. A layer's inputs and outputs stay in the compute dtype. Where the instances of a region
-    are not all to be quantized alike, the region is divided.
+    are not all to be quantized alike, the region is split.
 
     Attributes:
         decisions: Module name -> decision. Linear layers that are not in it keep their dtype.
@@ -58,7 +58,7 @@ class QuantizeLinear:
                 decided[key] = _merged(decided.get(key, decisions), decisions)  # noqa: B023
                 return key
 
-            for part, key in divide_by(program, name, formats):
+            for part, key in split_by(program, name, formats):
                 outcome.add_part(part.name, name)
                 self._rewrite(part, decided[key], outcome)
         return outcome

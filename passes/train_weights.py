@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, join
-from vlmbuild.ir.split_region import divide_by
+from vlmbuild.ir.split_region import split_by
 from vlmbuild.rewrite.pass_manager import PassOutcome
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ class TrainWeights:
             def named(instance: str) -> tuple[bool, ...]:
                 return tuple(join(instance, slot.name) in self.names for slot in slots)  # noqa: B023
 
-            for part, chosen in divide_by(program, name, named):
+            for part, chosen in split_by(program, name, named):
                 outcome.add_part(part.name, name)
                 places = [place for place, wanted in enumerate(chosen) if wanted]
                 outcome.add(part.name, sum(_widen(part, place) for place in places))

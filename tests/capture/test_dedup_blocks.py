@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from vlmbuild.capture.dedup_blocks import REPEAT, _watch_number, trace_once
+from vlmbuild.capture.dedup_blocks import REPEAT, _watch_number, dedup_blocks
 from vlmbuild.capture.export import ATTENTION, capture, export
 from vlmbuild.capture.outline import outline
 from vlmbuild.errors import CaptureError
@@ -67,7 +67,8 @@ class Model(torch.nn.Module):
 
 
 def traced(model):
-    return export(trace_once(model), ROWS, "a test")
+    with dedup_blocks(model):
+        return export(model, ROWS, "a test")
 
 
 def program(trace):
@@ -79,6 +80,13 @@ def test_equal_blocks_are_traced_once():
     assert repeats(trace) == 2
     region = program(trace).regions["layers"]
     assert region.instances == ("layers.0", "layers.1", "layers.2")
+
+
+def test_a_module_is_as_it_was_afterwards():
+    model = Model(Block(0), Block(1), Block(2))
+    traced(model)
+    for number, block in enumerate(model.layers):
+        assert type(block.layer_idx) is int and block.layer_idx == number and "forward" not in vars(block)
 
 
 def tied():

@@ -1,8 +1,12 @@
-"""Trace a repeated block once: of blocks that are equal but for their weights, the first is traced, and each of the others
-becomes one `repeat` node that names what went into the first and what came out of it.
+"""Trace a repeated block once: the first of several blocks that differ only in their weights is traced, and each of the
+others becomes one `repeat` node that names the inputs and the result of the first.
 
 The model's own code between the blocks runs for every block, so what it does with a block's number or result stays in the
-graph. Nothing is taken on trust but this: a block's result follows from its attributes and arguments, and is all it does.
+graph. One assumption is made: a block's result depends on its attributes and arguments alone, and it has no other effect.
+
+No class or function is replaced. While `dedup_blocks` is open, blocks of the one module that was made for the trace have an
+attribute `forward` of their own, which either calls the block's or emits a `repeat` node, and their number (`layer_idx`) is
+a stand-in that notices when it is used. Both are taken away again when the context ends.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +25,14 @@ from torch.utils import _pytree as pytree
 _PLAIN = (bool, int, float, complex, str, bytes, set, frozenset, torch.dtype, torch.device, torch.Size, type(None))
 _OWN = ("_parameters", "_buffers", "_modules")
 _NUMBER = "layer_idx"
-"""Where transformers' blocks keep their place in the list."""
+"""The attribute in which blocks of transformers keep their position in the list."""
 
 
 @torch.library.custom_op("vlmbuild::repeat", mutates_args=())
 def repeat(inputs: list[Tensor], first_inputs: list[Tensor], first_result: Tensor) -> Tensor:
-    """What the block that made `first_result` of `first_inputs` makes of `inputs` with weights of its own.
+    """Compute for `inputs` what the block that computed `first_result` from `first_inputs` would, with other weights.
 
-    Stands in traced graphs only; outlining replaces it by the call of a region.
+    Only in traced graphs: outlining replaces it by the call of a region.
     """
     raise NotImplementedError
 
@@ -40,13 +45,24 @@ def _(inputs: list[Tensor], first_inputs: list[Tensor], first_result: Tensor) ->
 REPEAT = torch.ops.vlmbuild.repeat.default
 
 
-def trace_once(module: nn.Module) -> nn.Module:
-    """Prepare a module, in place, for a single trace in which equal blocks appear as `repeat` nodes.
+@contextmanager
+def dedup_blocks(module: nn.Module) -> Iterator[None]:
+    """While the context is open, a trace of the module has `repeat` nodes in place of equal blocks.
 
     Blocks are children of the outermost `ModuleList`s. They are equal if their classes, attributes and submodules are, and
-    the shapes and dtypes of their tensors. A block whose class looks at its place in the list (`layer_idx`) is traced in
-    full, and so is a call with arguments unlike those of the first.
+    the shapes and dtypes of their tensors. A block whose code reads its position in the list (`layer_idx`) is traced in
+    full, and so is a call whose arguments differ from those of the first.
     """
+    with ExitStack() as stack:
+        for kind in _kinds(module):
+            calls: list[_Call] = []
+            for block in kind:
+                stack.enter_context(_intercept(block, calls))
+        yield
+
+
+def _kinds(module: nn.Module) -> Iterator[list[nn.Module]]:
+    """Group the blocks of each list that are equal; a block with a tensor of another module is in no group."""
     uses = Counter(
         id(tensor)
         for named in (module.named_parameters, module.named_buffers)
@@ -56,16 +72,12 @@ def trace_once(module: nn.Module) -> nn.Module:
         kinds: list[list[nn.Module]] = []
         for block in blocks:
             if any(uses[id(tensor)] > 1 for tensor in (*block.parameters(), *block.buffers())):
-                continue  # a shared tensor is not the block's own
+                continue
             kind = next((kind for kind in kinds if _equal_modules(kind[0], block)), None)
             if kind is None:
                 kinds.append(kind := [])
             kind.append(block)
-        for kind in kinds:
-            calls: list[_Call] = []
-            for block in kind:
-                _intercept(block, calls)
-    return module
+        yield from kinds
 
 
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -78,7 +90,14 @@ def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 
 @dataclass(slots=True)
 class _Call:
-    """A call that was traced in full: its arguments, which another must be like to repeat it, and its result."""
+    """A call that was traced in full, and that equal calls repeat.
+
+    Attributes:
+        leaves: Its arguments, flattened.
+        structure: Their structure, and whether gradients were enabled.
+        result: The tensor that it returned.
+        wrap: Puts a tensor in the place of the result.
+    """
 
     leaves: list[Any]
     structure: Any
@@ -86,10 +105,12 @@ class _Call:
     wrap: Callable[[Tensor], Any]
 
 
-def _intercept(block: nn.Module, calls: list[_Call]) -> None:
-    """Make a call of the block repeat a call of an equal block; the first, and those unlike it, are traced and kept."""
+@contextmanager
+def _intercept(block: nn.Module, calls: list[_Call]) -> Iterator[None]:
+    """Let a call of the block repeat one of the calls of equal blocks; other calls are traced and added to them."""
     original = block.forward
-    numbers = [_watch_number(part) for part in block.modules() if isinstance(getattr(part, _NUMBER, None), int)]
+    numbered = [part for part in block.modules() if isinstance(getattr(part, _NUMBER, None), int)]
+    numbers = [_watch_number(part) for part in numbered]
     called = False
 
     @functools.wraps(original)
@@ -108,21 +129,27 @@ def _intercept(block: nn.Module, calls: list[_Call]) -> None:
             calls.extend(_repeatable(leaves, structure, results))
         return results
 
-    block.forward = forward  # the module is ours, made for this trace
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        for part, number in zip(numbered, numbers, strict=True):
+            vars(part)[_NUMBER] = number.value
 
 
 def _repeatable(arguments: list[Any], structure: Any, results: Any) -> list[_Call]:
-    """The call as others can repeat it: if it returns one new tensor, and what else it returns is plain."""
+    """The call as others can repeat it; nothing unless it returns one new tensor, beside plain values."""
     leaves, form = pytree.tree_flatten(results)
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    plain = all(type(leaf) in _PLAIN for place, leaf in enumerate(leaves) if place not in places)
-    if len(places) != 1 or not plain or any(leaves[places[0]] is value for value in arguments):
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    plain = all(type(leaf) in _PLAIN for leaf in leaves if not isinstance(leaf, Tensor))
+    if len(tensors) != 1 or not plain or any(tensors[0] is value for value in arguments):
         return []
 
     def wrap(result: Tensor) -> Any:
-        return pytree.tree_unflatten([result if place in places else leaf for place, leaf in enumerate(leaves)], form)
+        return pytree.tree_unflatten([result if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
 
-    return [_Call(arguments, structure, leaves[places[0]], wrap)]
+    return [_Call(arguments, structure, tensors[0], wrap)]
 
 
 def _tensors_of(leaves: list[Any]) -> list[Tensor]:
@@ -130,19 +157,19 @@ def _tensors_of(leaves: list[Any]) -> list[Tensor]:
 
 
 def _seen(leaves: list[Any]) -> list[Any]:
-    """What tracing can see of arguments, at this moment: it may learn only while tracing that two sizes are one."""
+    """Describe arguments as tracing knows them at this moment: it may learn later that two sizes are equal."""
     return [_describe(leaf, leaves) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _describe(tensor: Tensor, leaves: list[Any]) -> tuple[Any, ...]:
-    """A tensor that is passed twice is told from two that look alike."""
+    """Describe a tensor; its first index tells a tensor that is passed twice from two that look alike."""
     sizes = [size if isinstance(size, int) else str(size) for size in (*tensor.shape, *tensor.stride())]
-    place = next(place for place, leaf in enumerate(leaves) if leaf is tensor)
-    return (place, type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, sizes)
+    first = next(index for index, leaf in enumerate(leaves) if leaf is tensor)
+    return (first, type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, sizes)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are surely equal: plain values that are, collections of such, or one immutable object."""
+    """Whether two values are surely equal: equal plain values, or collections of them."""
     if type(one) is not type(other):
         return False
     if isinstance(one, list | tuple):
@@ -155,7 +182,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _equal_modules(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules compute the same, but for the values of their tensors and their numbers."""
+    """Whether two modules compute the same, except for the values of their tensors and their numbers."""
     if type(one) is not type(other):
         return False
     mine, theirs = (_attributes(module) for module in (one, other))
@@ -174,12 +201,18 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _tensors(module: nn.Module) -> list[Any]:
-    found = [*module._parameters.items(), *module._buffers.items()]
-    return [(name, None if value is None else (value.shape, value.dtype, value.requires_grad)) for name, value in found]
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    return [
+        (name, None if value is None else (value.shape, value.dtype, value.requires_grad)) for name, value in tensors
+    ]
 
 
 class _Number:
-    """A block's place in its list, which remembers whether anything looked at it."""
+    """A stand-in for a block's position in its list, which remembers whether anything used it.
+
+    It is no subclass of int: C code would read the value of one without a call (`[a, b][number]`). So it passes for an int
+    in `isinstance`, and forwards every operator.
+    """
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -187,12 +220,12 @@ class _Number:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[int]:  # type: ignore[override]
-        """`isinstance` asks for it."""
+        """`isinstance` reads it."""
         self.seen = True
         return int
 
 
-def _telling(name: str) -> Callable[..., Any]:
+def _noticing(name: str) -> Callable[..., Any]:
     def method(self: _Number, *args: Any) -> Any:
         self.seen = True
         result = getattr(self.value, name)(*args)
@@ -205,10 +238,10 @@ def _telling(name: str) -> Callable[..., Any]:
 
 for _name in vars(int):  # Python looks operators up on the class
     if _name.startswith("__") and _name not in ("__new__", "__init__", "__doc__", "__getattribute__", "__class__"):
-        setattr(_Number, _name, _telling(_name))
+        setattr(_Number, _name, _noticing(_name))
 
 
 def _watch_number(part: nn.Module) -> _Number:
     number = _Number(getattr(part, _NUMBER))
-    vars(part)[_NUMBER] = number  # setattr of a module would look at it
+    vars(part)[_NUMBER] = number  # setattr of a module would use it
     return number

@@ -1,12 +1,13 @@
 """Trace a family's model into an exported program: on meta tensors, from its config alone, dynamic in every batch dimension.
 
 Attention is captured as one operator, `vlmbuild::attention`, through the interfaces that transformers offers for other
-implementations; nothing of transformers is patched. The implementation's name contains "flash" because that is what makes
-vision towers pass `cu_seqlens` instead of splitting the sequence in Python.
+implementations; no class or function of transformers is patched. The implementation's name contains "flash", since vision
+towers then pass `cu_seqlens` instead of splitting the sequence in Python.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 import vlmbuild.ops  # noqa: F401  registers the operators
-from vlmbuild.capture.dedup_blocks import trace_once
+from vlmbuild.capture.dedup_blocks import dedup_blocks
 from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family, KeyGroups
 from vlmbuild.ir.dims import Dim, evaluate_shape, shape_names
@@ -26,13 +27,19 @@ from vlmbuild.util.gc_paused import resting_collector
 
 ATTENTION = "vlmbuild_flash"
 
-# Distinct sizes, none of them 0 or 1 (which export specialises), so that equal sizes are never taken for equal symbols.
+# Distinct sizes, none of them 0 or 1 (which export specializes), so that two symbols are never taken for one.
 _EXAMPLE_SIZES = (3, 23, 13, 7, 19, 29)
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One traced variant: the exported program (training IR), its inputs, and its symbols' dimension names."""
+    """One traced variant.
+
+    Attributes:
+        exported: The exported program (training IR).
+        inputs: The variant's inputs.
+        dimensions: Symbol -> name of the program's dimension.
+    """
 
     exported: ExportedProgram
     inputs: tuple[Input, ...]
@@ -44,23 +51,41 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
     """Trace one variant.
 
     Args:
-        family: Gives the module and its inputs.
+        family: Makes the module and its inputs.
         config: The transformers config.
         variant: A key of `family.variants(config)`.
 
     Raises:
-        CaptureError: The model cannot be traced, or not with the promised dynamic dimensions.
+        CaptureError: The model cannot be traced with its promised dynamic dimensions.
     """
     inputs = family.variants(config)[variant]
     what = f"variant {variant!r} of {family.name}"
+    module = family.module(config, variant, ATTENTION)
     try:
-        return export(trace_once(family.module(config, variant, ATTENTION)), inputs, what)
-    except CaptureError:  # what trace_once puts into blocks may be in the way; a limit of the model itself shows again
-        return export(family.module(config, variant, ATTENTION), inputs, what)
+        with dedup_blocks(module):
+            return export(module, inputs, what)
+    except CaptureError as error:
+        trace = export(module, inputs, what)  # raises again if the model itself is the reason
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"Traced every block of {what} by itself, which takes longer: repeated blocks could not be traced once. Report "
+            f"this with the config.json: {reason}",
+            stacklevel=2,
+        )
+        return trace
 
 
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
-    """`torch.export` (non-strict) of a module on meta tensors with the inputs' dimensions dynamic."""
+    """Export a module on meta tensors (`torch.export`, non-strict) with the inputs' dimensions dynamic.
+
+    Args:
+        module: On the meta device.
+        inputs: Its arguments by name.
+        what: Names the module in messages.
+
+    Raises:
+        CaptureError: It cannot be traced with these dynamic dimensions.
+    """
     names = sorted(shape_names(entry.shape for entry in inputs))
     if len(names) > len(_EXAMPLE_SIZES):
         raise CaptureError(
@@ -81,26 +106,28 @@ def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
         exported = torch.export.export(module, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many types, all of them about the model
         raise CaptureError(
-            f"Cannot trace {what} with dynamic {', '.join(names)}: {error}\nThis is a limit of vlmbuild, or the "
-            "installed transformers is outside the tested range; please report it with the config.json."
+            f"Cannot trace {what} with dynamic {', '.join(names)}: {error}\nInstall a transformers version of the tested "
+            "range; if that fails too, report it with the config.json."
         ) from error
     return Trace(exported, inputs, _dimension_names(exported, inputs))
 
 
 def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> dict[str, str]:
-    """Symbol -> dimension name, from the traced inputs' shapes; a dimension that got specialised is an error."""
+    """Symbol -> dimension name, from the traced inputs' shapes. Raises CaptureError for a dimension that became constant."""
     traced = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     names: dict[str, str] = {}
     for entry in inputs:
         for axis, size in enumerate(entry.shape):
             if not isinstance(size, Dim):
                 continue
-            found = traced[entry.name].shape[axis]
-            if isinstance(found, int):
+            traced_size = traced[entry.name].shape[axis]
+            if isinstance(traced_size, int):
                 raise CaptureError(
-                    f"Dimension {axis} ({size}) of input {entry.name} became the constant {found} while tracing."
+                    f"Dimension {axis} ({size}) of input {entry.name} became the constant {traced_size} in the trace: the "
+                    "model's code uses the example's size. Install a transformers version of the tested range; if that "
+                    "fails too, report it with the config.json."
                 )
-            (symbol,), (name,) = found.node.expr.free_symbols, size.names
+            (symbol,), (name,) = traced_size.node.expr.free_symbols, size.names
             names[str(symbol)] = name
     return names
 
@@ -116,8 +143,8 @@ def _attention(
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask, or
-    `KeyGroups` from a family whose masks are neither padding nor causal."""
+    """Implement transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask,
+    or `KeyGroups` from a family whose masks are neither padding nor causal."""
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     operator = torch.ops.vlmbuild.attention
@@ -127,7 +154,7 @@ def _attention(
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-    """transformers' mask interface: hand on the 2-D padding mask; the operator knows causality by its flag."""
+    """Implement transformers' mask interface: pass the 2-D padding mask through; the operator has a flag for causality."""
     return attention_mask
 
 

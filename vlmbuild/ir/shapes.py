@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
+from vlmbuild.errors import IncompatibleError
 from vlmbuild.ir.dims import Dim, Shape, evaluate_shape, shape_names
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Program, Region
@@ -104,8 +105,12 @@ def _symbolic(names: list[str]) -> Any:
         def forward(self, x: Tensor) -> Tensor:
             return x.clone()
 
+    if len(names) > len(_PRIMES):
+        raise IncompatibleError(
+            f"The program has {len(names)} dynamic dimensions ({', '.join(names)}), and at most {len(_PRIMES)} can be "
+            "followed. Build the artifact again with this version of vlmbuild."
+        )
     sizes = _PRIMES[: len(names)]
-    assert len(sizes) == len(names)
     dims = {axis: torch.export.Dim(name) for axis, name in enumerate(names)}
     example = torch.empty(sizes, device="meta")
     exported = torch.export.export(Same(), (example,), dynamic_shapes=(dims,), strict=False)

@@ -1,4 +1,4 @@
-"""Divide a region whose instances are to get different graphs."""
+"""Split a region whose instances are to get different graphs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vlmbuild.ir.program import Program, Region
 K = TypeVar("K", bound=Hashable)
 
 
-def divide_by(program: Program, name: str, key: Callable[[str], K]) -> list[tuple[Region, K]]:
-    """Divide a region by what `key` says of each instance's name, if it does not say the same of all; the parts with their
-    keys, in the order of their first instances."""
+def split_by(program: Program, name: str, key: Callable[[str], K]) -> list[tuple[Region, K]]:
+    """Split a region by the key of each instance's name; returns the parts with their keys, in the order of their first
+    instances. A region with one key stays whole."""
     groups: dict[K, list[str]] = {}
     for instance in program.regions[name].instances:
         groups.setdefault(key(instance), []).append(instance)
-    parts = [program.regions[name]] if len(groups) == 1 else divide(program, name, list(groups.values()))
+    parts = [program.regions[name]] if len(groups) == 1 else split_region(program, name, list(groups.values()))
     return list(zip(parts, groups, strict=True))
 
 
-def divide(program: Program, name: str, groups: Sequence[Sequence[str]]) -> list[Region]:
+def split_region(program: Program, name: str, groups: Sequence[Sequence[str]]) -> list[Region]:
     """Give every group of a region's instances a region of its own, and return them in the order of the groups.
 
     The largest group keeps the region and its name; the others get copies, named `name/2`, `name/3`, ... in the order of
@@ -35,26 +35,26 @@ def divide(program: Program, name: str, groups: Sequence[Sequence[str]]) -> list
     largest = max(groups, key=len)
     others = [group for group in groups if group is not largest]
     numbered = {id(group): number for number, group in enumerate(others, 2)}
-    divided = []
+    parts = []
     for group in groups:
         if group is largest:
-            divided.append(region)
+            parts.append(region)
         else:
-            divided.append(_copied(region, f"{name}/{numbered[id(group)]}", tuple(group)))
+            parts.append(_copied(region, f"{name}/{numbered[id(group)]}", tuple(group)))
     region.instances = tuple(largest)
-    owners = {instance: part.name for part in divided for instance in part.instances}
-    program.regions = _placed(program.regions, name, divided)
+    owners = {instance: part.name for part in parts for instance in part.instances}
+    program.regions = _placed(program.regions, name, parts)
     for variant_name, variant in program.variants.items():
         calls = tuple(
             replace(call, region=owners[call.instance]) if call.region == name else call for call in variant.calls
         )
         program.variants[variant_name] = replace(variant, calls=calls)
-    return divided
+    return parts
 
 
-def _placed(regions: dict[str, Region], name: str, divided: list[Region]) -> dict[str, Region]:
-    """The regions with the parts of one in its place, itself first."""
-    parts = sorted(divided, key=lambda part: part.name != name)
+def _placed(regions: dict[str, Region], name: str, parts: list[Region]) -> dict[str, Region]:
+    """Put the parts of one region in its place, the region itself first."""
+    parts = sorted(parts, key=lambda part: part.name != name)
     placed: dict[str, Region] = {}
     for other in regions.values():
         placed.update({part.name: part for part in (parts if other.name == name else [other])})

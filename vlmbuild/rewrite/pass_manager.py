@@ -25,12 +25,12 @@ class PassOutcome:
     Attributes:
         sites: Region name -> rewritten sites of its graph (not multiplied by instances).
         refusals: Region name -> why sites that looked alike were left alone.
-        divided: Name of a new region -> the region that some of its instances were taken from.
+        origins: Name of a new region -> the region that its instances were split from.
     """
 
     sites: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, list[str]] = field(default_factory=dict)
-    divided: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def add(self, region: str, sites: int, refusals: Iterable[str] = ()) -> None:
         """Count sites and reasons of a region."""
@@ -40,9 +40,9 @@ class PassOutcome:
             self.refusals.setdefault(region, []).append(reason)
 
     def add_part(self, part: str, region: str) -> None:
-        """Say which region a part was taken from; one that was not divided is its own part."""
+        """Record the region that a part was split from; a region that was not split is its own part."""
         if part != region:
-            self.divided[part] = region
+            self.origins[part] = region
 
 
 class Pass(Protocol):
@@ -155,7 +155,7 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
         done = ", ".join(report.name for report in before) or "none"
         raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error
     seconds = time.perf_counter() - started
-    origins = {name: outcome.divided.get(name, name) for name in program.regions}
+    origins = {name: outcome.origins.get(name, name) for name in program.regions}
     changed = {name for name, region in program.regions.items() if _state(region) != states.get(origins[name])}
     counted = {name for name, sites in outcome.sites.items() if sites}
     if changed != counted:

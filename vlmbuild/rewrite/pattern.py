@@ -1,8 +1,8 @@
 """Pattern rewriting on region graphs; the only module that touches torch.fx's subgraph rewriter.
 
 A rewrite is three functions with the same argument names, in ordinary torch code: what to look for, what to put in its
-place, and whether a match may be replaced. Pattern and replacement are exported as the model is and cleaned by the same
-`clean`, so that they meet the graph in the same form.
+place, and whether a match may be replaced. Pattern and replacement are exported as the model is and simplified by the
+same function, so that they meet the graph in the same form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.utils.matcher_utils import InternalMatch
 from torch.fx.subgraph_rewriter import replace_pattern_with_filters
 
-from vlmbuild.rewrite.simplify import clean
+from vlmbuild.rewrite.simplify import simplify
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,5 +89,5 @@ def trace(
     distinct = tuple(torch.empty_like(tensor) for tensor in example)  # export takes one object twice for one input
     exported = torch.export.export(Traced(), distinct, dynamic_shapes=(dynamic,), strict=False)
     module: GraphModule = exported.graph_module
-    clean(module)
+    simplify(module)
     return module.graph

@@ -12,7 +12,7 @@ aten = torch.ops.aten
 _LARGEST_INT = 2**63 - 1
 
 
-def clean(graph_module: GraphModule) -> int:
+def simplify(graph_module: GraphModule) -> int:
     """`inline_no_grad` and `drop_no_ops`; returns how many nodes were changed or removed."""
     return inline_no_grad(graph_module) + drop_no_ops(graph_module)
 

@@ -1,13 +1,19 @@
-"""Drop what tracing left behind: assertions, casts to the same dtype, products with one, unused values."""
+"""Drop leftovers of tracing (assertions, casts to the same dtype, products with one), and check the operators that stay."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmbuild.ir.program import Program
+from vlmbuild.errors import CaptureError
+from vlmbuild.ir.printer import target_name
+from vlmbuild.ir.program import Program, Region
+from vlmbuild.ir.serialize import OPERATORS
 from vlmbuild.rewrite.pass_manager import PassOutcome
 from vlmbuild.rewrite.simplify import simplify
+
+_ALLOWED = OPERATORS.keys() | {"aten.chunk.default"}
+"""Operators that an artifact may hold, and one that only tables of positions use: `fuse_rope` replaces them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +25,8 @@ class Normalize:
         y = to.dtype(x, compute)  # x is so         z = cos(x)
         z = mul(cos(y), 1.0)
 
-    Legal because each removed node returns its input unchanged, or nothing.
+    Legal because each removed node returns its input unchanged, or nothing. A captured operator that an artifact may not
+    hold raises CaptureError here, before any work on weights.
     """
 
     name: ClassVar[str] = "normalize"
@@ -29,4 +36,15 @@ class Normalize:
         outcome = PassOutcome()
         for name, region in program.regions.items():
             outcome.add(name, simplify(region.graph))
+            _check_operators(region)
         return outcome
+
+
+def _check_operators(region: Region) -> None:
+    for node in region.graph.graph.nodes:
+        if node.op == "call_function" and target_name(node) not in _ALLOWED:
+            raise CaptureError(
+                f"Region {region.name} of the model calls {target_name(node)}, which no artifact may hold: loading allows the "
+                "operators of known models only. Install a transformers version of the tested range; if that fails too, "
+                "report it with the config.json."
+            )

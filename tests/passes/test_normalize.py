@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny import linear_region, make_region, operators, region_program
 
+from vlmbuild.errors import CaptureError
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import COMPUTE_DTYPE, Slot
 from vlmbuild.passes import Normalize
@@ -55,3 +57,12 @@ def test_values_and_gradients_are_bit_identical():
     assert torch.equal(ours, plain)
     gradients = [torch.autograd.grad(result.square().sum(), (weight, values)) for result in (ours, plain)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_an_operator_that_no_artifact_may_hold_is_named_at_once():
+    slot = Slot("norm.weight", (8,), COMPUTE_DTYPE, "parameter", "language")
+    region = make_region(
+        "blocks", lambda weight, x: (weight * x.cumsum(1),), [slot], [("1", "tokens", 8)], ("blocks.0",)
+    )
+    with pytest.raises(CaptureError, match=r"blocks .*aten\.cumsum\.default"):
+        run([Normalize()], region_program(region))

@@ -11,7 +11,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from vlmbuild.errors import PassError
+from vlmbuild.errors import CaptureError, PassError
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Geometry, Program, Region
 from vlmbuild.rewrite.pattern import Rewrite
@@ -121,6 +121,7 @@ def run(
         on_pass: Called after each pass.
 
     Raises:
+        CaptureError: The model calls an operator that an artifact may not hold.
         PassError: A pass failed, left an invalid graph, changed a region it did not count or counted one it did not
             change, or a required pass matched nothing (or does not exist in this pipeline).
     """
@@ -151,6 +152,8 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
         for name, region in program.regions.items():
             if _state(region) != states.get(name):  # shapes are part of the text, so the others' are still right
                 refresh(region)
+    except CaptureError:
+        raise  # the model is at fault, not the pass
     except Exception as error:
         done = ", ".join(report.name for report in before) or "none"
         raise PassError(f"Pass {step.name} failed (passes already run: {done}): {error}") from error

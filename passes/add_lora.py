@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class AddLora:
-    """LoRA (arXiv:2106.09685, section 4.1) on the linear layers that are named.
+    """Add LoRA (arXiv:2106.09685, section 4.1) to the named linear layers.
 
     Before: y = linear(x, weight, bias)
     After:  y = lora(linear(x, weight, bias), dropout(to(x, float32)), lora_A, lora_B, scaling)     # without dropout: x

@@ -1,6 +1,6 @@
 """Fuse RMS normalization, for targets that have an operator for it.
 
-Inductor needs none, nor a kernel of ours with the sum before it: for a GPU it makes one kernel of `x + y` and its
+Inductor needs no such operator, nor a kernel that adds first: for a GPU it generates one kernel of `x + y` and its
 normalization, which reads both once, writes the sum and the result, and reads the sum again from cache. In 16 bits that is 8
 bytes of memory for each value, the least there can be (seen in the code that torch 2.13 generates; not timed).
 """
@@ -62,7 +62,7 @@ def _sites(region: Region) -> Iterator[_Site]:
 
 
 def _site(root: Node) -> _Site | None:
-    """Around the reciprocal root, backwards to the states and forwards to the product with the weight."""
+    """Match a norm around its reciprocal root: backwards to the states, forwards to the product with the weight."""
     epsilon = _call(root.args[0], aten.add.Tensor)
     mean = epsilon and _call(epsilon.args[0], aten.mean.dim)
     square = mean and _call(mean.args[0], aten.pow.Tensor_Scalar)

@@ -20,7 +20,7 @@ from vlmbuild.rewrite.pass_manager import PassOutcome
 
 @dataclass(frozen=True, slots=True)
 class QuantizeLinear:
-    """Replace linear layers by quantized ones, as decided for each (`vlmbuild.quant.decide`).
+    """Replace linear layers by quantized ones, each by its decision (`vlmbuild.quant.decide`).
 
     Before: linear(x, weight, bias)                         weight: compute[out, in]
     After, 4 bits (QLoRA, arXiv:2305.14314, section 3):
@@ -30,14 +30,14 @@ class QuantizeLinear:
             linear_8bit(x, weight, weight_scb, bias, threshold)
                                                             weight: i8[out, in]
     After, for a target with operators of its own (`packed`):
-            linear_packed(x, weight, bias, format)          weight: compute[out, in], what the stored one stands for
+            linear_packed(x, weight, bias, format)          weight: compute[out, in], dequantized
 
     Not exact: values are rounded. A layer's inputs and outputs stay in the compute dtype. Where the instances of a region
     are not all to be quantized alike, the region is split.
 
     Attributes:
-        decisions: Module name -> decision. Linear layers that are not in it keep their dtype.
-        packed: Only mark the layers; the target stores their weights and multiplies by them.
+        decisions: Module name -> decision. Other linear layers keep their dtype.
+        packed: Mark the layers only; the target stores their weights and has its own product.
     """
 
     decisions: Mapping[str, Decision]
@@ -53,7 +53,7 @@ class QuantizeLinear:
             decided: dict[tuple[WeightFormat | None, ...], tuple[Decision, ...]] = {}
 
             def formats(instance: str) -> tuple[WeightFormat | None, ...]:
-                decisions = self._decisions(region, instance)  # noqa: B023  called before the next turn
+                decisions = self._decisions(region, instance)  # noqa: B023  called before the next iteration
                 key = tuple(decision.format for decision in decisions)
                 decided[key] = _merged(decided.get(key, decisions), decisions)  # noqa: B023
                 return key
@@ -64,7 +64,7 @@ class QuantizeLinear:
         return outcome
 
     def _decisions(self, region: Region, instance: str) -> tuple[Decision, ...]:
-        """For the linear layers of an instance, in the order of their nodes."""
+        """Return the decisions on an instance's linear layers, in the order of their nodes."""
         sites = {site.node: site for site in linear_sites(region, (PLAIN_LINEAR,))}
         return tuple(
             self.decisions.get(join(instance, sites[node].module), Decision(None, "nothing was decided"))
@@ -86,7 +86,7 @@ class QuantizeLinear:
 
 
 def _merged(one: tuple[Decision, ...], other: tuple[Decision, ...]) -> tuple[Decision, ...]:
-    """Decisions on equal formats, with all reasons."""
+    """Join the reasons of decisions on equal formats."""
     pairs = zip(one, other, strict=True)
     return tuple(
         a if b.reason in a.reason.split("; ") else replace(a, reason=f"{a.reason}; {b.reason}") for a, b in pairs

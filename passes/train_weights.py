@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class TrainWeights:
-    """Keep the named parameters in float32, so that small updates are not rounded away, and cast them where they are read.
+    """Keep the named parameters in float32, so that small updates are not lost to rounding, and cast them where they are read.
 
     Before: y = linear(x, weight)                       weight: compute[out, in]
     After:  y = linear(x, to(weight, compute))          weight: f32[out, in]
@@ -25,10 +25,10 @@ class TrainWeights:
     Before: y = embedding(weight, ids)
     After:  y = to(embedding(weight, ids), compute)     # casts the rows that are read, not the table
 
-    Legal because the cast gives the values that were there before.
+    Legal because the cast gives the same values as before.
 
     Attributes:
-        names: Of parameters, "lm_head.weight".
+        names: Names of parameters, "lm_head.weight".
     """
 
     names: frozenset[str]
@@ -46,17 +46,16 @@ class TrainWeights:
 
             for part, chosen in split_by(program, name, named):
                 outcome.add_part(part.name, name)
-                places = [place for place, wanted in enumerate(chosen) if wanted]
-                outcome.add(part.name, sum(_widen(part, place) for place in places))
+                outcome.add(part.name, sum(_widen(part, index) for index, is_named in enumerate(chosen) if is_named))
         return outcome
 
 
-def _widen(region: Region, place: int) -> bool:
-    """Whether there was anything to change."""
-    slot, node = region.slots[place], region.placeholders()[place]
+def _widen(region: Region, index: int) -> bool:
+    """Store the slot at an index in float32; returns whether it was not before."""
+    slot, node = region.slots[index], region.placeholders()[index]
     if slot.kind != "parameter" or slot.dtype != COMPUTE_DTYPE:
         return False
-    region.slots = (*region.slots[:place], replace(slot, dtype=torch.float32), *region.slots[place + 1 :])
+    region.slots = (*region.slots[:index], replace(slot, dtype=torch.float32), *region.slots[index + 1 :])
     if "val" in node.meta:
         node.meta["val"] = node.meta["val"].float()
     graph = region.graph.graph

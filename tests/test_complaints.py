@@ -30,7 +30,7 @@ from vlmbuild.errors import BatchError, ParityError, PassError, SourceError, Usa
 from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.ir.dims import shape_names
 from vlmbuild.ir.linear_layers import linear_layers
-from vlmbuild.passes import FuseMrope
+from vlmbuild.passes import FuseRope
 from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.rewrite.pass_manager import run
@@ -179,7 +179,7 @@ def test_complaint_04_upgrade_breaks_patches(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     region = tiny.linear_region()
     with pytest.raises(PassError, match="Required pass fuse_mrope matched nothing"):
-        run([FuseMrope()], tiny.region_program(region), require=["fuse_mrope"])
+        run([FuseRope()], tiny.region_program(region), require=["fuse_mrope"])
 
 
 def test_complaint_05_graph_breaks_and_recompiles(model):

@@ -29,7 +29,7 @@ _LARGEST_INT = 2**63 - 1
 
 
 def dataflow_order(region: Region) -> list[Node]:
-    """The region's computing nodes in the order of a depth-first walk from its outputs."""
+    """Return the region's computing nodes in the order of a depth-first walk from its outputs."""
     ordered: dict[Node, None] = {}
 
     def visit(root: Node) -> None:
@@ -49,7 +49,7 @@ def dataflow_order(region: Region) -> list[Node]:
 
 
 def region_text(region: Region, *, shapes: bool = True) -> str:
-    """A region's graph, one node a line, with the shapes of those nodes that have one."""
+    """Print a region's graph, one node a line, with shapes where nodes have them."""
     printer = _Printer(region.dimensions, shapes)
     lines = []
     for index, node in enumerate(region.placeholders()):
@@ -68,12 +68,12 @@ def region_text(region: Region, *, shapes: bool = True) -> str:
 
 
 def digest(region: Region, *, shapes: bool = True) -> str:
-    """SHA-256 (hex) of the region's text. Without shapes it is that of a program from a file, whose graphs have none."""
+    """Compute the SHA-256 (hex) of the region's text. Without shapes it equals that of a stored program, which has none."""
     return hashlib.sha256(region_text(region, shapes=shapes).encode()).hexdigest()
 
 
 def program_text(program: Program) -> str:
-    """The whole program: each variant's calls, then each region once. Size does not grow with depth."""
+    """Print a program: each variant's calls, then each region once. Size does not grow with depth."""
     parts = [f"program {program.family}"]
     parts += [f"variant {name}\n{variant_text(variant)}" for name, variant in sorted(program.variants.items())]
     for name, region in program.regions.items():
@@ -83,7 +83,7 @@ def program_text(program: Program) -> str:
 
 
 def variant_text(variant: Variant) -> str:
-    """Inputs and region calls of a variant; runs of calls of one region print once with their count."""
+    """Print a variant's inputs and calls; successive calls of one region print once with their count."""
     lines = [
         f"  {entry.name}: {_SHORT_DTYPES[entry.dtype]}[{', '.join(map(str, entry.shape))}]" for entry in variant.inputs
     ]
@@ -136,11 +136,11 @@ class _Printer:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "f32", "i64"; "compute" for the dtype that is chosen later."""
+    """Abbreviate a dtype: "f32", "i64", "compute" for the dtype that is chosen later."""
     return _SHORT_DTYPES.get(dtype, str(dtype))
 
 
 def target_name(node: Node) -> str:
-    """ "aten.linear.default", "vlmbuild.attention.default", "getitem"."""
+    """Name the operator of a node: "aten.linear.default", "vlmbuild.attention.default", "getitem"."""
     target = node.target
     return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))

@@ -21,7 +21,7 @@ from vlmbuild.ir.schema import Role as Role  # noqa: PLC0414  (exported)
 from vlmbuild.ir.schema import SlotKind as SlotKind  # noqa: PLC0414  (exported)
 
 COMPUTE_DTYPE = torch.bfloat16
-"""Stands in graphs and slots for the dtype that is chosen when the program is bound to weights."""
+"""In graphs and slots, the dtype that is chosen when the program is bound to weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Slot:
         shape: Static sizes.
         dtype: `COMPUTE_DTYPE` for weights that follow the compute dtype.
         kind: "parameter" is trainable, "buffer" is stored but not trained, "constant" follows from the config.
-        role: What the tensor does in the model; decides what is quantized.
+        role: Function of the tensor in the model; quantization depends on it.
     """
 
     name: str
@@ -45,12 +45,12 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class WeightRecipe:
-    """In which format a source tensor of every instance is stored. Slots without a recipe are stored as they are.
+    """The stored format of a source tensor of every instance. Slots without a recipe are stored as they are.
 
     Attributes:
         source: Relative name of the tensor in the source checkpoint.
         shape: Shape of the source tensor, (out features, in features).
-        format: How it is stored.
+        format: Stored format.
     """
 
     source: str
@@ -81,8 +81,8 @@ class Region:
         graph: A `GraphModule` without parameters of its own.
         slots: One per leading placeholder.
         instances: Module paths ("model.language_model.layers.7"); "" for the parts between repeated blocks.
-        activations: Shape of every activation; sizes that change from batch to batch are `Dim`s.
-        recipes: What becomes of source tensors that are not stored as they are.
+        activations: Shapes of the activations; sizes that change from batch to batch are `Dim`s.
+        recipes: Formats of source tensors that are not stored as they are.
         dimensions: Symbol in the graph's shapes -> name of the program's dimension.
     """
 
@@ -95,16 +95,16 @@ class Region:
     dimensions: dict[str, str] = field(default_factory=dict)
 
     def placeholders(self) -> list[Node]:
-        """The graph's placeholder nodes: the slots in order, then the activations."""
+        """Return the graph's placeholders: the slots in order, then the activations."""
         return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
 
     def results(self) -> list[Node]:
-        """The nodes that the graph returns."""
+        """Return the nodes that the graph returns."""
         return returned_nodes(self.graph)
 
     def slot_nodes(self) -> dict[Node, Slot]:
-        """The placeholder of each slot."""
-        return dict(zip(self.placeholders(), self.slots, strict=False))
+        """Map each slot's placeholder to the slot."""
+        return dict(zip(self.placeholders()[: len(self.slots)], self.slots, strict=True))
 
     def source_weights(self) -> Iterator[SourceWeight]:
         """Yield the weights of an instance: those with a recipe, then the other parameters."""
@@ -162,7 +162,7 @@ class Input:
 
 
 TOKEN_DIMENSIONS = frozenset({"sequence", "samples", "batch", "new", "past", "length"})
-"""Names of sizes that follow from the text."""
+"""Names of sizes that depend on the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +170,10 @@ class Variant:
     """A straight line of region calls, for one kind of batch ("image": with images, "text": without).
 
     Attributes:
-        inputs: What it takes.
-        calls: In order.
-        output: The logits.
-        presents: Further values that it returns: the grown key-value cache.
+        inputs: Named inputs.
+        calls: Calls in order.
+        output: Name of the logits.
+        presents: Names of the other values that it returns: the grown key-value cache.
     """
 
     inputs: tuple[Input, ...]
@@ -182,13 +182,13 @@ class Variant:
     presents: tuple[str, ...] = ()
 
     def image_values(self) -> tuple[str, ...]:
-        """The values that are computed from images alone and that tokens read, in order."""
-        still = {entry.name for entry in self.inputs if not entry.is_about_tokens()}
+        """Return the names of values that depend on images alone and that tokens read, in order."""
+        from_images = {entry.name for entry in self.inputs if not entry.is_about_tokens()}
         computed: dict[str, None] = {}
         read: set[str] = set()
         for call in self.calls:
-            if still.issuperset(call.inputs):
-                still.update(call.outputs)
+            if from_images.issuperset(call.inputs):
+                from_images.update(call.outputs)
                 computed.update(dict.fromkeys(call.outputs))
             else:
                 read.update(call.inputs)
@@ -201,7 +201,7 @@ class Rotary:
 
     Attributes:
         head_dim: Channels of a head; half of them are angles.
-        sections: Angles per position axis. One and three axes are those of text, two those of a vision tower.
+        sections: Angles per position axis. Text has one or three axes, a vision tower two.
         shared: Each axis starts again at the first frequency, and the tower rotates in float32; else the axes split one
             range of frequencies, and states are rotated in the compute dtype.
         scaling: Factor on cosines and sines (YaRN, arXiv:2309.00071, section 3.4).
@@ -215,7 +215,7 @@ class Rotary:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What passes may know of a model: numbers, never the family's name."""
+    """The numbers of a model that passes may use; never the family's name."""
 
     rotary: tuple[Rotary, ...]
 
@@ -226,9 +226,9 @@ class Program:
 
     Attributes:
         family: Key of `vlmbuild.families.FAMILIES`, for the host prologue and the config.
-        geometry: What passes may know.
-        variants: By name.
-        regions: By name; shared by the variants.
+        geometry: Numbers for passes.
+        variants: Variants by name.
+        regions: Regions by name, shared by the variants.
         ties: Alias of a parameter -> the name that holds it ("lm_head.weight" of a tied model).
     """
 
@@ -239,7 +239,7 @@ class Program:
     ties: dict[str, str] = field(default_factory=dict)
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
-        """(absolute name, slot) of every distinct tensor, in the order of the regions and their instances."""
+        """Yield (absolute name, slot) for every distinct tensor, in the order of the regions and their instances."""
         seen = set()
         for region in self.regions.values():
             for instance in region.instances:
@@ -262,23 +262,23 @@ class Program:
 
 
 def returned_nodes(graph_module: GraphModule) -> list[Node]:
-    """The nodes that a graph returns, one or several."""
+    """Return the nodes that a graph returns, one or several."""
     returned: Any = graph_module.graph.output_node().args[0]
     return [returned] if isinstance(returned, Node) else list(returned)
 
 
-def needed_nodes(wanted: Collection[Node], given: Collection[Node] = ()) -> set[Node]:
-    """The wanted nodes and all behind them, as far as the given ones."""
-    found: set[Node] = set()
-    waiting = [node for node in wanted if node not in given]
+def needed_nodes(results: Collection[Node], known: Collection[Node] = ()) -> set[Node]:
+    """Return the nodes that compute the results from the known nodes, results included and known nodes excluded."""
+    needed: set[Node] = set()
+    waiting = [node for node in results if node not in known]
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [other for other in node.all_input_nodes if other not in given]
-    return found
+        if node not in needed:
+            needed.add(node)
+            waiting += [other for other in node.all_input_nodes if other not in known]
+    return needed
 
 
 def join(instance: str, name: str) -> str:
-    """The absolute name of a slot of an instance."""
+    """Make the absolute name of an instance's slot."""
     return f"{instance}.{name}" if instance else name

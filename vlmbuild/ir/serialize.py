@@ -87,7 +87,7 @@ OPERATORS: dict[str, Any] = {
         for name in vlmbuild.ops.OPERATORS
     },
 }
-"""All that a stored graph may call."""
+"""The operators that a stored graph may call."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_]*)*")
 _TAKEN = frozenset(dir(nn.Module))
@@ -106,10 +106,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def to_json(program: Program) -> dict[str, Any]:
-    """Plain values of a program.
+    """Convert a program to plain values.
 
     Raises:
-        IncompatibleError: A graph uses an operator or a value that has no place in a stored program.
+        IncompatibleError: A graph calls an operator, or holds a value, that no stored program may.
     """
     return {
         "schema": SCHEMA,
@@ -130,14 +130,17 @@ def to_json(program: Program) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> Program:
-    """The program of plain values; graphs have code but no shapes.
+    """Read a program from plain values; its graphs have code but no shapes.
 
     Raises:
         IncompatibleError: The schema, an operator or a value is unknown, or something is malformed.
     """
     if not isinstance(values, Mapping) or values.get("schema") != SCHEMA:
-        found = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
-        raise IncompatibleError(f"The program has schema {found!r}; this vlmbuild reads {SCHEMA!r}.")
+        schema = values.get("schema") if isinstance(values, Mapping) else type(values).__name__
+        raise IncompatibleError(
+            f"The program has schema {schema!r}, and this vlmbuild reads {SCHEMA!r}. Build the artifact again, or use the "
+            "version that built it."
+        )
     try:
         rotary = tuple(
             Rotary(r["head_dim"], tuple(r["sections"]), r["shared"], float.fromhex(r["scaling"]))
@@ -155,7 +158,7 @@ def from_json(values: Mapping[str, Any]) -> Program:
 
 
 def _check_names(program: Program) -> None:
-    """Names become attributes of modules, and calls look them up: all must be plain, and what is called must exist."""
+    """Names become attributes of modules, and calls look values up: refuse names that are not plain, and unknown values."""
     named = [name for name, _ in program.slots()] + list(program.ties)
     named += [name for region in program.regions.values() for name in region.instances if name]
     for name in named:
@@ -233,7 +236,8 @@ def _node_json(node: Node, names: dict[Node, int]) -> dict[str, Any]:
     name = target_name(node)
     if name not in OPERATORS:
         raise IncompatibleError(
-            f"The operator {name} may not be stored: it is not among those that loading an artifact allows."
+            f"The operator {name} may not be stored, since loading an artifact does not allow it. Report it with the "
+            "config.json of the model."
         )
     arguments = {"op": name, "args": _encode(node.args, names)}
     return arguments | ({"kwargs": {k: _encode(v, names) for k, v in node.kwargs.items()}} if node.kwargs else {})
@@ -250,7 +254,7 @@ def _encode(value: Any, names: dict[Node, int]) -> Any:
         return {"dtype": _DTYPE_NAMES[value]}
     if value is None or isinstance(value, bool | int | str):
         return value
-    raise IncompatibleError(f"The value {value!r} in a graph cannot be stored.")
+    raise IncompatibleError(f"The value {value!r} in a graph cannot be stored. Report it with the model's config.json.")
 
 
 def _region(values: Mapping[str, Any]) -> Region:
@@ -277,16 +281,21 @@ def _region(values: Mapping[str, Any]) -> Region:
 
 
 def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
-    """Keywords are spelled out in the code that fx generates for a graph, so only the operator's own may stand there."""
+    """Refuse keywords that the operator does not have: fx writes them into the code that it generates for a graph."""
     schema = getattr(OPERATORS[name], "_schema", None)
     allowed = {argument.name for argument in schema.arguments} if schema else set()
     if unknown := sorted(set(keywords) - allowed):
-        raise IncompatibleError(f"The stored program calls {name} with the unknown argument {unknown[0]!r}.")
+        raise IncompatibleError(
+            f"The stored program calls {name} with the unknown argument {unknown[0]!r}. Build the artifact again."
+        )
 
 
 def _slot(values: Mapping[str, Any]) -> Slot:
     if values["kind"] not in get_args(SlotKind) or values["role"] not in get_args(Role):
-        raise IncompatibleError(f"The stored program has a slot of kind {values['kind']!r}, role {values['role']!r}.")
+        raise IncompatibleError(
+            f"The stored program has a slot of kind {values['kind']!r} and role {values['role']!r}, which this vlmbuild does "
+            "not know. Build the artifact again."
+        )
     return Slot(values["name"], tuple(values["shape"]), _DTYPES[values["dtype"]], values["kind"], values["role"])
 
 

@@ -1,4 +1,4 @@
-"""Shapes of a program's values, from its variants' inputs alone: also of a program that was loaded, whose graphs have none."""
+"""Shapes of a program's values, from its variants' inputs alone; a loaded program's graphs have none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmbuild.ir.program import Call, Program, Region
 Values = dict[Node, Any]
 
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
-"""Example sizes: distinct, so that no two symbols are taken for one, and neither 0 nor 1, which are special cases."""
+"""Example sizes: distinct, so that two symbols are never taken for one, and neither 0 nor 1, which are special cases."""
 
 
 class Shapes:
@@ -29,26 +29,27 @@ class Shapes:
         dimensions: Symbol in shapes -> name of the program's dimension.
     """
 
-    def __init__(self, program: Program, wanted: Collection[str] | None = None) -> None:
+    def __init__(self, program: Program, names: Collection[str] | None = None) -> None:
         """
         Args:
             program: Its graphs need no shapes.
-            wanted: Names of the regions that are asked about; None is all. Variants that do not help are not run.
+            names: Names of the regions to run; None runs all. Variants without any of them are not run.
         """
-        names = sorted(shape_names(entry.shape for variant in program.variants.values() for entry in variant.inputs))
-        example = _symbolic(names)
+        needed = set(program.regions if names is None else names)
+        dims = sorted(shape_names(entry.shape for variant in program.variants.values() for entry in variant.inputs))
+        example = _symbolic(dims)
         self._mode = example.fake_mode
-        self._symbols: dict[str, torch.SymInt] = dict(zip(names, example.shape, strict=True))
+        self._symbols: dict[str, torch.SymInt] = dict(zip(dims, example.shape, strict=True))
         self.dimensions = {str(symbol): name for name, symbol in self._symbols.items()}
         self.values: dict[str, Values] = {}
         for variant in sorted(program.variants.values(), key=lambda variant: len(variant.calls)):
-            if self.values.keys() >= set(program.regions if wanted is None else wanted):
+            if self.values.keys() >= needed:
                 break
             known = {entry.name: self._empty(entry.shape, entry.dtype) for entry in variant.inputs}
             run_calls(variant.calls, known, partial(self._call, program))
 
     def annotate(self, region: Region) -> None:
-        """Give a region's nodes their values, and say its shapes in the names of dimensions."""
+        """Give a region's nodes their values, and its shapes the names of dimensions."""
         for node, value in self.values[region.name].items():
             node.meta["val"] = value
         region.dimensions = self.dimensions
@@ -56,7 +57,7 @@ class Shapes:
         region.activations = tuple(self.sizes(node.meta["val"]) for node in activations)
 
     def sizes(self, value: Tensor) -> Shape:
-        """The shape of a value in the names of dimensions."""
+        """Return the shape of a value in the names of dimensions."""
         return tuple(s if isinstance(s, int) else Dim.of(s, self.dimensions) for s in value.shape)
 
     def _empty(self, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -78,7 +79,7 @@ class Shapes:
 
 
 def annotate_shapes(program: Program) -> None:
-    """Give every node of a program's regions its value, as a captured program's nodes have, in place."""
+    """Give every node of a program's regions its value, in place, as in a captured program."""
     shapes = Shapes(program)
     for region in program.regions.values():
         shapes.annotate(region)
@@ -99,7 +100,7 @@ class _Recorder(Interpreter):
 
 
 def _symbolic(names: list[str]) -> Any:
-    """A tensor without data that has a symbol of its own for each name as a dimension; torch.export makes them."""
+    """Make a tensor without data that has a symbol for each name as a dimension."""
 
     class Same(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

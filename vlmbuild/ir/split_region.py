@@ -25,10 +25,10 @@ def split_by(program: Program, name: str, key: Callable[[str], K]) -> list[tuple
 
 
 def split_region(program: Program, name: str, groups: Sequence[Sequence[str]]) -> list[Region]:
-    """Give every group of a region's instances a region of its own, and return them in the order of the groups.
+    """Give every group of a region's instances its own region; returns them in the order of the groups.
 
-    The largest group keeps the region and its name; the others get copies, named `name/2`, `name/3`, ... in the order of
-    their first instances. Every instance must be in exactly one group.
+    The largest group keeps the region and its name; the others get copies, named `name/2`, `name/3`, ... in order. Every
+    instance must be in exactly one group.
     """
     region = program.regions[name]
     assert sorted(instance for group in groups for instance in group) == sorted(region.instances)

@@ -14,12 +14,12 @@ from vlmbuild.ir.program import Region
 from vlmbuild.ops import ATTENTION
 
 CacheForm = Literal["growing", "static"]
-"""Whether keys and values are concatenated with those of the new tokens, or these are written into buffers."""
+""""growing" concatenates keys and values with those of new tokens; "static" writes these into buffers."""
 FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 aten = torch.ops.aten
 _KEY, _VALUE, _BOUNDS, _CAUSAL, _SCALE = 1, 2, 4, 7, 8
-"""Places of the operator's arguments."""
+"""Positions of the operator's arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,9 @@ class CachedBlock:
     """A block with a cache.
 
     Attributes:
-        region: Its activations are those of the block, with the mask in the place of the bounds, and then the cached keys
-            and values (and the position, for a static cache). A growing cache's keys and values follow the block's results.
-        bounds: Place of the mask among the activations.
+        region: Its activations are those of the block, with the mask in place of the bounds, and then the cached keys and
+            values (and the position, for a static cache). A growing cache's keys and values follow the block's results.
+        bounds: Index of the mask among the activations.
     """
 
     region: Region
@@ -37,32 +37,32 @@ class CachedBlock:
 
 
 def self_attention(region: Region) -> Node | None:
-    """A block's causal attention within packed samples.
+    """Return a block's causal attention within packed samples, None if it has none.
 
     Raises:
         PassError: It has several.
     """
-    found = [
+    nodes = [
         node for node in _attentions(region) if node.args[_CAUSAL] is True and isinstance(node.args[_BOUNDS], Node)
     ]
-    if len(found) > 1:
-        raise PassError(f"{region.name} has {len(found)} causal attention operators; a cache needs a block for each.")
-    return found[0] if found else None
+    if len(nodes) > 1:
+        raise PassError(f"{region.name} has {len(nodes)} causal attention operators; a cache needs a block for each.")
+    return nodes[0] if nodes else None
 
 
-def given_keys(region: Region) -> dict[int, str]:
-    """Places of activations that attention reads as they are, as "key" or "value"."""
+def external_keys(region: Region) -> dict[int, str]:
+    """Return the indices of activations that attention reads directly, with "key" or "value"."""
     activations = region.placeholders()[len(region.slots) :]
-    found = {}
-    for node in _attentions(region):
-        for name, argument in (("key", node.args[_KEY]), ("value", node.args[_VALUE])):
-            if isinstance(argument, Node) and argument in activations:
-                found[activations.index(argument)] = name
-    return found
+    return {
+        activations.index(argument): name
+        for node in _attentions(region)
+        for name, argument in (("key", node.args[_KEY]), ("value", node.args[_VALUE]))
+        if isinstance(argument, Node) and argument in activations
+    }
 
 
 def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
-    """A copy of a block with a cache; None if the region attends to no samples.
+    """Copy a block and give it a cache; None if the region has no self-attention over samples.
 
     Before: attention(q, k, v, None, bounds, None, None, True, scale)         [1, heads, batch * new, head dim]
     After, growing:
@@ -70,8 +70,8 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     After, static:
             attention(q', index_copy_(past_key, 2, position, k'), ..., mask, None, None, None, False, scale)
 
-    q', k', v' are the rows [batch, heads, new, head dim] of the rectangle. Legal because a query that is i-th from the end
-    sees all keys but the last i, and no padding, as within its bounds; for one new token the mask says all.
+    q', k', v' are the padded rows [batch, heads, new, head dim]. Legal because the i-th query from the end sees all keys but
+    the last i, and no padding, as within its bounds; for one new token the mask alone decides.
     """
     site = self_attention(region)
     if site is None:
@@ -82,7 +82,7 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     node = values[site]
     query, key, value, _, bounds, *_ = node.args
     assert isinstance(bounds, Node)
-    place = _activations(graph, region).index(bounds)
+    index = _activations(graph, region).index(bounds)
     mask = _placeholder(graph, "attention_mask", bounds)
     past = [_placeholder(graph, name, _activations(graph, region)[-1]) for name in ("past_key", "past_value")]
     with graph.inserting_before(node):
@@ -103,7 +103,7 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     module = GraphModule(nn.Module(), graph, class_name="Region")
     shapes = ((),) * (len(_activations(graph, region)))
     return CachedBlock(
-        Region(f"{region.name}.cached", module, region.slots, region.instances, shapes, region.recipes), place
+        Region(f"{region.name}.cached", module, region.slots, region.instances, shapes, region.recipes), index
     )
 
 
@@ -121,13 +121,13 @@ def _placeholder(graph: Graph, name: str, after: Node) -> Node:
 
 
 def _rows(graph: Graph, x: Any, batch: Node) -> Node:
-    """[1, heads, batch * new, head dim] as [batch, heads, new, head dim]."""
-    divided = graph.call_function(aten.unflatten.int, (x, 2, [batch, -1]))
-    return graph.call_function(aten.transpose.int, (graph.call_function(aten.squeeze.dim, (divided, 0)), 0, 1))
+    """Unpack [1, heads, batch * new, head dim] to [batch, heads, new, head dim]."""
+    rows = graph.call_function(aten.unflatten.int, (x, 2, [batch, -1]))
+    return graph.call_function(aten.transpose.int, (graph.call_function(aten.squeeze.dim, (rows, 0)), 0, 1))
 
 
 def _one_row(graph: Graph, node: Node) -> None:
-    """Hand on the operator's result [batch, new, heads, head dim] as [1, batch * new, heads, head dim]."""
+    """Pack the operator's result [batch, new, heads, head dim] to [1, batch * new, heads, head dim]."""
     users = list(node.users)
     with graph.inserting_after(node):
         flat = graph.call_function(aten.flatten.using_ints, (node, 0, 1))

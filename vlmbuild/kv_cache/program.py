@@ -1,6 +1,6 @@
-"""Give a program's text a key-value cache, so that a step of generation computes its new tokens and nothing twice.
+"""Give a program's text a key-value cache, so that a step of generation computes its new tokens alone.
 
-Below passes and runtime, since both need it: `passes/add_cache.py` and a loaded model when it first generates.
+A loaded model derives its cached program when it first generates; the ONNX and AOTInductor targets store theirs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from vlmbuild.ir.dims import Dim, Shape
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Input, Program, Region, Variant
 from vlmbuild.ir.shapes import Shapes
-from vlmbuild.kv_cache.block import CachedBlock, CacheForm, cached_block, given_keys, self_attention
-from vlmbuild.kv_cache.split_images import divide_images
+from vlmbuild.kv_cache.block import CachedBlock, CacheForm, cached_block, external_keys, self_attention
+from vlmbuild.kv_cache.split_images import split_images
 
 STEP = "decode"
 """The variant of steps after a prompt with images, where blocks read images; elsewhere it is "text"."""
@@ -28,10 +28,10 @@ _SEQUENCE = Dim.named("sequence")
 
 
 def with_cache(program: Program, form: CacheForm = "growing") -> Program:
-    """A program whose variants take a key-value cache, and return it grown or write into it.
+    """Derive a program whose variants take a key-value cache, and return it grown or write into it.
 
-    A batch is a rectangle here, `new` tokens of each of `batch` rows, row by row, with a mask over all tokens so far. What
-    is added, where N is the number of a decoder block:
+    A batch is padded here: `new` tokens of each of `batch` rows, row by row, with a mask over all tokens so far. These inputs
+    and results are added, where N is the number of a decoder block:
 
         growing  attention_mask           i64[batch, past + new]
                  past_key_values.N.key    compute[batch, kv heads, past, head dim], and .value
@@ -45,22 +45,22 @@ def with_cache(program: Program, form: CacheForm = "growing") -> Program:
     steps after it, takes them: cross_key_values.N.key and .value.
 
     Args:
-        program: After its passes; it stays as it is, and regions that need no change are shared.
-        form: Of the cache.
+        program: After its passes. It stays as it is; regions that need no change are shared.
+        form: Whether the cache grows with each step or has a fixed length.
 
     Raises:
-        PassError: A block has another form than this knows.
+        PassError: A block has no form that can be cached.
     """
     if has_cache(program):
         return program
-    divided, images = divide_images(program)
-    asked = {name for name, region in divided.regions.items() if self_attention(region) or given_keys(region)}
-    shapes = Shapes(divided, asked)
-    _name_cross(divided, images)
-    _add_step(divided, images, shapes)
+    split, images = split_images(program)
+    attending = {name for name, region in split.regions.items() if self_attention(region) or external_keys(region)}
+    shapes = Shapes(split, attending)
+    _name_cross(split, images)
+    _add_step(split, images, shapes)
     if form == "static":
-        divided.variants = {name: v for name, v in divided.variants.items() if name == STEP or not images[name]}
-    cached = _with_blocks(divided, shapes, form)
+        split.variants = {name: v for name, v in split.variants.items() if name == STEP or not images[name]}
+    cached = _with_blocks(split, shapes, form)
     changed = cached.regions.keys() - program.regions.keys()
     final = Shapes(cached, changed)
     for name in changed:
@@ -69,35 +69,35 @@ def with_cache(program: Program, form: CacheForm = "growing") -> Program:
 
 
 def has_cache(program: Program) -> bool:
-    """Whether this has been done to a program."""
+    """Whether a program takes a key-value cache."""
     return any(entry.name == MASK for variant in program.variants.values() for entry in variant.inputs)
 
 
 def cached_inputs(variant: Variant) -> tuple[Input, ...]:
-    """A variant's cached keys and values, in pairs."""
+    """Return a variant's cached keys and values, in pairs."""
     return tuple(entry for entry in variant.inputs if entry.name.startswith(f"{PAST}."))
 
 
 def present_name(past: str) -> str:
-    """Of a cached key or value after a step."""
+    """Return the name of a cached key or value after a step."""
     return past.replace(PAST, PRESENT, 1)
 
 
 def _name_cross(program: Program, images: dict[str, frozenset[str]]) -> None:
-    """Name the keys and values of images that blocks read, and make their variant return them."""
+    """Name the keys and values of images that blocks read, and let their variant return them."""
     for name, variant in program.variants.items():
         named: dict[str, str] = {}
         for call in variant.calls:
-            for place, kind in given_keys(program.regions[call.region]).items():
-                if call.instance and call.inputs[place] in images[name]:
-                    named[call.inputs[place]] = f"{CROSS}.{_number(call)}.{kind}"
+            for index, kind in external_keys(program.regions[call.region]).items():
+                if call.instance and call.inputs[index] in images[name]:
+                    named[call.inputs[index]] = f"{CROSS}.{_number(call)}.{kind}"
         calls = tuple(_renamed(call, named) for call in variant.calls)
         program.variants[name] = replace(variant, calls=calls, presents=tuple(named.values()))
         images[name] = frozenset(named.get(value, value) for value in images[name])
 
 
 def _add_step(program: Program, images: Mapping[str, frozenset[str]], shapes: Shapes) -> None:
-    """The part of a variant that reads tokens, where its blocks read images too."""
+    """Add the part of a variant that reads tokens as a variant, where its blocks read images too."""
     for name, variant in list(program.variants.items()):
         if not variant.presents:
             continue
@@ -180,5 +180,5 @@ def _renamed(call: Call, names: Mapping[str, str]) -> Call:
 
 
 def _number(call: Call) -> str:
-    """Of a block among its like, the last part of its name."""
+    """A block's number in its list, the last part of its name."""
     return call.instance.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Why a pattern does not match: the place in a graph that comes closest to it, and the first thing that differs there."""
+"""Why a pattern does not match: the site in a graph that comes closest to it, and the first difference there."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlmbuild.ir.printer import target_name
 from vlmbuild.rewrite.pattern import Rewrite, pattern_graph
 
 _CLOSE = 0.5
-"""Share of a pattern's nodes that must be there before one speaks of a near miss."""
+"""Share of a pattern's nodes that a near miss must have."""
 
 
 @dataclass(slots=True)
 class _Comparison:
-    """Of a pattern with what leads to one node: pattern nodes that are there, and the first difference."""
+    """The pattern nodes that match before one node of a graph, and the first difference."""
 
     found: int = 0
     difference: str = ""
@@ -27,7 +27,7 @@ class _Comparison:
 
 
 def near_miss(graph: Graph, rewrites: Iterable[Rewrite]) -> str | None:
-    """How the closest place in a graph differs from the closest of the patterns; None if nothing comes close."""
+    """Describe how the closest site in a graph differs from the closest pattern; None if nothing comes close."""
     best: tuple[float, str] = (0.0, "")
     for rewrite in rewrites:
         pattern = pattern_graph(rewrite)
@@ -43,12 +43,12 @@ def near_miss(graph: Graph, rewrites: Iterable[Rewrite]) -> str | None:
 
 
 def _roots(pattern: Graph) -> list[Node]:
-    """The pattern's results."""
+    """Return the pattern's results."""
     return [node for node in pattern.output_node().all_input_nodes if node.op == "call_function"]
 
 
 def _computed_inputs(root: Node) -> set[Node]:
-    """The computing nodes that lead to a node, and itself."""
+    """Return the computing nodes before a node, and itself."""
     found: set[Node] = set()
     waiting = [root]
     while waiting:
@@ -60,11 +60,11 @@ def _computed_inputs(root: Node) -> set[Node]:
 
 
 def _compare(pattern: Any, actual: Any, comparison: _Comparison, seen: set[Node]) -> None:
-    """Go down both graphs from the results as far as they agree."""
+    """Walk both graphs from the results as far as they agree."""
     if isinstance(pattern, Node):
         _compare_nodes(pattern, actual, comparison, seen)
     elif isinstance(pattern, list | tuple) and isinstance(actual, list | tuple):
-        for one, other in zip(pattern, actual, strict=False):
+        for one, other in zip(pattern, actual, strict=False):  # _argument_differences reports another length
             _compare(one, other, comparison, seen)
 
 
@@ -72,9 +72,9 @@ def _compare_nodes(pattern: Node, actual: Any, comparison: _Comparison, seen: se
     if pattern.op == "placeholder" or pattern in seen:
         return
     if not isinstance(actual, Node):
-        comparison.note(f"a number stands where the pattern has `{_short(pattern)}`")
+        comparison.note(f"the graph has a number, the pattern `{_short(pattern)}`")
     elif pattern.target is not actual.target:
-        comparison.note(f"`{_short(actual)}` stands where the pattern has `{_short(pattern)}`")
+        comparison.note(f"the graph has `{_short(actual)}`, the pattern `{_short(pattern)}`")
     elif difference := next(_argument_differences(pattern, actual), ""):
         comparison.note(difference)
     else:
@@ -84,10 +84,10 @@ def _compare_nodes(pattern: Node, actual: Any, comparison: _Comparison, seen: se
 
 
 def _argument_differences(pattern: Node, actual: Node) -> Iterator[str]:
-    """What differs in a call's own arguments: how many tensors it takes, and its numbers."""
-    wanted, found = _width(pattern), _width(actual)
-    if wanted != found:
-        yield f"`{_short(actual)}` has {found} inputs, the pattern has {wanted}"
+    """Compare a call's own arguments: the number of tensors, and its constants."""
+    expected, width = _width(pattern), _width(actual)
+    if expected != width:
+        yield f"`{_short(actual)}` has {width} inputs, the pattern has {expected}"
     if _numbers(pattern) != _numbers(actual):
         yield f"`{_short(actual)}` has the numbers {_numbers(actual)}, the pattern has {_numbers(pattern)}"
 
@@ -97,7 +97,7 @@ def _numbers(node: Node) -> list[Any]:
 
 
 def _width(node: Node) -> int:
-    """How many tensors a call takes, those of lists one by one."""
+    """Count the tensors that a call takes, including those in lists."""
     return sum(
         len(argument) if isinstance(argument, list | tuple) else isinstance(argument, Node) for argument in node.args
     )

@@ -1,4 +1,4 @@
-"""Run passes over a program: all that a pass must not do itself (checking, cleaning up, counting, timing) is done here."""
+"""Run passes over a program, with everything that a pass must not do itself: checking, simplifying, counting, timing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlmbuild.util.gc_paused import resting_collector
 
 @dataclass(slots=True)
 class PassOutcome:
-    """What a pass did.
+    """The outcome of one pass.
 
     Attributes:
         sites: Region name -> rewritten sites of its graph (not multiplied by instances).
-        refusals: Region name -> why sites that looked alike were left alone.
+        refusals: Region name -> reasons why similar sites were left alone.
         origins: Name of a new region -> the region that its instances were split from.
     """
 
@@ -33,7 +33,7 @@ class PassOutcome:
     origins: dict[str, str] = field(default_factory=dict)
 
     def add(self, region: str, sites: int, refusals: Iterable[str] = ()) -> None:
-        """Count sites and reasons of a region."""
+        """Add sites and reasons of a region."""
         if sites:
             self.sites[region] = self.sites.get(region, 0) + sites
         for reason in refusals:
@@ -48,7 +48,7 @@ class PassOutcome:
 class Pass(Protocol):
     """A graph rewrite: a frozen dataclass whose fields are its options.
 
-    A pass changes the regions of a program in place and returns what it did. It sees the whole program, because a rewrite
+    A pass changes the regions of a program in place and returns its outcome. It sees the whole program, because a rewrite
     may hold in one region only when it holds in its callers, but it must not know the model family. A second run finds
     nothing. `exact` promises the same values (bit-identical or within 1e-6 in float32), forward and backward.
     """
@@ -67,27 +67,27 @@ class Pass(Protocol):
 
 @runtime_checkable
 class PatternPass(Protocol):
-    """A pass that says what it looks for, so that one can be told why it found nothing."""
+    """A pass with patterns, so that a report can say why it found nothing."""
 
     @property
     def name(self) -> str:
-        """As of every pass."""
+        """The name of the pass."""
 
     def rewrites(self, geometry: Geometry) -> tuple[Rewrite, ...]:
-        """What it looks for in a model of this geometry."""
+        """Return the rewrites for a model of this geometry."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """A pass's outcome with what the runner measured.
+    """A pass's outcome, with the measurements of the runner.
 
     Attributes:
         name: The pass.
         exact: Whether it keeps values.
         sites: Region name -> rewritten sites of its graph.
-        matches: Sites in the whole model: those of a region count once per instance.
-        refusals: "region: reason" for sites that looked alike and were left alone.
-        seconds: Time taken.
+        matches: Sites in the whole model; a region's sites count once per instance.
+        refusals: "region: reason" for similar sites that were left alone.
+        seconds: Duration.
     """
 
     name: str
@@ -98,7 +98,7 @@ class PassReport:
     seconds: float
 
     def record(self) -> dict[str, Any]:
-        """The part that is the same in every run, as the manifest has it."""
+        """Return the part that is the same in every run, for the manifest."""
         return {"name": self.name, "matches": self.matches, "refusals": list(self.refusals)}
 
 
@@ -111,13 +111,13 @@ def run(
     before: Iterable[PassReport] = (),
     on_pass: Callable[[PassReport], None] | None = None,
 ) -> tuple[PassReport, ...]:
-    """Run passes in order and hold each to its contract.
+    """Run passes in order and check the contract of each.
 
     Args:
-        passes: In order.
+        passes: Passes in order.
         program: Changed in place.
         require: Names of passes that must rewrite at least one site.
-        before: Of passes that ran earlier, for messages.
+        before: Reports of passes that ran earlier, for messages.
         on_pass: Called after each pass.
 
     Raises:
@@ -128,7 +128,7 @@ def run(
     passes = tuple(passes)
     if unknown := sorted(set(require) - {step.name for step in passes}):
         known = ", ".join(step.name for step in passes)
-        raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Its passes: {known}.")
+        raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Require one of its passes: {known}.")
     reports: list[PassReport] = []
     for step in passes:
         report = _run_one(step, program, [*before, *reports])
@@ -172,7 +172,7 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
 
 
 def _state(region: Region) -> tuple[str, int]:
-    """What a pass may change: the digest, and the number of nodes (assertions are not part of the dataflow)."""
+    """The state that a pass may change: the digest, and the number of nodes (assertions are not part of the dataflow)."""
     return digest(region), len(region.graph.graph.nodes)
 
 

@@ -18,11 +18,11 @@ from vlmbuild.rewrite.pass_manager import PassOutcome
 from vlmbuild.rewrite.pattern import Rewrite, apply
 
 aten = torch.ops.aten
-mrope = torch.ops.vlmbuild
+_OPS = torch.ops.vlmbuild
 
 
 @dataclass(frozen=True, slots=True)
-class FuseMrope:
+class FuseRope:
     """Fuse rotary embeddings with one or several position axes: plain RoPE (arXiv:2104.09864), M-RoPE (arXiv:2409.12191,
     section 2.1) and axial vision RoPE with frequencies that the axes share or split (arXiv:2410.07073, section 2.2).
 
@@ -34,7 +34,7 @@ class FuseMrope:
         cos = cat(angles.cos() by section) twice
 
     Legal because both halves of cos and sin are equal, so that the operators may read the first half only, and because
-    every lane of the section mix is one product of a position and a frequency. The tables stay in float32 when all their
+    every channel of the section mix is one product of a position and a frequency. The tables stay in float32 when all their
     readers are fused rotations; with a reader left over, the model's own cast stays too.
     """
 
@@ -51,7 +51,7 @@ class FuseMrope:
         return outcome
 
     def rewrites(self, geometry: Geometry) -> tuple[Rewrite, ...]:
-        """What it looks for in a model of this geometry."""
+        """Return the rewrites for a model of this geometry."""
         return tuple(rewrite for rotary in geometry.rotary for rewrite in _rewrites(rotary))
 
 
@@ -111,7 +111,7 @@ def _rotate_half(states: Tensor) -> Tensor:
 
 
 def _rotation(heads: int) -> Callable[..., Any]:
-    """Tables get a dimension for the heads at this place."""
+    """Tables get a dimension at the axis of the heads."""
 
     def pattern(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
@@ -133,7 +133,7 @@ def _fused_rotation(half: int, packed: bool = False) -> Callable[..., Any]:
         cos, sin = cos[..., :half], sin[..., :half]
         if packed:
             cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-        return mrope.mrope_rotate(query, key, cos, sin)
+        return _OPS.mrope_rotate(query, key, cos, sin)
 
     return replacement
 
@@ -189,30 +189,30 @@ def _plain_tables(rotary: Rotary) -> Callable[..., Any]:
 
 
 def _fused_tables(rotary: Rotary, axis: int | None) -> Callable[..., Any]:
-    """`axis` is where the position ids have their axes; None if there is one axis only, without a dimension."""
+    """`axis` is the dimension of the position ids that holds their axes; None for one axis without a dimension."""
 
     def replacement(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         if axis is None:
             position_ids = position_ids.unsqueeze(0)
         elif axis:
             position_ids = position_ids.movedim(axis, 0)
-        cos, sin = mrope.mrope_cos_sin(position_ids, inv_freq, rotary.sections, rotary.shared, rotary.scaling)
+        cos, sin = _OPS.mrope_cos_sin(position_ids, inv_freq, rotary.sections, rotary.shared, rotary.scaling)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     return replacement
 
 
 def _drop_table_casts(program: Program) -> None:
-    """Hand float32 tables from region to region where every reader is a fused rotation."""
+    """Pass tables between regions in float32 where every reader is a fused rotation."""
     for name, region in program.regions.items():
         results = region.results()
         casts = [
-            (place, node)
-            for place, node in enumerate(results)
+            (index, node)
+            for index, node in enumerate(results)
             if node.target is aten.to.dtype and _is_table(node.args[0]) and len(node.users) == 1
         ]
-        for place, node in casts:
-            readers = _readers(program, name, place)
+        for index, node in casts:
+            readers = _readers(program, name, index)
             if all(_reads_as_table(placeholder) for placeholder in readers):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 for placeholder in readers:
@@ -220,19 +220,19 @@ def _drop_table_casts(program: Program) -> None:
 
 
 def _is_table(node: Any) -> bool:
-    """cat((t, t)) of a table that `mrope_cos_sin` made."""
+    """Whether it is cat((t, t)) of a result of `mrope_cos_sin`."""
     if not isinstance(node, Node) or node.target is not aten.cat.default:
         return False
     part = node.args[0][0]  # type: ignore[index]
     source = part.args[0] if isinstance(part, Node) and part.args else None
-    return isinstance(source, Node) and source.target is mrope.mrope_cos_sin.default
+    return isinstance(source, Node) and source.target is _OPS.mrope_cos_sin.default
 
 
 def _reads_as_table(placeholder: Node) -> bool:
-    """Whether fused rotations read the first half of it, and nothing else does."""
+    """Whether only fused rotations read it, and only its first half."""
     halves = [user.target is aten.slice.Tensor for user in placeholder.users]
     readers = [reader for user in placeholder.users for reader in _past_unsqueeze(user)]
-    return all(halves) and all(reader.target is mrope.mrope_rotate.default for reader in readers)
+    return all(halves) and all(reader.target is _OPS.mrope_rotate.default for reader in readers)
 
 
 def _past_unsqueeze(node: Node) -> list[Node]:
@@ -241,15 +241,15 @@ def _past_unsqueeze(node: Node) -> list[Node]:
     ]
 
 
-def _readers(program: Program, name: str, place: int) -> list[Node]:
-    """The placeholders, in any region, that a region's result at this place is passed to."""
-    found: dict[Node, None] = {}
+def _readers(program: Program, name: str, index: int) -> list[Node]:
+    """Return the placeholders, in any region, that a region's result at this index is passed to."""
+    readers: dict[Node, None] = {}
     for variant in program.variants.values():
-        values = {call.outputs[place] for call in variant.calls if call.region == name}
+        values = {call.outputs[index] for call in variant.calls if call.region == name}
         for call in variant.calls:
             region = program.regions[call.region]
             activations = region.placeholders()[len(region.slots) :]
             for value, placeholder in zip(call.inputs, activations, strict=True):
                 if value in values:
-                    found[placeholder] = None
-    return list(found)
+                    readers[placeholder] = None
+    return list(readers)

@@ -11,7 +11,7 @@ from tiny import HEAD_DIM, SECTIONS, make_batch, make_region, operators, region_
 
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Rotary
-from vlmbuild.passes import FuseMrope, Normalize
+from vlmbuild.passes import FuseRope, Normalize
 from vlmbuild.rewrite.pass_manager import run
 
 TEXT = Rotary(HEAD_DIM, SECTIONS, shared=False)
@@ -24,7 +24,7 @@ def normalized(program):
 
 
 def test_every_layer_and_table_of_the_model(normalized):
-    (report,) = run([FuseMrope()], normalized, require=("fuse_mrope",))
+    (report,) = run([FuseRope()], normalized, require=("fuse_mrope",))
     assert report.sites == {
         "visual.patch_embed.proj": 1,
         "visual.blocks": 1,
@@ -40,7 +40,7 @@ def test_every_layer_and_table_of_the_model(normalized):
 
 
 def test_tables_stay_in_float32(normalized):
-    run([FuseMrope()], normalized)
+    run([FuseRope()], normalized)
     layer = normalized.regions["language_model.layers"]
     tables = [node for node in layer.placeholders()[len(layer.slots) :] if node.meta["val"].shape[-1] == HEAD_DIM]
     assert [node.meta["val"].dtype for node in tables] == [torch.float32] * 2
@@ -50,16 +50,16 @@ def test_tables_stay_in_float32(normalized):
 
 
 def test_second_run_finds_nothing(normalized):
-    run([FuseMrope()], normalized)
+    run([FuseRope()], normalized)
     before = {name: digest(region) for name, region in normalized.regions.items()}
-    (report,) = run([FuseMrope()], normalized)
+    (report,) = run([FuseRope()], normalized)
     assert report.sites == {}
     assert {name: digest(region) for name, region in normalized.regions.items()} == before
 
 
 def test_forward_and_gradients_stay(normalized, bind):
     fused = copy.deepcopy(normalized)
-    run([FuseMrope()], fused)
+    run([FuseRope()], fused)
     before, after = bind(normalized), bind(fused)
     batch, labels = make_batch([[3, (1, 4, 6), 5, (1, 8, 2), 4], [9, (2, 2, 4), 2]], "left")
     positions = after.family.prepare(batch, after.config).tensors["position_ids"]
@@ -92,7 +92,7 @@ def test_before_and_expected_graph():
         half = HEAD_DIM // 2
         return torch.ops.vlmbuild.mrope_rotate(query, key, cos[..., :half], sin[..., :half])
 
-    run([FuseMrope()], region_program(region, rotary=(TEXT,)))
+    run([FuseRope()], region_program(region, rotary=(TEXT,)))
     assert digest(region) == digest(rotation_region(expected))
 
 
@@ -107,12 +107,12 @@ def test_before_and_expected_graph():
 def test_leaves_other_graphs_alone(other):
     region = rotation_region(other)
     before = digest(region)
-    (report,) = run([FuseMrope()], region_program(region, rotary=(TEXT,)))
+    (report,) = run([FuseRope()], region_program(region, rotary=(TEXT,)))
     assert report.sites == {}
     assert digest(region) == before
 
 
 def test_other_head_size_is_no_match(normalized):
     region = rotation_region(rotation)
-    (report,) = run([FuseMrope()], region_program(region, rotary=(Rotary(64, (8, 12, 12), shared=False),)))
+    (report,) = run([FuseRope()], region_program(region, rotary=(Rotary(64, (8, 12, 12), shared=False),)))
     assert report.sites == {}

@@ -6,11 +6,11 @@ import copy
 
 from tiny import linear_region, region_program
 
-from vlmbuild.formats import FourBit
 from vlmbuild.ir.linear_layers import LinearLayer, linear_layers, linear_sites
 from vlmbuild.ops import PLAIN_LINEAR
 from vlmbuild.passes import QuantizeLinear
 from vlmbuild.quant.decide import Decision
+from vlmbuild.quant.nf4 import NF4
 from vlmbuild.rewrite.pass_manager import run
 
 
@@ -24,7 +24,7 @@ def test_each_instance_has_its_layer():
 def test_a_quantized_layer_is_still_one():
     program = region_program(linear_region())
     before = list(linear_layers(program))
-    decision = Decision(FourBit("nf4", 64, True))
+    decision = Decision(NF4())
     run([QuantizeLinear({layer.module: decision for layer in before})], program)
     assert list(linear_layers(program)) == before
     assert list(linear_layers(program, (PLAIN_LINEAR,))) == []

@@ -175,7 +175,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_p
     [
         (("check", "{tmp}"), 2, "holds no lock"),
         (("check", "{tmp}/missing.lock"), 2, "holds no lock"),
-        (("diff", str(ONE), str(ONE), "--quantize", "nf4"), 2, "have recipes of their own"),
+        (("diff", str(ONE), str(ONE), "--quantize", "nf4"), 2, "have their own recipe"),
         (("inspect", "art", "--html", "x.html", "--format", "dot"), 2, "exclude each other"),
         (("check",), 2, "LOCKS"),
         (("diff", "{tmp}/missing.lock", "qwen2-vl-digits"), 2, "cannot be read"),

@@ -66,7 +66,7 @@ def test_same_text_whatever_the_hash_seed_and_the_path(tmp_path):
     [
         ("no toml = = 1", "is not a lock"),
         ('schema = "vlmbuild.lock/0"', "has schema 'vlmbuild.lock/0'"),
-        ('schema = "vlmbuild.lock/1"', "not a whole lock"),
+        ('schema = "vlmbuild.lock/1"', "not a complete lock"),
     ],
 )
 def test_what_is_no_lock_is_said(tmp_path, text, message):

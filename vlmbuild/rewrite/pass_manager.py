@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -186,5 +187,6 @@ def refresh(region: Region) -> None:
     values = [node.meta.get("val") for node in region.placeholders()]
     mode = detect_fake_mode(values)
     if mode is not None:
-        with torch.no_grad():
+        # Without Python's dispatcher torch 2.11 makes some sizes constant: its C++ linear asks for them as integers.
+        with torch.no_grad(), enable_python_dispatcher():
             FakeTensorProp(region.graph, mode).propagate_dont_convert_inputs(*values)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Interpreter, Node
 
 from vlmbuild.errors import IncompatibleError
@@ -73,7 +74,7 @@ class Shapes:
     def _run(self, region: Region, activations: tuple[Tensor, ...]) -> Values:
         recorder = _Recorder(region.graph, garbage_collect_values=False)
         slots = [self._empty(slot.shape, slot.dtype) for slot in region.slots]
-        with self._mode, torch.no_grad():
+        with self._mode, torch.no_grad(), enable_python_dispatcher():  # as in `rewrite.pass_manager.refresh`
             recorder.run(*slots, *activations)
         return recorder.values
 

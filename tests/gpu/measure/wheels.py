@@ -14,11 +14,11 @@ from pathlib import Path
 
 WHEELS = {
     "transformers==5.23.0": 13_336_114,
-    "bitsandbytes==0.50.2": 3_900_000,
+    "bitsandbytes==0.50.2": 3_593_748,
     "liger-kernel==0.8.5": 910_117,
     "peft==0.21.2": 835_427,
-    "click==8.5.1": 110_000,
-    "filelock==4.3.1": 20_000,
+    "click==8.5.1": 126_163,
+    "filelock==4.3.1": 244_559,
 }
 """Requirement -> bytes of what travels."""
 LIMIT = 64 << 20

@@ -39,10 +39,10 @@ def artifact_config(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 def source_records(request: Request) -> list[Mapping[str, Any]]:
     """The files that went into the artifact. Digests of the checkpoint's were begun when the build was."""
     entries = [
-        {"path": name, "size": (request.source.directory / name).stat().st_size, "digest": digest.result()}
+        {"path": name, "size": (request.checkpoint.source.directory / name).stat().st_size, "digest": digest.result()}
         for name, digest in sorted(request.digests.items())
     ]
-    records: list[Mapping[str, Any]] = [{"uri": request.source.uri, "files": entries}]
+    records: list[Mapping[str, Any]] = [{"uri": request.checkpoint.source.uri, "files": entries}]
     if request.merge is not None:
         request.merge.check_unchanged()
         records.append(request.merge.record)

@@ -1,8 +1,8 @@
-"""What every target is given: the finished program, and where its weights and files come from."""
+"""Input of every target: the finished program, its checkpoint, and its recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ import torch
 from vlmbuild.adapters.merge import Merge
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
-from vlmbuild.checkpoint.source import Progress, Source
+from vlmbuild.checkpoint.checkpoint import Checkpoint
+from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Program
+from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
@@ -45,46 +47,60 @@ class StoredParameter:
         return self.specs[0].name.removesuffix(".weight")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A build whose graph is finished.
 
     Attributes:
-        program: After its passes.
-        reports: Of the passes.
-        family: The program's family.
-        config: Values of the source's config.json.
-        recipe: What was asked for.
-        source: Where files come from.
-        digests: SHA-256 (hex) of each file of the source that is read, by name; being computed meanwhile.
-        weights: The source's files of weights.
-        tensors: The source's parameters by module name.
-        decisions: How linear layers are stored, by module name.
+        checkpoint: Source of weights and files.
+        digests: SHA-256 (hex) of each source file by name, computed in background threads.
+        recipe: Options of the build.
+        program: The program after its passes.
+        reports: Reports of the passes.
+        decisions: Storage of linear layers, by module name.
         calibration: SHA-256 (hex) of the batches that decisions were measured on, or "".
-        device: Where weights are quantized.
-        merge: The adapter to merge into the weights, None for none.
-        measure: Given the directory of the complete weights, the manifest's `numerics`; raises when they are wrong.
-        progress: Told how far writing has come.
+        device: Device that quantizes weights.
+        merged: The adapter that is merged into the weights, with the check of the result; None for none.
+        progress: Called with a stage's name, the amount done, and the total.
     """
 
+    checkpoint: Checkpoint
+    digests: Mapping[str, Future[str]]
+    recipe: Recipe
     program: Program
     reports: tuple[PassReport, ...]
-    family: Family
-    config: dict[str, Any]
-    recipe: Recipe
-    source: Source
-    digests: Mapping[str, Future[str]]
-    weights: CheckpointWeights
-    tensors: Mapping[str, SourceTensor]
     decisions: Mapping[str, Decision]
     calibration: str
     device: str
-    merge: Merge | None
-    measure: Callable[[Path], Sequence[Mapping[str, Any]]]
+    merged: MergeCheck | None
     progress: Progress
 
     @property
+    def family(self) -> Family:
+        """The program's family."""
+        return self.checkpoint.family
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the stored unquantized weights and of the computation."""
+        """Compute dtype of the recipe."""
         dtype: torch.dtype = getattr(torch, self.recipe.dtype)
         return dtype
+
+    @property
+    def weights(self) -> CheckpointWeights:
+        """The source's files of weights."""
+        return self.checkpoint.weights
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """The source's parameters by module name."""
+        return self.checkpoint.tensors
+
+    @property
+    def merge(self) -> Merge | None:
+        """The adapter to merge into the weights."""
+        return None if self.merged is None else self.merged.merge
+
+    def measure(self, directory: Path) -> Sequence[Mapping[str, Any]]:
+        """Return the manifest's records about merged weights that are complete in a directory. Raises ParityError."""
+        return () if self.merged is None else self.merged.measure(directory, self.recipe, self.decisions, self.progress)

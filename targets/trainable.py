@@ -12,7 +12,6 @@ import torch
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.checkpoint.source import SIDE_FILES
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.printer import program_text
@@ -41,10 +40,10 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
     """Write all files of a trainable artifact. Raises SourceError, OutputError."""
     program = request.program
     parameters = list(stored_parameters(program, request.family, request.recipe))
-    side_files = request.source.files(SIDE_FILES)
+    side_files = request.checkpoint.side_files
     specs = [spec for group in stored_specs(request, parameters) for spec in group]
     writer.require_space(sum(spec.nbytes for spec in specs) + sum(file.stat().st_size for file in side_files))
-    config = _config(request.config, program, request.recipe)
+    config = _config(request.checkpoint.values, program, request.recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in side_files:
         writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")

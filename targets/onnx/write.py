@@ -13,7 +13,6 @@ import torch
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.checkpoint.source import SIDE_FILES
 from vlmbuild.errors import SourceError
 from vlmbuild.ir.printer import program_text
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
@@ -40,7 +39,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
-    config = request.family.config(request.config)
+    config = request.checkpoint.config
     dtype = getattr(torch, recipe.dtype)
     weights = Weights(program, request.family.constants(config), dtype)
     models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype)
@@ -99,9 +98,9 @@ def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
 
 def _side_files(request: Request) -> dict[str, bytes]:
     """config.json, tokenizer and processor files, with those that clients read in the form that they read."""
-    files = {file.name: file.read_bytes() for file in request.source.files(SIDE_FILES)}
+    files = {file.name: file.read_bytes() for file in request.checkpoint.side_files}
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
-    config = artifact_config(request.config, request.recipe)
+    config = artifact_config(request.checkpoint.values, request.recipe)
     config["transformers.js_config"] = {"dtype": _NO_SUFFIX, "use_external_data_format": True}
     client = request.family.client_files(config, values, _template(files))
     return files | {name: _json(content) for name, content in client.items()}

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlmbuild.adapters.lora import Lora
-from vlmbuild.adapters.merge import Merge, check_mergeable, read_merge
+from vlmbuild.adapters.merge import Merge, check_mergeable
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.output import check_output
-from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.writer import ArtifactWriter
+from vlmbuild.builder.budget import within_budget
 from vlmbuild.capture.export import capture
 from vlmbuild.capture.outline import outline
-from vlmbuild.checkpoint.digests import Digests
+from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.fit import check_weights
-from vlmbuild.checkpoint.source import Progress, Source, resolve
-from vlmbuild.checkpoint.tensors import SourceTensor, published_name, source_tensors, stored_formats
+from vlmbuild.checkpoint.source import Progress, Source
 from vlmbuild.errors import PassError, UsageError
-from vlmbuild.families import Family, family_of
-from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
+from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
-from vlmbuild.measure.calibration import Batch, batches_digest, output_losses
-from vlmbuild.measure.merge_parity import ParityCheck, make_probe
-from vlmbuild.measure.sensitivity import check_plain, refine, weight_losses
+from vlmbuild.measure.calibration import Batch, batches_digest
+from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
-from vlmbuild.quant.bnb_config import check_method
 from vlmbuild.quant.decide import QUANTIZE, Decision, decide
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.near_miss import near_miss
 from vlmbuild.rewrite.pass_manager import Pass, PassReport, PatternPass, run
-from vlmbuild.targets import TARGETS, Request
+from vlmbuild.targets import TARGETS, Request, Target
 from vlmbuild.util.devices import available_device
 
 
@@ -96,73 +88,50 @@ def build(
         CaptureError, PassError: The graph cannot be built as asked.
         ParityError: The merged weights are not what source and adapter are together.
     """
-    told = progress or (lambda _stage, _done, _total: None)
-    device_type = available_device(device).type
-    target = TARGETS[recipe.target]
-    if device_type not in target.devices:
-        raise UsageError(
-            f"--target {recipe.target} is built on {' or '.join(target.devices)}, not on {device}. Leave --device out, or "
-            "build the trainable target for a GPU."
-        )
+    progress = progress or silent
+    target = _checked_target(recipe, device)
     recipe.check_calibration(bool(calibration))
     check_output(Path(output), overwrite=overwrite)
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
-    found = resolve(source, revision=revision, progress=told)
-    values, family, config = read_model(found)
-    weights = CheckpointWeights(found.directory)
-    tensors = source_tensors(weights, family, values)
-    with target.begin() as write, Digests(found, weights.files) as digests:
-        program = trace_program(family, config, told)
-        check_weights(program, family, weights, tensors)
-        merge = None if adapter is None else read_merge(adapter, program, family)
-        probe = None if adapter is None else make_probe(program, family, config, found.directory)
-        traced = None if adapter is None else copy.deepcopy(program)
-        reports, decisions = rewrite(
-            program,
-            recipe,
-            lambda: decide_formats(program, family, config, recipe, weights, tensors, calibration, merge, told),
-            told,
-        )
-        check = None
-        if merge is not None and probe is not None and traced is not None:
-            reference, merged = _parity_programs(traced, recipe, decisions, merge)
-            check = ParityCheck(
-                family, config, reference, merged, weights, tensors, merge.adapter, probe, recipe.dtype, told
-            )
+    checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
+    _ = checkpoint.tensors  # malformed weights are refused before the capture
+    with target.begin() as write, checkpoint.hashing() as digests:
+        program = trace_program(checkpoint.family, checkpoint.config, progress)
+        check_weights(program, checkpoint)
+        merged = None if adapter is None else MergeCheck.prepare(adapter, program, checkpoint)
+        merge = None if merged is None else merged.merge
+        reports, decisions = apply_passes(program, checkpoint, recipe, progress, calibration=calibration, merge=merge)
         request = Request(
-            program,
-            reports,
-            family,
-            values,
-            recipe,
-            found,
-            digests.futures,
-            weights,
-            tensors,
-            decisions,
-            batches_digest(calibration),
-            device,
-            merge,
-            check.measure if check else lambda _directory: (),
-            told,
+            checkpoint=checkpoint,
+            digests=digests,
+            recipe=recipe,
+            program=program,
+            reports=reports,
+            decisions=decisions,
+            calibration=batches_digest(calibration),
+            device=device,
+            merged=merged,
+            progress=progress,
         )
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
 
 
-def read_model(source: Source) -> tuple[dict[str, Any], Family, Any]:
-    """A source's config.json, the family that reads it, and the family's config.
+def silent(_stage: str, _done: int, _total: int) -> None:
+    """Report no progress."""
 
-    Raises:
-        SourceError: No family does, the values are invalid, or the weights are quantized in a way that is not known.
-    """
-    values = source.config()
-    family = family_of(values, str(source.directory / "config.json"))
-    if values.get("quantization_config") is not None:
-        check_method(values["quantization_config"], str(source.directory))
-    return values, family, family.config(values)
+
+def _checked_target(recipe: Recipe, device: str) -> Target:
+    """The recipe's target. Raises DeviceError, and UsageError for a device that cannot build it."""
+    kind, target = available_device(device).type, TARGETS[recipe.target]
+    if kind not in target.devices:
+        raise UsageError(
+            f"--target {recipe.target} is built on {' or '.join(target.devices)}, not on {device}. Leave --device out, or "
+            "build the trainable target for a GPU."
+        )
+    return target
 
 
 def trace_program(family: Family, config: Any, progress: Progress) -> Program:
@@ -175,63 +144,35 @@ def trace_program(family: Family, config: Any, progress: Progress) -> Program:
     return outline(family, family.geometry(config), family.ties(config), traces)
 
 
-def decide_formats(
+def apply_passes(
     program: Program,
-    family: Family,
-    config: Any,
+    checkpoint: Checkpoint,
     recipe: Recipe,
-    weights: CheckpointWeights,
-    tensors: Mapping[str, SourceTensor],
-    calibration: Sequence[Batch],
-    merge: Merge | None,
     progress: Progress,
-) -> dict[str, Decision]:
-    """How every linear layer's weight is to be stored; for a recipe with a budget, from measurements. A layer with an adapter
-    is as good as new: whatever the source has it in, it may be stored in any format.
+    *,
+    calibration: Sequence[Batch] = (),
+    merge: Merge | None = None,
+) -> tuple[tuple[PassReport, ...], dict[str, Decision]]:
+    """Run the recipe's passes over a captured program, in place; returns their reports, and the storage of linear layers.
 
     Raises:
         UsageError: A pattern matches nothing, or the budget cannot be met.
         SourceError: A layer is quantized in another format already, or a weight cannot be measured.
+        PassError: A pass failed, or a required one matched nothing.
     """
+    stored = checkpoint.formats(program)
     spec = recipe.quantize
-    stored = stored_formats(tensors)
-    if merge is not None:
+    if merge is not None:  # a layer with an adapter is as good as new: it may be stored in any format
         spec = spec or QuantSpec("none")
         stored = {module: form for module, form in stored.items() if not merge.changes(f"{module}.weight")}
-    decisions = decide(program, spec, stored=stored, published=published_name(family))
-    if spec is None or spec.budget is None:
-        return decisions
-    form = spec.weight_format()
-    assert form is not None  # a budget has a format
-    asked = [layer for layer in linear_layers(program) if _is_open(decisions[layer.module], form, layer, spec)]
-    if not asked:
-        raise UsageError("No linear layer is left for the budget to decide about. Check roles, skips and overrides.")
-    for tensor in tensors.values() if calibration else [tensors[f"{layer.module}.weight"] for layer in asked]:
-        check_plain(tensor)
-    dtype = getattr(torch, recipe.dtype)
-    losses = (
-        output_losses(program, family, config, calibration, asked, form, weights, tensors, progress)
-        if calibration
-        else weight_losses(asked, form, weights, tensors, dtype, progress)
-    )
-    return refine(decisions, losses, form, spec.budget, 8 * dtype.itemsize)
 
+    def decisions() -> dict[str, Decision]:
+        first = decide(program, spec, stored=stored, published=checkpoint.published)
+        if spec is None or spec.budget is None:
+            return first
+        return within_budget(first, program, checkpoint, spec, recipe, calibration, progress)
 
-def _parity_programs(
-    traced: Program, recipe: Recipe, decisions: Mapping[str, Decision], merge: Merge
-) -> tuple[Program, Program]:
-    """From a program before its passes: unquantized with slots for the adapter, and as its weights are stored. On the
-    kernels that run anywhere."""
-    run(passes_for(replace(recipe, attention="sdpa")), traced)
-    merged = copy.deepcopy(traced)
-    run(quantization_passes(recipe, decisions), merged)
-    adapt(traced, merge.adapter.loras)
-    return traced, merged
-
-
-def _is_open(decision: Decision, form: WeightFormat, layer: LinearLayer, spec: QuantSpec) -> bool:
-    """Whether it was the spec's format that decided, and not a pattern of the user's."""
-    return decision.format == form and layer.role in spec.roles and not decision.pinned
+    return rewrite(program, recipe, decisions, progress)
 
 
 def rewrite(

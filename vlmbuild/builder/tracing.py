@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmbuild.builder.build import rewrite, trace_program
+from vlmbuild.builder.build import apply_passes, silent, trace_program
+from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.source import Progress
-from vlmbuild.checkpoint.tensors import announced_formats, published_name
-from vlmbuild.families import Family, family_of
+from vlmbuild.families import Family
 from vlmbuild.families.base import IGNORED_CONFIG_KEYS
 from vlmbuild.ir.program import Program
-from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
 
@@ -24,50 +23,57 @@ _MACHINE_KEYS = ("_name_or_path", "transformers_version", *IGNORED_CONFIG_KEYS)
 class Traced:
     """A model as captured, before any pass; recipes are applied to copies of its program."""
 
-    family: Family
-    config: Any
-    values: dict[str, Any]
+    checkpoint: Checkpoint
     program: Program
-    uri: str
+
+    @property
+    def family(self) -> Family:
+        """The model family."""
+        return self.checkpoint.family
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        return self.checkpoint.config
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values of config.json that describe the model."""
+        return portable(self.checkpoint.values)
+
+    @property
+    def uri(self) -> str:
+        """The name of the source; says nothing about this machine."""
+        return self.checkpoint.source.uri
 
 
 def trace(values: Mapping[str, Any], uri: str, progress: Progress | None = None) -> Traced:
     """Capture a model from the values of its config.json.
 
     Args:
-        values: Of config.json.
-        uri: Names the source; says nothing about this machine.
+        values: Values of config.json.
+        uri: Name of the source; says nothing about this machine.
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
         SourceError: No family reads the config, or a value is not valid.
         CaptureError: The model cannot be traced.
     """
-    family = family_of(values, uri)
-    config = family.config(values)
-    program = trace_program(family, config, progress or _untold)
-    return Traced(family, config, portable(values), program, uri)
+    checkpoint = Checkpoint.of_config(values, uri)
+    return Traced(checkpoint, trace_program(checkpoint.family, checkpoint.config, progress or silent))
 
 
 def apply_recipe(traced: Traced, recipe: Recipe) -> tuple[Program, tuple[PassReport, ...]]:
-    """A copy of the program after the recipe's passes, and what they did."""
+    """Apply the recipe's passes to a copy of the program; returns it with their reports."""
     program = copy.deepcopy(traced.program)
-    stored = announced_formats(traced.family, traced.values, program, traced.uri)
-    published = published_name(traced.family)
-    reports, _ = rewrite(
-        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published), _untold
-    )
+    reports, _ = apply_passes(program, traced.checkpoint, recipe, silent)
     return program, reports
 
 
 def portable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config.json that say something about the model, and not about where or by what it was written."""
+    """Return the values of a config.json that describe the model, without traces of the machine or tool that wrote it."""
     return {
         key: portable(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if key not in _MACHINE_KEYS
     }
-
-
-def _untold(_stage: str, _done: int, _total: int) -> None:
-    return None

@@ -89,8 +89,7 @@ def command(
 
 
 def _calibration(source: Source, file: Path) -> list[Any]:
-    from vlmbuild.builder.build import read_model
+    from vlmbuild.checkpoint.checkpoint import Checkpoint
     from vlmbuild.measure.calibration import conversation_batches
 
-    _, family, _ = read_model(source)
-    return list(conversation_batches(file, family.processor(source.directory)))
+    return list(conversation_batches(file, Checkpoint.open(source).processor))

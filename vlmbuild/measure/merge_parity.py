@@ -1,29 +1,35 @@
-"""Hold merged weights against source and adapter: the same batch through both, one block in memory, in float32."""
+"""Compare merged weights with source and adapter: the same batch through both, one block in memory, in float32."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmbuild.adapters.merge import without_adapter
+from vlmbuild.adapters.merge import Merge, read_merge, without_adapter
 from vlmbuild.adapters.peft_files import Adapter
 from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.source import Progress
-from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir import interpret
 from vlmbuild.ir.program import Program, Region, join
 from vlmbuild.measure.calibration import Batch, batches_digest
+from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
+from vlmbuild.quant.decide import Decision
+from vlmbuild.recipe import Recipe
+from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.bind import instance_tensors
 from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.runtime.onnx.weights import OnnxWeights
@@ -59,19 +65,19 @@ class Probe:
     digest: str
 
 
-def make_probe(program: Program, family: Family, config: Any, directory: Path) -> Probe:
-    """The probe for a checkpoint, before any work on its weights.
+def make_probe(program: Program, checkpoint: Checkpoint) -> Probe:
+    """Make the probe for a checkpoint.
 
     Raises:
         SourceError: The checkpoint has no readable processor, or it does not belong to its config.json.
     """
-    processor = family.processor(directory)
+    processor, directory = checkpoint.processor, checkpoint.source.directory
     rows = next(slot.shape[0] for _, slot in program.slots() if slot.role == "embedding")
     try:
         batch = _batch(processor)
         if int(batch["input_ids"].max()) >= rows:
             raise BatchError(f"it makes token {int(batch['input_ids'].max())}, and the model has {rows}.")
-        return Probe(family.prepare(batch, config, processor), batches_digest([batch]))
+        return Probe(checkpoint.family.prepare(batch, checkpoint.config, processor), batches_digest([batch]))
     except Exception as error:  # templates and processors raise whatever they like
         raise SourceError(
             f"The processor in {directory} cannot make a batch of an image and a text for this model: {error} The merged "
@@ -95,52 +101,57 @@ def _batch(processor: Any) -> Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class ParityCheck:
-    """What merged weights are held against.
+class MergeCheck:
+    """An adapter that is merged, and the comparison of the result with source and adapter.
 
     Attributes:
-        family, config: Of the model.
-        reference: The program with LoRA slots, unquantized.
-        merged: The program as it is stored.
-        weights: Of the source.
-        tensors: The source's parameters by module name.
-        adapter: That is merged.
-        probe: The batch.
-        dtype: Name of the stored dtype.
-        progress: Told how many blocks have run.
+        checkpoint: The source.
+        merge: The adapter.
+        captured: A copy of the program before its passes.
+        probe: The batch that both sides compute.
     """
 
-    family: Family
-    config: Any
-    reference: Program
-    merged: Program
-    weights: CheckpointWeights
-    tensors: Mapping[str, SourceTensor]
-    adapter: Adapter
+    checkpoint: Checkpoint
+    merge: Merge
+    captured: Program
     probe: Probe
-    dtype: str
-    progress: Progress
 
-    def measure(self, directory: Path) -> Sequence[Mapping[str, Any]]:
-        """The manifest's records about the weights in a directory.
+    @classmethod
+    def prepare(cls, adapter: str | Path, program: Program, checkpoint: Checkpoint) -> Self:
+        """Read an adapter and make the probe, before any work on weights. Raises SourceError."""
+        merge = read_merge(adapter, program, checkpoint.family)
+        return cls(checkpoint, merge, copy.deepcopy(program), make_probe(program, checkpoint))
+
+    def measure(
+        self, directory: Path, recipe: Recipe, decisions: Mapping[str, Decision], progress: Progress
+    ) -> Sequence[Mapping[str, Any]]:
+        """Return the manifest's records about the weights in a directory.
+
+        Args:
+            directory: Files of weights, complete.
+            recipe: Options of the build.
+            decisions: Storage of linear layers, by module name.
+            progress: Called with "parity", the number of blocks that have run, and the total.
 
         Raises:
             ParityError: The merged weights compute something else than source and adapter do.
         """
-        formats = sorted({recipe.format.name for region in self.merged.regions.values() for recipe in region.recipes})
+        reference, merged = self._programs(recipe, decisions)
+        formats = sorted({recipe.format.name for region in merged.regions.values() for recipe in region.recipes})
+        logits = partial(_logits, self.checkpoint, self.probe, progress)
         with _one_thread():
-            expected = self._logits(self.reference, self._source_tensors(self.adapter), 0)
-            before = self._logits(self.reference, self._source_tensors(without_adapter(self.adapter)), 1)
-            found = self._logits(self.merged, _written_tensors(directory, self.family), 2)
+            expected = logits(reference, self._source_tensors(self.merge.adapter), 0)
+            before = logits(reference, self._source_tensors(without_adapter(self.merge.adapter)), 1)
+            found = logits(merged, _written_tensors(directory, self.checkpoint.family), 2)
         error, effect = _relative(found, expected), _relative(before, expected)
-        limit = math.inf if formats else self._limit(effect)
-        self._check(error, effect, limit)
+        limit = math.inf if formats else _limit(recipe.dtype, effect)
+        _check(recipe.dtype, error, effect, limit)
         agreed = int((found.argmax(-1) == expected.argmax(-1)).sum())
         return [
             {
                 "case": "merged against source and adapter",
                 "batch": self.probe.digest,
-                "dtype": self.dtype,
+                "dtype": recipe.dtype,
                 "formats": formats,
                 "error": f"{error:.1e}",
                 "tolerance": "" if formats else f"{limit:.1e}",
@@ -150,47 +161,14 @@ class ParityCheck:
             }
         ]
 
-    def _limit(self, effect: float) -> float:
-        """The error up to which weights are published; an adapter that does nothing has no share to lose."""
-        floor = TOLERANCES["float32"] / 10  # what the order of sums may do
-        return min(TOLERANCES[self.dtype], max(SHARE * effect, floor) if effect else math.inf)
-
-    def _check(self, error: float, effect: float, limit: float) -> None:
-        if not math.isfinite(error):
-            raise ParityError(
-                f"The merged weights give NaN or infinity in {self.dtype}; nothing was published. Merge with --dtype float32, "
-                "or repair the source."
-            )
-        if error > limit:
-            raise ParityError(
-                f"The merged model's logits differ from those of source and adapter by {error:.1e} (relative); at most "
-                f"{limit:.1e} is allowed in {self.dtype} for an adapter that changes them by {effect:.1e}. Nothing was "
-                "published. Merge with --dtype float32; if that fails too, report it."
-            )
-
-    @torch.no_grad()
-    def _logits(self, program: Program, tensors_of: TensorsOf, turn: int) -> Tensor:
-        """Logits (1, tokens, vocabulary) in float32; each block's weights are in memory while it runs."""
-        variant = program.variants[self.probe.prepared.variant]
-        state = {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in self.probe.prepared.tensors.items()
-        }
-        constants = self.family.constants(self.config)
-        bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
-
-        def slots_of(region: Region, instance: str) -> list[Tensor]:
-            held = {**tensors_of(region, instance), **constants}
-            tensors = [held[join(instance, slot.name)] for slot in region.slots]
-            return [x.float() if is_compute(slot) else x for x, slot in zip(tensors, region.slots, strict=True)]
-
-        def run_region(region: Region, slots: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return bound[region.name].run(slots, None, values, training=False)
-
-        def on_call(done: int) -> None:
-            self.progress("parity", turn * len(variant.calls) + done, 3 * len(variant.calls))
-
-        return interpret.run(program, variant, state, slots_of, run_region, on_call=on_call)[variant.output]
+    def _programs(self, recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Program, Program]:
+        """The unquantized program with slots for the adapter, and the stored one; both on kernels that run anywhere."""
+        reference = copy.deepcopy(self.captured)
+        run(passes_for(replace(recipe, attention="sdpa")), reference)
+        merged = copy.deepcopy(reference)
+        run(quantization_passes(recipe, decisions), merged)
+        run(adapter_passes(self.merge.adapter.loras, frozenset()), reference)
+        return reference, merged
 
     def _source_tensors(self, adapter: Adapter) -> TensorsOf:
         def tensors_of(region: Region, instance: str) -> dict[str, Tensor]:
@@ -204,10 +182,57 @@ class ParityCheck:
             return adapter.tensors[name].float()
         if name in adapter.trained:
             return adapter.trained[name]
-        source = self.tensors[name]
+        source = self.checkpoint.tensors[name]
         if source.format is None:
-            return self.weights.map(source.name)
-        return torch.cat(list(source.values(self.weights, torch.float32, _STEP))).view(source.shape)
+            return self.checkpoint.weights.map(source.name)
+        return torch.cat(list(source.values(self.checkpoint.weights, torch.float32, _STEP))).view(source.shape)
+
+
+def _limit(dtype: str, effect: float) -> float:
+    """The error up to which weights are published; an adapter that does nothing has no share to lose."""
+    floor = TOLERANCES["float32"] / 10  # what the order of sums may do
+    return min(TOLERANCES[dtype], max(SHARE * effect, floor) if effect else math.inf)
+
+
+def _check(dtype: str, error: float, effect: float, limit: float) -> None:
+    if not math.isfinite(error):
+        raise ParityError(
+            f"The merged weights give NaN or infinity in {dtype}; nothing was published. Merge with --dtype float32, "
+            "or repair the source."
+        )
+    if error > limit:
+        raise ParityError(
+            f"The merged model's logits differ from those of source and adapter by {error:.1e} (relative); at most "
+            f"{limit:.1e} is allowed in {dtype} for an adapter that changes them by {effect:.1e}. Nothing was "
+            "published. Merge with --dtype float32; if that fails too, report it."
+        )
+
+
+@torch.no_grad()
+def _logits(
+    checkpoint: Checkpoint, probe: Probe, progress: Progress, program: Program, tensors_of: TensorsOf, turn: int
+) -> Tensor:
+    """Logits (1, tokens, vocabulary) in float32; each block's weights are in memory while it runs."""
+    variant = program.variants[probe.prepared.variant]
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in probe.prepared.tensors.items()
+    }
+    constants = checkpoint.family.constants(checkpoint.config)
+    bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
+
+    def slots_of(region: Region, instance: str) -> list[Tensor]:
+        held = {**tensors_of(region, instance), **constants}
+        tensors = [held[join(instance, slot.name)] for slot in region.slots]
+        return [x.float() if is_compute(slot) else x for x, slot in zip(tensors, region.slots, strict=True)]
+
+    def run_region(region: Region, slots: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return bound[region.name].run(slots, None, values, training=False)
+
+    def on_call(done: int) -> None:
+        progress("parity", turn * len(variant.calls) + done, 3 * len(variant.calls))
+
+    return interpret.run(program, variant, state, slots_of, run_region, on_call=on_call)[variant.output]
 
 
 def _written_tensors(directory: Path, family: Family) -> TensorsOf:

@@ -12,17 +12,13 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
-from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.builder.build import read_model, rewrite, trace_program
+from vlmbuild.builder.build import apply_passes, silent, trace_program
 from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role, slot_roles
-from vlmbuild.checkpoint.source import Progress, Source, resolve
-from vlmbuild.checkpoint.tensors import announced_formats, published_name, source_tensors, stored_formats
+from vlmbuild.checkpoint.checkpoint import Checkpoint
+from vlmbuild.checkpoint.source import Progress, Source
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family, ImageCost
-from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.program import Program
 from vlmbuild.planner.memory import Memory, Workload, estimate_memory
-from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
 from vlmbuild.targets import TARGETS
@@ -131,7 +127,7 @@ def plan(
         SourceError: The source cannot be used, or images are given and it has no processor.
         CaptureError, PassError: The graph cannot be built as asked.
     """
-    told = progress or (lambda _stage, _done, _total: None)
+    progress = progress or silent
     stored_parameters = TARGETS[recipe.target].stored_parameters
     if stored_parameters is None:
         raise UsageError(
@@ -145,27 +141,24 @@ def plan(
     sizes = [_size(image) for image in images]
     if limits and not sizes:
         raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
-    found = resolve(source, revision=revision, weights=False, progress=told)
-    values, family, config = read_model(found)
-    costs = tuple(_costs(found, family, config, sizes, limits or {}))
-    program = trace_program(family, config, told)
-    stored = _stored_formats(found, family, values, program)
-    reports, _ = rewrite(
-        program, recipe, lambda: decide(program, recipe.quantize, stored=stored, published=published_name(family)), told
-    )
+    checkpoint = Checkpoint.open(source, revision=revision, weights=False, progress=progress)
+    family, config = checkpoint.family, checkpoint.config
+    costs = tuple(_costs(checkpoint, sizes, limits or {}))
+    program = trace_program(family, config, progress)
+    reports, _ = apply_passes(program, checkpoint, recipe, progress)
     refusals = refusals_by_role(slot_roles(program), [report.record() for report in reports])
     regions = tuple(describe_regions(program))
     roles = tuple(describe_roles(_weights(stored_parameters(program, family, recipe), family), refusals))
-    told("memory", 0, 1)
+    progress("memory", 0, 1)
     # The last to look at the program: it adds an adapter.
     memory = estimate_memory(
         program, family, config, getattr(torch, recipe.dtype), [image.cost for image in costs], workload
     )
-    told("memory", 1, 1)
+    progress("memory", 1, 1)
     return Plan(
-        source=found.uri,
+        source=checkpoint.source.uri,
         family=family.name,
-        architecture=next(name for name in values["architectures"] if name in family.architectures),
+        architecture=next(name for name in checkpoint.values["architectures"] if name in family.architectures),
         recipe=recipe,
         variants=tuple(program.variants),
         regions=regions,
@@ -175,15 +168,6 @@ def plan(
         images=costs,
         memory=memory,
     )
-
-
-def _stored_formats(
-    source: Source, family: Family, values: Mapping[str, Any], program: Program
-) -> Mapping[str, WeightFormat]:
-    """Formats of a quantized source: of its weights if they are here, else what its config tells of."""
-    if values.get("quantization_config") is not None and any(source.directory.glob("*.safetensors")):
-        return stored_formats(source_tensors(CheckpointWeights(source.directory), family, values))
-    return announced_formats(family, values, program, str(source.directory))
 
 
 def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[StoredWeight]:
@@ -213,12 +197,12 @@ def _size(image: Image) -> tuple[str, int, int]:
 
 
 def _costs(
-    source: Source, family: Family, config: Any, sizes: Sequence[tuple[str, int, int]], limits: Mapping[str, int]
+    checkpoint: Checkpoint, sizes: Sequence[tuple[str, int, int]], limits: Mapping[str, int]
 ) -> Iterable[PlannedImage]:
     """What images cost, by the image processor's own rules; its settings are enough, no tokenizer is needed."""
     if not sizes:
         return
-    image_processor = _image_processor(source)
+    image_processor = _image_processor(checkpoint.source)
     size = dict(image_processor.size)
     if unread := sorted(set(limits) - set(size)):
         raise UsageError(
@@ -230,7 +214,7 @@ def _costs(
     image_processor.size = SizeDict(**size)
     for name, height, width in sizes:
         try:
-            cost = family.image_cost(image_processor, config, height, width)
+            cost = checkpoint.family.image_cost(image_processor, checkpoint.config, height, width)
         except ValueError as error:  # the processor's own limits, for example on the aspect ratio
             raise UsageError(f"The processor refuses the image {name}: {error}. Leave it out or crop it.") from error
         yield PlannedImage(name, height, width, cost)

@@ -1,0 +1,60 @@
+"""Storage of linear layers within a budget of bits: measure what each loses, and keep those that lose most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from vlmbuild.checkpoint.checkpoint import Checkpoint
+from vlmbuild.checkpoint.source import Progress
+from vlmbuild.errors import UsageError
+from vlmbuild.ir.linear_layers import linear_layers
+from vlmbuild.ir.program import Program
+from vlmbuild.measure.calibration import Batch, output_losses
+from vlmbuild.measure.sensitivity import check_plain, refine, weight_losses
+from vlmbuild.quant.decide import Decision
+from vlmbuild.quant.spec import QuantSpec
+from vlmbuild.recipe import Recipe
+
+
+def within_budget(
+    decisions: Mapping[str, Decision],
+    program: Program,
+    checkpoint: Checkpoint,
+    spec: QuantSpec,
+    recipe: Recipe,
+    calibration: Sequence[Batch],
+    progress: Progress,
+) -> dict[str, Decision]:
+    """Return the decisions with those of measured layers replaced, so that the budget holds.
+
+    Raises:
+        UsageError: The budget cannot be met, or no layer is left to decide about.
+        SourceError: A weight is quantized already, or cannot be measured.
+    """
+    form, weights, tensors = spec.weight_format(), checkpoint.weights, checkpoint.tensors
+    budget = spec.budget
+    assert form is not None  # a budget has a format
+    assert budget is not None
+    layers = [
+        layer
+        for layer in linear_layers(program)
+        for decision in [decisions[layer.module]]
+        if decision.format == form
+        and layer.role in spec.roles
+        and not decision.pinned  # the spec decided, and no pattern
+    ]
+    if not layers:
+        raise UsageError("No linear layer is left for the budget to decide about. Check roles, skips and overrides.")
+    for tensor in tensors.values() if calibration else [tensors[f"{layer.module}.weight"] for layer in layers]:
+        check_plain(tensor)
+    dtype = getattr(torch, recipe.dtype)
+    losses = (
+        output_losses(
+            program, checkpoint.family, checkpoint.config, calibration, layers, form, weights, tensors, progress
+        )
+        if calibration
+        else weight_losses(layers, form, weights, tensors, dtype, progress)
+    )
+    return refine(decisions, losses, form, budget, 8 * dtype.itemsize)

@@ -28,6 +28,7 @@ from vlmbuild.util.gc_paused import resting_collector
 
 aten = torch.ops.aten
 
+_REPORT = "Install a transformers version of the tested range; if that fails too, report it with the config.json."
 HEAD = "lm_head"
 """The name of the last region."""
 
@@ -43,9 +44,9 @@ def outline(
 
     Args:
         family: For the roles of parameters.
-        geometry: Handed on to the program.
+        geometry: Geometry of the program.
         ties: Alias -> parameter.
-        traces: Variant name -> what `capture` made of it.
+        traces: Variant name -> its trace.
 
     Raises:
         CaptureError: A block uses a parameter of another module, or a size that none of its inputs has.
@@ -105,7 +106,7 @@ class _Outliner:
     def _call(
         self, body: GraphModule, block: str, inputs: list[str], number: int, name: str | None
     ) -> tuple[Call, tuple[str, ...]]:
-        """The call of a piece, and the names of all its former results ("" for sizes, which cross no border)."""
+        """Return the call of a part, and the names of all its former results ("" for sizes, which regions do not pass)."""
         tensors = _drop_size_results(body)
         region, kept = self._region(body, block, name)
         many = sum(tensors)
@@ -115,17 +116,19 @@ class _Outliner:
         return Call(region, block, tuple(inputs[place] for place in kept), outputs), names
 
     def _repeat(self, body: GraphModule, node: Node, block: str, inputs: list[str], calls: list[Call]) -> Call:
-        """The call of a piece that repeats another: the same region, with what went into this block."""
+        """Return the call of a part that repeats another: the same region, with this block's inputs."""
         names = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         arguments: Any = node.args
         ours, theirs = ([names[value] for value in group] for group in arguments[:2])
         passed = dict(zip(theirs, ours, strict=True))
         first = next((call for call in calls if call.outputs == (names[arguments[2]],)), None)
         if first is None or not set(first.inputs) <= set(passed):
-            raise CaptureError(f"Block {block} reads or returns more than its arguments and its result.")
+            raise CaptureError(f"Block {block} reads or returns more than its arguments and its result. {_REPORT}")
         region = self.program.regions[first.region]
         if region.slots != tuple(self._slot(self.slot_nodes[join(block, slot.name)], block) for slot in region.slots):
-            raise CaptureError(f"Block {block} has other parameters than {first.instance}, which it was traced like.")
+            raise CaptureError(
+                f"Block {block} has other parameters than {first.instance}, whose trace it repeats. {_REPORT}"
+            )
         if block not in region.instances:
             region.instances += (block,)
         return Call(region.name, block, tuple(passed[name] for name in first.inputs), (f"v{len(calls)}",))
@@ -165,7 +168,7 @@ class _Outliner:
         value = node.meta["val"]
         if block and not name.startswith(f"{block}."):
             raise CaptureError(
-                f"Block {block} uses the parameter {name} of another module; such models are not supported."
+                f"Block {block} uses the parameter {name} of another module, which vlmbuild does not support. {_REPORT}"
             )
         relative = name.removeprefix(f"{block}.") if block else name
         dtype = COMPUTE_DTYPE if kind == "parameter" else value.dtype
@@ -239,7 +242,7 @@ def _size_node(body: GraphModule, tensors: list[Node], key: str) -> Node:
             if str(size) == key:
                 with body.graph.inserting_after(next(n for n in reversed(body.graph.nodes) if n.op == "placeholder")):
                     return body.graph.call_function(aten.sym_size.int, (tensor, axis))
-    raise CaptureError(f"A block needs the size {key}, which none of its inputs has.")
+    raise CaptureError(f"A block needs the size {key}, which none of its inputs has. {_REPORT}")
 
 
 def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[Node]) -> None:

@@ -141,9 +141,10 @@ def recipe_option_values(command: Command) -> Command:
         return command(options=RecipeOptions(recipe_file, spec, others), **options)
 
     ordered = {"target": of_recipe["target"], **of_spec, **of_recipe}
+    command_with_options: Command = with_options
     for option in reversed([*ordered.values(), file]):  # the last decorator is listed first
-        with_options = option(with_options)
-    return with_options
+        command_with_options = option(command_with_options)
+    return command_with_options
 
 
 def _derived(record: type, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Callable[[Command], Command]]]:
@@ -152,7 +153,11 @@ def _derived(record: type, without: tuple[str, ...] = ()) -> Iterator[tuple[str,
     for entry in fields(record):
         if entry.name not in without:
             flag = _FLAGS.get(entry.name, _flag(entry.name, boolean=bool in _members(hints[entry.name])))
-            settings = {"help": _HELP[entry.name], "metavar": _METAVARS.get(entry.name), "default": None}
+            settings: dict[str, Any] = {
+                "help": _HELP[entry.name],
+                "metavar": _METAVARS.get(entry.name),
+                "default": None,
+            }
             yield entry.name, click.option(flag, entry.name, **settings, **_option_type(entry.name, hints[entry.name]))
 
 
@@ -186,7 +191,7 @@ def _override(text: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT. Pass, for example, '*.down_proj=int8'.")
-    own = {field.name for field in fields(format_class(form))} if form in FORMATS else set()
+    own = _options_of(form) if form in FORMATS else set()
     details = {name: value for name, value in spec.items() if name in own}
     return {"pattern": pattern, "format": form, **details}
 
@@ -207,6 +212,12 @@ def _formats_with(option: str) -> tuple[str, ...]:
         return ()
     if option == "budget":
         return ("auto",)
-    names = [name for name in FORMATS if option in {field.name for field in fields(format_class(name))}]
+    names = [name for name in FORMATS if option in _options_of(name)]
     names = names or list(FORMATS)  # options that choose layers
     return (*names, *(["auto"] if "nf4" in names else []))
+
+
+def _options_of(form: str) -> set[str]:
+    """Return the names of a format's own options."""
+    record: Any = format_class(form)
+    return {field.name for field in fields(record)}

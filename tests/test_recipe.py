@@ -29,7 +29,7 @@ def test_fingerprint_changes_with_every_field():
         QuantSpec(skip=("x",)),
         QuantSpec(roles=("vision",)),
         QuantSpec(overrides=(Override("x", "int8"),)),
-        QuantSpec(threshold=5.5),
+        QuantSpec("int8", threshold=5.5),
         QuantSpec("auto", budget=5),
     ]
     changed |= {Recipe(quantize=spec).fingerprint() for spec in specs} | {Recipe().fingerprint()}
@@ -88,8 +88,13 @@ def test_quantize_by_name(value, expected):
         ("[quantize]\nbudget = 5", "goes with the format auto"),
         ("[quantize]\nformat = 'auto'\nbudget = 3.9", "must be above 4"),
         ("[quantize]\nformat = 'auto'\nbudget = 'five'", "budget must be a number"),
-        ("[quantize]\nthreshold = -1", "must not be negative"),
-        ("[quantize]\nthreshold = nan", "threshold must be a number"),
+        ("[quantize]\nformat = 'int8'\nthreshold = -1", "must not be negative"),
+        ("[quantize]\nformat = 'int8'\nthreshold = nan", "threshold must be a number"),
+        (
+            "[quantize]\nthreshold = 5",
+            "quantize.threshold is not an option of nf4; its options are blocksize, double_quant",
+        ),
+        ("[quantize]\nformat = 'source'\nblocksize = 128", "quantize.blocksize is not an option of source"),
         ("[quantize]\nroles = ['embedding']", "quantize.roles cannot be 'embedding'"),
         ("[[quantize.overrides]]\npattern = 'x'", "is not a table with pattern and format"),
         ("[[quantize.overrides]]\npattern = 'x'\nformat = 'auto'", "format of 'x' cannot be 'auto'"),
@@ -118,7 +123,7 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, text, message):
         (lambda: Recipe(quantize="nf4"), "must be a QuantSpec or None"),
         (lambda: Recipe(require="fuse_mrope"), "require must be a list of strings"),
         (lambda: QuantSpec(skip="*.o_proj"), "skip must be a list of strings"),
-        (lambda: QuantSpec(blocksize=64.0), "blocksize must be an integer"),
+        (lambda: QuantSpec(blocksize=64.0), "quantize.blocksize cannot be 64.0"),
     ],
 )
 def test_values_made_in_python_are_checked_too(make, message):

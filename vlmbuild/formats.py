@@ -103,6 +103,7 @@ class WeightFormat(ABC):
         targets: Targets that can multiply by it.
         marker: Suffix, after a module's name, of the tensor by which a checkpoint's reader knows this format; "" if no
             checkpoint holds it.
+        shared: Options that all layers of an artifact with this format have in common.
     """
 
     __slots__ = ()
@@ -110,6 +111,7 @@ class WeightFormat(ABC):
     name: ClassVar[str]
     targets: ClassVar[tuple[str, ...]] = ("trainable", "aoti")
     marker: ClassVar[str] = ""
+    shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def bits(self, shape: Shape) -> int:

@@ -1,4 +1,4 @@
-"""What decides a build: frozen options, read from TOML, written as canonical JSON, hashed whole."""
+"""The recipe of a build: frozen options, read from TOML, written as canonical JSON, hashed whole."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
-from vlmbuild.formats import FORMATS
+from vlmbuild.formats import FORMATS, format_class
 from vlmbuild.quant.spec import QUANTIZE, QuantSpec
-from vlmbuild.util.validation import one_of, strings
+from vlmbuild.util.validation import known_options, one_of, strings
 
 __all__ = ["ATTENTIONS", "DTYPES", "TARGET_OPTIONS", "TOOLS", "QuantSpec", "Recipe", "TargetOptions"]
 
@@ -31,27 +31,36 @@ class TargetOptions:
     Attributes:
         dtypes: Compute dtypes, the default first.
         attentions: Kernels behind the attention operator.
-        formats: Names of weight formats.
+        formats: Names of weight formats; None is all that name the target (`WeightFormat.targets`).
         fuses_rms_norm: Whether the target has a faster operator for RMS norms.
         packs_weights: Whether graphs hold packed weights in place of slots with scales.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
     attentions: tuple[str, ...] = ("auto", "sdpa")
-    formats: tuple[str, ...] = ("nf4", "fp4", "int8")
+    formats: tuple[str, ...] | None = None
     fuses_rms_norm: bool = False
     packs_weights: bool = False
 
 
 TARGET_OPTIONS: dict[str, TargetOptions] = {
     "trainable": TargetOptions(attentions=ATTENTIONS),
-    "onnx": TargetOptions(
-        dtypes=("float32", "float16"), formats=tuple(FORMATS), fuses_rms_norm=True, packs_weights=True
-    ),
+    "onnx": TargetOptions(dtypes=("float32", "float16"), fuses_rms_norm=True, packs_weights=True),
     "aoti": TargetOptions(),
 }
 """By the target's name. `vlmbuild.targets.TARGETS` says how a target is written, `vlmbuild.runtime.load.OPENERS` how it is
 opened; both are above this module."""
+
+
+def formats_of_targets() -> dict[str, tuple[str, ...]]:
+    """Return the names of the weight formats that each target can build."""
+    classes = {name: format_class(name) for name in FORMATS}
+    return {
+        target: tuple(name for name in classes if target in classes[name].targets)
+        if row.formats is None
+        else row.formats
+        for target, row in TARGET_OPTIONS.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +91,15 @@ class Recipe:
             object.__setattr__(self, "dtype", options.dtypes[0])
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
-        quantize = self.quantize.formats() if self.quantize is not None else frozenset()
-        for option, field, values in (
-            ("dtype", "dtypes", {self.dtype}),
-            ("attention", "attentions", {self.attention}),
-            ("quantize", "formats", quantize & {*FORMATS}),
-        ):
-            self._check_target(option, field, values)
+        formats = self.quantize.weight_formats() if self.quantize is not None else ()
+        self._check_target("dtype", {self.dtype}, {name: row.dtypes for name, row in TARGET_OPTIONS.items()})
+        self._check_target(
+            "attention", {self.attention}, {name: row.attentions for name, row in TARGET_OPTIONS.items()}
+        )
+        self._check_target("quantize", {form.name for form in formats}, formats_of_targets())
 
-    def _check_target(self, option: str, field: str, values: Collection[str]) -> None:
-        """Refuse values that the target has no form for; `field` of its options lists the choices."""
-        choices: dict[str, tuple[str, ...]] = {name: getattr(row, field) for name, row in TARGET_OPTIONS.items()}
+    def _check_target(self, option: str, values: Collection[str], choices: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse values that the target has no form for; `choices` are by target."""
         for value in sorted(set(values) - set(choices[self.target])):
             able = " or ".join(f"--target {name}" for name in choices if value in choices[name])
             raise UsageError(
@@ -109,20 +116,18 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str = "recipe") -> Self:
-        """A recipe from plain options, as a TOML file or the command line gives them.
+        """Make a recipe from plain options, as in a TOML file or on the command line.
 
         `quantize` may be a table, a format's name, or None.
 
         Raises:
             UsageError: An option is unknown, of the wrong type, or not among the choices.
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(options) - known):
-            raise UsageError(f"{where}: unknown option {unknown[0]!r}. Known options: {', '.join(sorted(known))}.")
+        known_options(options, {field.name for field in fields(cls)}, where)
         values = dict(options)
         quantize = values.get("quantize")
         if isinstance(quantize, str):
-            values["quantize"] = QuantSpec(format=quantize)  # type: ignore[arg-type]
+            values["quantize"] = QuantSpec(quantize)
         elif isinstance(quantize, Mapping):
             values["quantize"] = QuantSpec.from_mapping(quantize, where)
         elif not isinstance(quantize, QuantSpec | None):
@@ -145,11 +150,13 @@ class Recipe:
         return cls.from_mapping({**options, **overrides}, where=str(path))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values: strings (also for numbers that are not whole), integers, booleans, lists, None."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)), parse_float=str)
+        """Convert to plain values: strings (also for numbers that are not whole), integers, booleans, lists, None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["quantize"] = None if self.quantize is None else self.quantize.to_mapping()
+        plain: dict[str, Any] = json.loads(json.dumps(values), parse_float=str)
         return plain
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of all fields."""
+        """Return the SHA-256 (hex) of the canonical JSON of all fields."""
         text = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

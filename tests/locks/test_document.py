@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = [
     Recipe(attention="triton", dtype="float16"),
     Recipe(quantize=QuantSpec(format="int8", skip=("*.o_proj",)), require=("fuse_mrope",)),
-    Recipe(quantize=QuantSpec(overrides=(Override("*.down_proj", "fp4", 128),))),
+    Recipe(quantize=QuantSpec(overrides=(Override("*.down_proj", "fp4", blocksize=128),))),
 ]
 
 

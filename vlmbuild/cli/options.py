@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 
 from vlmbuild.errors import UsageError
-from vlmbuild.formats import FORMATS, format_class
+from vlmbuild.formats import FORMATS
 from vlmbuild.locks.difference import SEVERITIES
-from vlmbuild.quant.spec import ROLES, QuantSpec
+from vlmbuild.quant.spec import QUANTIZE, ROLES, QuantSpec, option_names, option_types
 from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 
 Command = Callable[..., Any]
@@ -33,7 +33,7 @@ _FLAGS = {
 }
 """Fields whose option has another name than the field."""
 
-_CHOICES = {"roles": ROLES, "target": tuple(TARGET_OPTIONS)}
+_CHOICES = {"format": QUANTIZE, "roles": ROLES, "target": tuple(TARGET_OPTIONS)}
 _METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
 _HELP = {
     "target": "Kind of artifact.  [default: trainable]",
@@ -101,13 +101,11 @@ class RecipeOptions:
             recipe = Recipe.from_toml(self.file, **self.others)
         if not self.spec:
             return recipe
-        values = recipe.to_mapping()
-        known = values["quantize"] or {"format": "source"}
-        spec = {**known, **self.spec}
-        _check_effect(self.spec, spec["format"])
-        if spec["format"] != "auto" and "budget" not in self.spec:
-            spec["budget"] = None
-        return Recipe.from_mapping({**values, "quantize": spec}, "command line")
+        known = recipe.quantize or QuantSpec("source")
+        form = self.spec.get("format", known.format)
+        _check_effect(self.spec, form)
+        own = {"format", "roles", "skip", "overrides", *option_names(form)}  # other options are for overrides
+        return replace(recipe, quantize=known.changed(**{name: v for name, v in self.spec.items() if name in own}))
 
 
 def recipe_options(command: Command) -> Command:
@@ -122,8 +120,9 @@ def recipe_options(command: Command) -> Command:
 
 def recipe_option_values(command: Command) -> Command:
     """Add the options of a recipe; the command takes `options`, a `RecipeOptions`."""
-    of_recipe = dict(_derived(Recipe, without=("quantize",)))
-    of_spec = dict(_derived(QuantSpec))
+    hints = get_type_hints(Recipe)
+    of_recipe = dict(_derived({entry.name: hints[entry.name] for entry in fields(Recipe) if entry.name != "quantize"}))
+    of_spec = dict(_derived(option_types()))
     file = click.option(
         "--recipe",
         "recipe_file",
@@ -147,18 +146,12 @@ def recipe_option_values(command: Command) -> Command:
     return command_with_options
 
 
-def _derived(record: type, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Callable[[Command], Command]]]:
-    """Name of each field of a dataclass, and its option."""
-    hints = get_type_hints(record)
-    for entry in fields(record):
-        if entry.name not in without:
-            flag = _FLAGS.get(entry.name, _flag(entry.name, boolean=bool in _members(hints[entry.name])))
-            settings: dict[str, Any] = {
-                "help": _HELP[entry.name],
-                "metavar": _METAVARS.get(entry.name),
-                "default": None,
-            }
-            yield entry.name, click.option(flag, entry.name, **settings, **_option_type(entry.name, hints[entry.name]))
+def _derived(hints: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Command], Command]]]:
+    """Name of each argument, and its option."""
+    for name, hint in hints.items():
+        flag = _FLAGS.get(name, _flag(name, boolean=bool in _members(hint)))
+        settings: dict[str, Any] = {"help": _HELP.get(name), "metavar": _METAVARS.get(name), "default": None}
+        yield name, click.option(flag, name, **settings, **_option_type(name, hint))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -174,7 +167,7 @@ def _option_type(name: str, hint: Any) -> dict[str, Any]:
         return {**several, "type": click.Choice(_CHOICES[name]) if name in _CHOICES else str}
     if get_origin(kind) is Literal:
         return {"type": click.Choice(get_args(kind))}
-    return {} if kind is bool else {"type": str if name == "budget" else kind}  # "5.0bpw" is a valid budget
+    return {} if kind is bool else {"type": kind}
 
 
 def _flag(name: str, *, boolean: bool = False) -> str:
@@ -191,8 +184,8 @@ def _override(text: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     pattern, separator, form = text.rpartition("=")
     if not separator:
         raise UsageError(f"--quantize-module {text!r} is not PATTERN=FORMAT. Pass, for example, '*.down_proj=int8'.")
-    own = _options_of(form) if form in FORMATS else set()
-    details = {name: value for name, value in spec.items() if name in own}
+    own = option_names(form) if form in FORMATS else ()
+    details = {name: spec[name] for name in own if name in spec}
     return {"pattern": pattern, "format": form, **details}
 
 
@@ -210,14 +203,5 @@ def _formats_with(option: str) -> tuple[str, ...]:
     """Return the formats that an option has an effect on; () if it has one on all."""
     if option in ("format", "overrides"):
         return ()
-    if option == "budget":
-        return ("auto",)
-    names = [name for name in FORMATS if option in _options_of(name)]
-    names = names or list(FORMATS)  # options that choose layers
-    return (*names, *(["auto"] if "nf4" in names else []))
-
-
-def _options_of(form: str) -> set[str]:
-    """Return the names of a format's own options."""
-    record: Any = format_class(form)
-    return {field.name for field in fields(record)}
+    names = [name for name in (*FORMATS, "auto") if option in option_names(name)]
+    return tuple(names) or (*FORMATS, "auto")  # options that choose layers have an effect on all

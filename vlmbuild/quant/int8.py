@@ -59,6 +59,7 @@ class Int8(WeightFormat):
     name: ClassVar[str] = "int8"
     targets: ClassVar[tuple[str, ...]] = ("trainable", "onnx", "aoti")
     marker: ClassVar[str] = ".SCB"
+    shared: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __post_init__(self) -> None:
         threshold = number(self.threshold, "threshold")

@@ -1,154 +1,258 @@
-"""What a user may ask of quantization: a format, and for which layers it does not hold."""
+"""Quantization of a build: a format, and modules that differ from it. Options are checked here and in the formats."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import Field, dataclass, fields
+from typing import Any, Final, Literal, Self
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, WeightFormat, format_class
-from vlmbuild.util.validation import number, one_of, strings
+from vlmbuild.util.validation import known_options, number, one_of, strings
 
-QUANTIZE_PASS = "quantize_linear"  # noqa: S105  (no password)
+QUANTIZE_PASS: Final = "quantize_linear"  # noqa: S105  (no password)
 """Name of the pass that applies a `QuantSpec`."""
 
-FOUR_BIT = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-INT4_BLOCK_SIZES = (32, 64, 128, 256)
-"""Those of ONNX Runtime's MatMulNBits that are block sizes here."""
-QUANTIZE = ("source", "none", *FORMATS, "auto")
-ROLES = ("language", "vision", "projector", "head")
+QUANTIZE: Final = ("source", "none", *FORMATS, "auto")
+"""Values of `QuantSpec.format`."""
+ROLES: Final = ("language", "vision", "projector", "head")
+AUTO_BASE: Final = "nf4"
+"""Format of the layers that a budget quantizes."""
+_STORED: Final = {"blocksize": 64, "double_quant": True, "threshold": 6.0, "symmetric": None, "exact_inputs": None}
+"""Options that every stored spec has, whatever its format, with the value of formats that lack them."""
 
 
 @dataclass(frozen=True, slots=True)
+class Auto:
+    """Formats by measurement: layers that lose most keep their dtype, the others get `base`.
+
+    Attributes:
+        budget: Bits per weight, with scales, on average over these layers.
+        base: Format of the others.
+    """
+
+    budget: float
+    base: WeightFormat
+
+
+Choice = WeightFormat | Auto | Literal["source", "none"]
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Override:
     """Another format for some modules, whatever their role.
 
     Attributes:
         pattern: fnmatch pattern of module names, "*.mlp.down_proj".
-        format: "nf4", "fp4", "int8", "int4", or "none".
-        blocksize, double_quant, threshold, symmetric, exact_inputs: As in `QuantSpec`.
+        choice: The format, or "none".
     """
 
     pattern: str
-    format: Literal["none", "nf4", "fp4", "int8", "int4"]
-    blocksize: int = 64
-    double_quant: bool = True
-    threshold: float = 6.0
-    symmetric: bool | None = None
-    exact_inputs: bool | None = None
+    choice: WeightFormat | Literal["none"]
 
-    def __post_init__(self) -> None:
+    def __init__(self, pattern: str, format: str, **options: Any) -> None:
+        """
+        Args:
+            pattern: fnmatch pattern of module names.
+            format: "none" or a format's name.
+            options: Options of the format, as in `QuantSpec`.
+        """
         where = "quantize.overrides"
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise UsageError(f"{where}: pattern must be a string; got {self.pattern!r}.")
-        one_of(f"{where}: format of {self.pattern!r}", self.format, ("none", *FORMATS))
-        _check_details(self, where)
+        if not isinstance(pattern, str) or not pattern:
+            raise UsageError(f"{where}: pattern must be a string; got {pattern!r}.")
+        one_of(f"{where}: format of {pattern!r}", format, ("none", *FORMATS))
+        object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "choice", _format(where, format, options) or "none")
+
+    @property
+    def format(self) -> str:
+        """Name of the format, or "none"."""
+        return _name(self.choice)
 
     def weight_format(self) -> WeightFormat | None:
-        """The format, None for none."""
-        return _weight_format(self)
+        """Return the format, None for "none"."""
+        return _weight_format(self.choice)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Convert to plain values."""
+        return {"pattern": self.pattern, "format": self.format, **_stored_options(self.choice)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class QuantSpec:
     """Quantization of linear layers; which ones is decided by what they do in the model.
 
     Attributes:
-        format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "none" (also
-            dequantizes a source), "source" (as it has them, but for skips and overrides), or "auto": the layers that lose
-            most keep their dtype, the others become NF4, within `budget`.
-        blocksize: Weights per scale; 4 bits only.
-        double_quant: Store the scales of 4-bit weights in 8 bits (blocks of 256).
+        choice: A format; `Auto`; "source" keeps what the source has, apart from skips and overrides; "none" dequantizes.
         skip: fnmatch patterns of module names that keep their dtype.
-        roles: Whose linear layers: "language", "vision", "projector", "head" (one with a weight of its own).
+        roles: Roles of the layers to quantize: "language", "vision", "projector", "head" (one with a weight of its own).
         overrides: Other formats for modules by name, whatever their role; the first pattern that matches holds.
-        threshold: int8 only: columns of an input with a value above it are multiplied in 16 bits. The target
-            onnx has no such columns, and rounds inputs to 8 bits in blocks of 32.
-        symmetric: int4 only: False gives every block a zero point of its own; None is symmetric.
-        exact_inputs: int4 only: True multiplies by the inputs' own values; else they are rounded to 8 bits in blocks, an error
-            some ten times smaller than that of the weights, and a CPU takes half the time.
-        budget: "auto" only: bits per weight, with scales, on average over these layers.
     """
 
-    format: Literal["source", "none", "nf4", "fp4", "int8", "int4", "auto"] = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
-    skip: tuple[str, ...] = ()
-    roles: tuple[str, ...] = ("language",)
-    overrides: tuple[Override, ...] = ()
-    threshold: float = 6.0
-    budget: float | None = None
-    symmetric: bool | None = None
-    exact_inputs: bool | None = None
+    choice: Choice
+    skip: tuple[str, ...]
+    roles: tuple[str, ...]
+    overrides: tuple[Override, ...]
 
-    def __post_init__(self) -> None:
-        one_of("quantize.format", self.format, QUANTIZE)
-        _check_details(self, "quantize")
-        object.__setattr__(self, "skip", strings(self.skip, "quantize.skip"))
-        object.__setattr__(self, "roles", strings(self.roles, "quantize.roles"))
+    def __init__(
+        self,
+        format: str = "nf4",
+        *,
+        skip: tuple[str, ...] = (),
+        roles: tuple[str, ...] = ("language",),
+        overrides: tuple[Override, ...] = (),
+        budget: float | str | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "none",
+                "source", or "auto".
+            skip: As the attribute.
+            roles: As the attribute.
+            overrides: As the attribute; each an `Override` or a table with its arguments.
+            budget: "auto" only: bits per weight, as a number or like "5.0bpw".
+            options: Options of the format:
+                blocksize: nf4, fp4, int4, auto: weights per scale, default 64.
+                double_quant: nf4, fp4, auto: store scales in 8 bits (blocks of 256), default True.
+                threshold: int8: columns of an input with a value above it are multiplied in 16 bits, default 6.0. The
+                    target onnx has no such columns, and rounds inputs to 8 bits in blocks of 32.
+                symmetric: int4: False gives every block a zero point of its own, default True.
+                exact_inputs: int4: True multiplies by the inputs' own values. By default they are rounded to 8 bits in
+                    blocks, an error some ten times smaller than that of the weights, and a CPU takes half the time.
+
+        Raises:
+            UsageError: An option is unknown, not the format's, or not valid.
+        """
+        where = "quantize"
+        one_of(f"{where}.format", format, ("source", "none", *FORMATS, "auto"))
+        if (format == "auto") != (budget is not None):
+            raise UsageError(
+                "quantize: a budget of bits per weight goes with the format auto, and auto needs one. Add budget = 5.0, or "
+                "choose another format."
+            )
+        choice: Choice = "none" if format == "none" else "source"
+        form = _format(where, AUTO_BASE if format == "auto" else format, options)
+        if form is not None:
+            choice = form if budget is None else Auto(_budget(budget), form)
+        object.__setattr__(self, "choice", choice)
+        object.__setattr__(self, "skip", strings(skip, "quantize.skip"))
+        object.__setattr__(self, "roles", strings(roles, "quantize.roles"))
         for role in self.roles:
             one_of("quantize.roles", role, ROLES)
-        object.__setattr__(self, "overrides", _overrides(self.overrides))
-        if self.budget is not None:
-            object.__setattr__(self, "budget", _budget(self.budget))
-        thresholds = {item.threshold for item in self.overrides if item.format == "int8"}
-        thresholds |= {self.threshold} if self.format == "int8" else set()
-        if len(thresholds) > 1:
-            raise UsageError(
-                "quantize: all int8 layers have one threshold; config.json, and so transformers, knows no more."
-            )
-        if (self.format == "auto") != (self.budget is not None):
-            raise UsageError(
-                "quantize: a budget of bits per weight goes with the format auto, and auto needs one, for example 5.0."
-            )
+        object.__setattr__(self, "overrides", _overrides(overrides))
+        _check_shared(self.weight_formats())
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str) -> Self:
-        """From the plain values of a table. Raises UsageError for an unknown option, or one that is not valid."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(options) - known):
-            raise UsageError(
-                f"{where}: unknown option {unknown[0]!r} in [quantize]. Known options: {', '.join(sorted(known))}."
-            )
+        """Convert from a table. Raises UsageError for an unknown option, or one that is not valid."""
+        known_options(options, option_types(), where, " in [quantize]")
         return cls(**options)
 
-    def formats(self) -> frozenset[str]:
-        """All that layers may get."""
-        return frozenset({self.format, *(item.format for item in self.overrides)})
+    def changed(self, **changes: Any) -> QuantSpec:
+        """Return the spec with other arguments; a new format keeps the options that it has too."""
+        names = {"format", "skip", "roles", "overrides", *option_names(changes.get("format", self.format))}
+        return QuantSpec(**{**{k: v for k, v in self.to_mapping().items() if k in names}, **changes})
+
+    @property
+    def format(self) -> str:
+        """Name of the format, "source", "none" or "auto"."""
+        return _name(self.choice)
+
+    @property
+    def budget(self) -> float | None:
+        """Bits per weight; None without a budget."""
+        return self.choice.budget if isinstance(self.choice, Auto) else None
 
     def weight_format(self) -> WeightFormat | None:
-        """The format of the layers that are quantized; "auto" quantizes to NF4, "none" and "source" add nothing."""
-        return _weight_format(self)
+        """Return the format of the layers that are quantized; None for "none" and "source"."""
+        return _weight_format(self.choice)
+
+    def weight_formats(self) -> tuple[WeightFormat, ...]:
+        """Return all formats that layers may get."""
+        every = [self.weight_format(), *(item.weight_format() for item in self.overrides)]
+        return tuple(form for form in every if form is not None)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Convert to plain values, the inverse of `from_mapping`."""
+        return {
+            "format": self.format,
+            "skip": list(self.skip),
+            "roles": list(self.roles),
+            "overrides": [item.to_mapping() for item in self.overrides],
+            "budget": self.budget,
+            **_stored_options(self.choice),
+        }
 
 
-def _weight_format(spec: QuantSpec | Override) -> WeightFormat | None:
-    if spec.format in ("none", "source"):
+def option_types() -> dict[str, Any]:
+    """Return the type of each argument of `QuantSpec`, the options of all formats included."""
+    own = {field.name: type(field.default) for name in FORMATS for field in _fields(format_class(name))}
+    lists = dict.fromkeys(("skip", "roles", "overrides"), tuple[str, ...])
+    return {"format": str, **own, **lists, "budget": str}
+
+
+def option_names(format: str) -> frozenset[str]:
+    """Return the names of the options that go with a choice of `QUANTIZE`."""
+    if format in ("source", "none"):
+        return frozenset()
+    names = {field.name for field in _fields(format_class(AUTO_BASE if format == "auto" else format))}
+    return frozenset(names | {"budget"} if format == "auto" else names)
+
+
+def _format(where: str, name: str, options: Mapping[str, Any]) -> WeightFormat | None:
+    """Make a format from options; options of other formats may only have the value that stored specs give them."""
+    names = option_names(name)
+    for key, value in options.items():
+        if key not in names and value is not None and value not in (_STORED.get(key), str(_STORED.get(key))):
+            own = f"its options are {', '.join(sorted(names))}" if names else "it has none"
+            raise UsageError(f"{where}.{key} is not an option of {name}; {own}. Leave it out.")
+    if not names and name not in FORMATS:
         return None
-    form = format_class("nf4" if spec.format == "auto" else spec.format)
-    options = {field.name: getattr(spec, field.name) for field in fields(form)}  # type: ignore[arg-type]
-    return form(**{name: value for name, value in options.items() if value is not None})
+    try:
+        return format_class(name)(**{key: options[key] for key in names if options.get(key) is not None})
+    except UsageError as error:
+        raise UsageError(f"{where}.{error}") from None
 
 
-def _check_details(spec: QuantSpec | Override, where: str) -> None:
-    if type(spec.blocksize) is not int:
-        raise UsageError(f"{where}.blocksize must be an integer; got {spec.blocksize!r}.")
-    one_of(f"{where}.blocksize", spec.blocksize, BLOCK_SIZES)
-    if not isinstance(spec.double_quant, bool):
-        raise UsageError(f"{where}.double_quant must be true or false; got {spec.double_quant!r}.")
-    if spec.format == "int4":
-        one_of(f"{where}.blocksize of int4", spec.blocksize, INT4_BLOCK_SIZES)
-    for name in ("symmetric", "exact_inputs"):
-        value = getattr(spec, name)
-        if spec.format != "int4" and value is not None:
-            raise UsageError(f"{where}.{name} is for int4; {spec.format} has no such choice. Leave it out.")
-        if not isinstance(value, bool | None):
-            raise UsageError(f"{where}.{name} must be true or false; got {value!r}.")
-    threshold = number(spec.threshold, f"{where}.threshold")
-    if threshold < 0:
-        raise UsageError(f"{where}.threshold must not be negative; got {spec.threshold!r}.")
-    object.__setattr__(spec, "threshold", threshold)
+def _fields(form: type[WeightFormat]) -> tuple[Field[Any], ...]:
+    return fields(form)  # type: ignore[arg-type]  # every format is a dataclass
+
+
+def _name(choice: Choice) -> str:
+    if isinstance(choice, str):
+        return choice
+    return "auto" if isinstance(choice, Auto) else choice.name
+
+
+def _weight_format(choice: Choice) -> WeightFormat | None:
+    if isinstance(choice, str):
+        return None
+    return choice.base if isinstance(choice, Auto) else choice
+
+
+def _stored_options(choice: Choice) -> dict[str, Any]:
+    """Return the options as stored specs have them: a default is written as in the specs of other formats."""
+    form, stored = _weight_format(choice), dict[str, Any](_STORED)
+    for field in _fields(type(form)) if form is not None else ():
+        value = getattr(form, field.name)
+        if value != field.default or field.name not in _STORED:
+            stored[field.name] = value
+    return stored
+
+
+def _check_shared(formats: tuple[WeightFormat, ...]) -> None:
+    values = defaultdict(set)
+    for form in formats:
+        for option in form.shared:
+            values[form.name, option].add(getattr(form, option))
+    for (name, option), different in values.items():
+        if len(different) > 1:
+            raise UsageError(
+                f"quantize: all {name} layers have one {option}, since config.json, and so transformers, knows no more. "
+                f"Choose one of {', '.join(map(str, sorted(different)))}."
+            )
 
 
 def _budget(value: object) -> float:
@@ -168,10 +272,9 @@ def _overrides(values: object) -> tuple[Override, ...]:
 def _override(value: object) -> Override:
     if isinstance(value, Override):
         return value
-    known = {field.name for field in fields(Override)}
-    if not isinstance(value, Mapping) or not {"pattern", "format"} <= set(value) <= known:
+    if not isinstance(value, Mapping) or not {"pattern", "format"} <= set(value):
         raise UsageError(
-            f"quantize.overrides: {value!r} is not a table with pattern and format, and perhaps "
-            "blocksize, double_quant, threshold, symmetric, exact_inputs."
+            f"quantize.overrides: {value!r} is not a table with pattern and format. Add them, and perhaps options of the "
+            "format."
         )
     return Override(**value)

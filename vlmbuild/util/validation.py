@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from vlmbuild.errors import SourceError, UsageError
@@ -16,6 +17,12 @@ def one_of(where: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices or type(value) is not type(choices[0]):  # True and 64.0 are equal to integers
         listed = ", ".join(str(choice) for choice in choices)
         raise UsageError(f"{where} cannot be {value!r}. Choose one of: {listed}.")
+
+
+def known_options(options: Collection[str], known: Collection[str], where: str, table: str = "") -> None:
+    """Raise `UsageError` naming the known options when one of `options` is not among them."""
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"{where}: unknown option {unknown[0]!r}{table}. Known options: {', '.join(sorted(known))}.")
 
 
 def boolean(where: str, value: object) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from vlmbuild.errors import PassError
+from vlmbuild.ops import OPERATORS
 from vlmbuild.ops.attention.op import Masks, allowed_keys
 from vlmbuild.ops.rope.op import cos_sin_reference, rotate_reference
 from vlmbuild.targets.aoti.onednn import linear
 
 _OPS = torch.ops.vlmbuild
-_ATTENTION = ("attention_auto", "attention_sdpa")
 
 
 def lower(graph: GraphModule) -> None:
     """Replace operators in place by functions that are traced through."""
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in _LOWERED:
-            node.target = _LOWERED[node.target]
+        if node.op == "call_function" and (form := _LOWERED.get(node.target)) is not None:
+            node.target = form
     graph.recompile()
 
 
@@ -51,9 +52,24 @@ def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attend
 
 
-_LOWERED: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.linear.default: linear,
-    _OPS.mrope_rotate.default: rotate_reference,
-    _OPS.mrope_cos_sin.default: cos_sin_reference,
-    **{getattr(_OPS, name).default: _attention(getattr(_OPS, name)) for name in _ATTENTION},
+def _refusal(name: str, remedy: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> NoReturn:
+        raise PassError(f"vlmbuild::{name} cannot be compiled ahead of time. {remedy}")
+
+    return refuse
+
+
+FORMS: dict[str, Callable[..., Any] | None] = {
+    "attention": None,
+    "attention_auto": _attention(_OPS.attention_auto),
+    "attention_sdpa": _attention(_OPS.attention_sdpa),
+    "attention_triton": _refusal("attention_triton", "Build with `--attention sdpa` or `--attention auto`."),
+    "linear_4bit": None,
+    "linear_8bit": None,
+    "linear_packed": _refusal("linear_packed", "Its weight is for ONNX Runtime: build with `--quantize nf4`."),
+    "lora": _refusal("lora", "Merge the adapter: `vlmbuild build SOURCE --adapter DIR --target aoti`."),
+    "mrope_cos_sin": cos_sin_reference,
+    "mrope_rotate": rotate_reference,
 }
+"""Operator of a program -> function that is traced instead of it, or refuses it; None: compiled code calls the operator."""
+_LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {torch.ops.aten.linear.default: linear}

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 
-import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.errors import PassError
 from vlmbuild.formats import PackedWeight
+from vlmbuild.ops import OPERATORS
 from vlmbuild.targets.onnx.aten import ATEN
 from vlmbuild.targets.onnx.attention import attention
 from vlmbuild.targets.onnx.graph import CONTRIB
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
-aten = torch.ops.aten
-ours = torch.ops.vlmbuild
-
 
 def table(packed: Mapping[str, PackedWeight]) -> dict[Any, Handler]:
-    """Operator -> its translation; `packed` are the weights that are not stored plain, by name."""
+    """Return operator -> translation.
 
-    def linear_packed(site: Site, x: Value, weight: Value, bias: Value | None, _format: str) -> str:
-        return _packed_linear(site, x, weight.name, packed[weight.name], bias)
-
-    return {
-        **ATEN,
-        aten.linear.default: _linear,
-        ours.attention.default: attention,
-        ours.attention_auto.default: attention,
-        ours.attention_sdpa.default: attention,
-        ours.linear_packed.default: linear_packed,
-        ours.mrope_cos_sin.default: _cos_sin,
-        ours.mrope_rotate.default: _rotate,
-    }
+    Args:
+        packed: Name -> the weights of `linear_packed`.
+    """
+    forms = FORMS | {"linear_packed": partial(_linear_packed, packed)}
+    ours = {OPERATORS[name].overload: form for name, form in forms.items()}
+    return {**ATEN, torch.ops.aten.linear.default: _linear, **ours}
 
 
 def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> str:
@@ -43,7 +35,10 @@ def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> s
     return product if x.rank == 2 else site.builder.reshape(product, site.sizes(()))
 
 
-def _packed_linear(site: Site, x: Value, name: str, weight: PackedWeight, bias: Value | None) -> str:
+def _linear_packed(
+    packed: Mapping[str, PackedWeight], site: Site, x: Value, slot: Value, bias: Value | None, _format: str
+) -> str:
+    name, weight = slot.name, packed[slot.name]
     tensors = [name + suffix for suffix in weight.parts]
     product = str(site.builder.op(weight.operator, x.name, *tensors, domain=CONTRIB, **weight.attributes))
     return product if bias is None else str(site.builder.op("Add", product, bias.name))
@@ -91,3 +86,26 @@ def _turned(site: Site, states: Value, tables: Sequence[str]) -> str:
     if packed:
         turned = builder.op("Transpose", builder.op("Squeeze", turned, builder.constant([0])), perm=[1, 0, 2])
     return str(turned)
+
+
+def _refusal(name: str, remedy: str) -> Handler:
+    def refuse(*_: Any) -> NoReturn:
+        raise PassError(f"vlmbuild::{name} has no translation to ONNX. {remedy}")
+
+    return refuse
+
+
+_NOT_ONNX = "Build with `--quantize int4` or `--quantize none`; weights in this format are for the other targets."
+FORMS: dict[str, Handler] = {
+    "attention": attention,
+    "attention_auto": attention,
+    "attention_sdpa": attention,
+    "attention_triton": _refusal("attention_triton", "Build with `--attention sdpa` or `--attention auto`."),
+    "linear_4bit": _refusal("linear_4bit", _NOT_ONNX),
+    "linear_8bit": _refusal("linear_8bit", _NOT_ONNX),
+    "linear_packed": partial(_linear_packed, {}),
+    "lora": _refusal("lora", "Merge the adapter: `vlmbuild build SOURCE --adapter DIR --target onnx`."),
+    "mrope_cos_sin": _cos_sin,
+    "mrope_rotate": _rotate,
+}
+"""Operator of a program -> its translation, or one that refuses it."""

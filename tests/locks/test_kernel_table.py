@@ -13,9 +13,9 @@ import tiny
 import torch
 
 from vlmbuild.locks.document import Kernels
+from vlmbuild.locks.kernel_compile import compile_launch
 from vlmbuild.locks.kernel_difference import THRESHOLD, kernel_findings
-from vlmbuild.locks.kernel_launches import launches
-from vlmbuild.locks.kernel_table import TARGETS, compile_launch, kernel_table
+from vlmbuild.locks.kernel_table import TARGETS, kernel_table, launches
 
 ATTENTION = ("forward_kernel", "grad_query_kernel", "grad_key_kernel")
 GENERATION = ("decode_kernel", "join_kernel")
@@ -151,7 +151,7 @@ def test_types_and_alignment_are_those_of_tritons_launcher(pristine_program):
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from vlmbuild.locks.kernel_table import _signature
+    from vlmbuild.locks.kernel_compile import _signature
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for *_, launch in launches(tiny.build(pristine_program, attention="triton"), torch.bfloat16, TARGETS):

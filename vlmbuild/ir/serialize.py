@@ -82,10 +82,7 @@ _ATEN = (
 OPERATORS: dict[str, Any] = {
     "getitem": operator.getitem,
     **{f"aten.{name}": getattr(getattr(torch.ops.aten, name.split(".")[0]), name.split(".")[1]) for name in _ATEN},
-    **{
-        f"{name.replace('::', '.')}.default": getattr(torch.ops.vlmbuild, name.removeprefix("vlmbuild::")).default
-        for name in vlmbuild.ops.OPERATORS
-    },
+    **{f"vlmbuild.{row.name}.default": row.overload for row in vlmbuild.ops.OPERATORS.values() if row.in_programs},
 }
 """The operators that a stored graph may call."""
 

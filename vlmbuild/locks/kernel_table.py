@@ -1,24 +1,29 @@
-"""What Triton makes of a program's kernels, for GPUs that are not there: registers, spills, shared memory, tensor cores."""
+"""The kernel table of a lock: every Triton kernel that a program launches, compiled for GPUs that are not there.
+
+A program's regions run on tensors without data, and each operator names its launches (`vlmbuild.ops.operator.Operator`):
+training, forward and backward; and generation, a prompt's attention on a key-value cache and that of steps after it. Sizes
+that change from batch to batch are primes, so that no kernel is compiled for a divisible size. They are large and small once,
+because a launcher may choose its blocks by them.
+"""
 
 from __future__ import annotations
 
 import os
 import random
-import re
-import subprocess
-import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
 
-from vlmbuild.ir.program import Program
+from vlmbuild.ir.program import Program, Region
+from vlmbuild.kv_cache.block import CachedBlock, cached_block, self_attention
 from vlmbuild.locks.document import Kernels, LockedKernel
-from vlmbuild.locks.kernel_launches import launches
+from vlmbuild.locks.kernel_compile import OPTIONS, POINTERS, Row, compile_launch, meaning
+from vlmbuild.ops import OPERATORS, Operator
+from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
 from vlmbuild.util.cpu import available_cores
 
 if TYPE_CHECKING:
@@ -26,24 +31,10 @@ if TYPE_CHECKING:
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100, B200."""
-
-_TENSOR_CORE = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-}
-_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
-_FRONT_END = threading.Lock()
-_ALIGNMENT = 16
-
-Row = dict[str, Any]
+_LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
+_CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
+"""Batch, new and past tokens: a prompt, a step on a long cache, on one whose length is a multiple of 16, on a short one."""
+_WITH_KERNELS = {row.overload: row for row in OPERATORS.values() if row.kernels is not None and row.in_programs}
 _compiled: dict[tuple[Any, ...], Row] = {}
 
 
@@ -67,8 +58,7 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
     regions: dict[str, dict[str, None]] = {}
     chosen: dict[tuple[str, int], Launch] = {}
     for region, target, launch in launches(program, dtype, TARGETS):
-        meaning = _meaning(launch)
-        label = labels.setdefault(meaning, _label(launch, labels.values()))
+        label = labels.setdefault(meaning(launch), _label(launch, labels.values()))
         regions.setdefault(label, {})[region] = None
         chosen.setdefault((label, target), launch)
     rows = _compile_all({place: (launch, place[1]) for place, launch in chosen.items()})
@@ -99,124 +89,118 @@ def _compile_all(wanted: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tupl
 
 def _label(launch: Launch, taken: Iterable[str]) -> str:
     """ "forward_kernel bf16 GQA=6 DIM=128 ... CAUSAL"; a number tells apart what differs in strides only."""
-    dtype = _POINTERS[launch.arguments[0].dtype].removeprefix("*")
+    dtype = POINTERS[launch.arguments[0].dtype].removeprefix("*")
     parts = [launch.kernel.__name__.strip("_"), dtype]
     for name, value in launch.constants.items():
         if isinstance(value, bool):
-            parts += [name] if value and name not in _OPTIONS else []
-        elif name not in _OPTIONS:
+            parts += [name] if value and name not in OPTIONS else []
+        elif name not in OPTIONS:
             parts.append(f"{name}={value}")
     label = " ".join(parts)
     same = sum(other == label or other.startswith(f"{label} #") for other in taken)
     return f"{label} #{same + 1}" if same else label
 
 
-def _meaning(launch: Launch) -> tuple[Any, ...]:
-    """What decides the machine code, but for the tile: the kernel's source, its constants, and what is known of each
-    argument."""
-    known = map(_specialized, launch.arguments, _may_specialize(launch))
-    return (launch.kernel.cache_key, *known, *sorted(launch.constants.items()))
-
-
 def _key(launch: Launch, target: int) -> tuple[Any, ...]:
-    return (*_meaning(launch), *sorted(launch.tile.items()), target)
+    return (*meaning(launch), *sorted(launch.tile.items()), target)
 
 
-def _may_specialize(launch: Launch) -> Iterator[bool]:
-    """Whether Triton compiles a kernel for the value of each argument."""
-    return (not parameter.do_not_specialize for parameter in launch.kernel.params)
-
-
-def _specialized(argument: Any, may: bool) -> str:
-    """Type of an argument, and what Triton's launcher compiles a kernel for: integers that are 1 or multiples of 16."""
-    if isinstance(argument, torch.Tensor):
-        return _POINTERS[argument.dtype]
-    if isinstance(argument, float):
-        return "fp32"
-    kind = "i32" if argument < 2**31 else "i64"
-    if argument == 1 and may:
-        return "1"
-    return f"{kind} aligned" if argument % _ALIGNMENT == 0 and may else kind
-
-
-def compile_launch(launch: Launch, target: int) -> Row:
-    """Compile a launch's kernel ahead of time.
+def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> Iterator[tuple[str, int, Launch]]:
+    """Yield (region, target, launch) for a finished program with shapes, in order; needs triton.
 
     Args:
-        launch: Its tensors need no data.
-        target: Compute capability, 90 for sm_90.
+        program: After the passes.
+        dtype: The compute dtype.
+        targets: Compute capabilities, 90 for sm_90: tiles depend on them.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-
-    source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
-    source.make_ir = _one_at_a_time(source.make_ir)
-    options = {name: value for name, value in (launch.constants | launch.tile).items() if name in _OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    registers, spilled = _usage(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    units = [name for name, pattern in _TENSOR_CORE.items() if re.search(pattern, ptx)]
-    return {
-        "tile": _tile_text(launch),
-        "registers": registers,
-        "spilled": spilled,
-        "shared": compiled.metadata.shared,
-        "tensor_core": units[0] if units else "none",
-        "cubin": len(compiled.asm["cubin"]),
-    }
+    for name, region in program.regions.items():
+        for sizes in (_LARGE, _SMALL):
+            for target, launch in _region_launches(region, sizes, dtype, targets):
+                yield name, target, launch
+        if (block := cached_block(region, "growing")) is not None:
+            yield from _cached_launches(region, block, dtype, targets)
+    for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
+        logits = torch.empty((_LARGE[0], _vocabulary(program.regions[head])), dtype=dtype, device="meta")
+        arguments = (logits, logits.new_empty(logits.shape[:1], dtype=torch.int64))
+        for target in targets:
+            for launch in OPERATORS["cross_entropy"].launches(arguments, target):
+                yield head, target, launch
 
 
-def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton's front end parses Python, and CPython 3.11 counts the depth of all threads' parsing together, so that
-    parsing in two threads can fail. It holds the interpreter's lock anyway; what takes time is LLVM and ptxas after it."""
-
-    def guarded(*arguments: Any, **options: Any) -> Any:
-        with _FRONT_END:
-            return function(*arguments, **options)
-
-    return guarded
+def _vocabulary(head: Region) -> int:
+    return int(head.results()[0].meta["val"].shape[-1])
 
 
-def _tile_text(launch: Launch) -> str:
-    """ "ROWS=128 KEYS=64, 8 warps, 2 stages"."""
-    sides = " ".join(f"{name}={value}" for name, value in launch.tile.items() if name not in _OPTIONS)
-    options = f"{launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
-    return f"{sides}, {options}" if sides else options
+def _region_launches(
+    region: Region, sizes: tuple[int, ...], dtype: torch.dtype, targets: Sequence[int]
+) -> Iterator[tuple[int, Launch]]:
+    """Yield (target, launch) of a region's graph, for these sizes of the program's dimensions."""
+    recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
+    names = sorted(set(region.dimensions.values()))
+    with torch.no_grad():
+        recorder.run(*_tensors(region, dict(zip(names, sizes, strict=False)), dtype))
+    for operator, arguments in recorder.calls:
+        for target in targets:
+            for launch in operator.launches(arguments, target):
+                yield target, launch
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types of all parameters, values of the constant ones, and alignment: as Triton's launcher has them."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    fixed = launch.constants | launch.tile
-    for place, (name, may) in enumerate(zip(launch.kernel.arg_names, _may_specialize(launch), strict=True)):
-        if place >= len(launch.arguments):
-            signature[name], constants[place,] = "constexpr", fixed[name]
-            continue
-        known = _specialized(launch.arguments[place], may)
-        if known == "1":
-            signature[name], constants[place,] = "constexpr", 1
-            continue
-        signature[name] = known.removesuffix(" aligned")
-        if known.startswith("*") or known.endswith(" aligned"):
-            attributes[place,] = [["tt.divisibility", _ALIGNMENT]]
-    return signature, constants, attributes
+def _cached_launches(
+    region: Region, block: CachedBlock, dtype: torch.dtype, targets: Sequence[int]
+) -> Iterator[tuple[str, int, Launch]]:
+    """Yield launches of a block's attention on a cache. Its other operators launch the same kernels as without one."""
+    graph = BoundRegion(block.region, dtype, ()).graph
+    for batch, new, past in _CACHED:
+        recorder = _Recorder(graph)
+        with torch.no_grad():
+            recorder.run(*_cached_tensors(region, block, (batch, new, past), dtype))
+        for operator, arguments in recorder.calls:
+            for target in targets if operator.kind == "attention" else ():
+                for launch in operator.launches(arguments, target, backward=False):
+                    yield block.region.name, target, launch
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes that it spills to local memory), as NVIDIA's tool in Triton's wheel reads them."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [_cuobjdump(), "-res-usage", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  (of Triton's own wheel)
-    registers, stack, local = map(int, _USAGE.findall(done.stdout)[0])
-    return registers, stack + local
+def _cached_tensors(
+    region: Region, block: CachedBlock, counts: tuple[int, int, int], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the block's tensors, with a mask instead of the bounds, and cached keys and values at the end."""
+    batch, new, past = counts
+    site = self_attention(region)
+    assert site is not None
+    heads, dim = (int(site.args[1].meta["val"].shape[axis]) for axis in (1, 3))  # type: ignore[union-attr]
+    names = sorted(set(region.dimensions.values()))
+    tensors = _tensors(region, dict(zip(names, _LARGE, strict=False)) | {"sequence": batch * new}, dtype)
+    tensors[len(region.slots) + block.bounds] = torch.empty((batch, past + new), dtype=torch.int64, device="meta")
+    return tensors + [torch.empty((batch, heads, past, dim), dtype=dtype, device="meta") for _ in range(2)]
 
 
-@cache
-def _cuobjdump() -> str:
-    import triton
+class _Recorder(Interpreter):
+    """Runs a graph and records the calls of operators that have Triton kernels."""
 
-    return str(triton.knobs.nvidia.cuobjdump.path)
+    def __init__(self, graph: Any) -> None:
+        super().__init__(graph)
+        self.calls: list[tuple[Operator, tuple[Any, ...]]] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (operator := _WITH_KERNELS.get(target)) is not None:
+            self.calls.append((operator, args))
+        return super().call_function(target, args, kwargs)
+
+
+def _tensors(region: Region, sizes: dict[str, int], dtype: torch.dtype) -> list[Tensor]:
+    """Return slots, then activations, for these sizes of the program's dimensions."""
+    chosen = {symbol: sizes[name] for symbol, name in region.dimensions.items()}
+    slots = [
+        torch.empty(slot.shape, dtype=dtype if is_compute(slot) else slot.dtype, device="meta") for slot in region.slots
+    ]
+    return slots + [_activation(node, chosen, dtype) for node in region.placeholders()[len(region.slots) :]]
+
+
+def _activation(node: Node, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
+    value = node.meta["val"]
+    shape = [size if isinstance(size, int) else _evaluated(size, sizes) for size in value.shape]
+    return torch.empty(shape, dtype=dtype if value.dtype == torch.bfloat16 else value.dtype, device="meta")
+
+
+def _evaluated(size: torch.SymInt, sizes: dict[str, int]) -> int:
+    return int(size.node.expr.subs({symbol: sizes[str(symbol)] for symbol in size.node.expr.free_symbols}))

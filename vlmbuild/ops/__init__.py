@@ -1,4 +1,4 @@
-"""The project's own operators: importing this package registers them with torch.
+"""The project's own operators: importing this package registers them with torch, and `OPERATORS` has a row for each.
 
 Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed` and
 `linear_onednn` have no gradients: they are for targets that cannot train, and for inference.
@@ -6,48 +6,98 @@ Each has a schema, shape rules for tensors without data, a plain-torch reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import vlmbuild.ops.attention.lowered
-import vlmbuild.ops.attention.op
 import vlmbuild.ops.linear_4bit.op
 import vlmbuild.ops.linear_8bit.op
 import vlmbuild.ops.linear_onednn.op
 import vlmbuild.ops.linear_packed.op
-import vlmbuild.ops.lora.op
-import vlmbuild.ops.rope.op  # noqa: F401
+import vlmbuild.ops.lora.op  # noqa: F401
+from vlmbuild.ops import eager, workspace
+from vlmbuild.ops.operator import Operator
 
-OPERATORS: tuple[str, ...] = (
-    "vlmbuild::attention",
-    "vlmbuild::attention_auto",
-    "vlmbuild::attention_auto_backward",
-    "vlmbuild::attention_auto_forward",
-    "vlmbuild::attention_backward",
-    "vlmbuild::attention_sdpa",
-    "vlmbuild::attention_sdpa_backward",
-    "vlmbuild::attention_sdpa_forward",
-    "vlmbuild::attention_triton",
-    "vlmbuild::attention_triton_backward",
-    "vlmbuild::attention_triton_forward",
-    "vlmbuild::linear_4bit",
-    "vlmbuild::linear_4bit_backward",
-    "vlmbuild::linear_8bit",
-    "vlmbuild::linear_8bit_backward",
-    "vlmbuild::linear_packed",
-    "vlmbuild::lora",
-    "vlmbuild::lora_backward",
-    "vlmbuild::mrope_cos_sin",
-    "vlmbuild::mrope_rotate",
-    "vlmbuild::mrope_rotate_backward",
-)
-"""What a loaded graph may call besides torch's own, by qualified name: every registered operator but `linear_onednn`, which
-the runtime and compiled code put in the place of torch's."""
+__all__ = ["ATTENTION", "LINEAR", "OPERATORS", "PLAIN_LINEAR", "Operator"]
 
-ATTENTION = frozenset(
-    getattr(torch.ops.vlmbuild, name).default
-    for name in ("attention", "attention_auto", "attention_sdpa", "attention_triton")
+_ATTENTION_KERNELS = "vlmbuild.ops.attention.triton"
+_BOTH = ("cpu", "cuda")
+_ROWS = (
+    Operator("attention", "attention"),
+    Operator("attention_backward", "attention", "backward"),
+    Operator("attention_auto", "attention", eager=eager.attention, kernels=_ATTENTION_KERNELS),
+    Operator(
+        "attention_auto_forward", "attention", "forward", workspaces=dict.fromkeys(_BOTH, workspace.attention_parts)
+    ),
+    Operator(
+        "attention_auto_backward",
+        "attention",
+        "backward",
+        workspaces=dict.fromkeys(_BOTH, workspace.attention_gradient_parts),
+    ),
+    Operator("attention_sdpa", "attention"),
+    Operator(
+        "attention_sdpa_forward", "attention", "forward", workspaces=dict.fromkeys(_BOTH, workspace.attention_parts)
+    ),
+    Operator(
+        "attention_sdpa_backward",
+        "attention",
+        "backward",
+        workspaces=dict.fromkeys(_BOTH, workspace.attention_gradient_parts),
+    ),
+    Operator("attention_triton", "attention", kernels=_ATTENTION_KERNELS),
+    Operator("attention_triton_forward", "attention", "forward"),
+    Operator("attention_triton_backward", "attention", "backward"),
+    Operator("linear_4bit", "linear", workspaces=dict.fromkeys(_BOTH, workspace.dense_4bit)),
+    Operator("linear_4bit_backward", "linear", "backward", workspaces=dict.fromkeys(_BOTH, workspace.dense_4bit)),
+    Operator("linear_8bit", "linear", workspaces={"cpu": workspace.integers_cpu, "cuda": workspace.integers_cuda}),
+    Operator(
+        "linear_8bit_backward",
+        "linear",
+        "backward",
+        workspaces={"cpu": workspace.dense_8bit_cpu, "cuda": workspace.dense_8bit},
+    ),
+    Operator("linear_packed", "linear"),
+    # The runtime and compiled code put it in the place of torch's.
+    Operator("linear_onednn", "linear", in_programs=False),
+    Operator("lora", "adapter", workspaces=dict.fromkeys(_BOTH, workspace.float32_sum)),
+    Operator("lora_backward", "adapter", "backward", workspaces=dict.fromkeys(_BOTH, workspace.float32_gradients)),
+    Operator("mrope_cos_sin", "rotary"),
+    Operator(
+        "mrope_rotate",
+        "rotary",
+        workspaces=dict.fromkeys(_BOTH, workspace.rolled),
+        eager=eager.rotate,
+        kernels="vlmbuild.ops.rope.triton",
+    ),
+    Operator("mrope_rotate_backward", "rotary", "backward", workspaces=dict.fromkeys(_BOTH, workspace.rolled)),
+    # A function: losses are computed outside of graphs.
+    Operator("cross_entropy", "loss", in_programs=False, kernels="vlmbuild.ops.cross_entropy.triton"),
 )
-"""The operators that compute attention in a program's graphs."""
+
+OPERATORS: dict[str, Operator] = {row.name: row for row in _ROWS}
+"""Name -> operator."""
+
+ATTENTION: frozenset[Any] = frozenset(row.overload for row in _ROWS if row.kind == "attention" and row.part == "whole")
+"""The attention operators of graphs; all have the same arguments."""
+
 PLAIN_LINEAR = torch.ops.aten.linear.default
-LINEAR = (PLAIN_LINEAR, torch.ops.vlmbuild.linear_4bit.default, torch.ops.vlmbuild.linear_8bit.default)
-"""The operators of trainable linear layers, plain and quantized; the second argument is the weight."""
+
+LINEAR: frozenset[Any] = frozenset(
+    [
+        PLAIN_LINEAR,
+        *(
+            row.overload
+            for row in _ROWS
+            if row.kind == "linear" and row.part == "whole" and f"{row.name}_backward" in OPERATORS
+        ),
+    ]
+)
+"""The linear layers that can train, plain and quantized; the second argument is the weight."""
+
+
+def workspaces(device: str) -> dict[Any, workspace.Workspace]:
+    """Return the formulas for a device ("cpu" or "cuda") by operator, or by a tag that operators have."""
+    by_operator = {row.overload: row.workspaces[device] for row in _ROWS if device in row.workspaces}
+    return by_operator | ({torch.Tag.pointwise: workspace.promoted} if device == "cpu" else {})

@@ -20,13 +20,14 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, ImageCost, PackedBatch
 from vlmbuild.ir.dims import evaluate_shape
 from vlmbuild.ir.program import Input, Program
-from vlmbuild.ops.workspace import WORKSPACES, Workspace
+from vlmbuild.ops import workspaces
+from vlmbuild.ops.workspace import Workspace
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.train.lora import add_lora
 from vlmbuild.util.validation import one_of
 
-DEVICES = tuple(WORKSPACES)
+DEVICES = ("cuda", "cpu")
 _META = torch.device("meta")
 _LARGEST = 10_000_000
 _OPTIMIZER_STATES = 2
@@ -221,7 +222,7 @@ class _Step:
         device."""
         ids = torch.zeros(self.workload.batch, self.sizes["sequence"] // self.workload.batch, dtype=torch.int64)
         places = torch.arange(ids.numel())
-        live = _LiveBytes(_tensors(self.model), WORKSPACES[self.workload.device])
+        live = _LiveBytes(_tensors(self.model), workspaces(self.workload.device))
         with live:
             # The host prologue needs data; what it makes of a batch has the same sizes.
             run(lambda: PackedBatch(self.variant, self._inputs(), places), ids)

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from vlmbuild.errors import UsageError
+from vlmbuild.ops import workspaces
 from vlmbuild.ops.linear_8bit.op import GROUP_VALUES, dequantize_8bit, linear_8bit, linear_8bit_backward
-from vlmbuild.ops.workspace import WORKSPACES
 
 nn = pytest.importorskip("bitsandbytes.nn")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -266,7 +266,7 @@ def test_workspace_covers_what_a_cpu_allocates(dtype: torch.dtype, size: tuple[i
         (torch.ops.vlmbuild.linear_8bit_backward.default, (grad, weight, scales)),
     ):
         peak, result = peak_bytes(function, *arguments)
-        said = WORKSPACES["cpu"][function](arguments, result) + result.nbytes
+        said = workspaces("cpu")[function](arguments, result) + result.nbytes
         assert peak < 1.02 * said  # small vectors, such as indices of outliers, are not in it
         assert said < 2 * peak
 

@@ -183,11 +183,3 @@ def test_errors_say_what_does_not_fit() -> None:
         mrope_rotate(query, key[:, :, 1:], cos, sin)
     with pytest.raises(UsageError, match="is odd"):
         mrope_rotate(query[..., 1:], key[..., 1:], cos[..., 1:], sin[..., 1:])
-
-
-def test_operators_lists_what_is_registered() -> None:
-    import vlmbuild.capture.dedup_blocks
-
-    registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("vlmbuild::")}
-    # Two more never stand in a program, and no artifact may call them: one is in traced graphs, one takes torch's place.
-    assert registered == {*vlmbuild.ops.OPERATORS, "vlmbuild::repeat", "vlmbuild::linear_onednn"}

@@ -51,7 +51,7 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
     constants = {
         "GQA": query.shape[1] // key.shape[1],
         "DIM": query.shape[3],
-        "LANES": lanes,
+        "HEAD_DIM": lanes,
         "TAIL": tail,
         "RANGED": masks.cu_seqlens is not None or masks.key_groups is not None,
         "MASKED": masks.key_mask is not None,
@@ -140,7 +140,7 @@ def forward_launches(
     tile = tile_of("attention_forward", dim, query.dtype, target)
     sizes = (*shared.strides, heads, length, key.shape[2], scale * _LOG2E)
     tensors = (query, key, value, *shared.masks, *shared.group_keys, *shared.row_ranges, out, logsumexp)
-    grid = (ceil_div(length, tile["ROWS"]), batch * heads)
+    grid = (ceil_div(length, tile["BLOCK_M"]), batch * heads)
     return (*shared.launches, Launch(forward_kernel, grid, (*tensors, *sizes), shared.constants, tile))
 
 
@@ -184,8 +184,8 @@ def backward_launches(
     key_tensors = (*inputs, *shared.key_ranges, logsumexp, grad, delta, grads[1], grads[2])
     query_tile = tile_of("attention_grad_query", dim, query.dtype, target)
     key_tile = tile_of("attention_grad_key", dim, query.dtype, target)
-    query_grid = (ceil_div(length, query_tile["ROWS"]), batch * heads)
-    key_grid = (ceil_div(keys, key_tile["KEYS"]), batch * key.shape[1])
+    query_grid = (ceil_div(length, query_tile["BLOCK_M"]), batch * heads)
+    key_grid = (ceil_div(keys, key_tile["BLOCK_N"]), batch * key.shape[1])
     return (
         *shared.launches,
         Launch(grad_query_kernel, query_grid, (*query_tensors, *sizes), shared.constants, query_tile),
@@ -255,3 +255,19 @@ def attention_backward_triton(
     ):
         launch.run()
     return grads
+
+
+def launches(arguments: tuple[Any, ...], target: int, backward: bool) -> tuple[Launch, ...]:
+    """Return the launches of a call of the operator; see `vlmbuild.ops.operator.Operator.launches`."""
+    query, key, value, *mask_tensors, causal, scale = arguments
+    masks, (batch, heads, length, dim) = Masks(*mask_tensors), query.shape
+    out = query.new_empty((batch, length, heads, dim))
+    sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+    forward = forward_launches(query, key, value, masks, out, sums, causal, scale, target)
+    if not backward:
+        return forward
+    grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    return (
+        *forward,
+        *backward_launches(out, query, key, value, masks, out, sums, sums, grads, causal, scale, target),
+    )

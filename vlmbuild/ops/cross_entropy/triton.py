@@ -6,6 +6,8 @@ plain torch the same takes a float32 copy and eight passes over it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -32,18 +34,18 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     target = tl.load(targets + row)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    m_i = tl.full([BLOCK], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK], tl.float32)
     # Every lane keeps its own maximum and sum: one reduction at the end, not one a tile.
     for first in range(0, vocabulary, BLOCK):
         place = first + tl.arange(0, BLOCK)
         value = tl.load(logits + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, value)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - base) + tl.exp(value - base)
-        top = new_top
-    highest = tl.max(top, 0)
-    logsumexp = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+        m_new = tl.maximum(m_i, value)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        l_i = l_i * tl.exp(m_i - base) + tl.exp(value - base)
+        m_i = m_new
+    highest = tl.max(m_i, 0)
+    logsumexp = highest + tl.log(tl.sum(l_i * tl.exp(m_i - highest), 0))
     counted = target >= 0
     chosen = tl.load(logits + tl.where(counted, target, 0)).to(tl.float32)
     tl.store(losses + row, tl.where(counted, logsumexp - chosen, 0.0))
@@ -92,3 +94,10 @@ def cross_entropy_triton(logits: Tensor, targets: Tensor, *, with_gradient: bool
     if len(logits):
         cross_entropy_launch(logits, targets, losses, gradient).run()
     return losses, gradient
+
+
+def launches(arguments: tuple[Any, ...], target: int, backward: bool) -> tuple[Launch, ...]:
+    """Return the launch for logits and targets."""
+    logits, targets = arguments
+    losses = logits.new_empty(targets.shape, dtype=torch.float32)
+    return (cross_entropy_launch(logits, targets, losses, logits if backward else None),)

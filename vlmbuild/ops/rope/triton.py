@@ -181,3 +181,14 @@ def rotate_launch(
     # Contracting a product and a sum into one rounding would differ from the formula in the last bit.
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
     return Launch(_rotate_kernel, (rows,), arguments, constants, tile | options)
+
+
+def launches(arguments: tuple[Any, ...], target: int, backward: bool) -> tuple[Launch, ...]:
+    """Return the launches of a call of the operator; the backward is on the contiguous gradients that attention returns."""
+    query, key, cos, sin = arguments
+    forward = rotate_launch(query, key, cos, sin, torch.empty_like(query), torch.empty_like(key))
+    if not backward:
+        return (forward,)
+    grads = (query.new_empty(query.shape), key.new_empty(key.shape))
+    outs = (torch.empty_like(grads[0]), torch.empty_like(grads[1]))
+    return forward, rotate_launch(*grads, cos, sin, *outs, back=True)

@@ -1,0 +1,58 @@
+"""The row type of `vlmbuild.ops.OPERATORS`: the facts about an operator that do not depend on a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from vlmbuild.ops.workspace import Workspace
+
+if TYPE_CHECKING:
+    from vlmbuild.ops.triton_util import Launch
+
+Kind = Literal["attention", "linear", "adapter", "rotary", "loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        name: Name in `torch.ops.vlmbuild`.
+        kind: What it computes.
+        part: "forward" and "backward" are the halves of a whole operator, which gradients and compilers see.
+        in_programs: Whether a stored program may call it.
+        workspaces: Device -> formula of the bytes that a call needs beyond arguments and result; none where it needs nothing.
+        eager: Function of the same values for graphs that Python runs; it skips the dispatcher where no gradient is needed.
+        kernels: Module with a function `launches(arguments, target, backward)`, for operators with Triton kernels.
+    """
+
+    name: str
+    kind: Kind
+    part: Literal["whole", "forward", "backward"] = "whole"
+    in_programs: bool = True
+    workspaces: Mapping[str, Workspace] = field(default_factory=dict)
+    eager: Callable[..., Any] | None = None
+    kernels: str | None = None
+
+    @property
+    def overload(self) -> Any:
+        """The operator as it occurs in graphs."""
+        return getattr(torch.ops.vlmbuild, self.name).default
+
+    def launches(self, arguments: tuple[Any, ...], target: int, *, backward: bool = True) -> tuple[Launch, ...]:
+        """Return the Triton launches of a call on a GPU, in order; needs triton where `kernels` is set.
+
+        Args:
+            arguments: The operator's arguments; tensors need no data.
+            target: Compute capability, 90 for sm_90.
+            backward: Whether to add those of the gradients.
+        """
+        if self.kernels is None:
+            return ()
+        found: tuple[Launch, ...] = import_module(self.kernels).launches(arguments, target, backward)
+        return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
+from vlmbuild.errors import UsageError
 from vlmbuild.ops import tiles
 from vlmbuild.ops.tiles import SIDES, architecture, tile_of
 
@@ -46,13 +49,62 @@ def test_sizes_and_chips(monkeypatch):
     }
     monkeypatch.setattr(tiles, "known_tiles", lambda: table)
     lookup = tile_of.__wrapped__
-    assert lookup("attention_forward", 65, torch.float16, 90)["ROWS"] == 16
-    assert lookup("attention_forward", 64, torch.float16, 90)["ROWS"] == 1
-    assert lookup("attention_forward", 512, torch.float16, 90)["KEYS"] == 32
+    assert lookup("attention_forward", 65, torch.float16, 90)["BLOCK_M"] == 16
+    assert lookup("attention_forward", 64, torch.float16, 90)["BLOCK_M"] == 1
+    assert lookup("attention_forward", 512, torch.float16, 90)["BLOCK_N"] == 32
     monkeypatch.setattr(tiles, "_chip", lambda target: ("Some Chip",))
     assert lookup("attention_forward", 64, torch.float16, 90) == {
-        "ROWS": 64,
-        "KEYS": 64,
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
         "num_warps": 8,
         "num_stages": 3,
     }
+
+
+def fake(monkeypatch, **rows):
+    monkeypatch.setattr(tiles, "tables", lambda file: {"measured": {"sm_90": rows}})
+
+
+@pytest.mark.parametrize(
+    ("row", "measured"),
+    [
+        ({"right": True, "ratio": 0.8}, True),
+        ({"right": True, "ratio": 1.0}, True),
+        ({"right": True, "ratio": 1.01}, False),
+        ({"right": False, "ratio": 0.5}, False),
+    ],
+)
+def test_a_kernel_is_measured_where_it_is_right_and_no_slower(monkeypatch, row, measured):
+    fake(monkeypatch, attention=row)
+    assert tiles.is_measured("attention", 90) == measured
+    assert not tiles.is_measured("attention", 80)
+    assert not tiles.is_measured("rope", 90)
+    with pytest.raises(UsageError, match="attention, rope, cross_entropy"):
+        tiles.is_measured("forward_kernel", 90)
+
+
+def test_no_estimate_counts_as_a_measurement():
+    """Rows of the package's own file come from a GPU; there are none."""
+    assert json.loads(tiles.FILE.read_text())["measured"] == {}
+
+
+def test_a_benchmark_writes_what_is_read(monkeypatch, tmp_path):
+    file = tmp_path / "tiles.json"
+    file.write_text(tiles.FILE.read_text())
+    monkeypatch.setattr(tiles, "FILE", file)
+    tiles.write_measurement("rope", 90, right=True, ratio=0.71234, device="Some Chip")
+    tiles.write_measurement("attention", 90, right=True, ratio=1.2, device="Some Chip")
+    assert tiles.is_measured("rope", 90)
+    assert not tiles.is_measured("attention", 90)
+    content = json.loads(file.read_text())
+    assert content["measured"]["sm_90"]["rope"] == {"device": "Some Chip", "right": True, "ratio": 0.712}
+    assert content["tiles"] == tiles.known_tiles()
+    assert file.read_text() == tiles._text(content)
+    for ratio in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="ratio of rope"):
+            tiles.write_measurement("rope", 90, right=True, ratio=ratio, device="Some Chip")
+
+
+def test_cpu_tensors_never_take_our_kernels(monkeypatch):
+    fake(monkeypatch, rope={"right": True, "ratio": 0.1})
+    assert not tiles.runs_by_default("rope", torch.ones(1))

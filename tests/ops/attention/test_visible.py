@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import vlmbuild.ops  # noqa: F401  registers the operators
+from vlmbuild.ops import tiles
 from vlmbuild.ops.attention import triton as attention_triton
 
 OPS = torch.ops.vlmbuild
@@ -69,6 +70,15 @@ def packed(name, causal=True):
     return both
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Our kernels are the default."""
+    monkeypatch.setattr(
+        tiles, "runs_by_default", lambda kernel, tensor: tensor.is_cuda and tensor.dtype != torch.float64
+    )
+
+
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("name", ["attention_triton", "attention_auto"])
 def test_forward_and_backward_are_kernels_for_every_length(name):
     inputs = Inputs("cuda")
@@ -88,6 +98,12 @@ def test_groups_of_keys_keep_the_operator():
     assert OPS.attention_auto_forward.default in targets
 
 
+def test_kernels_that_are_not_measured_stay_hidden():
+    inputs = Inputs("cuda")
+    assert KERNEL not in inputs.trace(packed("attention_auto"), inputs.bounds)[0]
+
+
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 def test_prompts_with_padding_are_kernels(dtype):
     inputs = Inputs("cuda")
@@ -99,6 +115,7 @@ def test_prompts_with_padding_are_kernels(dtype):
     assert (targets.count(KERNEL), guards) == (1, [])
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
     ("device", "options"), [("cpu", {}), ("cuda", {"length": 1}), ("cuda", {"dtype": torch.float64})]
 )

@@ -13,11 +13,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def load_lanes(pointer, row_at, lane, row_ok, first, DIM: tl.constexpr, LANES: tl.constexpr, SAFE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Lanes [first, first + LANES) of rows, `[rows, LANES]`; zero past the head dimension and, unless SAFE, where not ok."""
-    lanes = first + tl.arange(0, LANES)
+def load_lanes(pointer, row_at, lane, row_ok, first, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, SAFE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load lanes [first, first + HEAD_DIM) of rows; zero past the head dimension and, unless SAFE, where not ok."""
+    lanes = first + tl.arange(0, HEAD_DIM)
     at = pointer + row_at[:, None] + lanes[None, :] * lane
-    if first + LANES <= DIM:
+    if first + HEAD_DIM <= DIM:
         if SAFE:
             return tl.load(at)
         return tl.load(at, mask=row_ok[:, None], other=0.0)
@@ -27,9 +27,9 @@ def load_lanes(pointer, row_at, lane, row_ok, first, DIM: tl.constexpr, LANES: t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def store_lanes(pointer, row_at, row_ok, values, first, DIM: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write `[rows, LANES]` to lanes [first, first + LANES), which are neighbours in memory."""
-    lanes = first + tl.arange(0, LANES)
+def store_lanes(pointer, row_at, row_ok, values, first, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write `[rows, HEAD_DIM]` to lanes [first, first + HEAD_DIM), which are neighbours in memory."""
+    lanes = first + tl.arange(0, HEAD_DIM)
     at = pointer + row_at[:, None] + lanes[None, :]
     tl.store(at, values.to(pointer.dtype.element_ty), mask=row_ok[:, None] & (lanes < DIM)[None, :])
 
@@ -45,15 +45,15 @@ def products(left, left_tail, right, right_tail, TAIL: tl.constexpr, PRECISION: 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def row_bounds(  # type: ignore[no-untyped-def]
-    starts, ends, rows, row_ok, length, keys, ROWS: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
+    starts, ends, rows, row_ok, length, keys, BLOCK_M: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
 ):
     """Keys [start, end) that each row of a block may see."""
     if RANGED:
         start = tl.load(starts + rows, mask=row_ok, other=0)
         end = tl.load(ends + rows, mask=row_ok, other=0)
     else:
-        start = tl.zeros([ROWS], tl.int32)
-        end = tl.zeros([ROWS], tl.int32) + keys
+        start = tl.zeros([BLOCK_M], tl.int32)
+        end = tl.zeros([BLOCK_M], tl.int32) + keys
     if CAUSAL:
         end = tl.minimum(end, rows + (keys - length) + 1)
     return start, end
@@ -61,15 +61,15 @@ def row_bounds(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def key_bounds(  # type: ignore[no-untyped-def]
-    starts, ends, place, col_ok, cols, length, keys, KEYS: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
+    starts, ends, place, col_ok, cols, length, keys, BLOCK_N: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
 ):
     """Rows [start, end) that may see each key of a block; `place` is where they stand: at the key, or at its group."""
     if RANGED:
         start = tl.load(starts + place, mask=col_ok, other=0)
         end = tl.load(ends + place, mask=col_ok, other=0)
     else:
-        start = tl.zeros([KEYS], tl.int32)
-        end = tl.zeros([KEYS], tl.int32) + length
+        start = tl.zeros([BLOCK_N], tl.int32)
+        end = tl.zeros([BLOCK_N], tl.int32) + length
     if CAUSAL:
         start = tl.maximum(start, cols - (keys - length))
     return start, end
@@ -109,17 +109,17 @@ def group_bit(group, word):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def word_keys(group_starts, group_ends, word, low, high, keys, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys [first, last) of a word's groups inside of [low, high), first in blocks of KEYS: one block at least."""
+def word_keys(group_starts, group_ends, word, low, high, keys, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys [first, last) of a word's groups inside of [low, high), first in blocks of BLOCK_N: one block at least."""
     groups = word * 32 + tl.arange(0, 32)
     first = tl.maximum(low, tl.min(tl.load(group_starts + groups), 0))
-    first = tl.minimum(first // KEYS * KEYS, keys)
+    first = tl.minimum(first // BLOCK_N * BLOCK_N, keys)
     return first, tl.maximum(tl.minimum(high, tl.max(tl.load(group_ends + groups), 0)), first + 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def word_span(  # type: ignore[no-untyped-def]
-    visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, KEYS: tl.constexpr
+    visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, BLOCK_N: tl.constexpr
 ):
     """The first word of groups that a block of rows sees, and how many blocks of keys the words up to the last one have."""
     first_word = words
@@ -131,8 +131,8 @@ def word_span(  # type: ignore[no-untyped-def]
             last_word = word
     blocks = 0
     for word in range(first_word, last_word + 1):
-        first, last = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
-        blocks += tl.cdiv(last - first, KEYS)
+        first, last = word_keys(group_starts, group_ends, word, low, high, keys, BLOCK_N)
+        blocks += tl.cdiv(last - first, BLOCK_N)
     return tl.minimum(first_word, words - 1), blocks
 
 
@@ -166,11 +166,11 @@ def seen_keys(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def next_block(  # type: ignore[no-untyped-def]
-    first_key, last_key, word, group_starts, group_ends, words, low, high, keys, KEYS: tl.constexpr
+    first_key, last_key, word, group_starts, group_ends, words, low, high, keys, BLOCK_N: tl.constexpr
 ):
     """The block of keys after this one: of the same word, or the first of the next."""
-    first_key += KEYS
+    first_key += BLOCK_N
     if first_key >= last_key:
         word = tl.minimum(word + 1, words - 1)
-        first_key, last_key = word_keys(group_starts, group_ends, word, low, high, keys, KEYS)
+        first_key, last_key = word_keys(group_starts, group_ends, word, low, high, keys, BLOCK_N)
     return first_key, last_key, word

@@ -1,13 +1,11 @@
 """The lowered attention operators: `vlmbuild::attention_sdpa`, `attention_triton`, `attention_auto`.
 
-Each is a composite over a forward and a backward operator; `attention_auto` leaves the choice of kernel to the
-dispatcher, by the device of the tensors, so that a graph holds no branch. On CUDA it falls back from Triton to torch's
-kernels for what Triton's cannot do (float64, a platform without triton).
+Each is a composite over a forward and a backward operator. `attention_auto` leaves the choice of kernel to the dispatcher, by
+the device of the tensors, so that a graph holds no branch; on CUDA `auto_kernels` chooses.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,8 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import DeviceError
+from vlmbuild.ops import tiles
+from vlmbuild.ops.attention import varlen
 from vlmbuild.ops.attention.op import BACKWARD_SCHEMA, FORWARD_SCHEMA, SCHEMA, Masks, check_attention
 from vlmbuild.ops.attention.sdpa import Grads, logsumexp_like, sdpa_backward, sdpa_forward
 from vlmbuild.ops.attention.visible import name_kernels, show_launches
@@ -37,27 +37,36 @@ def _triton_backward(*args: Any) -> Grads:
     return attention_backward_triton(*args)
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _require_triton() -> None:
-    if not _has_triton():
+    if not tiles.has_triton():
         raise DeviceError("attention_triton: triton is not installed (it is Linux only); use 'sdpa' or 'auto'")
 
 
-def _auto_takes_triton(query: Tensor) -> bool:
-    return query.dtype != torch.float64 and _has_triton()
+def auto_kernels(query: Tensor, masks: Masks) -> tuple[Forward, Backward]:
+    """Return the forward and the backward that `attention_auto` runs on a GPU.
+
+    Ours where a benchmark measured them on this chip (`vlmbuild.ops.tiles.is_measured`), and for groups of keys, which no
+    kernel of torch takes; otherwise torch's for packed segments, if it takes the call, and SDPA.
+    """
+    if tiles.runs_by_default("attention", query) or (masks.key_groups is not None and _triton_can_run(query)):
+        return _triton_forward, _triton_backward
+    if varlen.takes(query, masks):
+        return varlen.varlen_forward, varlen.varlen_backward
+    return sdpa_forward, sdpa_backward
+
+
+def _triton_can_run(query: Tensor) -> bool:
+    return query.dtype != torch.float64 and tiles.has_triton()
 
 
 def _auto_cuda_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    forward = _triton_forward if _auto_takes_triton(query) else sdpa_forward
-    return forward(query, key, value, *rest)
+    *masks, _causal, _scale = rest
+    return auto_kernels(query, Masks(*masks))[0](query, key, value, *rest)
 
 
 def _auto_cuda_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Grads:
-    backward = _triton_backward if _auto_takes_triton(query) else sdpa_backward
-    return backward(grad, query, key, value, *rest)
+    *masks, _out, _logsumexp, _causal, _scale = rest
+    return auto_kernels(query, Masks(*masks))[1](grad, query, key, value, *rest)
 
 
 def _forward_fake(
@@ -87,8 +96,8 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _forward_shown(query: Tensor, _key: Tensor, _value: Tensor, *rest: Any) -> bool:
-    """Not of one row, nor of groups of keys: into how many parts keys are split, and how many words hold a row's groups, would
-    be conditions of the compiled graph."""
+    """Return whether compilers may see the launches: not of one row, nor of groups of keys, because the number of parts that
+    keys are split into, and of words that hold a row's groups, would become conditions of the compiled graph."""
     *_, key_groups, _visible, _causal, _scale = rest
     known = query.is_cuda and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return known and query.shape[2] != 1 and key_groups is None
@@ -107,6 +116,11 @@ def _backward_shown(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest:
     return _forward_shown(query, key, value, *masks, causal, scale)
 
 
+def _by_default(shown: Callable[..., bool], index: int) -> Callable[..., bool]:
+    """Restrict a condition to calls whose query, at `index`, is on a GPU where our kernels are the default."""
+    return lambda *args: tiles.runs_by_default("attention", args[index]) and shown(*args)
+
+
 def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forward, Backward] | None = None) -> None:
     """Define `vlmbuild::{name}`, its forward and backward, and the kernels that CUDA tensors get instead."""
     full = f"vlmbuild::{name}"
@@ -117,9 +131,10 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
     if cuda is not None:
         forward_op.register_kernel("cuda", cuda[0])
         backward_op.register_kernel("cuda", cuda[1])
-    if cuda is not None and _has_triton():
-        show_launches(forward_op, _triton_forward, _forward_shown)
-        show_launches(backward_op, _triton_backward, _backward_shown)
+    if cuda is not None and tiles.has_triton():
+        auto = name == "attention_auto"
+        show_launches(forward_op, _triton_forward, _by_default(_forward_shown, 0) if auto else _forward_shown)
+        show_launches(backward_op, _triton_backward, _by_default(_backward_shown, 1) if auto else _backward_shown)
         name_kernels(full, _kernels)
     forward_overload = getattr(torch.ops.vlmbuild, f"{name}_forward").default
     backward_overload = getattr(torch.ops.vlmbuild, f"{name}_backward").default

@@ -58,7 +58,7 @@ def decode_launches(
     tile = tile_of("attention_decode", dim, query.dtype, target)
     partial = query.new_empty((parts, batch, heads, dim), dtype=torch.float32)
     shares = query.new_empty((parts, batch, heads), dtype=torch.float32)
-    split = ceil_div(ceil_div(keys, parts), tile["KEYS"]) * tile["KEYS"]
+    split = ceil_div(ceil_div(keys, parts), tile["BLOCK_N"]) * tile["BLOCK_N"]
     mask = query if key_mask is None else key_mask
     strides = (
         query.stride(0),
@@ -71,11 +71,11 @@ def decode_launches(
     constants = {
         "GQA": heads // kv_heads,
         "DIM": dim,
-        "LANES": lanes[0],
+        "HEAD_DIM": lanes[0],
         "TAIL": lanes[1],
         "MASKED": key_mask is not None,
         **precision(query.dtype),
-        "ROWS": power_of_two(heads // kv_heads, _LEAST_ROWS),
+        "BLOCK_M": power_of_two(heads // kv_heads, _LEAST_ROWS),
     }
     arguments = (query, key, value, mask, partial, shares, *strides, kv_heads, keys, split, scale)
     joined = (out, partial, shares, logsumexp, parts, batch * heads)
@@ -85,7 +85,7 @@ def decode_launches(
             join_kernel,
             (batch * heads,),
             joined,
-            {"DIM": dim, "LANES": power_of_two(dim)},
+            {"DIM": dim, "HEAD_DIM": power_of_two(dim)},
             {"num_warps": 1, "num_stages": 1},
         ),
     )

@@ -19,11 +19,11 @@ _TILE = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["bounds", "length"])  # type: ignore[untyped-decorator]
-def segments_kernel(cu_seqlens, starts, ends, bounds, length, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def segments_kernel(cu_seqlens, starts, ends, bounds, length, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
     """First and last-plus-one key of every row, by bisection of the segments' bounds; (0, 0) past the last segment."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    low = tl.zeros([ROWS], tl.int32)
-    high = tl.zeros([ROWS], tl.int32) + bounds
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    low = tl.zeros([BLOCK_M], tl.int32)
+    high = tl.zeros([BLOCK_M], tl.int32) + bounds
     span = bounds
     while span > 0:
         span = span // 2
@@ -70,13 +70,13 @@ def groups_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["groups", "words", "length", "keys"])  # type: ignore[untyped-decorator]
 def words_kernel(  # type: ignore[no-untyped-def]
-    visible_groups, first_key, last_key, bits, starts, ends, groups, words, length, keys, ROWS: tl.constexpr
+    visible_groups, first_key, last_key, bits, starts, ends, groups, words, length, keys, BLOCK_M: tl.constexpr
 ):
     """What every row sees, a bit a group, and the first and last-plus-one key of it."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < length
-    start = tl.zeros([ROWS], tl.int32) + keys
-    end = tl.zeros([ROWS], tl.int32)
+    start = tl.zeros([BLOCK_M], tl.int32) + keys
+    end = tl.zeros([BLOCK_M], tl.int32)
     for word in range(words):
         place = tl.arange(0, 32)
         group = word * 32 + place
@@ -96,7 +96,7 @@ def segments_launch(cu_seqlens: Tensor, starts: Tensor, ends: Tensor) -> Launch:
     bounds, length = cu_seqlens.shape[0], starts.shape[0]
     programs = ceil_div(length, _ROWS)
     arguments = (cu_seqlens, starts, ends, bounds, length)
-    return Launch(segments_kernel, (programs,), arguments, {}, {"ROWS": _ROWS, **_TILE})
+    return Launch(segments_kernel, (programs,), arguments, {}, {"BLOCK_M": _ROWS, **_TILE})
 
 
 def groups_launches(
@@ -127,7 +127,7 @@ def groups_launches(
             (ceil_div(length, _ROWS),),
             (visible, *spans[:2], bits, *row_spans.unbind(0), groups, words, length, keys),
             {},
-            {"ROWS": _ROWS, **_TILE},
+            {"BLOCK_M": _ROWS, **_TILE},
         ),
     )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
+from vlmbuild.ops import tiles
 
 
 def cos_sin_reference(
@@ -163,10 +164,10 @@ def mrope_rotate_backward(grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin
 
 
 def _on_cuda(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
-    try:
-        from vlmbuild.ops.rope.triton import rotate_triton
-    except ModuleNotFoundError:  # triton is Linux only; the plain form is the same function on any device
+    if not tiles.runs_by_default("rope", query):  # the plain form is the same function on any device
         return rotate_cpu(query, key, cos, -sin if back else sin)
+    from vlmbuild.ops.rope.triton import rotate_triton
+
     return rotate_triton(query, key, cos, sin, back=back)
 
 

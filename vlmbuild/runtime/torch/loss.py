@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.ops import tiles
+
 Head = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(tensors of the head, hidden states (1, rows, hidden)) -> logits (1, rows, vocabulary)."""
 
@@ -125,11 +127,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tupl
 
 
 def _kernel(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """Return the Triton kernel for logits on a GPU, if Triton is installed (it is Linux only)."""
-    if not logits.is_cuda or logits.dtype == torch.float64:
+    """Return the Triton kernel where it is measured on the GPU of the logits, or None."""
+    if not tiles.runs_by_default("cross_entropy", logits):
         return None
-    try:
-        from vlmbuild.ops.cross_entropy.triton import cross_entropy_triton
-    except ModuleNotFoundError:
-        return None
+    from vlmbuild.ops.cross_entropy.triton import cross_entropy_triton
+
     return cross_entropy_triton

@@ -53,23 +53,16 @@ def run(record: Record, setting: Setting) -> None:
 
 
 def publish(rows: list[Row]) -> dict[str, Any]:
-    """Write whether the kernels are right, and the time of the fastest peer over theirs, into tiles.json."""
+    """Write whether the kernels are right, and their time over that of the fastest peer, into tiles.json."""
     from vlmbuild.ops import tiles
 
-    capability, entries = torch.cuda.get_device_capability(), {}
-    for part, kernels in KERNELS.items():
-        found = [row for row in rows if row["name"].startswith(part)]
-        ratios = [ratio for row in found if (ratio := fastest_ratio(row)) is not None]
-        if not ratios:
-            continue
-        right = all(row.get("right") is True for row in found)
-        for kernel in kernels:
-            tiles.write_measurement(kernel, capability, right=right, ratio=min(ratios))
-            entries[kernel] = {"right": right, "ratio": min(ratios)}
-    return entries
-
-
-KERNELS = {"forward": ("attention_forward",), "backward": ("attention_grad_query", "attention_grad_key")}
+    ratios = [1 / ratio for row in rows if (ratio := fastest_ratio(row)) is not None]
+    if not ratios:
+        return {}
+    right, (major, minor) = all(row.get("right") is True for row in rows), torch.cuda.get_device_capability()
+    device = torch.cuda.get_device_name()
+    tiles.write_measurement("attention", 10 * major + minor, right=right, ratio=max(ratios), device=device)
+    return {"attention": {"right": right, "ratio": max(ratios)}}
 
 
 class _Problem:

@@ -46,7 +46,7 @@ def test_every_part_runs_and_says_what_it_left_out(rehearsal):
 def test_results_are_compared(rehearsal):
     """Kernels with float64, models with transformers on the same weights."""
     rows = [row for file in rehearsal.glob("*.json") for row in json.loads(file.read_text())["rows"]]
-    assert sum(row.get("right") is True for row in rows) >= 15
+    assert sum(row.get("right") is True for row in rows) >= 12
     assert sum(row.get("passed", 0) for row in rows) >= 1
 
 

@@ -90,7 +90,7 @@ def make_model(side: str, layers: int, depth: int) -> Any:
         return theirs
     family = FAMILIES["qwen2_vl"]
     program = trace_program(family, config, lambda *_: None)
-    rewrite(program, Recipe(dtype="float32"), lambda *_: None)
+    rewrite(program, Recipe(dtype="float32"), dict, lambda *_: None)
     return VisionLanguageModel(program, family, config, theirs.state_dict(), torch.float32).train()
 
 

@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[str, int]] = {
 """Name -> module, and the most seconds that it may take; together under 570."""
 _IMPORTS = (
     "torch._inductor.config",
+    "torch._dynamo",
     "triton",
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
     "vlmbuild.builder.build",

@@ -153,6 +153,38 @@ def fastest_ratio(row: Row) -> float | None:
     return min((peer["ratio"] for peer in row.get("peers", {}).values() if "ratio" in peer), default=None)
 
 
+def publish(record: Record, setting: Setting, kernel: str, prefixes: tuple[str, ...]) -> None:
+    """Write a kernel's row of tiles.json: whether it is right, and its time over torch's, the largest of its rows.
+
+    Args:
+        record: Has the rows.
+        setting: Says whether this is the rehearsal, which writes nothing.
+        kernel: As tiles.json names it.
+        prefixes: Starts of the rows' names.
+    """
+    with record.row(f"tiles.json: {kernel}") as row:
+        if setting.small:
+            raise MissingError("the rehearsal writes no measurement")
+        from vlmbuild.ops import tiles
+
+        rows = [other for other in record.rows if other["name"].startswith(prefixes)]
+        torchs = [
+            peer["ratio"]
+            for other in rows
+            for name, peer in other.get("peers", {}).items()
+            if "ratio" in peer and name != "Liger"
+        ]
+        if not torchs:
+            raise MissingError("no peer ran")
+        major, minor = torch.cuda.get_device_capability()
+        row["slower_than_torch"] = 1 / min(torchs)
+        row["correct"] = all(other.get("right") is True for other in rows)
+        device = torch.cuda.get_device_name()
+        tiles.write_measurement(
+            kernel, 10 * major + minor, right=row["correct"], ratio=row["slower_than_torch"], device=device
+        )
+
+
 def distance(actual: Any, exact: Any) -> float:
     """Largest relative norm of the difference over pairs of tensors; NaN if a result holds one."""
     pairs = list(zip(_tensors(actual), _tensors(exact), strict=True))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.gpu.measure.record import MissingError, Record, Run, Setting, compare
+from tests.gpu.measure.record import MissingError, Record, Run, Setting, compare, publish
 
 ROTATIONS = ((4096, 28, 4, 128), (16384, 28, 4, 128), (8192, 16, 16, 80))
 """Rows, query heads, key heads, head dimension."""
@@ -34,6 +34,8 @@ def run(record: Record, setting: Setting) -> None:
             ours, exact, peers = _loss(setting, *sizes)
             compare(setting, row, ours, exact, peers, LOSS_LIMIT)
             row["peak_bytes"] = {name: _peak(setting, call) for name, call in {"vlmbuild": ours, **peers}.items()}
+    publish(record, setting, "rope", ("rotation",))
+    publish(record, setting, "cross_entropy", ("linear and cross-entropy",))
 
 
 def _rotation(setting: Setting, part: str, rows: int, heads: tuple[int, int], dim: int) -> tuple[Run, Run, Any]:

@@ -21,14 +21,16 @@ from tests.gpu.measure.record import PACKAGES, Record, Setting, fastest_ratio, r
 PARTS: dict[str, tuple[str, int]] = {
     "kernels": ("checks", 125),
     "attention": ("attention", 85),
+    "rotary_loss": ("rotary_loss", 40),
     "lora_step": ("lora_step", 130),
     "linear": ("linear", 35),
-    "rotary_loss": ("rotary_loss", 40),
     "memory": ("memory", 40),
     "decode": ("decode", 50),
     "families": ("families", 55),
 }
-"""Name -> module, and the most seconds that it may take; together under 570."""
+"""Name -> module, and the most seconds that it may take; together under 570.
+
+The models come after the kernels: they use those that tiles.json then calls right and fast."""
 _IMPORTS = (
     "torch._inductor.config",
     "torch._dynamo",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from vlmbuild.ir.cost import everyday_value, growth, region_cost
+from vlmbuild.ir.cost import region_cost
+from vlmbuild.ir.everyday import everyday_value, growth
 
 
 def test_flops_of_a_layer_are_those_of_its_products(pristine_built):

@@ -178,7 +178,7 @@ def filled(slot):
 @pytest.fixture
 def captured(monkeypatch, pristine_program):
     """Plans and builds of `checkpoint` take its program from here: capturing it is what takes time."""
-    for module in ("planner", "builder"):
+    for module in ("planner.plan", "builder.build"):
         monkeypatch.setattr(f"vlmbuild.{module}.trace_program", lambda *_: copy.deepcopy(pristine_program))
 
 

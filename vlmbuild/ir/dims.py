@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # sizes are read where torch is not
+    import torch
 
 _NAME = re.compile(r"[A-Za-z_]\w*\b(?!\()")
 _LARGEST_POWER = 9

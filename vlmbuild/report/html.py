@@ -16,7 +16,8 @@ from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.build import exact_passes
 from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import UsageError
-from vlmbuild.ir.cost import EVERYDAY, everyday_value, region_cost
+from vlmbuild.ir.cost import region_cost
+from vlmbuild.ir.everyday import EVERYDAY, everyday_value
 from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
 from vlmbuild.locks.listing_difference import is_equal, side_by_side

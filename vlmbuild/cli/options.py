@@ -141,7 +141,8 @@ def recipe_option_values(command: Command) -> Command:
 
     ordered = {"target": of_recipe["target"], **of_spec, **of_recipe}
     command_with_options: Command = with_options
-    for option in reversed([*ordered.values(), file]):  # the last decorator is listed first
+    decorators: list[Callable[[Command], Command]] = [*ordered.values(), file]
+    for option in reversed(decorators):  # the last decorator is listed first
         command_with_options = option(command_with_options)
     return command_with_options
 

@@ -7,7 +7,6 @@ operator as if it ran alone, so a lost fusion shows; views move nothing, and gat
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +99,10 @@ class _NodeCost:
 
 
 def _product(sizes: list[Size]) -> Dim:
-    return math.prod(sizes, start=Dim(((1, ()),)))
+    total = Dim(((1, ()),))
+    for size in sizes:
+        total *= size
+    return total
 
 
 def _is_view(node: Node) -> bool:

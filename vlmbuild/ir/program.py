@@ -156,6 +156,12 @@ class Input:
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "shape", parse_shape(shape))
 
+    def fixed_size(self, axis: int) -> int:
+        """Return a size that no batch changes."""
+        size = self.shape[axis]
+        assert isinstance(size, int), self.name
+        return size
+
     def is_about_tokens(self) -> bool:
         """Whether a dimension counts tokens or samples; every other input is about images."""
         return not TOKEN_DIMENSIONS.isdisjoint(shape_names([self.shape]))

@@ -66,7 +66,7 @@ def compile_launch(launch: Launch, target: int) -> Row:
         launch: Its tensors need no data.
         target: Compute capability, 90 for sm_90.
     """
-    import triton
+    import triton  # type: ignore[import-untyped]
     from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 
     source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))

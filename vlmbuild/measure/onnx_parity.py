@@ -85,7 +85,7 @@ class _Reference:
         values = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in values.items()}
         values["attention_mask"] = whole_mask(batch.get("attention_mask"), shape[0], shape[1], torch.device("cpu"))
         for entry in cached_inputs(variant):
-            values[entry.name] = torch.zeros(shape[0], int(entry.shape[1]), 0, int(entry.shape[3]))
+            values[entry.name] = torch.zeros(shape[0], entry.fixed_size(1), 0, entry.fixed_size(3))
         kept = self._seen(variant)
         results = interpret.run(self.program, variant, values, self._tensors_of, self._run_region, keep=kept.values())
         found = {name: results[value] for name, value in kept.items()}

@@ -97,7 +97,8 @@ class Int8(WeightFormat):
     @classmethod
     def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
         name = f"{module}.weight"
-        info, scales, suffixes = weights.tensors.get(name), weights.tensors[f"{module}.SCB"], (".weight", ".SCB")
+        info, scales = weights.tensors.get(name), weights.tensors[f"{module}.SCB"]
+        suffixes: tuple[str, ...] = (".weight", ".SCB")
         if info is None or info.dtype != torch.int8 or len(info.shape) != 2:
             raise unfit(weights, name, "it is not a matrix of int8, as its SCB says")
         if scales.dtype != torch.float32 or math.prod(scales.shape) != info.shape[0]:

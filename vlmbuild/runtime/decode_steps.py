@@ -96,7 +96,8 @@ class DecodeSteps(ABC, Generic[Model]):
         batch = {name: value for name, value in batch.items() if value is not None}
         batch |= {name: batch[name][:: cache.copies] for name in ("input_ids", MASK) if name in batch}
         prepared = model.family.prepare(batch, model.config, model.processor)
-        mask = whole_mask(batch.get(MASK), *batch["input_ids"].shape, model.device)
+        rows, length = batch["input_ids"].shape
+        mask = whole_mask(batch.get(MASK), rows, length, model.device)
         result = self.run_prompt(batch, prepared, mask)
         cache.positions, last = (ends.to(model.device) for ends in row_ends(prepared, mask.shape))
         cache.variant = result.variant

@@ -118,7 +118,7 @@ class KeyValueCache(Cache):
             if block.is_initialized:
                 tensors[key.name], tensors[value.name] = block.past()
             else:
-                sizes = (batch, int(key.shape[1]), 0, int(key.shape[3]))
+                sizes = (batch, key.fixed_size(1), 0, key.fixed_size(3))
                 tensors[key.name] = tensors[value.name] = torch.empty(sizes, dtype=dtype, device=device)
         return tensors
 

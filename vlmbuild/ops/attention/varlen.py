@@ -6,6 +6,7 @@ The backward runs the forward again through torch's own gradient, as the one of 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +52,8 @@ def varlen_forward(
     out = query.new_zeros((1, query.shape[2], query.shape[1], query.shape[3]))
     bounds, longest, last = _segments(cu_seqlens, query.shape[2])
     if longest:
-        rows = (_rows(x, last) for x in (query, key, value))
-        out[0, :last] = _attend(*rows, bounds, longest, causal, scale)
+        rows = [_rows(x, last) for x in (query, key, value)]
+        out[0, :last] = _attend(rows, bounds, longest, causal, scale)
     return out, logsumexp_like(query)
 
 
@@ -76,7 +77,7 @@ def varlen_backward(
     if longest:
         with torch.enable_grad():
             leaves = [_rows(x, last).detach().requires_grad_() for x in (query, key, value)]
-            again = _attend(*leaves, bounds, longest, causal, scale)
+            again = _attend(leaves, bounds, longest, causal, scale)
         for whole, part in zip(grads, torch.autograd.grad(again, leaves, grad[0, :last].contiguous()), strict=True):
             whole[0, :, :last] = part.transpose(0, 1)
     return grads
@@ -95,12 +96,12 @@ def _rows(x: Tensor, last: int) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, causal: bool, scale: float
-) -> Tensor:
+def _attend(rows: Sequence[Tensor], bounds: Tensor, longest: int, causal: bool, scale: float) -> Tensor:
+    """Attend with `rows` = query, key and value, each `[tokens, heads, head dim]`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    out: Tensor = varlen_attn(
+    query, key, value = rows
+    out = varlen_attn(
         query,
         key,
         value,
@@ -112,4 +113,5 @@ def _attend(
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, Tensor)  # a pair only with its log-sum-exp
     return out

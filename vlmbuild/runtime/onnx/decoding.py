@@ -56,13 +56,14 @@ class OnnxModels:
         return tuple(entry for entry in self.decoder.inputs if entry.name.startswith(f"{PAST}."))
 
 
-class OnnxDecoding(DecodeSteps["OnnxVisionLanguageModel"]):
+class OnnxDecoding(DecodeSteps[Any]):
     """Runs tokens on an artifact's models."""
 
     @property
     def models(self) -> OnnxModels:
         """The models of the artifact."""
-        return self.model.models
+        models: OnnxModels = self.model.models
+        return models
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         return super().logits({name: x.cpu() if isinstance(x, Tensor) else x for name, x in batch.items()})

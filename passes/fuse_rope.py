@@ -38,7 +38,7 @@ class FuseRope:
     readers are fused rotations; with a reader left over, the model's own cast stays too.
     """
 
-    name: ClassVar[str] = "fuse_mrope"
+    name: ClassVar[str] = "fuse_rope"
     exact: ClassVar[bool] = True
 
     def __call__(self, program: Program) -> PassOutcome:

@@ -178,8 +178,8 @@ def test_complaint_04_upgrade_breaks_patches(tmp_path):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     region = tiny.linear_region()
-    with pytest.raises(PassError, match="Required pass fuse_mrope matched nothing"):
-        run([FuseRope()], tiny.region_program(region), require=["fuse_mrope"])
+    with pytest.raises(PassError, match="Required pass fuse_rope matched nothing"):
+        run([FuseRope()], tiny.region_program(region), require=["fuse_rope"])
 
 
 def test_complaint_05_graph_breaks_and_recompiles(model):

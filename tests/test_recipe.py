@@ -40,10 +40,10 @@ def test_fingerprint_changes_with_every_field():
 
 def test_toml_with_overrides(tmp_path):
     file = tmp_path / "r.toml"
-    file.write_text('dtype = "float32"\nrequire = ["fuse_mrope"]\n[quantize]\nformat = "fp4"\nskip = ["*.o_proj"]\n')
+    file.write_text('dtype = "float32"\nrequire = ["fuse_rope"]\n[quantize]\nformat = "fp4"\nskip = ["*.o_proj"]\n')
     recipe = Recipe.from_toml(file, attention="sdpa")
     assert recipe == Recipe(
-        quantize=QuantSpec("fp4", skip=("*.o_proj",)), attention="sdpa", dtype="float32", require=("fuse_mrope",)
+        quantize=QuantSpec("fp4", skip=("*.o_proj",)), attention="sdpa", dtype="float32", require=("fuse_rope",)
     )
     assert Recipe.from_mapping(recipe.to_mapping()) == recipe
 
@@ -121,7 +121,7 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, text, message):
     ("make", "message"),
     [
         (lambda: Recipe(quantize="nf4"), "must be a QuantSpec or None"),
-        (lambda: Recipe(require="fuse_mrope"), "require must be a list of strings"),
+        (lambda: Recipe(require="fuse_rope"), "require must be a list of strings"),
         (lambda: QuantSpec(skip="*.o_proj"), "skip must be a list of strings"),
         (lambda: QuantSpec(blocksize=64.0), "quantize.blocksize cannot be 64.0"),
     ],

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
 from vlmbuild.quant.spec import QUANTIZE, QuantSpec
+from vlmbuild.util.renamed import PASSES
 from vlmbuild.util.validation import known_options, one_of, strings
 
 __all__ = ["ATTENTIONS", "DTYPES", "TARGET_OPTIONS", "TOOLS", "QuantSpec", "Recipe", "TargetOptions"]
@@ -125,6 +126,8 @@ class Recipe:
         """
         known_options(options, {field.name for field in fields(cls)}, where)
         values = dict(options)
+        if isinstance(require := values.get("require"), list | tuple):
+            values["require"] = tuple(PASSES.get(name, name) for name in require)
         quantize = values.get("quantize")
         if isinstance(quantize, str):
             values["quantize"] = QuantSpec(quantize)

@@ -12,7 +12,7 @@ from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import TOKENS
 from vlmbuild.ops import PLAIN_LINEAR
 
-_TOKENS: Mapping[CacheForm, Dim] = {"growing": TOKENS, "static": Dim.named("batch")}
+_TOKENS: Mapping[CacheForm, Dim] = {"dynamic": TOKENS, "static": Dim.named("batch")}
 """The number of tokens of a call."""
 
 

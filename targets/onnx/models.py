@@ -47,7 +47,7 @@ def onnx_models(
     """All models of a program.
 
     Args:
-        program: With a growing key-value cache.
+        program: With a dynamic key-value cache.
         weights: Its parameters.
         client: The vision prologue that a client's inputs need; None leaves the program's own inputs.
         compute: The compute dtype.

@@ -215,7 +215,7 @@ def test_no_space_is_known_before_writing(checkpoint, tmp_path, monkeypatch):
 
 
 def test_required_pass_must_match(checkpoint, tmp_path):
-    build(checkpoint, tmp_path / "out", Recipe(require=("fuse_mrope", "swap_attention")))
+    build(checkpoint, tmp_path / "out", Recipe(require=("fuse_rope", "swap_attention")))
     with pytest.raises(PassError, match="'quantize_linear' is not part of this build"):
         build(checkpoint, tmp_path / "other", Recipe(require=("quantize_linear",)))
     assert os.listdir(tmp_path) == ["out"]

@@ -17,7 +17,7 @@ from vlmbuild import verify
 
 
 def test_build_inspect_verify(run, checkpoint, nf4, tmp_path):
-    options = ("--quantize", "nf4", "--dtype", "float32", "--require", "fuse_mrope")
+    options = ("--quantize", "nf4", "--dtype", "float32", "--require", "fuse_rope")
     code, out, err = run("build", checkpoint, "-o", tmp_path / "out", *options, "--json")
     assert code == 0, err
     built = json.loads(out)

@@ -62,14 +62,14 @@ def test_text_variant_skips_the_cross_layers(program):
 
 def test_every_attention_is_the_operator_and_no_mask_is_dense(program):
     """Only the groups that a query sees have two dimensions that grow with the batch."""
-    growing = set()
+    dynamic = set()
     for region in program.regions.values():
         for node in region.graph.graph.nodes:
             assert "softmax" not in str(node.target) and "scaled_dot" not in str(node.target)
             shape = getattr(node.meta.get("val"), "shape", ())
             if sum(not str(size).isdigit() for size in shape) > 1:
-                growing.add(node.name)
-    assert growing == {"visible_patches", "visible_tiles"}
+                dynamic.add(node.name)
+    assert dynamic == {"visible_patches", "visible_tiles"}
     groups = program.regions["vision_model.transformer.layers"].activations[2]
     assert groups == parse_shape((f"{4 * 72}*images", "2*images"))
 

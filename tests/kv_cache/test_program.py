@@ -28,7 +28,7 @@ def traced(setup):
 
 
 @pytest.fixture(scope="module")
-def growing(traced):
+def dynamic(traced):
     return with_cache(traced)
 
 
@@ -36,12 +36,12 @@ def shapes(variant):
     return {entry.name: tuple(shape_json(entry.shape)) for entry in variant.inputs}
 
 
-def test_the_interface_is_explicit(setup, growing):
+def test_the_interface_is_explicit(setup, dynamic):
     text = setup.config().text_config
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cross = set(getattr(text, "cross_attention_layers", ()))
     blocks = [number for number in range(text.num_hidden_layers) if number not in cross]
-    for variant in growing.variants.values():
+    for variant in dynamic.variants.values():
         past = [f"past_key_values.{number}.{kind}" for number in blocks for kind in ("key", "value")]
         found = shapes(variant)
         assert [entry.name for entry in cached_inputs(variant)] == past
@@ -51,12 +51,12 @@ def test_the_interface_is_explicit(setup, growing):
         assert found["input_ids"] == (1, "batch*new") and found["position_ids"][-2:] == (1, "batch*new")
         assert "text_cu_seqlens" not in found
         assert list(variant.presents[: len(past)]) == [present_name(name) for name in past]
-    assert (STEP in growing.variants) == bool(cross)
+    assert (STEP in dynamic.variants) == bool(cross)
     if cross:
         kinds = [f"cross_key_values.{number}.{kind}" for number in sorted(cross) for kind in ("key", "value")]
-        assert list(growing.variants["image"].presents[-len(kinds) :]) == kinds
-        assert set(kinds) <= shapes(growing.variants[STEP]).keys()
-        assert "pixel_values" not in shapes(growing.variants[STEP])
+        assert list(dynamic.variants["image"].presents[-len(kinds) :]) == kinds
+        assert set(kinds) <= shapes(dynamic.variants[STEP]).keys()
+        assert "pixel_values" not in shapes(dynamic.variants[STEP])
 
 
 def test_static_has_buffers_and_steps_of_one_token(traced):
@@ -70,11 +70,11 @@ def test_static_has_buffers_and_steps_of_one_token(traced):
         assert variant.presents == ()
 
 
-def test_it_is_stored_printed_and_read_again(traced, growing):
-    stored = json.loads(json.dumps(to_json(growing)))
+def test_it_is_stored_printed_and_read_again(traced, dynamic):
+    stored = json.loads(json.dumps(to_json(dynamic)))
     again = from_json(stored)
     assert to_json(again) == stored
-    text = program_text(growing)
+    text = program_text(dynamic)
     assert "present.0.key" in text and "past + new" in text and text == program_text(with_cache(traced))
     loaded = with_cache(from_json(json.loads(json.dumps(to_json(traced)))))  # has no shapes before
     assert to_json(loaded) == stored
@@ -85,14 +85,14 @@ def test_what_writes_into_its_inputs_is_derived_and_never_stored(traced):
         to_json(with_cache(traced, "static"))
 
 
-def test_a_program_that_lacks_what_it_returns_is_refused(growing):
-    stored = json.loads(json.dumps(to_json(growing)))
+def test_a_program_that_lacks_what_it_returns_is_refused(dynamic):
+    stored = json.loads(json.dumps(to_json(dynamic)))
     stored["variants"]["text"]["presents"].append("present.99.key")
     with pytest.raises(Exception, match="present.99.key"):
         from_json(stored)
 
 
-def test_the_same_weights_in_the_same_places(traced, growing):
+def test_the_same_weights_in_the_same_places(traced, dynamic):
     names = {
         join(instance, slot.name)
         for region in traced.regions.values()
@@ -101,7 +101,7 @@ def test_the_same_weights_in_the_same_places(traced, growing):
     }
     cached = {
         join(instance, slot.name)
-        for region in growing.regions.values()
+        for region in dynamic.regions.values()
         for instance in region.instances
         for slot in region.slots
     }
@@ -118,13 +118,13 @@ def test_the_program_stays_as_it_is_and_shares_what_does_not_change(traced):
     assert {"lm_head", "language_model.norm"} <= set(shared) and "language_model.layers" not in cached.regions
 
 
-def test_what_has_a_cache_stays_as_it_is(traced, growing):
-    new = growing.regions.keys() - traced.regions.keys()
+def test_what_has_a_cache_stays_as_it_is(traced, dynamic):
+    new = dynamic.regions.keys() - traced.regions.keys()
     assert "language_model.layers.cached" in new
     assert all(name.endswith((".cached", ".images", ".tokens")) for name in new)
-    for region in growing.regions.values():
+    for region in dynamic.regions.values():
         region.graph.graph.lint()
-    assert with_cache(growing) is growing
+    assert with_cache(dynamic) is dynamic
 
 
 def test_two_self_attentions_in_a_block_are_refused(traced):

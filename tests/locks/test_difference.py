@@ -75,7 +75,7 @@ def three_inputs(program):
 def test_a_pattern_that_no_longer_matches(broken):
     found = broken(three_inputs)
     texts = [finding.text for finding in found.of("fusion")]
-    expected = f"fuse_mrope matches 3 → 0 in {LAYERS}: pattern refused, `cat` has 3 inputs, the pattern has 2"
+    expected = f"fuse_rope matches 3 → 0 in {LAYERS}: pattern refused, `cat` has 3 inputs, the pattern has 2"
     assert expected in texts, texts
     # Its tables are rounded to the compute dtype again where they are made, and that is said, too.
     assert {finding.place for finding in found.of("numerics")} == {"language_model.embed_tokens", "visual.merger.ln_q"}
@@ -111,7 +111,7 @@ def test_a_lost_fusion(traced, lock):
     found = compare(lock, lock_traced(replace(traced, program=program), RECIPE, kernels=False))
     assert found.worst == "fusion"
     assert {finding.place for finding in found.of("fusion")} >= {LAYERS, "visual.blocks"}
-    assert f"fuse_mrope matches 3 → 0 in {LAYERS}" in [finding.text for finding in found.of("fusion")]
+    assert f"fuse_rope matches 3 → 0 in {LAYERS}" in [finding.text for finding in found.of("fusion")]
 
 
 def test_an_added_graph_input(broken):

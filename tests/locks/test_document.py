@@ -21,7 +21,7 @@ from vlmbuild.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 RECIPES = [
     Recipe(attention="triton", dtype="float16"),
-    Recipe(quantize=QuantSpec(format="int8", skip=("*.o_proj",)), require=("fuse_mrope",)),
+    Recipe(quantize=QuantSpec(format="int8", skip=("*.o_proj",)), require=("fuse_rope",)),
     Recipe(quantize=QuantSpec(overrides=(Override("*.down_proj", "fp4", blocksize=128),))),
 ]
 
@@ -66,7 +66,7 @@ def test_same_text_whatever_the_hash_seed_and_the_path(tmp_path):
     [
         ("no toml = = 1", "is not a lock"),
         ('schema = "vlmbuild.lock/0"', "has schema 'vlmbuild.lock/0'"),
-        ('schema = "vlmbuild.lock/1"', "not a complete lock"),
+        ('schema = "vlmbuild.lock/2"', "not a complete lock"),
     ],
 )
 def test_what_is_no_lock_is_said(tmp_path, text, message):

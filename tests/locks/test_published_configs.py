@@ -46,10 +46,10 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_full_depth(name):
     blocks, matches, parameters = PUBLISHED[name]
-    planned = plan(CONFIGS / name, Recipe(quantize=QuantSpec(), require=("fuse_mrope", "swap_attention")))
+    planned = plan(CONFIGS / name, Recipe(quantize=QuantSpec(), require=("fuse_rope", "swap_attention")))
     assert {region["name"]: region["instances"] for region in planned.regions if region["instances"] > 1} == blocks
     found = {report.name: report.matches for report in planned.passes}
-    assert (found["fuse_mrope"], found["swap_attention"], found["quantize_linear"]) == matches
+    assert (found["fuse_rope"], found["swap_attention"], found["quantize_linear"]) == matches
     assert not [refusal for report in planned.passes for refusal in report.refusals if report.name != "quantize_linear"]
     assert planned.parameters == parameters
 

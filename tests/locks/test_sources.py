@@ -48,4 +48,4 @@ def test_a_quantized_source_is_locked_from_its_config(nf4):
 
 @pytest.mark.parametrize("name", ["mllama-digits", "pixtral-digits"])
 def test_every_family_has_locks(name):
-    assert lock(name, kernels=False).passes["fuse_mrope"].matches > 0
+    assert lock(name, kernels=False).passes["fuse_rope"].matches > 0

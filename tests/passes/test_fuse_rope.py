@@ -24,7 +24,7 @@ def normalized(program):
 
 
 def test_every_layer_and_table_of_the_model(normalized):
-    (report,) = run([FuseRope()], normalized, require=("fuse_mrope",))
+    (report,) = run([FuseRope()], normalized, require=("fuse_rope",))
     assert report.sites == {
         "visual.patch_embed.proj": 1,
         "visual.blocks": 1,

@@ -120,7 +120,7 @@ def test_images_must_matter(batches, ours):
 def rows(ours, monkeypatch):
     """(region, rows) of every call of a block, with and without images."""
     seen = []
-    for bound in [*ours.bound.values(), *ours.cached("growing").bound.values()]:
+    for bound in [*ours.bound.values(), *ours.cached("dynamic").bound.values()]:
         if bound.region.instances != ("",):
             run = bound.run
 

@@ -1,4 +1,4 @@
-"""The cache by itself: what transformers asks of it, growing and static."""
+"""The cache by itself: what transformers asks of it, dynamic and static."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INPUTS = [
 ]
 
 
-@pytest.fixture(params=[(None, 0), (None, 3), (9, 0)], ids=["growing", "growing in place", "static"])
+@pytest.fixture(params=[(None, 0), (None, 3), (9, 0)], ids=["dynamic", "dynamic in place", "static"])
 def cache(request):
     """Two blocks, three rows, five tokens; every number says where it is."""
     made = KeyValueCache(INPUTS, *request.param)

@@ -24,7 +24,9 @@ __all__ = [
     "parse_canonical",
 ]
 
-SCHEMA: Final = "vlmbuild.artifact/1"
+SCHEMA: Final = "vlmbuild.artifact/2"
+READABLE: Final = ("vlmbuild.artifact/1", SCHEMA)
+"""Schema 1 has other names of passes (`util.renamed`)."""
 ROLES: Final = ("code", "config", "data", "graph", "processor", "weights")
 
 ADAPTER_URI: Final = "adapter"
@@ -190,10 +192,10 @@ def _check_schema(schema: object) -> None:
             f"{MANIFEST_NAME} has the schema {schema!r}, so it is not a vlmbuild artifact's. Give the folder that "
             "`vlmbuild build` wrote."
         )
-    if schema != SCHEMA:
+    if schema not in READABLE:
         raise IncompatibleError(
-            f"{MANIFEST_NAME} has the schema {schema}; this vlmbuild reads {SCHEMA}. Install a vlmbuild that reads it, "
-            "or build the artifact again."
+            f"{MANIFEST_NAME} has the schema {schema}; this vlmbuild reads {' and '.join(READABLE)}. Install a vlmbuild "
+            "that reads it, or build the artifact again."
         )
 
 

@@ -13,8 +13,8 @@ from vlmbuild.errors import PassError
 from vlmbuild.ir.program import Region
 from vlmbuild.ops import ATTENTION
 
-CacheForm = Literal["growing", "static"]
-""""growing" concatenates keys and values with those of new tokens; "static" writes these into buffers."""
+CacheForm = Literal["dynamic", "static"]
+""""dynamic" concatenates keys and values with those of new tokens; "static" writes these into buffers."""
 FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ class CachedBlock:
 
     Attributes:
         region: Its activations are those of the block, with the mask in place of the bounds, and then the cached keys and
-            values (and the position, for a static cache). A growing cache's keys and values follow the block's results.
+            values (and the position, for a static cache). A dynamic cache's keys and values follow the block's results.
         bounds: Index of the mask among the activations.
     """
 
@@ -65,7 +65,7 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     """Copy a block and give it a cache; None if the region has no self-attention over samples.
 
     Before: attention(q, k, v, None, bounds, None, None, True, scale)         [1, heads, batch * new, head dim]
-    After, growing:
+    After, dynamic:
             attention(q', cat(past_key, k'), cat(past_value, v'), mask, None, None, None, True, scale)
     After, static:
             attention(q', index_copy_(past_key, 2, position, k'), ..., mask, None, None, None, False, scale)
@@ -88,18 +88,18 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     with graph.inserting_before(node):
         batch = graph.call_function(aten.sym_size.int, (past[0], 0))
         rows = [_rows(graph, x, batch) for x in (query, key, value)]
-        if form == "growing":
+        if form == "dynamic":
             keys = [graph.call_function(aten.cat.default, (pair, 2)) for pair in zip(past, rows[1:], strict=True)]
         else:
             position = _placeholder(graph, "cache_position", past[1])
             write = aten.index_copy_.default
             keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, rows[1:], strict=True)]
-        node.args = (rows[0], *keys, mask, None, None, None, form == "growing", node.args[_SCALE])
+        node.args = (rows[0], *keys, mask, None, None, None, form == "dynamic", node.args[_SCALE])
     _one_row(graph, node)
     if bounds.users:
         raise PassError(f"{region.name} reads the bounds of samples besides attention; such a block has no cache.")
     graph.erase_node(bounds)
-    graph.output((*outputs, *(keys if form == "growing" else ())))
+    graph.output((*outputs, *(keys if form == "dynamic" else ())))
     module = GraphModule(nn.Module(), graph, class_name="Region")
     shapes = ((),) * (len(_activations(graph, region)))
     return CachedBlock(

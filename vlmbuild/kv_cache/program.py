@@ -27,20 +27,20 @@ TOTAL = Dim.parse("past + new")
 _SEQUENCE = Dim.named("sequence")
 
 
-def with_cache(program: Program, form: CacheForm = "growing") -> Program:
+def with_cache(program: Program, form: CacheForm = "dynamic") -> Program:
     """Derive a program whose variants take a key-value cache, and return it grown or write into it.
 
     A batch is padded here: `new` tokens of each of `batch` rows, row by row, with a mask over all tokens so far. These inputs
     and results are added, where N is the number of a decoder block:
 
-        growing  attention_mask           i64[batch, past + new]
+        dynamic  attention_mask           i64[batch, past + new]
                  past_key_values.N.key    compute[batch, kv heads, past, head dim], and .value
                  present.N.key            compute[batch, kv heads, past + new, head dim], and .value
         static   attention_mask           i64[batch, length], zero where nothing is written yet
                  past_key_values.N.key    compute[batch, kv heads, length, head dim], and .value; written in place
                  cache_position           i64[1], where the step's token is written
 
-    The growing form serves prompts (past = 0) and steps, the static one steps of one token. Where blocks read images by
+    The dynamic form serves prompts (past = 0) and steps, the static one steps of one token. Where blocks read images by
     cross-attention, the variant "image" also returns their keys and values of the images, and a variant "decode", for the
     steps after it, takes them: cross_key_values.N.key and .value.
 
@@ -143,7 +143,7 @@ def _cached(
     variant: Variant, blocks: Mapping[str, CachedBlock], heads: Mapping[str, tuple[int, int]], form: CacheForm
 ) -> Variant:
     past, rows, tokens = (
-        ("past", TOTAL, TOKENS) if form == "growing" else ("length", Dim.named("length"), Dim.named("batch"))
+        ("past", TOTAL, TOKENS) if form == "dynamic" else ("length", Dim.named("length"), Dim.named("batch"))
     )
     inputs = {
         entry.name: replace(entry, shape=tuple(tokens if size == _SEQUENCE else size for size in entry.shape))
@@ -161,7 +161,7 @@ def _cached(
         names = [f"{PAST}.{_number(call)}.{kind}" for kind in ("key", "value")]
         of_block, dim = heads[call.region]
         inputs |= {name: Input(name, COMPUTE_DTYPE, ("batch", of_block, past, dim)) for name in names}
-        grown = [present_name(name) for name in names] if form == "growing" else []
+        grown = [present_name(name) for name in names] if form == "dynamic" else []
         calls.append(_with_cache(call, blocks[call.region], (*names, *([POSITION] if form == "static" else [])), grown))
         presents += grown
     read = {value for call in calls for value in call.inputs}

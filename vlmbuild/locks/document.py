@@ -18,11 +18,13 @@ from vlmbuild.artifact.output import output_errors
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.toml_text import Row, to_toml
 from vlmbuild.recipe import Recipe
+from vlmbuild.util.renamed import PASSES, current_names
 
-SCHEMA = "vlmbuild.lock/1"
+SCHEMA = "vlmbuild.lock/2"
+_READABLE = ("vlmbuild.lock/1", SCHEMA)
 SUFFIX = ".lock"
 _HEAD = """\
-# What vlmbuild compiles from a model and a recipe. Made by `vlmbuild lock`, held against the code by `vlmbuild check`.
+# What vlmbuild compiles from a model and a recipe. Written by `vlmbuild lock`, compared with the code by `vlmbuild check`.
 # FLOPs and bytes are those of one instance, as formulas of the dimensions; attention counts a packed row as one segment.
 """
 TENSOR_CORES = ("none", "mma", "wgmma", "tcgen05")
@@ -142,10 +144,10 @@ class Lock:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"{where} is not a lock: {error}. Create it again with `vlmbuild lock`.") from error
-        if values.get("schema") != SCHEMA:
+        if values.get("schema") not in _READABLE:
             raise UsageError(
-                f"{where} has schema {values.get('schema')!r}, but this version reads {SCHEMA!r}. Create it again with "
-                "`vlmbuild lock`."
+                f"{where} has schema {values.get('schema')!r}, but this version reads "
+                f"{' and '.join(_READABLE)}. Create it again with `vlmbuild lock`."
             )
         try:
             return cls(
@@ -154,7 +156,7 @@ class Lock:
                 recipe=Recipe.from_mapping(values["recipe"], where),
                 **{name: _typed(name, values[name], dict) for name in _TABLES},
                 regions={name: _region(name, entry) for name, entry in values["regions"].items()},
-                passes={name: _pass(name, entry) for name, entry in values["passes"].items()},
+                passes={name: _pass(name, entry) for name, entry in current_names(values["passes"], PASSES).items()},
                 kernels=_kernels(values["kernels"]),
                 config=_typed("model.config", json.loads(values["model"]["config"]), dict),
             )

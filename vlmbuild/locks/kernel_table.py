@@ -117,7 +117,7 @@ def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> It
         for sizes in (_LARGE, _SMALL):
             for target, launch in _region_launches(region, sizes, dtype, targets):
                 yield name, target, launch
-        if (block := cached_block(region, "growing")) is not None:
+        if (block := cached_block(region, "dynamic")) is not None:
             yield from _cached_launches(region, block, dtype, targets)
     for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
         logits = torch.empty((_LARGE[0], _vocabulary(program.regions[head])), dtype=dtype, device="meta")

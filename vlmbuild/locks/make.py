@@ -26,6 +26,7 @@ from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.bind import read_program
+from vlmbuild.util.renamed import PASSES
 
 TOOLS = ("vlmbuild", "torch", "transformers", "triton")
 """Distributions whose versions a lock records."""
@@ -81,7 +82,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     passes = {
         name: LockedPass(name in exact, name in fusing, record["matches"], None, tuple(record["refusals"]), {})
         for record in manifest.passes
-        for name in [record["name"]]
+        for name in [PASSES.get(record["name"], record["name"])]
     }
     lock = lock_program(
         program, family_of(values, str(path)), portable(values), recipe, passes, "artifact", kernels=kernels

@@ -41,7 +41,7 @@ def measure(directory: Path, dtype: str) -> list[Record]:
 def prepare(directory: Path, dtype: str) -> Callable[[], list[Record]]:
     """Everything that needs no code; the rest when the result is called."""
     graphs, compiled = (bind_directory(directory, getattr(torch, dtype)).eval() for _ in range(2))
-    for model, form in ((graphs, "growing"), *((compiled, form) for form in FORMS)):
+    for model, form in ((graphs, "dynamic"), *((compiled, form) for form in FORMS)):
         model.cached(form)
     batches = tuple(cases(graphs.family.processor(directory)))
 

@@ -16,6 +16,7 @@ from vlmbuild.errors import IncompatibleError
 from vlmbuild.formats import WeightFormat, format_from_json
 from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role
 from vlmbuild.runtime.onnx.sizes import stored_sizes
+from vlmbuild.util.renamed import PASSES
 
 _PARTS = re.compile(r"\.weight\..*|\.(SCB|weight_format)$")
 """Ends of the names of a quantized weight's further tensors."""
@@ -31,7 +32,7 @@ def contents(path: str | Path) -> dict[str, Any]:
     reader = ArtifactReader(path, verify=False)
     manifest = reader.manifest
     program = _program(reader)
-    passes = [dict(record) for record in manifest.passes]
+    passes = [{**record, "name": PASSES.get(record["name"], record["name"])} for record in manifest.passes]
     try:
         weights = [weight for _, weight in _weights(program, _sizes(reader, program))]
         regions = [_region(entry) for entry in program["regions"]]

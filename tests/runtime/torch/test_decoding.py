@@ -1,4 +1,4 @@
-"""Static caches beside growing ones, and compiled decoding: as many graphs as there are regions, whatever the step."""
+"""Static caches beside dynamic ones, and compiled decoding: as many graphs as there are regions, whatever the step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("case", ["counts differ, left", "text only"])
-def test_static_equals_growing(case, options, batches, model):
+def test_static_equals_dynamic(case, options, batches, model):
     found = [
         model.generate(**batches[case], **OPTIONS | options, cache_implementation=form) for form in ("static", None)
     ]
@@ -90,7 +90,7 @@ def test_no_step_compiles_again(form, setup, batches):
     model.compile(backend=counter)
     first = model.generate(**batch, **options | {"max_new_tokens": 3})
     graphs = counter.frame_count
-    assert 0 < graphs <= 2 * len({*model.program.regions, *model.cached("growing").program.regions})
+    assert 0 < graphs <= 2 * len({*model.program.regions, *model.cached("dynamic").program.regions})
     assert_same(model.generate(**batch, **options), plain)
     assert counter.frame_count == graphs
     assert torch.equal(first.sequences, plain.sequences[:, : first.sequences.shape[1]])

@@ -84,7 +84,7 @@ def test_one_token_has_linear_layers_to_rounding(model, batch, monkeypatch):
 
 
 def test_schemas_are_called_for_few_operators(model):
-    bound = [*model.bound.values(), *model.cached("growing").bound.values(), *model.cached("static").bound.values()]
+    bound = [*model.bound.values(), *model.cached("dynamic").bound.values(), *model.cached("static").bound.values()]
     left = {node.target for one in bound for node in one.eager.graph.nodes if isinstance(node.target, OpOverload)}
     assert {str(target) for target in left} <= {
         "aten.slice.Tensor",

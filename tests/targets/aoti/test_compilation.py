@@ -16,11 +16,11 @@ from vlmbuild.targets.aoti.compilation import Compilation
 from vlmbuild.targets.aoti.plan import CodePlan
 from vlmbuild.targets.aoti.units import Unit
 
-FIRST, SECOND = Unit("growing", "first"), Unit("static", "second")
+FIRST, SECOND = Unit("dynamic", "first"), Unit("static", "second")
 PLAN = CodePlan(
     this_platform(levels=False),
     "g++ 12",
-    {"growing": {"first": "1"}, "static": {"second": "2"}},
+    {"dynamic": {"first": "1"}, "static": {"second": "2"}},
     {"1": FIRST, "2": SECOND},
     {"2": (0, 1)},
     {FIRST: 3, SECOND: 2},

@@ -16,8 +16,8 @@ def plan(built):
 def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built):
     block = "language_model.layers.cached"
     assert plan(built).weights.keys() == {
-        Unit("growing", "visual.blocks"),
-        Unit("growing", block),
+        Unit("dynamic", "visual.blocks"),
+        Unit("dynamic", block),
         Unit("static", block),
         Unit("static", block).of_token(),
     }
@@ -38,4 +38,4 @@ def test_the_index_has_every_region_in_every_form(built):
     }
     entry = index.regions["static"]["language_model.layers.cached"]
     assert entry.token == CodeFile("static/language_model.layers.cached.token.pt2", ())
-    assert index.regions["growing"]["language_model.layers.cached"].token is None
+    assert index.regions["dynamic"]["language_model.layers.cached"].token is None

@@ -31,7 +31,7 @@ def test_sizes_that_cannot_be_solved_get_names():
     assert with_names([*map(parse_shape, shapes)]) == tuple(map(parse_shape, [("d0", 4), ("d1", "d0")]))
 
 
-@pytest.mark.parametrize("form", ["growing", "static"])
+@pytest.mark.parametrize("form", ["dynamic", "static"])
 def test_graphs_compute_what_regions_do(built, form):
     """Also one token, no past, one row: sizes of 0 and 1 are no special case."""
     program = with_cache(built, form)
@@ -47,7 +47,7 @@ def test_graphs_compute_what_regions_do(built, form):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["growing", "static"])
+@pytest.mark.parametrize("form", ["dynamic", "static"])
 def test_graphs_for_one_token_compute_what_regions_do(built, form):
     program = with_cache(built, form)
     annotate_shapes(program)

@@ -9,23 +9,23 @@ from vlmbuild.runtime.aoti.code_index import compiled_regions
 from vlmbuild.targets.aoti.units import Unit, distinct_units, of_one_token, token_axis
 
 
-@pytest.mark.parametrize("unit", [Unit("growing", "visual.blocks"), Unit("static", "layers.cached", one_token=True)])
+@pytest.mark.parametrize("unit", [Unit("dynamic", "visual.blocks"), Unit("static", "layers.cached", one_token=True)])
 def test_names_come_back(unit):
     assert Unit.parse(str(unit)) == unit
 
 
 def test_files_are_distinct():
-    unit = Unit("growing", "layers")
+    unit = Unit("dynamic", "layers")
     assert {unit.file, unit.of_token().file, Unit("static", "layers").file} == {
-        "growing/layers.pt2",
-        "growing/layers.token.pt2",
+        "dynamic/layers.pt2",
+        "dynamic/layers.token.pt2",
         "static/layers.pt2",
     }
 
 
 def test_a_graph_that_two_forms_share_is_compiled_once():
-    units = distinct_units({"growing": {"a": "1", "b": "2"}, "static": {"a": "1", "b": "3"}})
-    assert units == {"1": Unit("growing", "a"), "2": Unit("growing", "b"), "3": Unit("static", "b")}
+    units = distinct_units({"dynamic": {"a": "1", "b": "2"}, "static": {"a": "1", "b": "3"}})
+    assert units == {"1": Unit("dynamic", "a"), "2": Unit("dynamic", "b"), "3": Unit("static", "b")}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_sizes_of_one_token(size, one):
     assert of_one_token((parse_shape((size, 8)),)) == (parse_shape((one, 8)),)
 
 
-@pytest.mark.parametrize("form", ["growing", "static"])
+@pytest.mark.parametrize("form", ["dynamic", "static"])
 def test_a_row_for_every_token_is_found(built, form):
     """In blocks of text, and only there."""
     program = with_cache(built, form)

@@ -17,7 +17,7 @@ from vlmbuild.targets.aoti.units import Unit
 def compile_region(graph, name, level, folder, *, one_token):
     """What inductor may do."""
     print("g++ says hello")
-    if name.startswith("growing.visual"):
+    if name.startswith("dynamic.visual"):
         raise RuntimeError("CppCompileError: no compiler\nmore of it")
     if one_token:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -37,7 +37,7 @@ def test_what_becomes_of_every_unit_is_said(built, monkeypatch, tmp_path, capfd,
     said = {record["unit"]: record for record in records}
     assert said.keys() == set(map(str, plan.weights))
     block = Unit("static", "language_model.layers.cached")
-    assert said["growing:visual.blocks"]["error"] == "RuntimeError: CppCompileError: no compiler"
+    assert said["dynamic:visual.blocks"]["error"] == "RuntimeError: CppCompileError: no compiler"
     assert said[str(block.of_token())]["error"] == "the compiling process ended with -9"
     assert (tmp_path / "static.language_model.layers.cached.pt2").read_bytes() == b"code"
     assert sorted(place for place, _ in said[str(block)]["inputs"]) == list(range(7))

@@ -92,7 +92,7 @@ program, folder = map(pathlib.Path, sys.argv[1:])
 programs = worker.cached_programs(from_json(json.loads(program.read_text())))
 platform = worker.platform_compiled_for()
 worker.CodePlan.of(programs, platform, "")
-print(worker._compiled(programs, worker.Unit("growing", "visual.blocks"), "float32", platform.level, folder))
+print(worker._compiled(programs, worker.Unit("dynamic", "visual.blocks"), "float32", platform.level, folder))
 """
 
 
@@ -107,7 +107,7 @@ def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
         env={**os.environ, **settings},
     )
     (file,) = (name for name in artifact.manifest.trust["code"] if name.endswith("visual.blocks.pt2"))
-    assert (tmp_path / "growing.visual.blocks.pt2").read_bytes() == (artifact.path / file).read_bytes()
+    assert (tmp_path / "dynamic.visual.blocks.pt2").read_bytes() == (artifact.path / file).read_bytes()
 
 
 def test_opening_takes_trust(artifact, run):
@@ -194,7 +194,7 @@ def test_from_pretrained_has_no_place_for_code(tmp_path):
         )
 
 
-@pytest.mark.parametrize("length", [None, 8], ids=["growing", "static"])
+@pytest.mark.parametrize("length", [None, 8], ids=["dynamic", "static"])
 def test_a_single_token_has_code_of_its_own(artifact, monkeypatch, length):
     model, _ = vlmbuild.load(artifact.path, trust=("code",))
     used = []
@@ -218,12 +218,12 @@ def test_a_single_token_has_code_of_its_own(artifact, monkeypatch, length):
 
     pairs = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     one, two, more = (model.new_cache(length) for _ in range(3))
-    assert said(one, pairs[:1, :3])[1] == said(two, pairs[:, :3])[1] == "growing code"
+    assert said(one, pairs[:1, :3])[1] == said(two, pairs[:, :3])[1] == "dynamic code"
     alone, its_code = said(one, pairs[:1, 3:])
     together, their_code = said(two, pairs[:, 3:])
     said(more, pairs[:1, :2])
     at_once, code_of_several = said(more, pairs[:1, 2:])
-    assert (its_code, their_code, code_of_several) == ("static _token", "static code", "growing code")
+    assert (its_code, their_code, code_of_several) == ("static _token", "static code", "dynamic code")
     torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone[:, -1], at_once[:, -1], rtol=1e-4, atol=1e-4)
 
@@ -233,9 +233,9 @@ def test_a_growing_cache_grows_beyond_its_room(artifact):
     model, _ = vlmbuild.load(artifact.path, trust=("code",))
     ids = torch.tensor([[5, 6, 7]])
     long = GREEDY | {"max_new_tokens": 2 * compiled_code._ROOM + 3, "return_dict_in_generate": True}
-    growing, static = (model.generate(input_ids=ids, **long, cache_implementation=form) for form in (None, "static"))
-    assert torch.equal(growing.sequences, static.sequences)
-    room = {block.keys.shape[2] for block in growing.past_key_values.blocks}
+    dynamic, static = (model.generate(input_ids=ids, **long, cache_implementation=form) for form in (None, "static"))
+    assert torch.equal(dynamic.sequences, static.sequences)
+    room = {block.keys.shape[2] for block in dynamic.past_key_values.blocks}
     assert room == {3 + 3 * compiled_code._ROOM}
 
 
@@ -259,9 +259,9 @@ def changed(artifact, change):
         (lambda index: index["platform"].update(torch="1.0"), "for torch 1.0"),
         (lambda index: index["platform"].pop("libc"), "cannot be read"),
         (lambda index: index.update(dtype="bfloat16"), "computes in bfloat16, and its weights are in torch.float32"),
-        (lambda index: index["regions"]["growing"].pop("visual.blocks"), "another graph for visual.blocks"),
+        (lambda index: index["regions"]["dynamic"].pop("visual.blocks"), "another graph for visual.blocks"),
         (
-            lambda index: index["regions"]["growing"]["visual.blocks"].update(graph="0"),
+            lambda index: index["regions"]["dynamic"]["visual.blocks"].update(graph="0"),
             "another graph for visual.blocks",
         ),
     ],
@@ -293,7 +293,7 @@ def test_code_that_computes_something_else_is_found(artifact, monkeypatch):
     )
     records = code_numerics.measure(artifact.path, "float32")
     with pytest.raises(
-        ParityError, match="The compiled regions differ from the program: case 'one image, growing cache'"
+        ParityError, match="The compiled regions differ from the program: case 'one image, dynamic cache'"
     ):
         numerics.check_records(records, "The compiled regions")
 

@@ -142,7 +142,7 @@ def adopt_code(model: VisionLanguageModel, read: Read, where: str) -> None:
 def new_code_cache(model: VisionLanguageModel, length: int | None) -> KeyValueCache:
     """Return an empty cache for compiled regions: dynamic, or with room for `length` tokens. Both are written in place, as the
     compiled code for single tokens needs."""
-    program = model.cached("growing").program
+    program = model.cached("dynamic").program
     return KeyValueCache(cached_inputs(program.variants["text"]), length, _ROOM)
 
 

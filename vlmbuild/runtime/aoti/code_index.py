@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.runtime.aoti.platform import CodePlatform
+from vlmbuild.util.renamed import CACHE_FORMS, current_names
 
 CODE_INDEX = "code/index.json"
 
@@ -111,6 +112,6 @@ class CodeIndex:
         """Read JSON values. Raises LookupError, TypeError, ValueError or AttributeError for anything but an index."""
         regions = {
             form: {name: CodeEntry.from_record(entry) for name, entry in entries.items()}
-            for form, entries in record["regions"].items()
+            for form, entries in current_names(record["regions"], CACHE_FORMS).items()
         }
         return cls(CodePlatform.from_record(record["platform"]), str(record["dtype"]), regions)

@@ -44,7 +44,7 @@ class CachedProgram:
         program = with_cache(model.program, form)
         bound = {
             name: model.bound[name]
-            if form == "growing" and region is model.program.regions.get(name)
+            if form == "dynamic" and region is model.program.regions.get(name)
             else BoundRegion(region, model.dtype, one_token=form == "static")
             for name, region in program.regions.items()
         }
@@ -62,7 +62,7 @@ class Decoding(DecodeSteps["VisionLanguageModel"]):
     compiler: Compiler = None
 
     def run_prompt(self, batch: Mapping[str, Any], prepared: PackedBatch, mask: Tensor) -> PromptResult:
-        variants = self.model.cached("growing").program.variants
+        variants = self.model.cached("dynamic").program.variants
         inputs = unpack_to_padded(prepared, variants[prepared.variant], mask.shape)
         values = {name: tensor.to(self.model.device) for name, tensor in inputs.items()} | {MASK: mask}
         logits, crossing = self._append(prepared.variant, dict(values))
@@ -90,7 +90,7 @@ class Decoding(DecodeSteps["VisionLanguageModel"]):
         batch, tokens = values[MASK].shape
         _check_room(cache, tokens)
         past = cache.past(batch, model.dtype, values[MASK].device)
-        logits, presents = self._run("growing", name, values | past)
+        logits, presents = self._run("dynamic", name, values | past)
         cache.keep({name: presents.pop(present_name(name)) for name in past})
         return logits, presents
 

@@ -208,7 +208,7 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self._cached[form] = cached
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
-        program = self.cached("growing").program
+        program = self.cached("dynamic").program
         return KeyValueCache(cached_inputs(program.variants["text"]), length)
 
     def forward_prepared(self, prepared: PackedBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlmbuild.errors import PassError
-from vlmbuild.targets.onnx.graph import CONTRIB, ELEMENT_TYPES, GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import CONTRIB, ELEMENT_TYPES, GraphBuilder
 from vlmbuild.targets.onnx.translate import Site, Value
 
 LEAST = {torch.float32: -1e9, torch.float16: -3e4}

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.formats import WeightFormat
-from vlmbuild.targets.onnx.graph import Stored
+from vlmbuild.targets.onnx.graph_builder import Stored
 from vlmbuild.targets.onnx.layout import DataFile
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.weights import parameter_values

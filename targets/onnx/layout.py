@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from vlmbuild.formats import PackedWeight, WeightFormat
 from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, join
-from vlmbuild.targets.onnx.graph import GraphBuilder, Stored
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder, Stored
 
 _PAGE, _LINE = 4096, 64
 """Large tensors begin on a page, so that a runtime may map them; small ones on a cache line."""

@@ -16,7 +16,7 @@ from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.program import COMPUTE_DTYPE, Input, Program, Variant
 from vlmbuild.kv_cache.program import CROSS, PAST, PRESENT, STEP, TOKENS, TOTAL
 from vlmbuild.runtime.onnx.decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.layout import DataFile, Weights
 from vlmbuild.targets.onnx.operators import table
 from vlmbuild.targets.onnx.parts import Part, cut, embedded_tokens

@@ -13,7 +13,7 @@ from vlmbuild.formats import PackedWeight
 from vlmbuild.ops import OPERATORS
 from vlmbuild.targets.onnx.aten import ATEN
 from vlmbuild.targets.onnx.attention import attention
-from vlmbuild.targets.onnx.graph import CONTRIB
+from vlmbuild.targets.onnx.graph_builder import CONTRIB
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 

@@ -11,7 +11,7 @@ from vlmbuild.families import ClientVision
 from vlmbuild.ir.dims import Size, evaluate_shape, shape_names
 from vlmbuild.ir.program import needed_nodes
 from vlmbuild.rewrite.pattern import trace
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.operators import table
 from vlmbuild.targets.onnx.translate import Translator
 

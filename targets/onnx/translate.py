@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from vlmbuild.errors import PassError
 from vlmbuild.ir.program import COMPUTE_DTYPE
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 
 
 @dataclass(frozen=True, slots=True)

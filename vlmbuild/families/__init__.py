@@ -6,7 +6,7 @@ real processor), which runs the tests that hold for every family, and `tests/fam
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
    (`grid.py`: images are grids of patches, features take the places of placeholder tokens) or `Family` (`base.py`). Override
    what differs; abstract methods are what a family must say.
-2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`core.py`;
+2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
 3. `prepare.py`: everything that depends on data, on the host, packed (`batch.py`). Name the sample in every refusal. Where
    transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
@@ -27,11 +27,11 @@ from typing import Any
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families.base import Family, InputLayout
 from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
-from vlmbuild.families.core import KeyGroups
 from vlmbuild.families.js import ClientVision
 from vlmbuild.families.mllama.model import Mllama
 from vlmbuild.families.pixtral.model import Pixtral
 from vlmbuild.families.qwen2_vl.model import Qwen2VL
+from vlmbuild.families.traced import KeyGroups
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL())}
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.batch import ImageCost, PackedBatch
-from vlmbuild.families.core import TextCore, meta_module
 from vlmbuild.families.js import ClientFiles, ClientVision, with_template
+from vlmbuild.families.text_config import check_text
+from vlmbuild.families.traced import TextCore, meta_module
 from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Input, Role
 
 InputLayout = Literal["sample", "token", "medium"]
@@ -21,7 +22,6 @@ InputLayout = Literal["sample", "token", "medium"]
 it adds; or the images and videos of all samples in one list."""
 
 IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
-STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 class Family(ABC):
@@ -70,7 +70,7 @@ class Family(ABC):
         plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
         try:
             config = self.config_class.from_dict(plain)
-            _check_text(config.get_text_config())
+            check_text(config.get_text_config())
             self.check(config)
         except SourceError:
             raise
@@ -264,18 +264,3 @@ class Family(ABC):
             template: The chat template.
         """
         return {"config.json": values, "tokenizer_config.json": with_template(files, template)}
-
-
-def _check_text(text: Any) -> None:
-    """Raise SourceError for language models that would be captured wrongly."""
-    rope_type = text.rope_parameters["rope_type"]
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise SourceError(
-            f"config.json: rope_type {rope_type!r} depends on the data and cannot be compiled. "
-            f"Use one of {', '.join(STATIC_ROPE_TYPES)}."
-        )
-    dropout = getattr(text, "attention_dropout", 0) or getattr(text, "dropout", 0)
-    if dropout:
-        raise SourceError(
-            f"config.json: attention dropout {dropout} is not supported. Set it to 0, as published configs do."
-        )

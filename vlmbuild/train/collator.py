@@ -14,9 +14,9 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
-from vlmbuild.train.chat import Conversation, read_conversation
+from vlmbuild.train.conversation import Conversation, read_conversation
 from vlmbuild.train.images import image_size, open_image
-from vlmbuild.train.responses import render
+from vlmbuild.train.render import render
 from vlmbuild.util.validation import one_of
 
 IGNORED = -100

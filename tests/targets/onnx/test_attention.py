@@ -6,7 +6,7 @@ import torch
 from vlmbuild.errors import PassError
 from vlmbuild.ops.attention.op import attention_reference
 from vlmbuild.targets.onnx.attention import ROWS, attention
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.translate import Site, Value
 
 HEADS, DIM, SCALE = 4, 8, 0.3

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.prologue import add_prologue
 
 RANKS = {"pixel_values": 2, "vision_position_ids": 2, "vision_cu_seqlens": 1}

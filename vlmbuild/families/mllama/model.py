@@ -10,9 +10,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families.core import KeyGroups, TextCore, embed_patches
 from vlmbuild.families.mllama.prepare import MllamaPrologue, padded_patches
 from vlmbuild.families.mllama.processor import MllamaProcessing
+from vlmbuild.families.traced import KeyGroups, TextCore, embed_patches
 from vlmbuild.ir.program import Geometry, Rotary
 
 

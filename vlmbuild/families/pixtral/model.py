@@ -10,9 +10,9 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families.core import FeatureCore, embed_patches
 from vlmbuild.families.pixtral.prepare import PixtralPrologue
 from vlmbuild.families.pixtral.processor import PixtralProcessing
+from vlmbuild.families.traced import FeatureCore, embed_patches
 from vlmbuild.ir.program import Geometry, Rotary
 
 

@@ -9,8 +9,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VL
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
 from vlmbuild.errors import SourceError
-from vlmbuild.families.core import FeatureCore
 from vlmbuild.families.qwen2_vl.processor import Qwen2VLProcessing
+from vlmbuild.families.traced import FeatureCore
 from vlmbuild.ir.program import Geometry, Rotary
 
 

@@ -5,7 +5,7 @@ import onnxruntime
 import torch
 
 from vlmbuild.targets.onnx.attention import loop
-from vlmbuild.targets.onnx.graph import GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 
 
 def operators(builder):

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from vlmbuild.errors import BatchError
-from vlmbuild.train.chat import Conversation
+from vlmbuild.train.conversation import Conversation
 
 
 @dataclass(frozen=True, slots=True)

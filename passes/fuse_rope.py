@@ -23,8 +23,9 @@ _OPS = torch.ops.vlmbuild
 
 @dataclass(frozen=True, slots=True)
 class FuseRope:
-    """Fuse rotary embeddings with one or several position axes: plain RoPE (arXiv:2104.09864), M-RoPE (arXiv:2409.12191,
-    section 2.1) and axial vision RoPE with frequencies that the axes share or split (arXiv:2410.07073, section 2.2).
+    """Fuse rotary embeddings with one or several position axes: plain RoPE (arXiv:2104.09864), M-RoPE
+    (arXiv:2409.12191, section 2.1) and axial vision RoPE with frequencies that the axes share or split
+    (arXiv:2410.07073, section 2.2).
 
     Before, in every layer:                         After:
         rotated_q = q * cos + cat(-q2, q1) * sin        rotated_q, rotated_k = mrope_rotate(q, k, cos1, sin1)
@@ -34,8 +35,8 @@ class FuseRope:
         cos = cat(angles.cos() by section) twice
 
     Legal because both halves of cos and sin are equal, so that the operators may read the first half only, and because
-    every channel of the section mix is one product of a position and a frequency. The tables stay in float32 when all their
-    readers are fused rotations; with a reader left over, the model's own cast stays too.
+    every channel of the section mix is one product of a position and a frequency. The tables stay in float32 when all
+    their readers are fused rotations; with a reader left over, the model's own cast stays too.
     """
 
     name: ClassVar[str] = "fuse_rope"
@@ -63,7 +64,8 @@ def _rewrites(rotary: Rotary) -> tuple[Rewrite, ...]:
 
 
 def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """Axes with the same frequencies rotate packed `[patches, heads, head_dim]`, in float32."""
+    """Yield rewrites of axes with the same frequencies, which rotate packed `[patches, heads, head_dim]`, in
+    float32."""
     half = rotary.head_dim // 2
     rows: dict[int, Any] = {0: Dim("rows")}
     table = torch.empty(6, rotary.head_dim, device="meta")
@@ -75,7 +77,8 @@ def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
 
 
 def _split_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """Two axes that split the frequencies rotate packed `[1, heads, patches, head_dim]`, in the compute dtype."""
+    """Yield rewrites of two axes that split the frequencies, which rotate packed `[1, heads, patches, head_dim]`, in
+    the compute dtype."""
     half = rotary.head_dim // 2
     rows: dict[int, Any] = {0: Dim("rows")}
     table = torch.empty(6, rotary.head_dim, dtype=COMPUTE_DTYPE, device="meta")
@@ -88,7 +91,8 @@ def _split_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
 
 
 def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
-    """M-RoPE, and RoPE with its single axis, rotate `[batch, heads, sequence, head_dim]`, in the compute dtype."""
+    """Yield rewrites of M-RoPE, and of RoPE with its single axis, on `[batch, heads, sequence, head_dim]` in the
+    compute dtype."""
     half = rotary.head_dim // 2
     single = len(rotary.sections) == 1
     rows: dict[int, Any] = {0: Dim("batch"), 1: Dim("rows")}
@@ -111,7 +115,7 @@ def _rotate_half(states: Tensor) -> Tensor:
 
 
 def _rotation(heads: int) -> Callable[..., Any]:
-    """Tables get a dimension at the axis of the heads."""
+    """Build the pattern of a rotation whose tables get a dimension at the axis of the heads."""
 
     def pattern(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos.unsqueeze(heads), sin.unsqueeze(heads)
@@ -189,7 +193,8 @@ def _plain_tables(rotary: Rotary) -> Callable[..., Any]:
 
 
 def _fused_tables(rotary: Rotary, axis: int | None) -> Callable[..., Any]:
-    """`axis` is the dimension of the position ids that holds their axes; None for one axis without a dimension."""
+    """Build the replacement of a table pattern; `axis` is the position ids' dimension of axes, None if they have
+    none."""
 
     def replacement(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         if axis is None:
@@ -220,7 +225,7 @@ def _drop_table_casts(program: Program) -> None:
 
 
 def _is_table(node: Any) -> bool:
-    """Whether it is cat((t, t)) of a result of `mrope_cos_sin`."""
+    """Return whether a node is cat((t, t)) with a result t of `mrope_cos_sin`."""
     if not isinstance(node, Node) or node.target is not aten.cat.default:
         return False
     part = node.args[0][0]  # type: ignore[index]
@@ -229,7 +234,7 @@ def _is_table(node: Any) -> bool:
 
 
 def _reads_as_table(placeholder: Node) -> bool:
-    """Whether only fused rotations read it, and only its first half."""
+    """Return whether only fused rotations read a placeholder, and only its first half."""
     halves = [user.target is aten.slice.Tensor for user in placeholder.users]
     readers = [reader for user in placeholder.users for reader in _past_unsqueeze(user)]
     return all(halves) and all(reader.target is _OPS.mrope_rotate.default for reader in readers)

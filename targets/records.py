@@ -1,4 +1,4 @@
-"""What artifacts of every target say of where they come from: config.json, the passes, the source's files."""
+"""Records of an artifact's origin for every target: config.json, the passes, the source's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_im
 
 
 def pass_record(report: PassReport, request: Request) -> dict[str, Any]:
-    """What the manifest says of a pass; of quantization also each layer's decision."""
+    """Return the manifest's record of a pass; for quantization with each layer's decision."""
     record = report.record()
     if report.name != QUANTIZE:
         return record
@@ -26,7 +26,7 @@ def pass_record(report: PassReport, request: Request) -> dict[str, Any]:
 
 
 def artifact_config(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The source's config with our dtype, without the source's quantization and without anything that names code."""
+    """Return the source's config with our dtype, without its quantization and anything that names code."""
     config = {key: value for key, value in values.items() if key not in _NOT_COPIED}
     for key, part in config.items():
         if isinstance(part, Mapping) and key.endswith("_config"):
@@ -37,7 +37,7 @@ def artifact_config(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 
 
 def source_records(request: Request) -> list[Mapping[str, Any]]:
-    """The files that went into the artifact. Digests of the checkpoint's were begun when the build was."""
+    """List the source's files, and an adapter's; waits for digests, which are computed during the build."""
     entries = [
         {"path": name, "size": (request.checkpoint.source.directory / name).stat().st_size, "digest": digest.result()}
         for name, digest in sorted(request.digests.items())
@@ -60,9 +60,9 @@ def publish(
     """Publish what was written, under the recipe's target.
 
     Args:
-        formats: Names of those that weights are stored in, for the artifact's name.
-        numerics: For the manifest.
-        toolchain: Versions beside those that every target needs.
+        formats: Format names of the weights, for the artifact's name.
+        numerics: Records of measured errors for the manifest.
+        toolchain: Versions of the target's own tools.
 
     Raises:
         OutputError: There is no space, or the output cannot be written.

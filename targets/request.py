@@ -27,13 +27,13 @@ from vlmbuild.rewrite.pass_manager import PassReport
 
 @dataclass(frozen=True, slots=True)
 class StoredParameter:
-    """What becomes of a parameter of the source.
+    """Parameter of the source as it is stored.
 
     Attributes:
         name: Module name.
-        shape: Of the parameter.
-        format: In which it is stored; None for plain.
-        specs: Of the tensors that are stored, the weight first.
+        shape: Shape of the parameter.
+        format: Storage format; None for plain.
+        specs: Stored tensors, the weight first.
     """
 
     name: str

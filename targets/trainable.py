@@ -1,4 +1,5 @@
-"""The trainable target: an ordinary Hugging Face checkpoint, quantized in bitsandbytes' layout, with the program beside it."""
+"""The trainable target: an ordinary Hugging Face checkpoint, quantized in bitsandbytes' layout, with the program beside
+it."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
 
 
 def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
-    """What becomes of every source tensor, each once, in the order of the regions; follows from the program alone."""
+    """Yield every source parameter as it is stored, once, in the order of the regions."""
     dtype = getattr(torch, recipe.dtype)
     for name, shape, form in program.source_weights():
         yield StoredParameter(name, shape, form, _specs(family.stored_name(name), shape, dtype, form))
@@ -68,12 +69,12 @@ def _specs(
 
 
 def format_names(program: Program) -> list[str]:
-    """Of the formats that weights are stored in, the most frequent first."""
+    """List names of the weights' formats, most frequent first."""
     return [form.name for form in _formats(program)]
 
 
 def _formats(program: Program) -> list[WeightFormat]:
-    """Those that occur, the most frequent first."""
+    """List formats of the weights, most frequent first."""
     counts = Counter(
         recipe.format for region in program.regions.values() for recipe in region.recipes for _ in region.instances
     )
@@ -81,7 +82,7 @@ def _formats(program: Program) -> list[WeightFormat]:
 
 
 def _config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, Any]:
-    """The artifact's config.json, which says what is quantized."""
+    """Return the artifact's config.json values, with its quantization."""
     config = artifact_config(values, recipe)
     if formats := _formats(program):
         config["quantization_config"] = quantization_config(
@@ -91,7 +92,7 @@ def _config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict
 
 
 def _kept_modules(program: Program) -> list[str]:
-    """The widest names that cover every matrix that is not quantized and none that is."""
+    """Return the shortest module names that cover all unquantized matrices and no quantized one."""
     quantized = {
         join(instance, recipe.source).removesuffix(".weight")
         for region in program.regions.values()
@@ -108,7 +109,7 @@ def _kept_modules(program: Program) -> list[str]:
 
 
 def _widest_prefix(module: str, quantized: set[str]) -> str:
-    """The shortest leading part of a module's path below which nothing is quantized."""
+    """Return the shortest leading part of a module's path below which nothing is quantized."""
     parts = module.split(".")
     prefixes = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return next(prefix for prefix in prefixes if not any(f"{name}.".startswith(f"{prefix}.") for name in quantized))

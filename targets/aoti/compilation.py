@@ -57,10 +57,11 @@ class Compilation:
         """Wait for all packages.
 
         Args:
-            progress: Told how many are done, of how many.
+            progress: Called with the number of compiled units, and of all.
 
         Returns:
-            The plan; and of each unit the package's "file" and its "inputs": places among the region's activations, in the
+            The plan; and of each unit the package's "file" and its "inputs": places among the region's activations, in
+                the
             order in which the code takes them, with their dtypes.
 
         Raises:
@@ -86,7 +87,7 @@ class Compilation:
         return plan, found
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """What the process says, until it ends."""
+        """Yield the records that the process prints, until it ends."""
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             yield from map(json.loads, lines)
@@ -96,7 +97,7 @@ class Compilation:
         return self._folder / "log"
 
     def _last_words(self) -> str:
-        """Why the process ended too early."""
+        """Return the reason for which the process ended too early."""
         code = self._process.wait()
         log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         errors = [line.strip() for line in log if "Error" in line]

@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 from vlmbuild.runtime.aoti.platform import CodePlatform, plain_feature, this_platform
 
 _PARTS = {".wrapper.so": True, ".wrapper_metadata.json": True, ".wrapper.json": False}
-"""Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our own
-operators. The rest are sources, which name folders of this machine."""
+"""Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our
+own operators. The rest are sources, which name folders of this machine."""
 _MARCH = "cpp.march"
 _NAMELESS = ("-s", "-Wno-builtin-macro-redefined", '-D__FILE__="code"')
 """The compiler's options that keep names of files, which depend on where inductor's cache is, out of the code."""
@@ -29,13 +29,16 @@ _VECTORS = {
     "realize_opcount_threshold": 2,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-"""Loops of a matrix times a vector take as long as reading the matrix only if they do nothing else: what the vector is made of
-is computed before, and a product and its sum are one instruction."""
+"""Loops of a matrix times a vector take as long as reading the matrix only if they do nothing else: what the vector is
+made of is computed before, and a product and its sum are one instruction."""
 
 
 def platform_compiled_for() -> CodePlatform:
-    """What code that is compiled here needs: the processor's level, and what inductor's own kernels use. Before torch 2.13
-    inductor compiles for the very processor."""
+    """Return the requirements of code that is compiled here: the processor's level, and instructions of inductor's
+    kernels.
+
+    Before torch 2.13 inductor compiles for the very processor.
+    """
     if _MARCH not in inductor.get_config_copy():
         return this_platform(levels=False)
     flags = pick_vec_isa().build_arch_flags().split()
@@ -43,7 +46,7 @@ def platform_compiled_for() -> CodePlatform:
 
 
 def cpp_compiler() -> str:
-    """What `--version` of the C++ compiler begins with; "none" without one, which compiling says too."""
+    """Return the first line of the C++ compiler's `--version`; "none" without one, which fails again when compiling."""
     try:
         said = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True)  # noqa: S603
     except Exception:  # inductor's for a compiler that is not there, and the system's
@@ -52,17 +55,17 @@ def cpp_compiler() -> str:
 
 
 def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, one_token: bool = False) -> Path:
-    """A package with the code of a region's graph; the same graph gives the same bytes, wherever it is compiled.
+    """Compile a region's graph into a package; the same graph gives the same bytes, wherever it is compiled.
 
     Args:
-        graph: Its placeholders have fake tensors.
-        name: Of the file, without its end.
-        level: Of x86-64, or "" for this very processor.
-        folder: For the package.
-        one_token: Whether what it does is to multiply matrices by vectors.
+        graph: Graph whose placeholders have fake tensors.
+        name: File name without suffix.
+        level: Level of x86-64, or "" for this very processor.
+        folder: Folder of the package.
+        one_token: True if the graph multiplies matrices by vectors.
 
     Raises:
-        Exception: Inductor's or the C++ compiler's own, of many kinds.
+        Exception: Inductor or the C++ compiler failed; they raise many kinds.
     """
     inputs = tuple(node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder")
     with torch.no_grad():
@@ -80,7 +83,8 @@ def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, o
 
 
 def _options(level: str, one_token: bool) -> dict[str, Any]:
-    """Inductor's: one thread pool of the process that runs the code, no debug symbols, no paths of this machine."""
+    """Return inductor's options: one thread pool of the process that runs the code, no debug symbols, no paths of this
+    machine."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
         "cpp.dynamic_threads": True,

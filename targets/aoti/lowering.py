@@ -1,4 +1,4 @@
-"""What operators become before they are compiled: operators of torch where these can be fused, or need no Python."""
+"""Replace operators before they are compiled, by operators of torch where these can be fused, or need no Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
         causal: bool,
         scale: float,
     ) -> Tensor:
-        """As the operator; with a cache on a CPU, torch's kernel, which C++ calls itself."""
+        """Attend as the operator does; with a cache on a CPU, by torch's kernel, which C++ calls itself."""
         if query.device.type != "cpu" or key_mask is None or cu_seqlens is not None:
             return operator(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
         seen = allowed_keys(query.shape[2], key.shape[2], Masks(key_mask), causal, query.device)
@@ -71,5 +71,6 @@ FORMS: dict[str, Callable[..., Any] | None] = {
     "mrope_cos_sin": cos_sin_reference,
     "mrope_rotate": rotate_reference,
 }
-"""Operator of a program -> function that is traced instead of it, or refuses it; None: compiled code calls the operator."""
+"""Operator of a program -> function that is traced instead of it, or refuses it; None: compiled code calls the
+operator."""
 _LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {torch.ops.aten.linear.default: linear}

@@ -1,4 +1,5 @@
-"""oneDNN's linear layer in compiled code, with weights that are inputs: inductor's own use of it takes constants alone."""
+"""oneDNN's linear layer in compiled code, with weights that are inputs: inductor's own use of it takes constants
+alone."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ _LINEAR = torch.ops.vlmbuild.linear_onednn.default
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear layer, by oneDNN where torch would not take it."""
+    """Compute a linear layer, by oneDNN where torch would not take it."""
     result: Tensor = _LINEAR(states, weight, bias) if suits_onednn(states, weight) else F.linear(states, weight, bias)
     return result
 
 
 @register_lowering(_LINEAR)
 def _(states: TensorBox, weight: TensorBox, bias: TensorBox | None) -> TensorBox:
-    """A call from C++."""
+    """Lower the operator to a call from C++."""
     result: TensorBox = TensorBox.create(LinearUnary.create(states, weight, bias, "none", [], ""))
     return result

@@ -1,4 +1,4 @@
-"""What an artifact's code is made of: the regions of its programs with a cache, each distinct graph compiled once."""
+"""Plan of an artifact's code: the regions of its programs with a cache, each distinct graph compiled once."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from vlmbuild.targets.aoti.units import Unit, distinct_units, token_axis
 
 @dataclass(frozen=True, slots=True)
 class CodePlan:
-    """What is compiled, and what for.
+    """Units to compile, and the platform that they are compiled for.
 
     Attributes:
-        platform: What the code will need.
+        platform: Requirements of the code.
         compiler: Name and version of the C++ compiler; other ones make other bytes.
         graphs: Form of the cache -> region -> digest of its graph.
         units: Digest -> the unit that is compiled from the graph.
-        axes: Digest -> place and axis of an activation that has a row for every token; of graphs that get a second unit, for
-            a single token.
+        axes: Digest -> place and axis of an activation that has a row for every token; of graphs that get a second
+            unit, for a single token.
         weights: Unit -> how much there is to compile, in any measure.
     """
 
@@ -39,7 +39,7 @@ class CodePlan:
 
     @classmethod
     def of(cls, programs: Mapping[CacheForm, Program], platform: CodePlatform, compiler: str) -> Self:
-        """The plan of programs, whose regions get their shapes here."""
+        """Plan the code of programs; annotates their regions with shapes."""
         graphs = {
             form: {name: digest(region, shapes=False) for name, region in compiled_regions(program).items()}
             for form, program in programs.items()
@@ -55,7 +55,7 @@ class CodePlan:
         return cls(platform, compiler, graphs, units, found, weights)
 
     def index(self, dtype: str, files: Mapping[Unit, CodeFile]) -> CodeIndex:
-        """The artifact's index, given the file of each unit."""
+        """Build the artifact's index from the file of each unit."""
         entries = {
             graph: CodeEntry(graph, files[unit], files.get(unit.of_token()), self.axes.get(graph))
             for graph, unit in self.units.items()
@@ -66,7 +66,7 @@ class CodePlan:
         return CodeIndex(self.platform, dtype, regions)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the plan as plain values for JSON."""
         return {
             "platform": self.platform.record(),
             "compiler": self.compiler,
@@ -78,7 +78,7 @@ class CodePlan:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """What `record` gives."""
+        """Read a plan from its `record`."""
         return cls(
             CodePlatform.from_record(record["platform"]),
             record["compiler"],
@@ -90,5 +90,5 @@ class CodePlan:
 
 
 def cached_programs(program: Program) -> dict[CacheForm, Program]:
-    """The programs whose regions are compiled, by the form of their cache."""
+    """Return the programs whose regions are compiled, by the form of their cache."""
     return {form: with_cache(program, form) for form in FORMS}

@@ -1,4 +1,5 @@
-"""A region as inductor takes it: a graph in the compute dtype, whose inputs' sizes can be read off one after another."""
+"""A region as inductor takes it: a graph in the compute dtype, whose inputs' sizes can be read off one after
+another."""
 
 from __future__ import annotations
 
@@ -18,16 +19,16 @@ from vlmbuild.targets.aoti.units import of_one_token
 
 
 def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -> tuple[GraphModule, tuple[int, ...]]:
-    """The graph, whose placeholders have fake tensors, and the order of activations that it takes.
+    """Return a region's graph, with fake tensors at its placeholders, and the order of its activations.
 
-    Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last unknown.
-    So inputs come in an order in which there is never a second unknown; where there is none, the whole expression gets a
-    name of its own.
+    Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last
+    unknown. So inputs come in an order in which there is never a second unknown; where there is none, the whole
+    expression gets a name of its own.
 
     Args:
-        region: With its shapes.
-        dtype: Takes the place of `COMPUTE_DTYPE`.
-        one_token: Whether for a single token of a single row alone.
+        region: Region with shapes.
+        dtype: Compute dtype, which replaces `COMPUTE_DTYPE`.
+        one_token: True for a single token of a single row alone.
     """
     activations = of_one_token(region.activations) if one_token else region.activations
     order = solvable_order(activations)
@@ -46,7 +47,7 @@ def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -
 
 
 def solvable_order(shapes: Sequence[Shape]) -> tuple[int, ...] | None:
-    """An order of shapes in which every size has at most one name that is not known yet; None if there is none."""
+    """Find an order of shapes in which every size has at most one name that is not known yet; None if there is none."""
     known: set[str] = set()
     order: list[int] = []
     while len(order) < len(shapes):
@@ -61,7 +62,7 @@ def solvable_order(shapes: Sequence[Shape]) -> tuple[int, ...] | None:
 
 
 def with_names(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes with a name for each size that changes: ("batch*new", 4), ("batch*new",) -> ("d0", 4), ("d0",)."""
+    """Name each size that changes: ("batch*new", 4), ("batch*new",) -> ("d0", 4), ("d0",)."""
     names: dict[Dim, Dim] = {}
     return tuple(
         tuple(names.setdefault(size, Dim.named(f"d{len(names)}")) if isinstance(size, Dim) else size for size in shape)
@@ -80,7 +81,7 @@ def _solvable(shape: Shape, known: set[str]) -> bool:
 
 
 def _placeholders_first(graph: GraphModule) -> None:
-    """Placeholders that were moved to the end, in front of what computes."""
+    """Move placeholders in front of all other nodes."""
     nodes = list(graph.graph.nodes)
     first = next(node for node in nodes if node.op != "placeholder")
     for node in nodes[nodes.index(first) :]:
@@ -92,7 +93,7 @@ def _placeholders_first(graph: GraphModule) -> None:
 def _give_values(
     graph: GraphModule, region: Region, shapes: Sequence[Shape], order: Sequence[int], dtype: torch.dtype
 ) -> None:
-    """Fake tensors for the placeholders, from a program of this one call."""
+    """Set fake tensors at the placeholders, from a program of this one call."""
 
     def chosen(wanted: torch.dtype) -> torch.dtype:
         return dtype if wanted == COMPUTE_DTYPE else wanted

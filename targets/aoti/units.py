@@ -1,4 +1,4 @@
-"""What there is to compile: each distinct region once, and those with tokens again for a single token."""
+"""Units of compilation: each distinct region once, and regions with tokens again for a single token."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Unit:
     """One package.
 
     Attributes:
-        form: Of the cache.
+        form: Form of the cache.
         region: Name.
-        one_token: Whether it is for a single token of a single row alone.
+        one_token: True for a single token of a single row alone.
     """
 
     form: CacheForm
@@ -35,12 +35,12 @@ class Unit:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """What `str` gives."""
+        """Parse the text of `str(unit)`."""
         form, region, *rest = text.split(":")
         return cls(form, region, bool(rest))  # type: ignore[arg-type]
 
     def of_token(self) -> Unit:
-        """Of the same region, the unit for a single token."""
+        """Return the unit of the same region for a single token."""
         return replace(self, one_token=True)
 
     @property
@@ -50,7 +50,7 @@ class Unit:
 
 
 def distinct_units(graphs: Mapping[CacheForm, Mapping[str, str]]) -> dict[str, Unit]:
-    """Each graph once.
+    """Map each distinct graph to one unit.
 
     Args:
         graphs: Form -> region -> digest of its graph.
@@ -63,12 +63,12 @@ def distinct_units(graphs: Mapping[CacheForm, Mapping[str, str]]) -> dict[str, U
 
 
 def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
-    """Place and axis of an activation that has a row for every token; None where a region has no tokens, or no plain linear
-    layers: these are what code for one token does faster.
+    """Place and axis of an activation that has a row for every token; None where a region has no tokens, or no plain
+    linear layers: these are what code for one token does faster.
 
     Args:
-        region: With its shapes.
-        form: Of its program's cache.
+        region: Region with shapes.
+        form: Form of its program's cache.
     """
     if all(node.target is not PLAIN_LINEAR for node in region.graph.graph.nodes):
         return None
@@ -80,6 +80,6 @@ def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
 
 
 def of_one_token(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-    """The shapes for one token of one row: ("batch", "batch*new", "past + new") -> (1, 1, "past + 1")."""
+    """Specialize shapes to one token of one row: ("batch", "batch*new", "past + new") -> (1, 1, "past + 1")."""
     one = {"batch": 1, "new": 1}
     return tuple(tuple(size.substitute(one) if isinstance(size, Dim) else size for size in shape) for shape in shapes)

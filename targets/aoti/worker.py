@@ -1,9 +1,9 @@
 """The process that compiles an artifact's regions, several at a time.
 
-`python -m vlmbuild.targets.aoti.worker FOLDER JOBS` reads the program as JSON from stdin and prints lines of JSON: the plan,
-and then for each unit its package, or why there is none. It imports inductor and derives the programs once; each unit is
-compiled in a fork of it, where a compiler that crashes harms no other. Forks have no threads to miss: nothing is computed
-before.
+`python -m vlmbuild.targets.aoti.worker FOLDER JOBS` reads the program as JSON from stdin and prints lines of JSON: the
+plan, and then for each unit its package, or why there is none. It imports inductor and derives the programs once; each
+unit is compiled in a fork of it, where a compiler that crashes harms no other. Forks have no threads to miss: nothing
+is computed before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(folder: str, jobs: str) -> int:
 
 
 def _fork(programs: Mapping[CacheForm, Program], unit: Unit, dtype: str, level: str, folder: Path) -> int:
-    """The number of a process that compiles a unit and writes a record of it."""
+    """Start a process that compiles a unit and writes a record of it; return its id."""
     process = os.fork()
     if process:
         return process
@@ -78,7 +78,7 @@ def _compiled(programs: Mapping[CacheForm, Program], unit: Unit, dtype: str, lev
 
 
 def _reason(error: Exception) -> str:
-    """The line that says what is wrong."""
+    """Return the line of an error's text that names the cause."""
     traceback.print_exception(error)
     lines = [line.strip() for line in "".join(traceback.format_exception_only(error)).splitlines()]
     return next((line for line in reversed(lines) if "Error" in line), lines[0])

@@ -1,4 +1,4 @@
-"""Write an artifact of the AOTInductor target: the trainable layout, then code, held against the graphs before it is
+"""Write an artifact of the AOTInductor target: the trainable layout, then code, checked against the graphs before it is
 published."""
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _CODE_BYTES = 4 << 20
 
 @contextmanager
 def writing() -> Iterator[Callable[[ArtifactWriter, Request], Manifest]]:
-    """What writes and publishes an artifact with code for processors like this one. A compiler is made ready from the
-    beginning; it compiles while weights are written, and meanwhile the program is made ready to be run beside the code.
+    """Return the function that writes and publishes an artifact with code for processors like this one.
+
+    The compiler starts at once and compiles while weights are written and the reference program is prepared.
 
     Raises, when called:
         SourceError: A tensor cannot be read or quantized.

@@ -1,4 +1,4 @@
-"""torch's own operators in ONNX: the table of those that captured programs are made of."""
+"""Translate torch's own operators, as captured programs have them, to ONNX."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _unary(operation: str) -> Handler:
 
 
 def _operand(site: Site, value: Scalar, like: Value | None = None) -> str:
-    """A tensor as it is, a number in the dtype of the result or of `like`; a symbolic size as a scalar."""
+    """Return a tensor as it is, a number in the dtype of the result or of `like`, a symbolic size as a scalar."""
     dtype = site.dtype((like or site).meta.dtype)
     if isinstance(value, Value):
         if isinstance(value.meta, torch.Tensor):
@@ -37,7 +37,7 @@ def _promoted(site: Site, value: Value, dtype: torch.dtype) -> str:
 
 
 def _binary(operation: str) -> Handler:
-    """Operands take the dtype of the result, as torch promotes them."""
+    """Build the handler of a binary operator; operands take the dtype of the result, as torch promotes them."""
 
     def handler(site: Site, one: Scalar, other: Scalar) -> str:
         return str(site.builder.op(operation, _operand(site, one), _operand(site, other)))
@@ -119,7 +119,7 @@ def _rms_norm(site: Site, x: Value, shape: Sequence[int], weight: Value, epsilon
 
 
 def _patches(site: Site, x: Value, weight: Value, bias: Value | None, stride: Sequence[int]) -> str:
-    """A convolution whose kernel and stride are the whole input: a product."""
+    """Translate a convolution whose kernel and stride are the whole input: a product."""
     if bias is not None or list(stride) != list(weight.meta.shape[2:]) or x.meta.shape[2:] != weight.meta.shape[2:]:
         raise PassError(
             "A convolution over overlapping patches has no translation to ONNX. This is a limit of vlmbuild; report it."
@@ -144,7 +144,7 @@ def _nonzero(site: Site, x: Value) -> str:
 
 
 def _floor_divide(site: Site, one: Value, other: Scalar, rounding_mode: str = "floor") -> str:
-    """Of integers that are not negative: ONNX rounds towards zero."""
+    """Divide non-negative integers; ONNX rounds towards zero."""
     assert rounding_mode in ("floor", "trunc")
     return str(site.builder.op("Div", _operand(site, one), _operand(site, other)))
 

@@ -1,4 +1,5 @@
-"""Attention in ONNX: within segments, by groups of keys, and with a key-value cache. None of them makes a square mask."""
+"""Attention in ONNX: within segments, by groups of keys, and with a key-value cache. None of them makes a square
+mask."""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ def attention(
     causal: bool,
     scale: float,
 ) -> str:
-    """`vlmbuild::attention`: query [B, Hq, S, D], key and value [B, Hkv, T, D] -> [B, S, Hq, D].
+    """Translate `vlmbuild::attention`: query [B, Hq, S, D], key and value [B, Hkv, T, D] -> [B, S, Hq, D].
 
-    Measured on a CPU (one thread, float32): segments in a loop of MultiHeadAttention take as long as, and up to 17 times
-    less than, one call with a mask over all of them; with a cache, Attention takes as long as GroupQueryAttention, which
-    refuses some batches.
+    Measured on a CPU (one thread, float32): segments in a loop of MultiHeadAttention take as long as, and up to 17
+    times less than, one call with a mask over all of them; with a cache, Attention takes as long as
+    GroupQueryAttention, which refuses some batches.
     """
     builder = site.builder
     if cu_seqlens is not None and not causal and key_mask is None:
@@ -51,7 +52,7 @@ def _attend(builder: GraphBuilder, query: str, key: str, value: str, bias: str, 
 
 
 def _bias(builder: GraphBuilder, query: str, key_mask: str, causal: bool) -> str:
-    """[B, 1, S, T] of keys that are seen (0) or not; the same in all layers, whose first asks for it."""
+    """Build the additive mask [B, 1, S, T], 0 where a key is seen; layers share it."""
     seen = builder.op("Unsqueeze", builder.cast(key_mask, torch.bool), builder.constant([1, 2]))
     if causal:
         rows, keys = (builder.op("Squeeze", builder.size(x, axis)) for x, axis in ((query, 2), (key_mask, 1)))
@@ -69,7 +70,7 @@ def _penalty(builder: GraphBuilder, seen: str) -> str:
 
 
 def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_seqlens: Value, scale: float) -> str:
-    """A loop over segments; each attends to itself. [1, H, N, D] -> [1, N, H, D]."""
+    """Attend within each segment, in a loop: [1, H, N, D] -> [1, N, H, D]."""
     heads, dim = states[0].static(1), states[0].static(3)
     assert heads is not None
     assert dim is not None
@@ -87,7 +88,7 @@ def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_s
 
 
 def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str, visible: str, scale: float) -> str:
-    """A loop over some queries at a time, each on the keys from the first to the last that any of them sees."""
+    """Attend for some queries at a time, in a loop, to the keys from the first to the last that any of them sees."""
     query, key, value = states
     seen = builder.once(("visible", visible), lambda: _some_visible(builder, visible))
     rows = builder.op("Squeeze", builder.size(query, 2))
@@ -113,7 +114,7 @@ def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str,
 
 
 def _some_visible(builder: GraphBuilder, visible: str) -> str:
-    """Rows that see no group (padding) see all: the mean of something is a number."""
+    """Let rows that see no group (padding) see all, so that they give numbers."""
     any_seen = builder.op("ReduceMax", builder.cast(visible, torch.int32), builder.constant([1]), keepdims=1)
     return str(builder.op("Or", visible, builder.op("Not", builder.cast(any_seen, torch.bool))))
 

@@ -23,20 +23,21 @@ def write_data(
     data: DataFile,
     formats: Mapping[str, WeightFormat],
     request: Request,
-    told: Callable[[int], None],
+    on_written: Callable[[int], None],
 ) -> dict[str, float]:
     """Write one data file.
 
     Args:
-        writer: Of the artifact.
+        writer: Writer of the artifact.
         path: Where in it.
-        data: What lies where.
+        data: Layout of the file.
         formats: Module name -> format of the parameters that are quantized.
         request: Gives the source.
-        told: Called with the bytes of each parameter once it is written.
+        on_written: Called with the bytes of each parameter once it is written.
 
     Returns:
-        Module name of a quantized parameter -> the relative error that rounding made: the norm of the difference over that of
+        Module name of a quantized parameter -> the relative error that rounding made: the norm of the difference over
+            that of
         the weight.
 
     Raises:
@@ -52,7 +53,7 @@ def write_data(
                 _plain(sink, name, request)
             else:
                 errors[name] = _quantized(sink, name, form, request)
-            told(sum(stored.length for stored in places.values()))
+            on_written(sum(stored.length for stored in places.values()))
     return errors
 
 

@@ -37,10 +37,10 @@ class Stored:
     """A weight in a data file.
 
     Attributes:
-        dtype: Of its elements.
+        dtype: Dtype of its elements.
         shape: Static.
         location: Name of the file, beside the graph's.
-        offset, length: In bytes.
+        offset, length: Position and size in bytes.
     """
 
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Stored:
     length: int
 
     def proto(self, name: str) -> TensorProto:
-        """The initializer that refers to it."""
+        """Return the initializer that refers to the stored bytes."""
         tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[self.dtype], dims=self.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.location), ("offset", self.offset), ("length", self.length)):
@@ -94,7 +94,7 @@ class GraphBuilder:
         return names[0] if outputs == 1 else tuple(names)
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
-        """A small constant of the graph, made once; a number is a scalar."""
+        """Add a small constant to the graph, once; a number is a scalar."""
         tensor = torch.as_tensor(values, dtype=dtype)
         key = (dtype, tuple(tensor.shape), tuple(tensor.flatten().tolist()))
 
@@ -106,22 +106,22 @@ class GraphBuilder:
         return str(self._root().once(key, make))
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What several nodes share, made when the first one asks."""
+        """Return the value shared under `key`, made on the first call."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def weight(self, name: str, stored: Stored) -> str:
-        """A weight in a data file."""
+        """Declare a weight that lies in a data file."""
         self._root()._initializers[name] = stored.proto(name)
         return name
 
     def cast(self, value: str, dtype: torch.dtype) -> str:
-        """A value in another dtype."""
+        """Cast a value to another dtype."""
         return str(self.op("Cast", value, to=ELEMENT_TYPES[dtype]))
 
     def size(self, value: str, axis: int) -> str:
-        """One size of a value, int64 [1]. Inputs whose dimensions have one name have one size there."""
+        """Return one size of a value, int64 [1]; inputs share sizes of one name."""
         key = ("size", self._dimensions.get((value, axis), (value, axis)))
         return str(self.once(key, lambda: self.op("Shape", value, start=axis, end=axis + 1)))
 
@@ -173,13 +173,13 @@ class GraphBuilder:
         self.outputs.append(helper.make_tensor_sequence_value_info(value, element, None))
 
     def scoped(self, kind: str) -> str:
-        """A new name in the scope."""
+        """Return a new name in the scope."""
         stem = f"{self.scope}/{kind}" if self.scope else kind
         number = self._names[stem] = self._names.get(stem, 0) + 1
         return stem if number == 1 else f"{stem}_{number}"
 
     def graph(self, name: str) -> onnx.GraphProto:
-        """What was built, as far as an output needs it."""
+        """Return the graph, without nodes that no output needs."""
         for node in self._nodes:
             rename(node, self._outputs)
         read = {output.name for output in self.outputs}
@@ -193,7 +193,7 @@ class GraphBuilder:
         return helper.make_graph(nodes[::-1], name, self.inputs, self.outputs, kept)
 
     def model(self, name: str) -> onnx.ModelProto:
-        """The graph as a model."""
+        """Return the graph as a model."""
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(
             self.graph(name), opset_imports=opsets, ir_version=IR_VERSION, producer_name="vlmbuild"
@@ -204,7 +204,7 @@ class GraphBuilder:
 
 
 def values_read(node: onnx.NodeProto) -> set[str]:
-    """Names of the values that a node reads, also in the bodies that it runs."""
+    """Return names of the values that a node reads, also in the bodies that it runs."""
     inner = [values_read(other) for body in _bodies(node) for other in body.node]
     outputs = {output.name for body in _bodies(node) for output in body.output}
     return {*node.input}.union(outputs, *inner)

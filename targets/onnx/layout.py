@@ -19,7 +19,7 @@ _PAGE, _LINE = 4096, 64
 
 
 def packed_formats(program: Program) -> dict[str, tuple[WeightFormat, tuple[int, ...]]]:
-    """Module name -> (format, shape) of the parameters that are quantized."""
+    """Map the module names of quantized parameters to (format, shape)."""
     return {
         join(instance, recipe.source): (recipe.format, recipe.shape)
         for region in program.regions.values()
@@ -35,7 +35,7 @@ class DataFile:
     Attributes:
         location: Its name.
         parameters: Module name -> its tensors by suffix, in the order of the file.
-        size: In bytes.
+        size: Size in bytes.
     """
 
     location: str
@@ -43,7 +43,7 @@ class DataFile:
     size: int = 0
 
     def place(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
-        """The next free place for a tensor."""
+        """Reserve the next free range for a tensor."""
         length = math.prod(shape) * dtype.itemsize
         unit = _PAGE if length >= _PAGE else _LINE
         offset = -(-self.size // unit) * unit
@@ -61,9 +61,9 @@ class Weights:
     def __init__(self, program: Program, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         """
         Args:
-            program: Says which parameters there are, and the format of those that are quantized.
-            constants: What follows from the config.
-            dtype: Of the others.
+            program: Program with the parameters and their formats.
+            constants: Tensors that follow from the config.
+            dtype: Dtype of parameters that are not quantized.
         """
         self._constants = constants
         self._dtype = dtype

@@ -44,11 +44,11 @@ class OnnxModel:
 def onnx_models(
     program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype
 ) -> list[OnnxModel]:
-    """All models of a program.
+    """Build all models of a program.
 
     Args:
-        program: With a dynamic key-value cache.
-        weights: Its parameters.
+        program: Program with a dynamic key-value cache.
+        weights: Parameters of the program.
         client: The vision prologue that a client's inputs need; None leaves the program's own inputs.
         compute: The compute dtype.
 
@@ -151,7 +151,7 @@ class _Maker:
         )
 
     def _last(self, builder: GraphBuilder, hidden: str, batch: str, width: int) -> str:
-        """The hidden states of the tokens whose logits are wanted: the last so many of every row, or all of them."""
+        """Slice the hidden states of tokens that get logits: the last ones of every row, or all."""
         rows = builder.reshape(hidden, [batch, -1, width])
         start = builder.op("Unsqueeze", builder.op("Neg", KEEP), builder.constant([0]))
         last = builder.op("Slice", rows, start, builder.constant([2**63 - 1]), builder.constant([1]))
@@ -161,19 +161,19 @@ class _Maker:
         builder.give_output(name, value, self.compute, shape)
 
     def _result_shape(self, variant: Variant, name: str) -> list[int | str]:
-        """A computed value's shape; sizes that change are named by their axis."""
+        """Return a computed value's shape; sizes that change are named by their axis."""
         call = next(call for call in variant.calls if name in call.outputs)
         node = self.program.regions[call.region].results()[call.outputs.index(name)]
         shape = enumerate(node.meta["val"].shape)
         return [size if isinstance(size, int) else f"features_{axis}" for axis, size in shape]
 
     def _width(self) -> int:
-        """Of the token embeddings."""
+        """Return the width of the token embeddings."""
         return next(slot.shape[1] for _, slot in self.program.slots() if slot.role == "embedding")
 
 
 def _kept(builder: GraphBuilder, name: str, entry: Input, axis: int) -> int | str:
-    """A size beside the tokens', which stand at two places outside."""
+    """Return a size other than that of tokens, which clients see as two dimensions."""
     size = entry.shape[axis]
     if isinstance(size, int):
         return size
@@ -181,7 +181,7 @@ def _kept(builder: GraphBuilder, name: str, entry: Input, axis: int) -> int | st
 
 
 def _shape(sizes: Sequence[Size]) -> list[int | str]:
-    """An input's shape outside: the tokens of all rows are (batch, sequence) there."""
+    """Return an input's shape for clients, where the tokens of all rows are (batch, sequence)."""
     shape: list[int | str] = []
     for size in sizes:
         if size == TOKENS:

@@ -29,7 +29,7 @@ def table(packed: Mapping[str, PackedWeight]) -> dict[Any, Handler]:
 
 
 def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> str:
-    """Gemm on the weight as it is stored; a MatMul, no faster, would need another copy of it, transposed."""
+    """Translate to Gemm on the weight as it is stored; a MatMul, no faster, would need a transposed copy."""
     flat = x.name if x.rank == 2 else site.builder.reshape(x.name, [-1, weight.meta.shape[1]])
     product = str(site.builder.op("Gemm", flat, weight.name, bias.name if bias else None, transB=1))
     return product if x.rank == 2 else site.builder.reshape(product, site.sizes(()))
@@ -47,7 +47,7 @@ def _linear_packed(
 def _cos_sin(
     site: Site, positions: Value, frequencies: Value, sections: Sequence[int], shared: bool, scaling: float
 ) -> tuple[str, str]:
-    """Tables [*rest, sum(sections)] in float32: the angles of each axis side by side."""
+    """Build tables [*rest, sum(sections)] in float32: the angles of each axis side by side."""
     builder = site.builder
     starts = [0 if shared else sum(sections[:axis]) for axis in range(len(sections))]
     angles = []
@@ -65,7 +65,7 @@ def _cos_sin(
 
 
 def _rotate(site: Site, query: Value, key: Value, cos: Value, sin: Value) -> tuple[str, str]:
-    """RotaryEmbedding in float32, on [1, H, S, D]; packed [N, H, D] is brought to that form and back."""
+    """Translate to RotaryEmbedding in float32, on [1, H, S, D]; packed [N, H, D] is brought to that form and back."""
     tables = [_rows(site, value) for value in (cos, sin)]
     return _turned(site, query, tables), _turned(site, key, tables)
 

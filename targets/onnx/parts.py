@@ -12,10 +12,10 @@ from vlmbuild.ir.program import Call, Program, Variant, needed_nodes
 
 @dataclass(frozen=True, slots=True)
 class PartOfCall:
-    """What is needed of a call.
+    """Needed nodes of a call.
 
     Attributes:
-        call: Of a region.
+        call: Call of a region.
         nodes: Those of its graph that are needed.
     """
 
@@ -28,7 +28,7 @@ class Part:
     """A part of a variant.
 
     Attributes:
-        calls: In order.
+        calls: Calls in order.
         inputs: Names of the values that it reads: inputs of the variant, and given ones.
     """
 
@@ -37,7 +37,7 @@ class Part:
 
 
 def cut(program: Program, variant: Variant, given: Collection[str], wanted: Collection[str]) -> Part:
-    """What makes the wanted values of a variant from its inputs and the given values."""
+    """Cut the part of a variant that computes the wanted values from its inputs and the given values."""
     open_values = set(wanted)
     read: dict[str, None] = {}
     calls: list[PartOfCall] = []
@@ -61,7 +61,7 @@ def cut(program: Program, variant: Variant, given: Collection[str], wanted: Coll
 
 
 def embedded_tokens(program: Program, variant: Variant) -> str:
-    """The value that follows from the ids of tokens: their embeddings."""
+    """Return the name of the token embeddings."""
     for call in variant.calls:
         if "input_ids" in call.inputs:
             region = program.regions[call.region]

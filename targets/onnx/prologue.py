@@ -1,4 +1,5 @@
-"""The vision tower's host prologue, where a client passes what a processor returns: traced, then translated like a region."""
+"""The vision tower's host prologue, where a client passes what a processor returns: traced, then translated like a
+region."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def add_prologue(builder: GraphBuilder, client: ClientVision) -> dict[str, str]:
 
 
 def traced(client: ClientVision) -> Graph:
-    """The prologue's graph; no size is special in ONNX, so that those of one may be left out of tracing."""
+    """Trace the prologue; no size is special in ONNX, so tracing leaves out sizes of one."""
     names = sorted(shape_names(entry.shape for entry in client.inputs))
     sizes = dict(zip(names, _EXAMPLE[: len(names)], strict=True))
     dims = {name: torch.export.Dim(name, min=2) for name in names}
@@ -51,7 +52,7 @@ def traced(client: ClientVision) -> Graph:
 
 
 def _dimension(size: Size) -> int | str:
-    """ "4*merged" is called merged_4: a name, since a client takes any other symbol for a size of its own."""
+    """Name a dimension ("4*merged" -> merged_4), since clients take any other symbol for a size of its own."""
     if isinstance(size, int):
         return size
     ((factor, names),) = size.terms

@@ -89,7 +89,7 @@ def _unbind(site: Site, x: Value, dim: int = 0) -> tuple[str, ...]:
 
 
 def gather(site: Site, x: Value, dim: int, place: int) -> str:
-    """One place of a dimension, which goes."""
+    """Select one index of a dimension, and drop the dimension."""
     return str(site.builder.op("Gather", x.name, site.builder.constant(place), axis=x.axis(dim)))
 
 
@@ -108,7 +108,7 @@ def _slice(site: Site, x: Value, dim: int = 0, start: Any = 0, end: Any = _END, 
 
 
 def _size_product(operation: str) -> Handler:
-    """Of sizes, which are int64 [1]."""
+    """Build the handler of arithmetic on sizes, which are int64 [1]."""
 
     def handler(site: Site, *sizes: Value | int) -> str:
         names = [size.name if isinstance(size, Value) else site.builder.constant([size]) for size in sizes]

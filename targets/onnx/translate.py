@@ -20,8 +20,8 @@ class Value:
     """A value of a graph.
 
     Attributes:
-        name: In the ONNX graph.
-        meta: What tracing knows of it: a tensor without data, or a symbolic size (then it is an int64 [1] there).
+        name: Name in the ONNX graph.
+        meta: Tracing's value: a tensor without data, or a symbolic size (then it is an int64 [1] there).
     """
 
     name: str
@@ -29,15 +29,15 @@ class Value:
 
     @property
     def rank(self) -> int:
-        """Of a tensor."""
+        """Number of dimensions of a tensor."""
         return len(self.meta.shape)
 
     def axis(self, dim: int) -> int:
-        """A dimension, counted from the front."""
+        """Count a dimension from the front."""
         return dim % self.rank
 
     def static(self, dim: int) -> int | None:
-        """A size that is the same in every run."""
+        """Return a size that is the same in every run, else None."""
         size = self.meta.shape[dim]
         return size if isinstance(size, int) else None
 
@@ -48,18 +48,18 @@ class Site:
 
     Attributes:
         builder: Takes the ONNX nodes.
-        meta: Of the node's result.
+        meta: Tracing's value of the node's result.
     """
 
     builder: GraphBuilder
     meta: Any
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype that one of the program's stands for."""
+        """Resolve a dtype of the program to a real one."""
         return self.builder.compute if dtype == COMPUTE_DTYPE else dtype
 
     def sizes(self, given: Sequence[Any]) -> list[int | str]:
-        """The sizes of the result: numbers where it has the same in every run, the single other one as -1, else as given."""
+        """Return the result's sizes: numbers where they never change, -1 for a single other one, else as given."""
         known = [size if isinstance(size, int) else None for size in self.meta.shape]
         if known.count(None) <= 1:
             return [-1 if size is None else size for size in known]
@@ -87,10 +87,10 @@ class Translator:
         """Translate the needed nodes of a graph.
 
         Args:
-            graph: Of a region.
+            graph: Graph of a region.
             inputs: Placeholder -> the name of its value.
             needed: The nodes that are wanted, and all behind them.
-            where: To say in messages.
+            where: Name for messages.
 
         Returns:
             Node -> the name of its value, or a tuple of names.

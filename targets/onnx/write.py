@@ -1,4 +1,5 @@
-"""The ONNX target: models for ONNX Runtime and transformers.js, held against the program before they are published."""
+"""The ONNX target: models for ONNX Runtime and transformers.js, checked against the program before they are
+published."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
 
 _NO_SUFFIX = "fp32"
-"""transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a browser."""
+"""transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a
+browser."""
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
@@ -35,7 +37,8 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     Raises:
         SourceError: A tensor cannot be read or quantized.
         PassError: An operator has no translation.
-        ParityError: A model computes something else than the program, or merged weights are not what source and adapter are.
+        ParityError: A model computes something else than the program, or merged weights are not what source and adapter
+            are.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
@@ -73,7 +76,7 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
     total = sum(_data_sizes(models).values())
     done = 0
 
-    def told(nbytes: int) -> None:
+    def on_written(nbytes: int) -> None:
         nonlocal done
         done += nbytes
         request.progress("weights", done, total)
@@ -82,13 +85,13 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
         if model.data.location not in written:
             written.add(model.data.location)
             path = f"{FOLDER}/{model.data.location}"
-            errors |= write_data(writer, path, model.data, formats, request, told)
+            errors |= write_data(writer, path, model.data, formats, request, on_written)
         writer.write(f"{FOLDER}/{model.stem}.onnx", model.proto.SerializeToString(deterministic=True), "graph")
     return errors
 
 
 def _toolchain() -> dict[str, str]:
-    """Versions of what exports and checks; onnxruntime is installed under several names."""
+    """Return versions of the tools that export and check; onnxruntime is installed under several names."""
     return {"onnx": importlib.metadata.version("onnx").partition("+")[0], "onnxruntime": onnxruntime.__version__}
 
 
@@ -97,7 +100,7 @@ def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
 
 
 def _side_files(request: Request) -> dict[str, bytes]:
-    """config.json, tokenizer and processor files, with those that clients read in the form that they read."""
+    """Return config.json, tokenizer and processor files, in the forms that clients read."""
     files = {file.name: file.read_bytes() for file in request.checkpoint.side_files}
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.checkpoint.values, request.recipe)
@@ -117,7 +120,7 @@ def _object(name: str, data: bytes) -> Mapping[str, Any]:
 
 
 def _template(files: Mapping[str, bytes]) -> str | None:
-    """The chat template, from wherever the checkpoint has it beside tokenizer_config.json."""
+    """Return the chat template from the file beside tokenizer_config.json that has it."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     if "chat_template.json" in files:

@@ -134,7 +134,7 @@ class WeightFormat(ABC):
         return cls(**{k: float.fromhex(v) if isinstance(defaults[k], float) else v for k, v in options.items()})
 
     def chunk_unit(self, shape: Shape) -> int:
-        """Values that are quantized together: chunks for `encode` and `encode_onnx` are multiples of it."""
+        """Return the number of values quantized together: chunks for `encode` and `encode_onnx` are multiples of it."""
         return shape[-1]
 
     # In a checkpoint. Tensors are named by the module and a suffix, as ".weight" or ".SCB".

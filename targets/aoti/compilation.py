@@ -60,9 +60,8 @@ class Compilation:
             progress: Called with the number of compiled units, and of all.
 
         Returns:
-            The plan; and of each unit the package's "file" and its "inputs": places among the region's activations, in
-                the
-            order in which the code takes them, with their dtypes.
+            The plan; and for each unit the package's "file" and its "inputs": indices among the region's activations, in
+            the order in which the code takes them, with their dtypes.
 
         Raises:
             CompileError: A region cannot be compiled, for example for want of a C++ compiler.

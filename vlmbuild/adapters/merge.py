@@ -35,7 +35,7 @@ class Merge:
     record: Mapping[str, Any]
 
     def changes(self, name: str) -> bool:
-        """Whether the adapter changes the parameter of this module name."""
+        """Return whether the adapter changes the parameter of this module name."""
         return name in self.adapter.trained or name.removesuffix(".weight") in self.adapter.loras
 
     def trained(self, name: str) -> Tensor | None:

@@ -72,7 +72,7 @@ def choose(program: Program, targets: Targets, lora: Lora) -> dict[str, Lora]:
 
 
 def matches_module(pattern: str, module: str) -> bool:
-    """Whether a name as in PEFT (the whole name or its end: "q_proj") or a pattern matches a module."""
+    """Return whether a name as in PEFT (the whole name or its end: "q_proj") or a pattern matches a module."""
     return module == pattern or module.endswith(f".{pattern}") or fnmatchcase(module, pattern)
 
 

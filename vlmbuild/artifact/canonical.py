@@ -13,7 +13,7 @@ MAX_DEPTH: Final = 32
 
 
 def canonical_json(value: object) -> bytes:
-    """The one byte form of a JSON value: UTF-8, sorted keys, no spaces, a final newline.
+    """Encode a JSON value in its only byte form: UTF-8, sorted keys, no spaces, a final newline.
 
     Raises TypeError naming the place of a float, a key that is not a string, or any other type, and ValueError for
     text that is not Unicode, an integer outside 64 bits, or nesting deeper than 32.
@@ -58,7 +58,7 @@ def _check_scalar(value: object, where: str) -> None:
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be encoded: JSON can spell half of a surrogate pair."""
+    """Return whether a string can be encoded: JSON can spell half of a surrogate pair."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -83,7 +83,7 @@ def parse_canonical(data: bytes, *, where: str = "manifest.json") -> Any:
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object_pairs_hook of every JSON that is parsed here; raises ValueError for a key that comes twice."""
+    """Make a dict as `object_pairs_hook` of JSON; raises ValueError for a key that comes twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

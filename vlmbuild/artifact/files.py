@@ -20,7 +20,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells one state of a file from another; a user cannot set ctime."""
+    """Identity of one state of a file; a user cannot set ctime."""
 
     device: int
     inode: int
@@ -30,7 +30,7 @@ class Identity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        """The identity of an open file."""
+        """Return the identity of an open file."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -47,7 +47,7 @@ class Listing:
 
 @contextmanager
 def open_directory(path: Path) -> Iterator[int]:
-    """The descriptor of a directory; the last component may be a link, as the user's own name for it."""
+    """Open a directory as a descriptor; the last component may be a link, as the user's own name for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -57,7 +57,7 @@ def open_directory(path: Path) -> Iterator[int]:
 
 @contextmanager
 def open_beneath(root: int, path: str) -> Iterator[int]:
-    """The descriptor of a regular file under `root`; no component may be a link. Raises OSError."""
+    """Open a regular file under `root` as a descriptor; no component may be a link. Raises OSError."""
     *folders, name = path.split("/")
     directory = os.dup(root)
     try:
@@ -122,7 +122,7 @@ def _open_folder(root: int, folder: str) -> Iterator[int]:
 
 
 def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """The number of bytes and the SHA-256 of an open file, read from its start."""
+    """Return the number of bytes and the SHA-256 of an open file, read from its start."""
     digest = hashlib.sha256()
     size = os.fstat(descriptor).st_size
     buffer = memoryview(bytearray(min(_HASH_BYTES, max(size, 1))))
@@ -136,7 +136,7 @@ def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None =
 
 
 def hash_file(path: Path, *, on_chunk: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file. Raises OSError."""
+    """Return the SHA-256 of a file. Raises OSError."""
     with path.open("rb") as stream:
         return hash_descriptor(stream.fileno(), on_chunk=on_chunk)[1]
 

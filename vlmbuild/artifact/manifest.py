@@ -30,7 +30,7 @@ READABLE: Final = ("vlmbuild.artifact/1", SCHEMA)
 ROLES: Final = ("code", "config", "data", "graph", "processor", "weights")
 
 ADAPTER_URI: Final = "adapter"
-"""What `source` calls an adapter that was merged; its place on some machine is nobody's business."""
+"""URI of a merged adapter in `source`, without its path on the machine that built."""
 
 MAX_FILES: Final = 100_000
 
@@ -82,7 +82,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact holds and how it was made.
+    """Contents of an artifact and how it was made.
 
     `files` is sorted by path, and `root_digest` and `trust` follow from it. Raises IntegrityError when a field is not
     valid, and TypeError or ValueError for a value that canonical JSON does not have.
@@ -141,11 +141,11 @@ class Manifest:
         return sum(entry.size for entry in self.files)
 
     def entry(self, path: str) -> FileEntry | None:
-        """The entry of one path, or None when the artifact has no such file."""
+        """Return the entry of one path, or None when the artifact has no such file."""
         return next((entry for entry in self.files if entry.path == path), None)
 
     def to_bytes(self) -> bytes:
-        """The bytes of manifest.json."""
+        """Return the bytes of manifest.json."""
         value = {name: getattr(self, name) for name in _TOP_KEYS - {"files"}}
         value["files"] = [{name: getattr(entry, name) for name in _FILE_KEYS} for entry in self.files]
         return canonical_json(value)
@@ -173,7 +173,7 @@ class Manifest:
         return manifest
 
     def sums(self) -> bytes:
-        """The bytes of SHA256SUMS: every file and the manifest itself, as `sha256sum --check --strict` reads them."""
+        """Return the bytes of SHA256SUMS: every file and the manifest itself, as `sha256sum --check --strict` reads them."""
         digests = {entry.path: entry.digest for entry in self.files}
         digests[MANIFEST_NAME] = hashlib.sha256(self.to_bytes()).hexdigest()
         return "".join(f"{digests[path]}  {path}\n" for path in sorted(digests)).encode()
@@ -182,7 +182,7 @@ class Manifest:
 _FILE_KEYS = frozenset(field.name for field in fields(FileEntry))
 _DERIVED = frozenset({"root_digest", "trust"})
 _PASS_DETAILS = ("decisions", "calibration")
-"""What a pass may say besides, of each layer."""
+"""Optional keys of a pass's record, about each layer."""
 _TOP_KEYS = frozenset(field.name for field in fields(Manifest)) | _DERIVED
 
 

@@ -63,7 +63,7 @@ def _check_replaceable(output: Path) -> None:
 
 
 def _listed_files(output: Path) -> set[str] | None:
-    """The files that a manifest of any schema version lists, or None when there is no such manifest."""
+    """Return the files that a manifest of any schema version lists, or None when there is no such manifest."""
     try:
         value = json.loads((output / MANIFEST_NAME).read_bytes())
         if not value["schema"].startswith("vlmbuild.artifact/"):
@@ -83,7 +83,7 @@ def output_errors(where: Path) -> Iterator[None]:
 
 
 def cannot_write(where: Path, error: OSError) -> OutputError:
-    """The error of a place that does not take what is written to it."""
+    """Return the error of an output that cannot be written."""
     if error.errno in FULL_DISK:
         return OutputError(
             f"{where} cannot be written: {error.strerror}. Nothing was left there. Free space, raise the quota or file "
@@ -96,7 +96,7 @@ def cannot_write(where: Path, error: OSError) -> OutputError:
 
 
 def human_size(count: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

@@ -20,7 +20,7 @@ _OWN_NAMES = (MANIFEST_NAME.casefold(), SUMS_NAME.casefold())
 
 
 def check_path(path: object) -> str:
-    """The path itself when it is a plain relative POSIX path that means the same file on every system.
+    """Return the path if it is a plain relative POSIX path that means the same file on every system.
 
     Raises IntegrityError naming the path and the rule that it breaks.
     """

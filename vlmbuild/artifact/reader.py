@@ -52,11 +52,11 @@ class ArtifactReader:
                 self.manifest = _read_manifest(self.path, root, expected_id)
 
     def files(self, role: str) -> tuple[str, ...]:
-        """The paths of one role, sorted."""
+        """Return the paths of one role, sorted."""
         return tuple(entry.path for entry in self.manifest.files if entry.role == role)
 
     def read(self, name: str) -> bytes:
-        """The content of one file, checked against the manifest.
+        """Read one file, checked against the manifest.
 
         Raises IncompatibleError when the artifact has no such file, IntegrityError when it is not what was promised.
         """
@@ -132,7 +132,7 @@ class ArtifactReader:
 
 @dataclass
 class _Problems:
-    """What is wrong, by kind, each with the files it is wrong with."""
+    """Files that fail verification, by kind of failure."""
 
     kinds: dict[str, list[str]] = field(default_factory=dict)
 
@@ -154,7 +154,7 @@ def _names(names: list[str]) -> str:
 
 @contextmanager
 def _artifact_directory(path: Path) -> Iterator[int]:
-    """open_directory with the errors of a user who gave the wrong path."""
+    """Open an artifact's directory; a wrong path raises IntegrityError."""
     with ExitStack() as stack:
         try:
             descriptor = stack.enter_context(open_directory(path))
@@ -203,7 +203,7 @@ def _read_manifest(path: Path, root: int, expected_id: str | None) -> Manifest:
 
 
 def _read_at_most(descriptor: int, limit: int) -> bytes:
-    """Up to one byte more than `limit`, so that a longer file shows without being read."""
+    """Read up to one byte more than `limit`, so that a longer file shows without being read."""
     parts: list[bytes] = []
     total = 0
     while part := os.pread(descriptor, min(limit + 1 - total, 2**24), total):

@@ -88,7 +88,7 @@ class TensorInfo:
 
 
 def read_header(file: Path | str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, in the order of their data, without reading the data.
+    """Read the tensors of a safetensors file, in the order of their data, without reading the data.
 
     Raises SourceError, naming the file, for everything that the format forbids (truncation, holes, overlaps, bytes
     left over) and for what the library lets pass: duplicate names, and a header that begins with a space.
@@ -173,7 +173,7 @@ def _malformed(path: Path, reason: str) -> SourceError:
 
 
 def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], int, int]]) -> bytes:
-    """The JSON of a header from (name, dtype, shape, start, end), with the one metadata key that readers look for."""
+    """Encode the JSON of a header from (name, dtype, shape, start, end), with the one metadata key that readers look for."""
     header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}  # two keys would come in random order in other writers
     for name, dtype, shape, start, end in tensors:
         header[name] = {"dtype": codes()[dtype], "shape": list(shape), "data_offsets": [start, end]}
@@ -181,14 +181,14 @@ def encode_header(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...], int
 
 
 def frame_header(header: bytes, framed_length: int | None = None) -> bytes:
-    """Length prefix and header, filled with spaces to `framed_length`, or to a multiple of 8 to align the data."""
+    """Return length prefix and header, filled with spaces to `framed_length`, or to a multiple of 8 to align the data."""
     length = math.ceil(len(header) / 8) * 8 if framed_length is None else framed_length - 8
     assert len(header) <= length
     return length.to_bytes(8, "little") + header.ljust(length)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The raw little-endian bytes of a tensor, with no conversion of its values; a view where that is possible."""
+    """Return the raw little-endian bytes of a tensor, with no conversion of its values; a view where that is possible."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -199,5 +199,5 @@ _PICKLE = re.compile(r"(pytorch_model.*\.bin|.*\.(pt|pth|ckpt|pkl|pickle))(\.ind
 
 
 def pickled_files(directory: Path) -> list[str]:
-    """The names of checkpoint files that can only be read by unpickling."""
+    """List checkpoint files that can only be read by unpickling."""
     return sorted(entry.name for entry in directory.iterdir() if _PICKLE.fullmatch(entry.name))

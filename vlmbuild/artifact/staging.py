@@ -74,7 +74,7 @@ def _short(text: str) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's ticks; "0" where that is not known; "" for no such process."""
+    """Return a process's start time in the kernel's ticks; "0" where it is unknown, "" for no such process."""
     try:
         # The command name is in parentheses and may hold spaces, so count fields after the last one.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
@@ -117,7 +117,7 @@ def publish_exchange(staging: Path, output: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """True when done, False where the system or the file system cannot. Raises OSError otherwise."""
+    """Rename with flags; returns False where the system or the file system cannot. Raises OSError otherwise."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False

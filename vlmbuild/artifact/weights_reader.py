@@ -50,12 +50,12 @@ class CheckpointWeights:
         self._mappings: dict[Path, mmap.mmap] = {}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own. Raises what `read_part` raises."""
+        """Read one tensor into memory of its own. Raises the errors of `read_part`."""
         info = self.info(name)
         return self.read_part(name, 0, math.prod(info.shape)).reshape(info.shape)
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies. Raises SourceError when there is none of this name."""
+        """Return a tensor's file and range. Raises SourceError when there is none of this name."""
         if name not in self.tensors:
             raise SourceError(
                 f"{self.directory} has no tensor {name!r}, only {len(self.tensors)} others. Check that the weights "
@@ -64,7 +64,7 @@ class CheckpointWeights:
         return self.tensors[name]
 
     def read_part(self, name: str, first: int, count: int) -> torch.Tensor:
-        """`count` elements of a tensor from the element `first` on, flat, in memory of their own.
+        """Read `count` elements of a tensor from the element `first` on, flat, into memory of their own.
 
         Raises SourceError when there is no such tensor, or its file changed since the header was read.
         """
@@ -94,9 +94,9 @@ class CheckpointWeights:
         return data.view(info.dtype)
 
     def map(self, name: str) -> torch.Tensor:
-        """One tensor whose memory is the file's, read when it is touched and copied when it is written to.
+        """Map one tensor to the file: read when it is touched, copied when it is written to.
 
-        The file must stay as it is, though it may be removed. Raises what `read` raises.
+        The file must stay as it is, though it may be removed. Raises the errors of `read`.
         """
         info = self.info(name)
         if info.start % info.dtype.itemsize or not info.nbytes:

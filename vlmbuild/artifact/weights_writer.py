@@ -24,7 +24,7 @@ from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.errors import OutputError
 
 SHARD_BYTES = 2**28
-"""Of moderate size, so that all cores can write, hash and verify one artifact."""
+"""Bytes of a shard: moderate, so that all cores can write, hash and verify one artifact."""
 
 __all__ = ["CheckpointWeights", "TensorInfo", "TensorSpec", "WeightsWriter", "read_header"]
 
@@ -78,7 +78,7 @@ class WeightsWriter:
     ) -> None:
         """
         Args:
-            writer: Of the artifact.
+            writer: Writer of the artifact.
             specs: All tensors; those in one tuple stay in one shard.
             shard_bytes: A shard is closed before it grows above this.
         """
@@ -92,7 +92,7 @@ class WeightsWriter:
             shard.file = _open_shard(writer, shard)
 
     def shards(self) -> list[tuple[str, ...]]:
-        """The names of the tensors of each shard."""
+        """Return the tensor names of each shard."""
         return [tuple(spec.name for spec in shard.specs) for shard in self._shards]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

@@ -69,7 +69,7 @@ class ArtifactWriter:
             )
 
     def open(self, path: str, role: str) -> OutputFile:
-        """A new file of the artifact; it belongs to the artifact once it is closed.
+        """Open a new file, which belongs to the artifact once it is closed.
 
         Raises IntegrityError for a path or role that is not allowed, OutputError when it cannot be created.
         """
@@ -117,7 +117,7 @@ class ArtifactWriter:
     ) -> Manifest:
         """Write the manifest, verify what lies on the disk, and make it the output in one rename.
 
-        Raises OutputError when the output appeared or changed meanwhile or cannot be written, IntegrityError when the
+        Raises OutputError when the output appeared or changed during the build or cannot be written, IntegrityError when the
         disk holds something else than was written.
         """
         open_files = [path for path, entry in self._entries.items() if entry is None]

@@ -1,4 +1,4 @@
-"""Storage of linear layers within a budget of bits: measure what each loses, and keep those that lose most."""
+"""Storage of linear layers within a budget of bits: measure the loss of each, and keep layers with the greatest."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class Artifact:
 
     Attributes:
         path: The artifact's directory.
-        manifest: What it holds; `manifest.id` is its identity.
-        reports: What each pass did.
+        manifest: Manifest of the artifact; `manifest.id` is its identity.
+        reports: Report of each pass.
     """
 
     path: Path
@@ -63,8 +63,8 @@ def build(
     """Build an artifact, of a checkpoint alone or with an adapter merged into its weights.
 
     With an adapter, a recipe without quantization gives an unquantized artifact, whatever the source is: rounding again
-    would lose part of what was learned. A format that is asked for rounds the merged layers anew; layers without an adapter
-    keep the source's bytes where the format is the same ("source": everywhere). Merged weights are held against source and
+    would lose part of the training. A requested format rounds merged layers again; layers without an adapter
+    keep the source's bytes where the format is the same ("source": everywhere). Merged weights are compared with source and
     adapter on a batch before anything is published, and the figures are in the manifest's `numerics`.
 
     Args:
@@ -72,7 +72,7 @@ def build(
         output: The directory to make; appears complete or not at all.
         recipe: What to build.
         overwrite: Replace an artifact that is there.
-        revision: Of a hub id.
+        revision: Revision of a hub id.
         device: Where weights are quantized, "cpu" or "cuda".
         calibration: Batches of the processor on which layers are measured when the recipe has a budget; without them
             weights alone are.
@@ -124,7 +124,7 @@ def silent(_stage: str, _done: int, _total: int) -> None:
 
 
 def _checked_target(recipe: Recipe, device: str) -> Target:
-    """The recipe's target. Raises DeviceError, and UsageError for a device that cannot build it."""
+    """Return the recipe's target. Raises DeviceError, and UsageError for a device that cannot build it."""
     kind, target = available_device(device).type, TARGETS[recipe.target]
     if kind not in target.devices:
         raise UsageError(
@@ -181,10 +181,10 @@ def rewrite(
     """Run the recipe's passes over a program, in place.
 
     Args:
-        program: As captured.
-        recipe: Says which passes.
+        program: Captured program.
+        recipe: Recipe that selects the passes.
         decisions_for: Called when only quantization is left to do, and says how.
-        progress: Told how many passes are done.
+        progress: Called with the number of passes that are done.
     """
     passes = passes_for(recipe)
     progress("passes", 0, len(passes))
@@ -202,17 +202,17 @@ def rewrite(
 
 
 def exact_passes(recipe: Recipe) -> tuple[Pass, ...]:
-    """The recipe's passes that promise to keep values, in order."""
+    """Return the recipe's passes that promise to keep values, in order."""
     return tuple(step for step in passes_for(recipe) if step.exact)
 
 
 def fusing_passes(recipe: Recipe) -> frozenset[str]:
-    """Names of the recipe's passes that replace patterns, and can miss some."""
+    """Return names of the recipe's passes that replace patterns, and can miss some."""
     return frozenset(step.name for step in passes_for(recipe) if isinstance(step, PatternPass))
 
 
 def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassReport]) -> dict[str, dict[str, str]]:
-    """Pass -> region -> how what comes closest to the pass's patterns differs from them, where it rewrote nothing."""
+    """Map pass -> region -> the nearest miss, where it rewrote nothing."""
     sites = {report.name: report.sites for report in reports}
     missed: dict[str, dict[str, str]] = {}
     for step in passes_for(recipe):

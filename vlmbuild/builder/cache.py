@@ -33,10 +33,10 @@ def from_pretrained(
     """Build on first use into a cache, load from then on. Safe when several processes start at once.
 
     Args:
-        source: As for `build`.
-        revision: Of a hub id.
+        source: Source of `build`.
+        revision: Revision of a hub id.
         cache_dir: Where builds are kept; $VLMBUILD_CACHE or ~/.cache/vlmbuild by default.
-        device: As for `vlmbuild.load`.
+        device: Device of `vlmbuild.load`.
         **recipe: Fields of `Recipe`, for example quantize="nf4".
 
     Raises:
@@ -69,7 +69,7 @@ def from_pretrained(
 
 
 def _cache_key(source: Source, recipe: Recipe) -> str:
-    """Changes with the source's files (name, size, time), the recipe, and the versions that decide the artifact."""
+    """Hash the source's files (name, size, time), the recipe, and the versions that decide the artifact."""
     stats = [(file.name, file.stat()) for file in sorted(source.directory.iterdir()) if file.is_file()]
     parts = [
         source.uri if "@" in source.uri else str(source.directory.resolve()),

@@ -1,4 +1,4 @@
-"""What a model consists of, for people and machines: regions, and parameters and bytes by role."""
+"""Summary of a model: regions, and parameters and bytes by role."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StoredWeight:
 
 
 def describe_regions(program: Program) -> list[dict[str, Any]]:
-    """Every region with its instances, operators and parameters of one instance."""
+    """List every region with its instances, operators and parameters of one instance."""
     return [
         {
             "name": region.name,
@@ -41,7 +41,7 @@ def describe_regions(program: Program) -> list[dict[str, Any]]:
 
 
 def describe_roles(weights: Iterable[StoredWeight], refusals: dict[Role, list[str]]) -> list[dict[str, Any]]:
-    """Parameters and bytes of every role, how many of its parameters are in which format, and why others are not."""
+    """List every role with its parameters and bytes, parameters by format, and reasons of unquantized ones."""
     weights = list(weights)
     described = []
     for role in get_args(Role):

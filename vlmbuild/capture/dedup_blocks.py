@@ -47,7 +47,7 @@ REPEAT = torch.ops.vlmbuild.repeat.default
 
 @contextmanager
 def dedup_blocks(module: nn.Module) -> Iterator[None]:
-    """While the context is open, a trace of the module has `repeat` nodes in place of equal blocks.
+    """Let traces of the module have `repeat` nodes in place of equal blocks, while the context is open.
 
     Blocks are children of the outermost `ModuleList`s. They are equal if their classes, attributes and submodules are, and
     the shapes and dtypes of their tensors. A block whose code reads its position in the list (`layer_idx`) is traced in
@@ -139,7 +139,7 @@ def _intercept(block: nn.Module, calls: list[_Call]) -> Iterator[None]:
 
 
 def _repeatable(arguments: list[Any], structure: Any, results: Any) -> list[_Call]:
-    """The call as others can repeat it; nothing unless it returns one new tensor, beside plain values."""
+    """Return the call in a list if others can repeat it: it returns one new tensor, beside plain values."""
     leaves, form = pytree.tree_flatten(results)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     plain = all(type(leaf) in _PLAIN for leaf in leaves if not isinstance(leaf, Tensor))
@@ -169,7 +169,7 @@ def _describe(tensor: Tensor, leaves: list[Any]) -> tuple[Any, ...]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are surely equal: equal plain values, or collections of them."""
+    """Return whether two values are surely equal: equal plain values, or collections of them."""
     if type(one) is not type(other):
         return False
     if isinstance(one, list | tuple):
@@ -182,7 +182,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _equal_modules(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules compute the same, except for the values of their tensors and their numbers."""
+    """Return whether two modules compute the same, except for the values of their tensors and their numbers."""
     if type(one) is not type(other):
         return False
     mine, theirs = (_attributes(module) for module in (one, other))

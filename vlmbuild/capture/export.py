@@ -113,7 +113,8 @@ def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
 
 
 def _dimension_names(exported: ExportedProgram, inputs: tuple[Input, ...]) -> dict[str, str]:
-    """Symbol -> dimension name, from the traced inputs' shapes. Raises CaptureError for a dimension that became constant."""
+    """Map symbols to dimension names, from the traced inputs' shapes. Raises CaptureError for a dimension that became
+    constant."""
     traced = {node.name: node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder"}
     names: dict[str, str] = {}
     for entry in inputs:

@@ -43,7 +43,7 @@ def outline(
     """Build the program of all variants.
 
     Args:
-        family: For the roles of parameters.
+        family: Family, which knows the roles of parameters.
         geometry: Geometry of the program.
         ties: Alias -> parameter.
         traces: Variant name -> its trace.
@@ -134,8 +134,7 @@ class _Outliner:
         return Call(region.name, block, tuple(passed[name] for name in first.inputs), (f"v{len(calls)}",))
 
     def _region(self, body: GraphModule, block: str, name: str | None) -> tuple[str, list[int]]:
-        """The region of a piece (an equal one, or a new one with this name or its own), and which of the piece's arguments
-        are activations."""
+        """Return the region of a part, an equal one or a new one, and the indices of the arguments that are activations."""
         _localise_sizes(body)
         body.graph.eliminate_dead_code()
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
@@ -175,14 +174,16 @@ class _Outliner:
         return Slot(relative, tuple(value.shape), dtype, kind, self.family.role(name))  # type: ignore[arg-type]
 
     def _name(self, block: str, slots: tuple[Slot, ...]) -> str:
-        """The list's path for blocks; for what lies between, the module of its first parameter."""
+        """Name a region: the list's path for blocks; between blocks, the module of the first parameter."""
         path = block.rpartition(".")[0] if block else slots[0].name.rpartition(".")[0] if slots else "glue"
         return path.removeprefix("model.")
 
 
 def _partition(module: GraphModule) -> dict[Node, tuple[int, str]]:
-    """(partition number, block path or "") of every computing node. Numbers never fall along the node order, and node
-    order is topological, so the pieces form a straight line."""
+    """Map every computing node to (partition number, block path or "").
+
+    Numbers never fall along the node order, which is topological, so the parts form a straight line.
+    """
     owners: dict[Node, tuple[int, str]] = {}
     number, current = 0, ""
     (head,) = returned_nodes(module)
@@ -197,8 +198,11 @@ def _partition(module: GraphModule) -> dict[Node, tuple[int, str]]:
 
 
 def _block_of(node: Node) -> str:
-    """Path of the outermost repeated block that made the node. A `ModuleList` is never called, so it is the missing
-    parent in the stack of calls; a numbered child of a called parent belongs to an `nn.Sequential` and is no block."""
+    """Return the path of the outermost repeated block that made the node.
+
+    A `ModuleList` is never called, so it is the missing parent in the stack of calls; a numbered child of a called parent
+    belongs to an `nn.Sequential` and is no block.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     for path in paths:
@@ -246,7 +250,7 @@ def _size_node(body: GraphModule, tensors: list[Node], key: str) -> Node:
 
 
 def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[Node]) -> None:
-    """Slots first, then the activations that are used; each group keeps its order of first use."""
+    """Order placeholders: slots, then used activations, each in their order of first use."""
     anchor = next(iter(body.graph.nodes))
     for node in reversed([*slots, *activations]):
         if node is not anchor:
@@ -259,7 +263,8 @@ def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[
 
 
 def _unused(region: Region, taken: Mapping[str, Region]) -> str:
-    """A name that no region has yet: with the first child that the namesake lacks ("layers.cross_attn"), or a number."""
+    """Return a name that no region has yet: with the first child that the namesake lacks ("layers.cross_attn"), or a
+    number."""
     if region.name not in taken:
         return region.name
     known = {slot.name.partition(".")[0] for slot in taken[region.name].slots}

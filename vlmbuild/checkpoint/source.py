@@ -29,10 +29,10 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-"""What a processor may be made of, as published checkpoints have it."""
+"""Files of a processor in published checkpoints."""
 
 SIDE_FILES = (*PROCESSOR_FILES, "generation_config.json")
-"""What an artifact takes over as it is."""
+"""Files that an artifact copies unchanged."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -50,7 +50,7 @@ class Source:
     uri: str
 
     def config(self) -> dict[str, Any]:
-        """The values of config.json.
+        """Read the values of config.json.
 
         Raises:
             SourceError: It is missing or is not a JSON object.
@@ -58,7 +58,7 @@ class Source:
         return read_json_object(self.directory / "config.json", "Is this the directory of a Hugging Face checkpoint?")
 
     def files(self, names: tuple[str, ...]) -> list[Path]:
-        """Those of the named files that exist."""
+        """Return the named files that exist."""
         return [self.directory / name for name in names if (self.directory / name).is_file()]
 
 
@@ -77,7 +77,7 @@ def resolve(
         revision: Branch, tag or commit of a hub id.
         weights: False downloads the config and the processor only.
         cache_dir: Where huggingface_hub keeps downloads; None for its default.
-        progress: Told when a download begins and ends.
+        progress: Called when a download begins and ends.
 
     Raises:
         UsageError: A revision is given for something that has none.
@@ -106,10 +106,10 @@ def resolve(
 
 
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON file that holds one object.
+    """Read a JSON file that holds one object.
 
     Raises:
-        SourceError: With the hint.
+        SourceError: The file cannot be read as such; the message ends with the hint.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -54,7 +54,7 @@ def answer(
         max_new_tokens: Limit on the tokens of the answer.
         temperature: Sampling temperature; 0 means greedy decoding.
         device: "cpu" or "cuda"; None is the CPU.
-        trust: As for `vlmbuild.load`.
+        trust: Trust of `vlmbuild.load`.
         write: Called with each chunk of the answer as soon as its words are complete.
 
     Raises:

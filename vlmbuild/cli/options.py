@@ -156,12 +156,12 @@ def _derived(hints: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Command]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
-    """Types of a union, or the type itself."""
+    """Return the types of a union, or the type itself."""
     return (hint,) if get_origin(hint) in (None, Literal, tuple) else get_args(hint)
 
 
 def _option_type(name: str, hint: Any) -> dict[str, Any]:
-    """Settings of `click.option` that follow from the type of a field."""
+    """Derive settings of `click.option` from the type of a field."""
     kind = next(member for member in _members(hint) if member is not type(None))
     several = {"multiple": True} if get_origin(kind) is tuple else {}
     if several or name in _CHOICES:

@@ -250,7 +250,7 @@ class UnslothVisionDataCollator:
 
 
 def is_bf16_supported() -> bool:
-    """Whether models compute in bfloat16 here; CPUs do."""
+    """Return whether models compute in bfloat16 here; CPUs do."""
     return not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
 
 

@@ -67,7 +67,7 @@ def exact_match(model: Any, processor: Any, task: Task, samples: Sequence[Sample
 
 @torch.no_grad()
 def answers(model: Any, processor: Any, task: Task, samples: Sequence[Sample]) -> list[str]:
-    """The model's greedy answers."""
+    """Return the model's greedy answers."""
     texts = [prompt(processor, task)] * len(samples)
     images = [[sample.image] for sample in samples]
     batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")

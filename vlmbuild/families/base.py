@@ -182,9 +182,9 @@ class Family(ABC):
 
         Args:
             config: From `config`.
-            images: Of each sample; without any it is the variant "text".
+            images: Images of each sample; without any it is the variant "text".
             batch: Number of samples.
-            text_tokens: Of each sample, besides the tokens of its images.
+            text_tokens: Tokens of each sample, besides those of its images.
         """
         return {
             "sequence": batch * (text_tokens + sum(image.tokens for image in images)),
@@ -237,7 +237,7 @@ class Family(ABC):
         Args:
             image_processor: transformers' own, of the checkpoint; its `size` has the limits.
             config: From `config`.
-            height, width: In pixels.
+            height, width: Size in pixels.
 
         Raises:
             ValueError: The processor refuses the size.
@@ -259,8 +259,8 @@ class Family(ABC):
         """Write the JSON files of a checkpoint as clients read them.
 
         Args:
-            values: Of config.json.
-            files: Of the tokenizer and the processors.
+            values: Values of config.json.
+            files: Files of the tokenizer and the processors.
             template: The chat template.
         """
         return {"config.json": values, "tokenizer_config.json": with_template(files, template)}

@@ -74,7 +74,7 @@ class _NodeCost:
         return 0
 
     def bytes(self, node: Node) -> Size:
-        """Bytes that an operator reads and writes when it runs alone."""
+        """Count the bytes that an operator reads and writes when it runs alone."""
         if node.target in _FREE or node.op != "call_function" or _is_view(node):
             return 0
         written = self._nbytes(node)
@@ -106,7 +106,7 @@ def _product(sizes: list[Size]) -> Dim:
 
 
 def _is_view(node: Node) -> bool:
-    """Whether the result shares the input's memory: getitem, and operators whose schema returns an alias."""
+    """Return whether the result shares the input's memory: getitem, and operators whose schema returns an alias."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     if node.target is aten.to.dtype:

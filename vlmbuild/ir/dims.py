@@ -27,7 +27,7 @@ class Dim:
     A factor that is no polynomial, such as "(rows//2)", is kept as one opaque name: it prints, but cannot be evaluated.
 
     Attributes:
-        terms: In the order of printing. No two have the same names, and no coefficient is zero.
+        terms: Terms in the order of printing. No two have the same names, and no coefficient is zero.
     """
 
     terms: tuple[Term, ...]
@@ -124,17 +124,17 @@ Shape = tuple[Size, ...]
 
 
 def parse_shape(sizes: Iterable[int | str | Dim]) -> Shape:
-    """A shape whose sizes that change may be texts: ("4*merged", 8)."""
+    """Parse a shape whose changing sizes may be texts: ("4*merged", 8)."""
     return tuple(Dim.parse(size) if isinstance(size, str) else size for size in sizes)
 
 
 def shape_json(shape: Shape) -> list[int | str]:
-    """A shape as plain values, which `parse_shape` reads."""
+    """Return a shape as plain values, which `parse_shape` reads."""
     return [size if isinstance(size, int) else str(size) for size in shape]
 
 
 def shape_names(shapes: Iterable[Shape]) -> tuple[str, ...]:
-    """Every name in shapes, in the order of their first use."""
+    """Return every name in shapes, in the order of their first use."""
     sizes = (size for shape in shapes for size in shape)
     return tuple(dict.fromkeys(name for size in sizes if isinstance(size, Dim) for name in size.names))
 

@@ -77,7 +77,7 @@ class Region:
     """One graph and the instances that share it. Placeholders are the slots in order, then the activations.
 
     Attributes:
-        name: For example "language_model.layers".
+        name: Name, for example "language_model.layers".
         graph: A `GraphModule` without parameters of its own.
         slots: One per leading placeholder.
         instances: Module paths ("model.language_model.layers.7"); "" for the parts between repeated blocks.
@@ -163,7 +163,7 @@ class Input:
         return size
 
     def is_about_tokens(self) -> bool:
-        """Whether a dimension counts tokens or samples; every other input is about images."""
+        """Return whether a dimension counts tokens or samples; every other input is about images."""
         return not TOKEN_DIMENSIONS.isdisjoint(shape_names([self.shape]))
 
 

@@ -155,7 +155,7 @@ def from_json(values: Mapping[str, Any]) -> Program:
 
 
 def _check_names(program: Program) -> None:
-    """Names become attributes of modules, and calls look values up: refuse names that are not plain, and unknown values."""
+    """Refuse names that cannot become attributes of modules, and calls that read unknown values."""
     named = [name for name, _ in program.slots()] + list(program.ties)
     named += [name for region in program.regions.values() for name in region.instances if name]
     for name in named:

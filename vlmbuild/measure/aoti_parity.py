@@ -29,17 +29,17 @@ kernels round less often than graphs do."""
 
 
 def code_measurement(directory: Path, dtype: str) -> Measurement:
-    """Measures an artifact's code in another process: what crashes ends that one. Weights and graphs must be there."""
+    """Start measuring an artifact's code in another process, which a crash ends; weights and graphs must be written."""
     return Measurement(__name__, [str(directory), dtype], "The compiled regions")
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:
-    """The manifest's records about an artifact's code, measured in this process and without judging."""
+    """Measure an artifact's code in this process, and return the manifest's records without judging them."""
     return prepare(directory, dtype)()
 
 
 def prepare(directory: Path, dtype: str) -> Callable[[], list[Record]]:
-    """Everything that needs no code; the rest when the result is called."""
+    """Load all that needs no code, and return the function that measures the code."""
     graphs, compiled = (bind_directory(directory, getattr(torch, dtype)).eval() for _ in range(2))
     for model, form in ((graphs, "dynamic"), *((compiled, form) for form in FORMS)):
         model.cached(form)
@@ -59,8 +59,10 @@ def prepare(directory: Path, dtype: str) -> Callable[[], list[Record]]:
 
 
 def _compare(case: Case, form: CacheForm, graphs: VisionLanguageModel, compiled: VisionLanguageModel) -> list[Record]:
-    """A prompt, some tokens on its cache one at a time, and these again all at once, against the graphs with all of that at
-    once. Both forms of a cache run the same code."""
+    """Compare code and graphs on a prompt, then tokens on its cache one at a time, then these tokens at once.
+
+    Both forms of a cache run the same code.
+    """
     whole = graphs.new_cache()
     cache = new_code_cache(compiled, case.batch["input_ids"].shape[1] + STEPS if form == "static" else None)
     decoding = Decoding(compiled, cache)

@@ -37,7 +37,7 @@ class Case:
 
 
 def cases(processor: Any) -> Iterator[Case]:
-    """All batches; pictures are noise of a fixed seed.
+    """Yield all batches; pictures are noise of a fixed seed.
 
     Raises:
         SourceError: The processor cannot make them.
@@ -68,7 +68,7 @@ def cases(processor: Any) -> Iterator[Case]:
 
 
 def extended(batch: Mapping[str, Tensor], token: Tensor, family: Family) -> dict[str, Tensor]:
-    """The batch with a token (batch, 1) more in each row, which looks where the last one looked."""
+    """Append a token (batch, 1) to each row, which sees the images that the last one saw."""
     longer = dict(batch)
     longer["input_ids"] = torch.cat([batch["input_ids"], token], dim=1)
     longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)

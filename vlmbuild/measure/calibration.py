@@ -28,7 +28,7 @@ Batch = Mapping[str, Tensor]
 
 
 def batches_digest(batches: Sequence[Batch]) -> str:
-    """SHA-256 (hex) of batches, "" for none: names, dtypes, shapes and bytes."""
+    """Hash batches (names, dtypes, shapes and bytes) to a SHA-256 in hex; "" for none."""
     digest = hashlib.sha256()
     for batch in batches:
         for name, tensor in sorted(batch.items()):
@@ -38,7 +38,7 @@ def batches_digest(batches: Sequence[Batch]) -> str:
 
 
 def conversation_batches(file: Path, processor: Any) -> list[Batch]:
-    """A batch for each line of a file of conversations: {"messages": [...]} in the form of chat templates, images by path.
+    """Make a batch of each line of a file of conversations: {"messages": [...]} in the form of chat templates, images by path.
 
     Raises:
         UsageError: A line is not such, or an image cannot be read; the line is named.
@@ -76,19 +76,20 @@ def output_losses(
     tensors: Mapping[str, SourceTensor],
     progress: Progress,
 ) -> list[Loss]:
-    """The squared error of a block's outputs when one of its layers is quantized, relative to their squared norm: the mean
-    over all tokens of the batches. Everything is computed in float32.
+    """Measure the squared error of a block's outputs when one of its layers is quantized, relative to their squared norm.
+
+    It is the mean over all tokens of the batches, computed in float32.
 
     Args:
-        program: After all passes but quantization.
+        program: Program after all passes but quantization.
         family: The program's family.
         config: The transformers config.
-        batches: What the processor gives.
-        layers: To measure.
-        form: In which they would be stored.
-        weights: Of the source, unquantized.
+        batches: Outputs of the processor.
+        layers: Layers to measure.
+        form: Format to measure.
+        weights: Unquantized weights of the source.
         tensors: The source's parameters by module name.
-        progress: Told how many layers are done.
+        progress: Called with the number of layers that are done.
 
     Raises:
         BatchError: A batch contradicts itself.
@@ -125,7 +126,7 @@ def output_losses(
 
 
 def _prepared(family: Family, config: Any, batches: Iterable[Batch]) -> dict[str, list[dict[str, Tensor]]]:
-    """The values that the variants' inputs have, by variant, for each batch."""
+    """Prepare the batches: variant -> values of its inputs, for each batch."""
     found: dict[str, list[dict[str, Tensor]]] = {}
     for batch in batches:
         prepared = family.prepare(batch, config)

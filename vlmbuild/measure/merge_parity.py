@@ -42,7 +42,7 @@ computed in float32, so the error is that of rounding the weights once (by 2^-25
 over tens of layers; in float32 sums in another order come on top."""
 
 SHARE = 0.5
-"""Of what the adapter does to the logits, the error must be at most this share: above it, merged weights are nearer to those
+"""Greatest error as a share of the adapter's effect on the logits: above it, merged weights are nearer to those
 without the adapter, because it was not merged or because rounding swallows it."""
 
 _STEP = 2**22
@@ -162,7 +162,7 @@ class MergeCheck:
         ]
 
     def _programs(self, recipe: Recipe, decisions: Mapping[str, Decision]) -> tuple[Program, Program]:
-        """The unquantized program with slots for the adapter, and the stored one; both on kernels that run anywhere."""
+        """Build the unquantized program with slots for the adapter, and the stored one, on kernels that run anywhere."""
         reference = copy.deepcopy(self.captured)
         run(passes_for(replace(recipe, attention="sdpa")), reference)
         merged = copy.deepcopy(reference)
@@ -189,7 +189,7 @@ class MergeCheck:
 
 
 def _limit(dtype: str, effect: float) -> float:
-    """The error up to which weights are published; an adapter that does nothing has no share to lose."""
+    """Return the error up to which weights are published; an adapter without effect has no share to lose."""
     floor = TOLERANCES["float32"] / 10  # what the order of sums may do
     return min(TOLERANCES[dtype], max(SHARE * effect, floor) if effect else math.inf)
 
@@ -212,7 +212,7 @@ def _check(dtype: str, error: float, effect: float, limit: float) -> None:
 def _logits(
     checkpoint: Checkpoint, probe: Probe, progress: Progress, program: Program, tensors_of: TensorsOf, turn: int
 ) -> Tensor:
-    """Logits (1, tokens, vocabulary) in float32; each block's weights are in memory while it runs."""
+    """Compute logits (1, tokens, vocabulary) in float32, with one block's weights in memory at a time."""
     variant = program.variants[probe.prepared.variant]
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
@@ -236,7 +236,7 @@ def _logits(
 
 
 def _written_tensors(directory: Path, family: Family) -> TensorsOf:
-    """What the files of an artifact stand for, whatever its target."""
+    """Read the tensors that the files of an artifact stand for, whatever its target."""
     if (directory / FOLDER).is_dir():
         models = OnnxWeights(directory)
         return lambda region, instance: {
@@ -251,7 +251,8 @@ def _written_tensors(directory: Path, family: Family) -> TensorsOf:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that the figures, and with them the artifact's id, do not depend on the number of cores."""
+    """Compute sums in one order, so that the figures, and with them the artifact's id, do not depend on the number of
+    cores."""
     with single_threaded() as start:
         start()
         yield

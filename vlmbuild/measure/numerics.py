@@ -27,7 +27,7 @@ class Stepwise(Protocol):
     """Runs a batch, then the tokens after it, with a cache."""
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(batch, tokens, vocabulary)."""
+        """Compute logits (batch, tokens, vocabulary)."""
 
 
 class Measurement:
@@ -35,7 +35,7 @@ class Measurement:
 
     Args:
         module: `python -m MODULE ARGUMENTS` runs `print_records`.
-        arguments: Of the process.
+        arguments: Arguments of the process.
         what: Is measured, for messages.
     """
 
@@ -54,14 +54,14 @@ class Measurement:
         self._process.communicate()
 
     def records(self, progress: Callable[[str, int, int], None]) -> list[Record]:
-        """The manifest's records about what was exported, which is complete now.
+        """Measure the export, which is complete now, and return the manifest's records.
 
         Args:
-            progress: Told of the beginning and of the end.
+            progress: Called at the beginning and at the end.
 
         Raises:
-            IncompatibleError: It cannot run here.
-            ParityError: It does not run, or computes something else than the program.
+            IncompatibleError: The export cannot run here.
+            ParityError: The export does not run, or computes something else than the program.
         """
         progress("numerics", 0, 1)
         printed, said = self._process.communicate("\n")
@@ -123,12 +123,12 @@ def stepwise(case: Case, decoding: Stepwise, family: Family) -> tuple[dict[str, 
 def compare(
     case: str, batch: Mapping[str, Tensor], found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> list[Record]:
-    """The records of one case: of its logits, with tokens that are the same, and of the worst of each other kind of output.
+    """Compare the outputs of one case: logits, with counts of equal tokens, and the worst of each other kind of output.
 
     Args:
-        case: Its name.
-        batch: With the tokens that were generated.
-        found, expected: Outputs by name. Of what the program's are padded to, the first rows count.
+        case: Name of the case.
+        batch: Batch with the generated tokens.
+        found, expected: Outputs by name; where the program pads rows, the first ones count.
     """
     shown = batch["attention_mask"].bool()
     top = [values["logits"].argmax(-1) for values in (found, expected)]
@@ -155,7 +155,7 @@ def _errors(case: str, output: str, found: Tensor, expected: Tensor) -> Record:
 
 
 def _worst(records: list[Record]) -> list[Record]:
-    """Of outputs that there are one of for each layer, the worst."""
+    """Keep the worst record of each kind of output that every layer has."""
     kinds: dict[str, Record] = {}
     for record in records:
         kind = record["output"].partition(".")[0]

@@ -37,17 +37,17 @@ ROUNDED_INPUTS = 1e-1
 
 
 def onnx_measurement(directory: Path, dtype: str) -> Measurement:
-    """Measures an artifact's models in another process.
+    """Start measuring an artifact's models in another process.
 
     Args:
-        directory: With config.json, processor files, graph/program.json and onnx/, once records are asked for.
+        directory: Artifact, which has config.json, processor files, graph/program.json and onnx/ when `records` is called.
         dtype: Name of the compute dtype.
     """
     return Measurement(__name__, [str(directory), dtype], "The ONNX models")
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:
-    """The manifest's records about an artifact's models, measured in this process and without judging."""
+    """Measure an artifact's models in this process, and return the manifest's records without judging them."""
     program = from_json(json.loads((directory / PROGRAM_FILE).read_text(encoding="utf-8")))
     family = family_named(program.family)
     config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
@@ -76,8 +76,10 @@ class _Reference:
 
     @torch.no_grad()
     def run(self, batch: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-        """The variant that a batch takes, and its values that clients see: logits (batch, sequence, vocabulary), the cache,
-        and what follows from images."""
+        """Run a batch; return its variant and the values that clients see.
+
+        These are logits (batch, sequence, vocabulary), the cache, and values that follow from images.
+        """
         prepared = self._family.prepare(batch, self._config)
         variant = self.program.variants[prepared.variant]
         shape = batch["input_ids"].shape
@@ -111,7 +113,7 @@ class _Reference:
 
 
 def _compare(case: Case, model: OnnxVisionLanguageModel, reference: _Reference) -> list[Record]:
-    """The records of one case: a prompt, then some tokens on its cache, then all of that at once through the program."""
+    """Compare a prompt and some tokens on its cache with the program, which computes all at once."""
     cache = model.new_cache()
     decoding = OnnxDecoding(model, cache)
     batch, logits = stepwise(case, decoding, model.family)

@@ -57,7 +57,7 @@ class Parity:
     """One step a pass, in order.
 
     Attributes:
-        steps: What was computed.
+        steps: Errors after each pass.
         refused: Why nothing was, or "".
     """
 
@@ -70,7 +70,7 @@ class Parity:
         return next((step.name for step in self.steps if not step.holds), "")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         steps = [{"pass": step.name, "forward": step.forward, "gradient": step.gradient} for step in self.steps]
         return {"steps": steps, "broken_by": self.broken_by, "refused": self.refused}
 
@@ -100,7 +100,7 @@ def pass_parity(program: Program, family: Family, config: Any, passes: Sequence[
 
 
 def parity_lines(name: str, parity: Parity) -> list[str]:
-    """A table for people."""
+    """Format parity as a table."""
     if parity.refused:
         return [f"{name}: parity was not computed: {parity.refused}"]
     limits = f"(at most {TOLERANCE:.0e}, gradients {GRADIENT_TOLERANCE:.0e})"
@@ -111,7 +111,7 @@ def parity_lines(name: str, parity: Parity) -> list[str]:
 
 
 def _check_size(program: Program) -> None:
-    """Weights, and their gradients, of one instance a region."""
+    """Refuse a program whose weights and gradients, of one instance per region, do not fit the limit."""
     count = sum(math.prod(slot.shape) for region in program.regions.values() for slot in region.slots)
     if 8 * count > _LARGEST_BYTES:
         raise UsageError(
@@ -121,7 +121,7 @@ def _check_size(program: Program) -> None:
 
 
 def _values(program: Program, constants: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The logits of every variant, and the gradients of all its weights."""
+    """Compute the logits of every variant, and the gradients of all its weights."""
     all_logits: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
     for name, variant in program.variants.items():
@@ -161,7 +161,7 @@ def _forward(program: Program, variant: Variant, constants: Mapping[str, Tensor]
 
 
 def _runnable(region: Region) -> GraphModule:
-    """The region in float32 on the CPU: before any pass, graphs still assert and name the device that they were traced on."""
+    """Make a region runnable in float32 on the CPU: remove assertions, and replace the device of tracing."""
     graph = BoundRegion(region, torch.float32, ()).graph
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
@@ -190,7 +190,7 @@ def _weight(name: str, slot: Slot, constants: Mapping[str, Tensor], weights: dic
 
 
 def _input(entry: Input, sizes: Mapping[str, int]) -> Tensor:
-    """Seeded values that any model takes: small indices, and segments of which one is long and some are empty."""
+    """Draw seeded values that any model takes: small indices, and segments of which one is long and some are empty."""
     shape = evaluate_shape(entry.shape, sizes)
     if entry.dtype.is_floating_point:
         return _random(entry.name, shape)
@@ -208,13 +208,15 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _seed(name: str) -> int:
-    """Of a name: the same in every process, whatever else is drawn."""
+    """Derive a seed from a name: the same in every process, whatever else is drawn."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
 
 
 def _error(actual: Tensor | None, expected: Tensor, floor: float) -> float:
-    """Relative norm of the difference; a gradient that cancels to nearly nothing is held against `floor`. What is not finite
-    is infinitely far off, since comparisons would pass over NaN."""
+    """Compute the relative norm of the difference; a gradient that nearly cancels is compared with `floor`.
+
+    Values that are not finite give infinity, since comparisons would pass over NaN.
+    """
     difference = expected if actual is None else actual - expected  # a gradient that is gone is zero
     error = float(difference.norm().item() / max(expected.norm().item(), floor))
     return error if math.isfinite(error) else math.inf

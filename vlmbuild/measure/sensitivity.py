@@ -24,7 +24,7 @@ _PIECE = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What quantization does to a layer.
+    """Error of a layer when it is quantized.
 
     Attributes:
         layer: The layer.
@@ -47,12 +47,12 @@ def weight_losses(
     the same for all and a hundred times smaller, is left out.
 
     Args:
-        layers: To measure.
-        form: In which they would be stored.
-        weights: Of the source.
+        layers: Layers to measure.
+        form: Format to measure.
+        weights: Weights of the source.
         tensors: The source's parameters by module name.
-        dtype: To which weights are cast before they are quantized.
-        progress: Told how many layers are done.
+        dtype: Dtype of weights before they are quantized.
+        progress: Called with the number of layers that are done.
 
     Raises:
         SourceError: A weight holds NaN or infinity.
@@ -78,12 +78,13 @@ def weight_losses(
 def keep_within(
     losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
 ) -> dict[str, WeightFormat | None]:
-    """Module -> format: layers keep their dtype in the order of the loss that a bit spent on them saves, while the average
-    stays within the budget.
+    """Choose module -> format within the budget.
+
+    Layers keep their dtype in the order of the loss saved per bit, while the average stays within the budget.
 
     Args:
-        losses: Of all layers that may be quantized.
-        form: Of those that are.
+        losses: Losses of all layers that may be quantized.
+        form: Format of quantized layers.
         budget: Bits per weight, with scales, on average over these layers.
         kept_bits: Bits per weight of a layer that is kept.
 
@@ -109,7 +110,7 @@ def keep_within(
 def refine(
     decisions: Mapping[str, Decision], losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
 ) -> dict[str, Decision]:
-    """The decisions with those about the measured layers made anew, within the budget. Raises what `keep_within` raises."""
+    """Replace the decisions about measured layers, within the budget. Raises the errors of `keep_within`."""
     chosen = keep_within(losses, form, budget, kept_bits)
     measured = {
         loss.layer.module: Decision(form, error=loss.error)

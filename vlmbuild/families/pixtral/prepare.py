@@ -100,7 +100,8 @@ class PatchPrologue(nn.Module):
         self.patch = patch
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Without rows in `image_sizes` (images, 2), no image is padded."""
+        """Cut images into patches, with their positions and bounds; `image_sizes` (images, 2) without rows means no
+        padding."""
         images, channels, height, width = pixel_values.shape
         side, device = self.patch, image_sizes.device
         number, row, column = (torch.arange(n, device=device) for n in (images, height // side, width // side))

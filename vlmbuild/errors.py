@@ -31,7 +31,7 @@ class PassError(VlmbuildError):
 
 
 class ParityError(VlmbuildError):
-    """What was built computes something else than what it was built from."""
+    """An artifact that computes something else than its source."""
 
 
 class BatchError(VlmbuildError, ValueError):
@@ -77,6 +77,6 @@ class IncompatibleError(ArtifactError):
 
 
 class GraphDiffersError(VlmbuildError):
-    """What is compiled now is not what a lock says. Raised by commands that have printed the differences."""
+    """A compiled program that differs from its lock. Raised by commands that have printed the differences."""
 
     exit_code = 6

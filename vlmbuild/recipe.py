@@ -33,8 +33,8 @@ class TargetOptions:
         dtypes: Compute dtypes, the default first.
         attentions: Kernels behind the attention operator.
         formats: Names of weight formats; None is all that name the target (`WeightFormat.targets`).
-        fuses_rms_norm: Whether the target has a faster operator for RMS norms.
-        packs_weights: Whether graphs hold packed weights in place of slots with scales.
+        fuses_rms_norm: True if the target has a faster operator for RMS norms.
+        packs_weights: True if graphs hold packed weights in place of slots with scales.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")

@@ -46,7 +46,7 @@ def with_cache(program: Program, form: CacheForm = "dynamic") -> Program:
 
     Args:
         program: After its passes. It stays as it is; regions that need no change are shared.
-        form: Whether the cache grows with each step or has a fixed length.
+        form: Form of the cache, growing with each step or of a fixed length.
 
     Raises:
         PassError: A block has no form that can be cached.
@@ -69,7 +69,7 @@ def with_cache(program: Program, form: CacheForm = "dynamic") -> Program:
 
 
 def has_cache(program: Program) -> bool:
-    """Whether a program takes a key-value cache."""
+    """Return whether a program takes a key-value cache."""
     return any(entry.name == MASK for variant in program.variants.values() for entry in variant.inputs)
 
 
@@ -115,14 +115,14 @@ def _add_step(program: Program, images: Mapping[str, frozenset[str]], shapes: Sh
 
 
 def _shapes_of(call: Call, program: Program, shapes: Shapes) -> Iterator[tuple[str, Shape]]:
-    """The shapes of a call's inputs."""
+    """Yield the name and shape of each of a call's inputs."""
     region = program.regions[call.region]
     for value, node in zip(call.inputs, region.placeholders()[len(region.slots) :], strict=True):
         yield value, shapes.sizes(shapes.values[region.name][node])
 
 
 def _heads(region: Region, shapes: Shapes) -> tuple[int, int]:
-    """Key heads and head dimension of a block's self-attention."""
+    """Return key heads and head dimension of a block's self-attention."""
     site = self_attention(region)
     assert site is not None
     _, heads, _, dim = shapes.values[region.name][site.args[1]].shape  # type: ignore[index]
@@ -130,7 +130,7 @@ def _heads(region: Region, shapes: Shapes) -> tuple[int, int]:
 
 
 def _with_blocks(program: Program, shapes: Shapes, form: CacheForm) -> Program:
-    """The program with cached blocks, and the regions that its calls still need."""
+    """Replace blocks by cached ones, and keep the regions that calls still need."""
     blocks = {name: block for name, region in program.regions.items() if (block := cached_block(region, form))}
     heads = {name: _heads(program.regions[name], shapes) for name in blocks}
     variants = {name: _cached(variant, blocks, heads, form) for name, variant in program.variants.items()}
@@ -180,5 +180,5 @@ def _renamed(call: Call, names: Mapping[str, str]) -> Call:
 
 
 def _number(call: Call) -> str:
-    """A block's number in its list, the last part of its name."""
+    """Return a block's number in its list, the last part of its name."""
     return call.instance.rpartition(".")[2]

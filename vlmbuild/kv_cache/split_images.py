@@ -70,7 +70,7 @@ def split_images(program: Program) -> tuple[Program, dict[str, frozenset[str]]]:
 def _split_call(
     region: Region, call: Call, image_values: set[str], splits: dict[tuple[str, frozenset[int]], SplitRegion | None]
 ) -> list[tuple[Region, Call]]:
-    """The call, or the calls of its region's parts."""
+    """Return the call, or the calls of its region's parts."""
     key = (region.name, frozenset(index for index, name in enumerate(call.inputs) if name in image_values))
     if key not in splits:
         splits[key] = split_region(region, key[1])
@@ -99,7 +99,7 @@ def split_region(region: Region, image_inputs: frozenset[int]) -> SplitRegion | 
 
 
 def _image_nodes(region: Region, images: set[Node], activations: set[Node]) -> Iterator[Node]:
-    """The nodes that read an activation of images, and none of tokens, however far back."""
+    """Yield the nodes that depend on an activation of images, and on none of tokens."""
     sources: dict[Node, set[Node]] = {}
     for node in (*region.placeholders(), *dataflow_order(region)):  # a stored program has the same order
         if node.op == "placeholder":
@@ -142,7 +142,7 @@ def _part(
 
 
 def _calls(call: Call, region: Region, split: SplitRegion) -> tuple[Call, Call]:
-    """The calls of the two parts, in place of the call of the whole."""
+    """Return the calls of the two parts, in place of the call of the whole."""
     names = dict(zip(region.results(), call.outputs, strict=True))
     base = call.outputs[0].partition(".")[0]
     for number, node in enumerate(split.crossing):

@@ -1,1 +1,1 @@
-"""Graphs under regression: locks of compiled programs, what differs between two, and how a reviewer is told."""
+"""Graphs under regression: locks of compiled programs, differences between two, and their report for reviewers."""

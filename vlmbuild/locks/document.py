@@ -59,8 +59,8 @@ class LockedPass:
     """Effect of a pass.
 
     Attributes:
-        exact: Whether it preserves values.
-        fuses: Whether it replaces patterns by fused operators, so that fewer matches are a loss.
+        exact: True if it preserves values.
+        fuses: True if it replaces patterns by fused operators, so that fewer matches are a loss.
         matches: Sites in the whole model.
         sites: Region -> sites of its graph; None if only the sum is known, as for artifacts.
         refusals: "region: reason" for each unchanged site.

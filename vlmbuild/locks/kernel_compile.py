@@ -36,19 +36,18 @@ Row = dict[str, Any]
 
 
 def meaning(launch: Launch) -> tuple[Any, ...]:
-    """What decides the machine code, but for the tile: the kernel's source, its constants, and what is known of each
-    argument."""
+    """Return all that decides the machine code, but for the tile: source, constants, and specialization of arguments."""
     known = map(_specialized, launch.arguments, _may_specialize(launch))
     return (launch.kernel.cache_key, *known, *sorted(launch.constants.items()))
 
 
 def _may_specialize(launch: Launch) -> Iterator[bool]:
-    """Whether Triton compiles a kernel for the value of each argument."""
+    """Yield for each argument whether Triton compiles a kernel for its value."""
     return (not parameter.do_not_specialize for parameter in launch.kernel.params)
 
 
 def _specialized(argument: Any, may: bool) -> str:
-    """Type of an argument, and what Triton's launcher compiles a kernel for: integers that are 1 or multiples of 16."""
+    """Return an argument's type as Triton's launcher specializes it: integers that are 1 or multiples of 16."""
     if isinstance(argument, torch.Tensor):
         return POINTERS[argument.dtype]
     if isinstance(argument, float):
@@ -87,8 +86,11 @@ def compile_launch(launch: Launch, target: int) -> Row:
 
 
 def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton's front end parses Python, and CPython 3.11 counts the depth of all threads' parsing together, so that
-    parsing in two threads can fail. It holds the interpreter's lock anyway; what takes time is LLVM and ptxas after it."""
+    """Run a function in one thread at a time.
+
+    Triton's front end parses Python, and CPython 3.11 counts the depth of all threads' parsing together, so that parsing
+    in two threads can fail. It holds the interpreter's lock anyway; LLVM and ptxas after it take the time.
+    """
 
     def guarded(*arguments: Any, **options: Any) -> Any:
         with _FRONT_END:
@@ -98,14 +100,14 @@ def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tile_text(launch: Launch) -> str:
-    """ "ROWS=128 KEYS=64, 8 warps, 2 stages"."""
+    """Format a tile: "BLOCK_M=128 BLOCK_N=64, 8 warps, 2 stages"."""
     sides = " ".join(f"{name}={value}" for name, value in launch.tile.items() if name not in OPTIONS)
     options = f"{launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
     return f"{sides}, {options}" if sides else options
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Types of all parameters, values of the constant ones, and alignment: as Triton's launcher has them."""
+    """Return types of all parameters, values of the constant ones, and alignment, as Triton's launcher has them."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -125,7 +127,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes that it spills to local memory), as NVIDIA's tool in Triton's wheel reads them."""
+    """Return (registers of a thread, bytes that it spills to local memory), by NVIDIA's tool in Triton's wheel."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)

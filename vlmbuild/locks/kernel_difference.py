@@ -1,4 +1,4 @@
-"""What got worse in a kernel table: spills, lost tensor cores, and figures beyond a threshold."""
+"""Regressions in a kernel table: spills, lost tensor cores, and figures beyond a threshold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIGURES = {
 
 
 def kernel_findings(old: Kernels, new: Kernels) -> tuple[list[Found], list[str]]:
-    """Findings, and notes on what was not compared."""
+    """Compare two kernel tables; return findings, and notes on kernels that were not compared."""
     for kernels, which in ((old, "the old"), (new, "the new")):
         if kernels.skipped:
             return [], [f"Kernels were not compared: {which} lock has no table, since: {kernels.skipped}."]
@@ -42,8 +42,10 @@ def kernel_findings(old: Kernels, new: Kernels) -> tuple[list[Found], list[str]]
 
 
 def _renamed(old: Kernels, new: Kernels) -> dict[str, str]:
-    """New label -> old one, of kernels that the same regions launch with other constants, so that figures can be held side
-    by side: a kernel that is tiled anew may not lose its tensor cores unseen."""
+    """Map new labels to old ones, of kernels that the same regions launch with other constants.
+
+    So their figures are compared: a kernel with other tiles may not lose its tensor cores unseen.
+    """
     gone, come = _unmatched(old, new), _unmatched(new, old)
     return {now: was for key in come.keys() & gone.keys() for now, was in zip(come[key], gone[key], strict=False)}
 

@@ -42,7 +42,7 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
     """Compile every kernel that a finished program launches, in each configuration, for every target.
 
     Args:
-        program: With shapes.
+        program: Program with shapes.
         dtype: The compute dtype.
 
     Returns:
@@ -88,7 +88,7 @@ def _compile_all(wanted: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tupl
 
 
 def _label(launch: Launch, taken: Iterable[str]) -> str:
-    """ "forward_kernel bf16 GQA=6 DIM=128 ... CAUSAL"; a number tells apart what differs in strides only."""
+    """Label a launch: "forward_kernel bf16 GQA=6 DIM=128 ... CAUSAL", numbered where only strides differ."""
     dtype = POINTERS[launch.arguments[0].dtype].removeprefix("*")
     parts = [launch.kernel.__name__.strip("_"), dtype]
     for name, value in launch.constants.items():

@@ -60,7 +60,7 @@ def side_by_side(before: str, after: str) -> Iterator[tuple[str | None, str | No
 
 
 def is_equal(before: str | None, after: str | None) -> bool:
-    """Whether two lines differ at most in the numbers of nodes."""
+    """Return whether two lines differ at most in the numbers of nodes."""
     return before is not None and after is not None and _plain(before) == _plain(after)
 
 

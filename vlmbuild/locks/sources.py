@@ -28,7 +28,7 @@ def lock(
     """Lock a model under a recipe. Only config.json is read.
 
     Args:
-        source: As for `vlmbuild.build`.
+        source: Source of `vlmbuild.build`.
         recipe: Recipe of the build.
         revision: Branch, tag or commit of a hub id.
         kernels: False leaves out the table of Triton kernels.

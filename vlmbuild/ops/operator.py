@@ -23,9 +23,9 @@ class Operator:
 
     Attributes:
         name: Name in `torch.ops.vlmbuild`.
-        kind: What it computes.
+        kind: Kind of computation.
         part: "forward" and "backward" are the halves of a whole operator, which gradients and compilers see.
-        in_programs: Whether a stored program may call it.
+        in_programs: True if a stored program may call it.
         workspaces: Device -> formula of the bytes that a call needs beyond arguments and result; none where it needs nothing.
         eager: Function of the same values for graphs that Python runs; it skips the dispatcher where no gradient is needed.
         kernels: Module with a function `launches(arguments, target, backward)`, for operators with Triton kernels.
@@ -50,7 +50,7 @@ class Operator:
         Args:
             arguments: The operator's arguments; tensors need no data.
             target: Compute capability, 90 for sm_90.
-            backward: Whether to add those of the gradients.
+            backward: True to add the gradients' launches.
         """
         if self.kernels is None:
             return ()

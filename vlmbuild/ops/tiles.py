@@ -34,7 +34,7 @@ SIDES: dict[str, tuple[str, ...]] = {
 """Kernel -> the names of its tile's sides."""
 
 MEASURED = ("attention", "rope", "cross_entropy")
-"""What is measured: each with its forward and backward."""
+"""Measured operators, each with its forward and backward."""
 
 
 @cache
@@ -82,7 +82,7 @@ def write_measurement(
     Args:
         kernel: One of `MEASURED`.
         capability: Compute capability of the chip, 90 for sm_90.
-        right: Whether all results agreed with the reference.
+        right: True if all results agreed with the reference.
         ratio: Time over that of torch's kernels, the largest over the benchmark's sizes.
         device: Name of the GPU.
         file: Instead of the package's own `tiles.json`.

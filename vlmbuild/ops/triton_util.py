@@ -1,4 +1,4 @@
-"""What every Triton launcher needs: may Triton run on this tensor, compile-time constants, and the launch as a value."""
+"""Helpers of Triton launchers: whether Triton can run on a tensor, compile-time constants, and the launch as a value."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def require_device(operator: str, tensor: Tensor) -> None:
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least` (a tile's side must be one)."""
+    """Return the smallest power of two that is at least `n` and `least` (a tile's side must be one)."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def ceil_div(a: int, b: int) -> int:
-    """`a / b`, rounded up. Triton's own takes a microsecond, and a launch has several."""
+    """Return `a / b`, rounded up. Triton's own takes a microsecond, and a launch has several."""
     return -(-a // b)
 
 
 def precision(dtype: torch.dtype) -> dict[str, str]:
-    """The constant of kernels that multiply: tensor cores round float32 to ten bits of mantissa unless told not to."""
+    """Return the precision of products: by default tensor cores round float32 to ten bits of mantissa."""
     return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
 
 
@@ -68,7 +68,7 @@ class Launch(NamedTuple):
 
 
 def target_of(tensor: Tensor) -> int:
-    """The compute capability of the tensor's GPU, 90 for sm_90; the oldest one for the interpreter."""
+    """Return the compute capability of the tensor's GPU, 90 for sm_90; the oldest one for the interpreter."""
     return _capability(tensor.device) if tensor.is_cuda else OLDEST
 
 

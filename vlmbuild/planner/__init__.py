@@ -1,1 +1,1 @@
-"""What a build would do and cost, from config.json alone."""
+"""Plan of a build and its cost, from config.json alone."""

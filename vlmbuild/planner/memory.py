@@ -40,9 +40,9 @@ class Workload:
 
     Attributes:
         batch: Samples; they are equal, so that nothing is padded.
-        text_tokens: Of each sample, besides the tokens of its images.
-        rank: Of the LoRA adapter.
-        device: Where the model runs, which decides what kernels need inside: "cuda" or "cpu".
+        text_tokens: Tokens of each sample, besides those of its images.
+        rank: Rank of the LoRA adapter.
+        device: Device of the model, "cuda" or "cpu"; decides the workspaces of kernels.
 
     Raises:
         UsageError: A number is not positive, or the device is another one.
@@ -65,12 +65,12 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a model needs, in bytes.
+    """Memory of a model, in bytes.
 
     Attributes:
-        workload: What for.
-        images: In each sample.
-        tokens: Of each sample, its images' included.
+        workload: Batch and adapter.
+        images: Images in each sample.
+        tokens: Tokens of each sample, its images' included.
         load: The weights and constants, as they stay in memory once the model is loaded.
         adapter: LoRA's weights, in float32; their gradients take as much, and AdamW's states twice as much.
         infer_activations: Highest point of a forward pass without gradients, besides `load`; the logits of all tokens
@@ -90,26 +90,26 @@ class Memory:
 
     @property
     def infer(self) -> int:
-        """Of a forward pass."""
+        """Bytes of a forward pass."""
         return self.load + self.infer_activations
 
     @property
     def training_state(self) -> int:
-        """Adapter, gradients and AdamW's states."""
+        """Bytes of adapter, gradients and AdamW's states."""
         return self.adapter * (2 + _OPTIMIZER_STATES)
 
     @property
     def train(self) -> int:
-        """Of a training step that keeps all activations."""
+        """Bytes of a training step that keeps all activations."""
         return self.load + self.training_state + self.train_activations
 
     @property
     def train_checkpointed(self) -> int:
-        """Of a training step with gradient checkpointing."""
+        """Bytes of a training step with gradient checkpointing."""
         return self.load + self.training_state + self.checkpointed_activations
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         parts = ("load", "adapter", "infer_activations", "train_activations", "checkpointed_activations")
         totals = ("infer", "train", "train_checkpointed")
         return {
@@ -134,14 +134,14 @@ def estimate_memory(
     images: Sequence[ImageCost] = (),
     workload: Workload = Workload(),
 ) -> Memory:
-    """Estimate for a finished program. It is used up: LoRA is added to it.
+    """Estimate for a finished program. Consumes it (adds LoRA slots).
 
     Args:
         program: After the recipe's passes.
         family: The program's family.
         config: From `family.config`.
         dtype: The compute dtype.
-        images: What the images of each sample cost.
+        images: Patches and tokens of each sample's images.
         workload: The batch and the adapter.
     """
     model = _meta_model(program, family, config, dtype)
@@ -164,13 +164,13 @@ def estimate_memory(
 
 
 def _meta_model(program: Program, family: Family, config: Any, dtype: torch.dtype) -> VisionLanguageModel:
-    """The program's model with tensors that have a size and no data."""
+    """Build the program's model with tensors that have a size and no data."""
     tensors = {name: torch.empty(slot.shape, dtype=slot.dtype, device=_META) for name, slot in program.slots()}
     return VisionLanguageModel(program, family, config, tensors, dtype).to(_META)
 
 
 def _tensors(model: torch.nn.Module) -> Iterable[Tensor]:
-    """Parameters, their gradients and buffers."""
+    """Yield parameters, their gradients and buffers."""
     for parameter in model.parameters():
         yield parameter
         if parameter.grad is not None:
@@ -179,7 +179,7 @@ def _tensors(model: torch.nn.Module) -> Iterable[Tensor]:
 
 
 def _nbytes(model: torch.nn.Module) -> int:
-    """Bytes of all tensors, shared ones once."""
+    """Count the bytes of all tensors, shared ones once."""
     return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
@@ -188,8 +188,8 @@ class _Step:
     """A step of a model on a batch without data.
 
     Attributes:
-        model: On the meta device.
-        variant: Of the program.
+        model: Model on the meta device.
+        variant: Variant of the program.
         sizes: Name of every dimension of the variant's inputs -> size.
         workload: The batch.
     """
@@ -200,14 +200,16 @@ class _Step:
     workload: Workload
 
     def infer(self) -> int:
-        """Highest point, in bytes, of a forward pass without gradients."""
+        """Measure the highest point, in bytes, of a forward pass without gradients."""
         self.model.eval()
         with torch.no_grad():
             return self._peak(lambda batch, ids: self.model.forward_prepared(batch(), ids.shape, None))
 
     def train(self, *, checkpointing: bool) -> int:
-        """Highest point, in bytes, of forward and backward, besides gradients: they are there already, as from the second
-        of several accumulated steps on."""
+        """Measure the highest point, in bytes, of forward and backward.
+
+        Gradients do not count: they exist already, as from the second of several accumulated steps on.
+        """
         self.model.train().checkpointing = Checkpointing() if checkpointing else None
         for _, parameter in self.model.trainable_parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -217,9 +219,11 @@ class _Step:
         self.model.forward_prepared(batch(), ids.shape, ids).backward()
 
     def _peak(self, run: Callable[[Callable[[], PackedBatch], Tensor], object]) -> int:
-        """Highest point of `run`. It is called with what makes a prepared batch, which the forward pass alone may hold, and
-        with labels (samples, tokens), one for every token. The program's inputs count, since the model brings them to its
-        device."""
+        """Measure the highest point of `run`, in bytes.
+
+        `run` gets a function that makes a prepared batch, which the forward pass alone may hold, and labels (samples,
+        tokens), one for every token. The program's inputs count, since the model brings them to its device.
+        """
         ids = torch.zeros(self.workload.batch, self.sizes["sequence"] // self.workload.batch, dtype=torch.int64)
         places = torch.arange(ids.numel())
         live = _LiveBytes(_tensors(self.model), workspaces(self.workload.device))
@@ -245,8 +249,8 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor], workspaces: Mapping[Any, Workspace]) -> None:
         """
         Args:
-            known: Tensors that are there before, and do not count.
-            workspaces: By operator, or by a tag that operators have.
+            known: Tensors that exist before, and do not count.
+            workspaces: Workspaces by operator, or by a tag of operators.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0

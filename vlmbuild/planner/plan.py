@@ -1,4 +1,4 @@
-"""What a build would do, from config.json alone: no weights are read, downloaded or needed."""
+"""Plan a build from config.json alone: no weights are read, downloaded or needed."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class Plan:
     Attributes:
         source: Where it would come from, as the manifest would name it.
         family: The model family.
-        architecture: As config.json names it.
-        recipe: What was asked for.
+        architecture: Architecture in config.json.
+        recipe: Recipe of the plan.
         variants: Kinds of batches that have a graph of their own.
         regions: Graphs and how often they occur: name, instances, operators, parameters (of one instance).
-        passes: What each pass did.
+        passes: Report of each pass.
         roles: role, parameters, quantized (parameters), bytes as stored, kept (why parameters are not quantized).
         ties: Name of a tensor that is not stored -> the one that it shares.
-        images: What the given images cost.
-        memory: What the model needs to load, to infer, and to train an adapter.
+        images: Patches and tokens of each image.
+        memory: Bytes to load, to infer, and to train an adapter.
     """
 
     source: str
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model."""
+        """Number of parameters of the whole model."""
         return sum(role["parameters"] for role in self.roles)
 
     @property
@@ -79,7 +79,7 @@ class Plan:
         return sum(role["bytes"] for role in self.roles)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {
             "source": self.source,
             "family": self.family,
@@ -113,13 +113,13 @@ def plan(
     """Say what a build would do.
 
     Args:
-        source: As for `vlmbuild.build`; a directory with nothing but config.json is enough.
-        recipe: What to build.
+        source: Source of `vlmbuild.build`; a directory with nothing but config.json is enough.
+        recipe: Recipe to plan.
         images: Files or (height, width) pairs whose patches and tokens to count; needs the image processor's settings too.
             Each sample of the batch that memory is estimated for has all of them; without any it is text only.
-        limits: Take the place of those in the image processor's `size`: "longest_edge", "shortest_edge".
+        limits: Limits that replace those in the image processor's `size`: "longest_edge", "shortest_edge".
         workload: The batch and the adapter that memory is estimated for.
-        revision: Of a hub id.
+        revision: Revision of a hub id.
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
@@ -179,7 +179,7 @@ def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[
 
 
 def _size(image: Image) -> tuple[str, int, int]:
-    """(name, height, width)."""
+    """Return (name, height, width) of an image."""
     if isinstance(image, str | Path):
         from PIL import Image as Images
 
@@ -199,7 +199,7 @@ def _size(image: Image) -> tuple[str, int, int]:
 def _costs(
     checkpoint: Checkpoint, sizes: Sequence[tuple[str, int, int]], limits: Mapping[str, int]
 ) -> Iterable[PlannedImage]:
-    """What images cost, by the image processor's own rules; its settings are enough, no tokenizer is needed."""
+    """Yield images with their patches and tokens, by the image processor's settings; no tokenizer is needed."""
     if not sizes:
         return
     image_processor = _image_processor(checkpoint.source)

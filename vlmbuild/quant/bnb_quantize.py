@@ -65,7 +65,7 @@ def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 def _mean(values: torch.Tensor) -> torch.Tensor:
     # Threads would share one long sum, and its rounding, and with it the artifact, would depend on the number of cores.
     # Of several sums torch gives each to one thread, in the order of a single thread; set_num_threads(1) would also do
-    # it, but for the whole process, in which others compute meanwhile.
+    # it, but for the whole process, in which others compute at the same time.
     if values.device.type != "cpu":
         return values.mean()
     return values.expand(2, -1).mean(dim=1)[0]
@@ -93,7 +93,7 @@ def _pack(scaled: torch.Tensor, codes: torch.Tensor, packed: torch.Tensor, quant
 
 
 def _quantize_rest(values: torch.Tensor, absmax: torch.Tensor, packed: torch.Tensor, quant_type: str) -> None:
-    """The last block, not full, which bitsandbytes divides by its absmax, and whose absmax is never below 1e-38."""
+    """Quantize the last block, not full, which bitsandbytes divides by its absmax, and whose absmax is never below 1e-38."""
     values = values.float()
     torch.amax(values.abs(), dim=0, keepdim=True, out=absmax).clamp_(min=_SMALLEST_SCALE)
     scaled = torch.zeros(2 * packed.numel(), dtype=torch.float32)  # an odd size is filled up with a zero
@@ -108,7 +108,7 @@ def _quantize_by_kernel(values: torch.Tensor, quant_type: str, blocksize: int) -
 
 @functools.cache
 def _decisions(quant_type: str) -> tuple[tuple[float, float], ...]:
-    """The 16 passes (bound, what an undecided value up to it becomes), from the lowest bound."""
+    """Return the 16 passes (bound, code of an undecided value up to it), from the lowest bound."""
     values = _functional().get_4bit_type(quant_type, device="cpu")
     order = torch.argsort(values)  # FP4's codes are not in the order of their values
     bounds = (values[order[:-1]] + values[order[1:]]) / 2

@@ -22,7 +22,7 @@ _FLOATS: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16"
 
 @dataclass(frozen=True, slots=True)
 class QuantState:
-    """What the state of a weight says.
+    """State of a quantized weight.
 
     Attributes:
         quant_type: "nf4" or "fp4".

@@ -24,7 +24,7 @@ class Decision:
         format: None keeps the dtype.
         reason: Why it keeps the dtype; "" for a quantized one.
         pinned: A pattern of the user's decided, so that no measurement may.
-        error: What quantization would do to it or does to it (`vlmbuild.measure.sensitivity`), if that was measured.
+        error: Error of quantization (`vlmbuild.measure.sensitivity`), if it was measured.
     """
 
     format: WeightFormat | None
@@ -33,7 +33,7 @@ class Decision:
     pinned: bool = False
 
     def record(self, module: str) -> dict[str, str]:
-        """Plain values, as the manifest has them."""
+        """Return plain values, as the manifest has them."""
         record = {"module": module, "format": self.format.describe() if self.format else "", "reason": self.reason}
         return record if self.error is None else {**record, "error": f"{self.error:.2e}"}
 
@@ -45,17 +45,17 @@ def decide(
     stored: Mapping[str, WeightFormat] | None = None,
     published: Callable[[str], str] = str,
 ) -> dict[str, Decision]:
-    """The decision for every linear layer of a program, by module name.
+    """Decide the format of every linear layer of a program, by module name.
 
     Args:
-        program: Before it is quantized.
-        spec: What is asked for; None leaves everything as the source has it.
-        stored: Formats of the layers that the source has quantized already.
+        program: Program before quantization.
+        spec: Requested quantization; None leaves everything as the source has it.
+        stored: Formats of the layers that are quantized in the source.
         published: Other name of a module, which patterns may match too.
 
     Raises:
         UsageError: A pattern matches no linear layer.
-        SourceError: A layer is quantized already, and another format is asked for.
+        SourceError: A layer is quantized already, and another format is requested.
     """
     stored = stored or {}
     patterns = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
@@ -77,7 +77,7 @@ def decide(
 
 
 def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping[str, WeightFormat]) -> Decision:
-    """The first rule that says something: what is impossible, the user's patterns, the role, the source."""
+    """Apply the first rule that matches: impossible formats, the user's patterns, the role, the source."""
     if layer.shared:
         return Decision(None, "its weight is used elsewhere too")
     if hits.intersection(spec.skip):

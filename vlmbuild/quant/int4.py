@@ -28,8 +28,8 @@ class Int4(WeightFormat):
 
     Attributes:
         blocksize: Weights of a row per scale.
-        symmetric: Whether the middle code is zero; else every block has a zero point of its own.
-        exact_inputs: Whether products are of the inputs' own values; else of inputs rounded to 8 bits in blocks.
+        symmetric: True if the middle code is zero; else every block has a zero point of its own.
+        exact_inputs: True if products use the inputs' own values; else inputs rounded to 8 bits in blocks.
     """
 
     blocksize: int = 64

@@ -58,7 +58,7 @@ class FourBit(WeightFormat):
 
     Attributes:
         blocksize: Weights per scale.
-        double_quant: Whether the scales are stored in 8 bits, in blocks of 256.
+        double_quant: True if the scales are stored in 8 bits, in blocks of 256.
     """
 
     blocksize: int = 64

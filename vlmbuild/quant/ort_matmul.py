@@ -27,7 +27,7 @@ def matmul_nbits(
         level: `EXACT` or `INTEGER`.
         shape: (out, in).
         dtype: Dtype of scales.
-        zero_points: Whether each block has a zero point.
+        zero_points: True if each block has a zero point.
     """
     rows, columns = shape
     blocks = -(-columns // size)

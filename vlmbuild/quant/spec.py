@@ -109,9 +109,9 @@ class QuantSpec:
         Args:
             format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "none",
                 "source", or "auto".
-            skip: As the attribute.
-            roles: As the attribute.
-            overrides: As the attribute; each an `Override` or a table with its arguments.
+            skip: See the attribute.
+            roles: See the attribute.
+            overrides: See the attribute; each an `Override` or a table with its arguments.
             budget: "auto" only: bits per weight, as a number or like "5.0bpw".
             options: Options of the format:
                 blocksize: nf4, fp4, int4, auto: weights per scale, default 64.

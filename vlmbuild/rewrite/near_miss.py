@@ -104,6 +104,6 @@ def _width(node: Node) -> int:
 
 
 def _short(node: Node) -> str:
-    """ "cat" of "aten.cat.default"."""
+    """Shorten a target's name: "aten.cat.default" -> "cat"."""
     parts = target_name(node).split(".")
     return parts[1] if len(parts) > 1 else parts[0]

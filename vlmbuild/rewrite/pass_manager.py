@@ -84,7 +84,7 @@ class PassReport:
 
     Attributes:
         name: The pass.
-        exact: Whether it keeps values.
+        exact: True if it keeps values.
         sites: Region name -> rewritten sites of its graph.
         matches: Sites in the whole model; a region's sites count once per instance.
         refusals: "region: reason" for similar sites that were left alone.
@@ -173,7 +173,8 @@ def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassRepo
 
 
 def _state(region: Region) -> tuple[str, int]:
-    """The state that a pass may change: the digest, and the number of nodes (assertions are not part of the dataflow)."""
+    """Return the state that a pass may change: the digest, and the number of nodes (assertions are not part of the
+    dataflow)."""
     return digest(region), len(region.graph.graph.nodes)
 
 

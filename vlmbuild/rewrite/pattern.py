@@ -23,7 +23,7 @@ from vlmbuild.rewrite.simplify import simplify
 
 @dataclass(frozen=True, eq=False)
 class Rewrite:
-    """What to look for and what to put in its place.
+    """Pattern and its replacement.
 
     Attributes:
         pattern: Ordinary torch code over the values that the match binds.
@@ -67,13 +67,13 @@ def apply(graph_module: GraphModule, rewrite: Rewrite) -> tuple[int, list[str]]:
 
 
 def pattern_graph(rewrite: Rewrite) -> Graph:
-    """What a rewrite looks for, as a graph."""
+    """Return a rewrite's pattern as a graph."""
     return _traced(rewrite)[0]
 
 
 @cache
 def _traced(rewrite: Rewrite) -> tuple[Graph, Graph]:
-    """The graphs of pattern and replacement, traced once for all regions."""
+    """Trace pattern and replacement, once for all regions."""
     return tuple(trace(code, rewrite.example, rewrite.dynamic) for code in (rewrite.pattern, rewrite.replacement))  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ _LARGEST_INT = 2**63 - 1
 
 
 def simplify(graph_module: GraphModule) -> int:
-    """`inline_no_grad` and `drop_no_ops`; returns how many nodes were changed or removed."""
+    """Run `inline_no_grad` and `drop_no_ops`; return how many nodes were changed or removed."""
     return inline_no_grad(graph_module) + drop_no_ops(graph_module)
 
 
@@ -48,7 +48,7 @@ def drop_no_ops(graph_module: GraphModule) -> int:
 
 
 def _identity_of(node: Node) -> Node | None:
-    """The node that this one merely repeats."""
+    """Return the node that this one merely repeats, else None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return None
     source = node.args[0]

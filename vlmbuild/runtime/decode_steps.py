@@ -71,7 +71,7 @@ class DecodeSteps(ABC, Generic[Model]):
         """Run a prompt, or the tokens after one.
 
         Args:
-            batch: For a prompt the processor's output; then `input_ids` (batch, new) and, if any token is padding,
+            batch: The processor's output for a prompt; then `input_ids` (batch, new) and, if any token is padding,
                 `attention_mask` (batch, past + new).
 
         Returns:

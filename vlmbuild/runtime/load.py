@@ -69,9 +69,9 @@ class Opener:
     Attributes:
         open: (reader, device, dtype) -> model with its processor.
         device: Checks the caller's device. Raises DeviceError, IncompatibleError.
-        any_dtype: Whether the model can compute in another dtype than it was built with.
-        runs_code: Whether the artifact holds machine code, which needs the caller's trust.
-        proven_first: Whether code of others parses or runs its files, so that all are verified before one is opened. Files
+        any_dtype: True if the model can compute in another dtype than it was built with.
+        runs_code: True if the artifact holds machine code, which needs the caller's trust.
+        proven_first: True if code of others parses or runs its files, so that all are verified before one is opened. Files
             that only we parse are verified in other threads in the meantime.
     """
 
@@ -143,7 +143,7 @@ def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
 
 
 def _dtype(dtype: str | torch.dtype | None, manifest: Manifest, opener: Opener) -> torch.dtype:
-    """The compute dtype: the caller's where the target allows it, else the one of the build."""
+    """Return the compute dtype: the caller's where the target allows it, else the one of the build."""
     built = str(manifest.recipe.get("dtype"))
     name = built if dtype is None else str(dtype).removeprefix("torch.")
     one_of("dtype", name, DTYPES)
@@ -178,7 +178,7 @@ def _open_onnx(reader: ArtifactReader, device: torch.device, _: torch.dtype) -> 
 
 
 def _onnx_device(device: Device) -> torch.device:
-    """The device of an execution provider, which torch need not have."""
+    """Return the device of an execution provider, which torch need not have."""
     from vlmbuild.runtime.onnx.session import check_provider
 
     chosen = named_device(device)

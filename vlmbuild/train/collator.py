@@ -29,7 +29,7 @@ class Measure(NamedTuple):
     Attributes:
         tokens: Tokens, including its images', after truncation to `max_length`.
         images: Number of images.
-        fits: Whether all its images and the beginning of a response fit into `max_length`.
+        fits: True if all its images and the beginning of a response fit into `max_length`.
     """
 
     tokens: int

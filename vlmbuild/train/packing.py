@@ -106,7 +106,7 @@ class PackedDataset(Dataset[list[Any]]):
         overlong: Treatment of a sample longer than that: "error", or its own pack ("alone").
 
     Attributes:
-        indices: Indices of the packed samples: all, except those that the collator drops as overlong.
+        indices: Indices of the packed samples: all but samples that the collator drops as overlong.
         lengths: Tokens of each packed sample.
         packs: Positions in `indices`.
 

@@ -30,7 +30,7 @@ def render(conversation: Conversation, processor: Any, options: Mapping[str, Any
     """Render a whole conversation, and find its responses.
 
     Args:
-        conversation: With or without responses.
+        conversation: Conversation with or without responses.
         processor: Processor with the chat template.
         options: Further values for the template.
         ends: Texts of the tokens that may end a turn: all tokens added to the vocabulary.

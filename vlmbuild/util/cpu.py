@@ -12,14 +12,14 @@ _MOST = 16
 
 
 def available_cores() -> int:
-    """The cores that this process may use, at most 16: beyond, disks and memory are the limit."""
+    """Return the cores that this process may use, at most 16: beyond, disks and memory are the limit."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(_MOST, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 @contextmanager
 def single_threaded() -> Iterator[Callable[[], None]]:
-    """Gives the initializer of a thread pool in which torch computes with one thread in each of ours.
+    """Yield the initializer of a thread pool in which torch computes with one thread in each of ours.
 
     torch's number of threads is one for the process as far as new threads are concerned, so it is put back at the end.
     """

@@ -97,7 +97,7 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The query gradient of BLOCK_M rows of one head, and `delta`, which the other kernel reads."""
+    """Compute the query gradient of BLOCK_M rows of one head, and `delta`, which the other kernel reads."""
     scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = (tl.program_id(1) // heads).to(tl.int64)
@@ -224,7 +224,7 @@ def grad_key_kernel(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The key and value gradients of BLOCK_N keys of one key head, summed over its GQA query heads."""
+    """Compute the key and value gradients of BLOCK_N keys of one key head, summed over its GQA query heads."""
     scale, factor = tl.cast(scale, tl.float32), tl.cast(factor, tl.float32)
     kv_heads = heads // GQA
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of attention share: which keys a block of rows sees, and tiles of head lanes.
+"""Shared code of the Triton kernels of attention: the keys that a block of rows sees, and tiles of head lanes.
 
 A head dimension is cut into a main and a tail part (80 = 64 + 16), since a tile's sides are powers of two and lanes of padding
 would be multiplied like all others. Every row has a range of keys [start, end). Blocks outside the ranges of all rows are
@@ -36,7 +36,7 @@ def store_lanes(pointer, row_at, row_ok, values, first, DIM: tl.constexpr, HEAD_
 
 @triton.jit  # type: ignore[untyped-decorator]
 def products(left, left_tail, right, right_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Every row of one tile times every row of another, over both parts of their lanes: float32."""
+    """Multiply every row of one tile by every row of another, over both parts of their lanes, in float32."""
     result = tl.dot(left, tl.trans(right), input_precision=PRECISION)
     if TAIL > 0:
         result = tl.dot(left_tail, tl.trans(right_tail), result, input_precision=PRECISION)
@@ -47,7 +47,7 @@ def products(left, left_tail, right, right_tail, TAIL: tl.constexpr, PRECISION: 
 def row_bounds(  # type: ignore[no-untyped-def]
     starts, ends, rows, row_ok, length, keys, BLOCK_M: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Keys [start, end) that each row of a block may see."""
+    """Return the keys [start, end) that each row of a block may see."""
     if RANGED:
         start = tl.load(starts + rows, mask=row_ok, other=0)
         end = tl.load(ends + rows, mask=row_ok, other=0)
@@ -61,12 +61,12 @@ def row_bounds(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def key_bounds(  # type: ignore[no-untyped-def]
-    starts, ends, place, col_ok, cols, length, keys, BLOCK_N: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
+    starts, ends, index, col_ok, cols, length, keys, BLOCK_N: tl.constexpr, RANGED: tl.constexpr, CAUSAL: tl.constexpr
 ):
-    """Rows [start, end) that may see each key of a block; `place` is where they stand: at the key, or at its group."""
+    """Return the rows [start, end) that may see each key of a block; `index` reads them: of the key, or of its group."""
     if RANGED:
-        start = tl.load(starts + place, mask=col_ok, other=0)
-        end = tl.load(ends + place, mask=col_ok, other=0)
+        start = tl.load(starts + index, mask=col_ok, other=0)
+        end = tl.load(ends + index, mask=col_ok, other=0)
     else:
         start = tl.zeros([BLOCK_N], tl.int32)
         end = tl.zeros([BLOCK_N], tl.int32) + length
@@ -77,7 +77,8 @@ def key_bounds(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def span(start, end, ok, MANY: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bounds in blocks of MANY: [low, high) holds the ranges of all that are ok, [whole_low, whole_high) lies in each of them.
+    """Return bounds in blocks of MANY: [low, high) holds the ranges of all that are ok, [whole_low, whole_high) lies in
+    each of them.
 
     Unless WHOLE nothing lies in all of them.
     """
@@ -97,20 +98,21 @@ def span(start, end, ok, MANY: tl.constexpr, WHOLE: tl.constexpr):  # type: igno
 
 @triton.jit  # type: ignore[untyped-decorator]
 def edge_blocks(low, high, whole_low, whole_high, MANY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many blocks lie in a span: below its whole part, and in both edges together."""
+    """Count the blocks in a span: below its whole part, and in both edges together."""
     below = tl.maximum(whole_low - low, 0) // MANY
     return below, below + tl.maximum(tl.cdiv(high - whole_high, MANY), 0)
 
 
 @triton.jit
 def group_bit(group, word):  # type: ignore[no-untyped-def]
-    """The bit of each key's group in a word; zero where its group is in another word."""
+    """Return the bit of each key's group in a word; zero where its group is in another word."""
     return tl.where((group >> 5) == word, 1 << (group & 31), 0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def word_keys(group_starts, group_ends, word, low, high, keys, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys [first, last) of a word's groups inside of [low, high), first in blocks of BLOCK_N: one block at least."""
+    """Return the keys [first, last) of a word's groups inside of [low, high), first in blocks of BLOCK_N: one block at
+    least."""
     groups = word * 32 + tl.arange(0, 32)
     first = tl.maximum(low, tl.min(tl.load(group_starts + groups), 0))
     first = tl.minimum(first // BLOCK_N * BLOCK_N, keys)
@@ -121,7 +123,7 @@ def word_keys(group_starts, group_ends, word, low, high, keys, BLOCK_N: tl.const
 def word_span(  # type: ignore[no-untyped-def]
     visible_bits, group_starts, group_ends, words, rows, row_ok, low, high, length, keys, BLOCK_N: tl.constexpr
 ):
-    """The first word of groups that a block of rows sees, and how many blocks of keys the words up to the last one have."""
+    """Return the first word of groups that a block of rows sees, and the blocks of keys up to the last word."""
     first_word = words
     last_word = -1
     for word in range(words):
@@ -153,7 +155,7 @@ def seen_keys(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """Which keys of a block each of its rows sees, `[rows, keys]`."""
+    """Return a mask `[rows, keys]` of the keys of a block that each row sees."""
     if GROUPED:
         bits = tl.load(visible_bits + word * length + rows, mask=row_ok, other=0)
         group = tl.load(key_groups + cols, mask=col_ok, other=-1)
@@ -168,7 +170,7 @@ def seen_keys(  # type: ignore[no-untyped-def]
 def next_block(  # type: ignore[no-untyped-def]
     first_key, last_key, word, group_starts, group_ends, words, low, high, keys, BLOCK_N: tl.constexpr
 ):
-    """The block of keys after this one: of the same word, or the first of the next."""
+    """Return the next block of keys: of the same word, or the first of the next word."""
     first_key += BLOCK_N
     if first_key >= last_key:
         word = tl.minimum(word + 1, words - 1)

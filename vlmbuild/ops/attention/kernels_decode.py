@@ -21,7 +21,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     GQA: tl.constexpr, DIM: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`split` keys of one key head: float32 `partial` `[parts, B, Hq, D]`, and base-two log-sum-exp `[parts, B, Hq]`."""
+    """Attend to `split` keys of one key head: float32 `partial` `[parts, B, Hq, D]`, and base-two log-sum-exp `[parts,
+    B, Hq]`."""
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)

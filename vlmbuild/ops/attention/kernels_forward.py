@@ -31,7 +31,7 @@ def pass_keys(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr, HEAD_DIM: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr, MASKED: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from `first` on, with a gap after `below` of them; at an EDGE keys are masked."""
+    """Attend to blocks of keys from `first` on, with a gap after `below` of them; at an EDGE keys are masked."""
     next_key = first
     last_key = first
     if GROUPED:
@@ -100,7 +100,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr, GROUPED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one head: `out` in memory order `[B, S, Hq, D]`, `logsumexp` `[B, Hq, S]`."""
+    """Compute BLOCK_M rows of one head: `out` in memory order `[B, S, Hq, D]`, `logsumexp` `[B, Hq, S]`."""
     scale = tl.cast(scale, tl.float32)  # inductor passes numbers in 64 bits
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = (tl.program_id(1) // heads).to(tl.int64)

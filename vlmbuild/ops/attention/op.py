@@ -84,7 +84,7 @@ def _group_problem(key: Tensor, masks: Masks, causal: bool) -> str | None:
 
 
 def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """First and last-plus-one key of every row, from segment bounds: int32 `[S]`; (0, 0) for rows past the end."""
+    """Return first and last-plus-one key of every row, from segment bounds: int32 `[S]`; (0, 0) for rows past the end."""
     bounds = cu_seqlens.to(torch.int64)
     rows = torch.arange(length, device=cu_seqlens.device)
     after = torch.searchsorted(bounds, rows, right=True)
@@ -95,7 +95,7 @@ def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: torch.device) -> Tensor:
-    """Boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of what the operator's arguments say."""
+    """Return a boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of the operator's masks."""
     i = torch.arange(length, device=device).unsqueeze(1)
     j = torch.arange(keys, device=device).unsqueeze(0)
     allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
@@ -112,7 +112,7 @@ def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: tor
 
 
 def _probabilities(query: Tensor, key: Tensor, masks: Masks, causal: bool, scale: float) -> Tensor:
-    """Softmax over allowed keys, `[B, Hq, S, T]` in at least float32; key already has the query's heads."""
+    """Compute softmax over allowed keys, `[B, Hq, S, T]` in at least float32; key already has the query's heads."""
     scores = (query @ key.transpose(-1, -2)) * scale
     allowed = allowed_keys(query.shape[2], key.shape[2], masks, causal, query.device)
     scores = scores.masked_fill(~allowed, float("-inf"))
@@ -135,18 +135,18 @@ def attention_reference(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """Softmax attention in float32 with a dense mask: the meaning of the operator.
+    """Compute softmax attention in float32 with a dense mask: the meaning of the operator.
 
     Args:
         query: `[B, Hq, S, D]`.
         key: `[B, Hkv, T, D]` where Hkv divides Hq.
-        value: like `key`.
+        value: Like `key`.
         key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
-        cu_seqlens: integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
+        cu_seqlens: Integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
             empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
-        key_groups: integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
-        visible_groups: bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
-        causal: key j is seen by query i only where `j <= i + T - S`.
+        key_groups: Integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
+        visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
+        causal: Key j is seen by query i only where `j <= i + T - S`.
         scale: factor on the scores.
 
     Returns:
@@ -176,7 +176,7 @@ def attention_reference_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value, from the inputs alone: the probabilities are computed again."""
+    """Compute gradients for query, key and value, from the inputs alone: the probabilities are computed again."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]

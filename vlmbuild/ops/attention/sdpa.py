@@ -30,10 +30,10 @@ class _Run(NamedTuple):
 
 
 def runs(cu_seqlens: Tensor, rows: int) -> list[_Run]:
-    """Segments with neighbours of equal length joined, empty ones left out.
+    """Join neighbouring segments of equal length, and leave out empty ones.
 
     Raises:
-        UsageError: the bounds fall, or leave `[0, rows]`.
+        UsageError: The bounds fall, or leave `[0, rows]`.
     """
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] < 0 or bounds[-1] > rows or any(a > b for a, b in pairwise(bounds)):
@@ -48,7 +48,7 @@ def runs(cu_seqlens: Tensor, rows: int) -> list[_Run]:
 
 
 def _segments(x: Tensor, run: _Run) -> Tensor:
-    """`[1, H, S, D]` as `[many, H, length, D]`: a view, each segment of the run an element of the batch."""
+    """View `[1, H, S, D]` as `[many, H, length, D]`: a view, each segment of the run an element of the batch."""
     rows = x[0, :, run.start : run.start + run.length * run.many]
     return rows.view(rows.shape[0], run.many, run.length, rows.shape[2]).transpose(0, 1)
 
@@ -77,14 +77,14 @@ class _Call(NamedTuple):
         return x if chosen is None else x.index_select(2, chosen)
 
     def put_rows(self, target: Tensor, part: Tensor) -> None:
-        """Rows belong to one call only."""
+        """Write rows, which belong to one call only."""
         if self.rows is not None:
             target.index_copy_(2, self.rows, part)
         else:
             self.of_rows(target).copy_(part)
 
     def add_keys(self, target: Tensor, part: Tensor) -> None:
-        """Keys may be seen by the rows of several calls."""
+        """Add to keys, which the rows of several calls may see."""
         if self.rows is None:
             self.of_keys(target).copy_(part)
         elif self.keys is None:
@@ -114,7 +114,7 @@ def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_
 
 
 def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
-    """One call for all rows that see the same groups: they need no mask, only their keys."""
+    """Yield one call for all rows that see the same groups: they need no mask, only their keys."""
     patterns, run_of_row = (visible_groups != 0).unique_consecutive(dim=0, return_inverse=True)
     patterns, pattern_of_run = patterns.unique(dim=0, return_inverse=True)
     pattern_of_row = pattern_of_run[run_of_row]
@@ -126,7 +126,7 @@ def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
 
 
 def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
-    """An additive mask if one is needed, and whether the kernel's causal flag (aligned to the start) says it all."""
+    """Return an additive mask if one is needed, and whether the kernel's causal flag (aligned to the start) suffices."""
     batch, _, length, _ = query.shape
     causal = causal and length > 1  # the only query is the last one: it sees every key
     if key_mask is None and (not causal or length == keys):
@@ -141,13 +141,13 @@ def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tu
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    """`[B, Hq, S, D]` in the memory order of the `[B, S, Hq, D]` result."""
+    """Allocate `[B, Hq, S, D]` in the memory order of the `[B, S, Hq, D]` result."""
     batch, heads, length, dim = x.shape
     return x.new_zeros((batch, length, heads, dim)).transpose(1, 2)
 
 
 def logsumexp_like(query: Tensor) -> Tensor:
-    """Zeros `[B, Hq, S]` in the dtype that kernels accumulate in."""
+    """Return zeros `[B, Hq, S]` in the dtype that kernels accumulate in."""
     return query.new_zeros(query.shape[:3], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
@@ -166,7 +166,7 @@ def sdpa_forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
+    """Compute `attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
@@ -216,7 +216,7 @@ def sdpa_backward(
     causal: bool,
     scale: float,
 ) -> Grads:
-    """Gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
+    """Compute gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     grad, out = _lane_dense(grad).transpose(1, 2), out.transpose(1, 2)

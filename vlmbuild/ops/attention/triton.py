@@ -23,8 +23,9 @@ _LEAST_LANES = 16
 
 
 class _Shared(NamedTuple):
-    """What the kernels share; `row_ranges` are keys that a row may see, `key_ranges` rows that may see a key or its group,
-    `group_keys` keys of groups; `launches` write them. Tensors that a kernel is compiled not to read still need a pointer."""
+    """Arguments that the kernels share; `row_ranges` are keys that a row may see, `key_ranges` rows that may see a key
+    or its group, `group_keys` keys of groups; `launches` write them. Tensors that a kernel is compiled not to read
+    still need a pointer."""
 
     row_ranges: tuple[Tensor, Tensor]
     key_ranges: tuple[Tensor, Tensor]
@@ -36,8 +37,7 @@ class _Shared(NamedTuple):
 
 
 def split_lanes(dim: int) -> tuple[int, int]:
-    """Powers of two that hold a head dimension, (main, tail), with as few lanes of padding as two can: 80 is (64, 16), 128 is
-    (128, 0)."""
+    """Split a head dimension into powers of two (main, tail) with least padding: 80 is (64, 16), 128 is (128, 0)."""
     whole = power_of_two(dim, _LEAST_LANES)
     main = whole // 2
     if dim == whole or main < _LEAST_LANES:
@@ -70,7 +70,7 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """A batch of one is never stepped over. Its stride may need 64 bits, for which a kernel would be compiled again."""
+    """Return strides, 0 for a batch of one: its stride may need 64 bits, for which a kernel would be compiled again."""
     return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:])
 
 
@@ -98,7 +98,7 @@ def _ranges(masks: Masks, query: Tensor) -> _Ranges:
     groups, visible = masks.key_groups.contiguous(), _bytes(masks.visible_groups.contiguous())
     words = max(1, ceil_div(visible.shape[1], 32))
     of_groups, bits = int32(query, 4, 32 * words), int32(query, words, length)
-    # Both rows aligned whatever the length, or kernels would be compiled again for those that are.
+    # Both rows aligned whatever the length, or kernels would be compiled again for aligned ones.
     of_rows = int32(query, 2, ceil_div(length, 4) * 4)[:, :length]
     launches = groups_launches(groups, visible, of_groups, bits, of_rows)
     first_key, last_key, first_row, last_row = of_groups.unbind(0)
@@ -131,8 +131,10 @@ def forward_launches(
     scale: float,
     target: int,
 ) -> tuple[Launch, ...]:
-    """The launches into `out` and `logsumexp`, on a GPU of compute capability `target`: of the masks' ranges, then of the
-    forward kernel; of `one_row_launches` where there is one row and many keys."""
+    """Return the launches into `out` and `logsumexp`, on a GPU of compute capability `target`.
+
+    They compute the masks' ranges, then attention; one row with many keys takes `one_row_launches`.
+    """
     batch, heads, length, dim = query.shape
     if length == 1 and masks.cu_seqlens is None and masks.key_groups is None and key.shape[2] >= LEAST_KEYS:
         return one_row_launches(query, key, value, masks.key_mask, out, logsumexp, scale, target)
@@ -154,7 +156,7 @@ def one_row_launches(
     scale: float,
     target: int,
 ) -> tuple[Launch, ...]:
-    """The launches for a single query row, which is the last one: causal order hides no key from it."""
+    """Return the launches for a single query row, which is the last one: causal order hides no key from it."""
     mask = None if key_mask is None else _bytes(key_mask)
     lanes, parts = split_lanes(query.shape[3]), decode_parts(key)
     return decode_launches(query, key, value, mask, out, logsumexp, scale * _LOG2E, lanes, parts, target)
@@ -174,7 +176,7 @@ def backward_launches(
     scale: float,
     target: int,
 ) -> tuple[Launch, ...]:
-    """The launches into `grads`, in order: of the masks' ranges, of what writes `delta`, of what reads it."""
+    """Return the launches into `grads`, in order: the masks' ranges, the kernel that writes `delta`, the one that reads it."""
     batch, heads, length, dim = query.shape
     keys = key.shape[2]
     shared = _shared(query, key, value, masks, causal)
@@ -204,11 +206,11 @@ def attention_forward_triton(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`vlmbuild.ops.attention.op.attention_reference`, and the log-sum-exp of every row to base two, `[B, Hq, S]`.
+    """Compute `vlmbuild.ops.attention.op.attention_reference`, and the log-sum-exp of every row to base two, `[B, Hq, S]`.
 
     Raises:
-        UsageError: shapes do not fit, the dtype is not a 16- or 32-bit float, or the scale is not positive.
-        DeviceError: the tensors are not where Triton runs.
+        UsageError: Shapes do not fit, the dtype is not a 16- or 32-bit float, or the scale is not positive.
+        DeviceError: The tensors are not where Triton runs.
     """
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)
@@ -237,10 +239,10 @@ def attention_backward_triton(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for query, key and value, contiguous, from what `attention_forward_triton` returned.
+    """Compute gradients for query, key and value, contiguous, from the results of `attention_forward_triton`.
 
     Raises:
-        UsageError, DeviceError: as there.
+        UsageError, DeviceError: See `attention_forward_triton`.
     """
     _check(query, scale)
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))

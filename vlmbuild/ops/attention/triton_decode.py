@@ -23,7 +23,7 @@ _LEAST_ROWS = 16
 
 
 def decode_parts(key: Tensor) -> int:
-    """Into how many parts the keys are split."""
+    """Return the number of parts that the keys are split into."""
     heads = key.shape[0] * key.shape[1]
     return max(1, min(ceil_div(_PROGRAMS, heads), ceil_div(key.shape[2], LEAST_PART)))
 
@@ -40,17 +40,17 @@ def decode_launches(
     parts: int,
     target: int,
 ) -> tuple[Launch, Launch]:
-    """The launches into `out` `[B, 1, Hq, D]` and `logsumexp` `[B, Hq, 1]`, in order.
+    """Return the launches into `out` `[B, 1, Hq, D]` and `logsumexp` `[B, Hq, 1]`, in order.
 
     Args:
         query: `[B, Hq, 1, D]`.
         key: `[B, Hkv, T, D]`.
         value: Like `key`.
-        key_mask: uint8 or integers `[B, T]`; keys that are zero are not seen.
+        key_mask: Bytes or integers `[B, T]`; keys that are zero are not seen.
         out, logsumexp: Written.
         scale: Factor on the scores, with log2(e) in it.
         lanes: The parts of the head dimension.
-        parts: Into how many parts the keys are split.
+        parts: Number of parts that the keys are split into.
         target: Compute capability.
     """
     batch, heads, _, dim = query.shape

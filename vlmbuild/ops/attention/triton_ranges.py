@@ -20,7 +20,7 @@ _TILE = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit(do_not_specialize=["bounds", "length"])  # type: ignore[untyped-decorator]
 def segments_kernel(cu_seqlens, starts, ends, bounds, length, BLOCK_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First and last-plus-one key of every row, by bisection of the segments' bounds; (0, 0) past the last segment."""
+    """Compute first and last-plus-one key of every row, by bisection of the segments' bounds; (0, 0) past the last segment."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     low = tl.zeros([BLOCK_M], tl.int32)
     high = tl.zeros([BLOCK_M], tl.int32) + bounds
@@ -44,7 +44,7 @@ def segments_kernel(cu_seqlens, starts, ends, bounds, length, BLOCK_M: tl.conste
 def groups_kernel(  # type: ignore[no-untyped-def]
     key_groups, visible_groups, first_key, last_key, first_row, last_row, groups, length, keys, MANY: tl.constexpr
 ):
-    """First and last-plus-one key of one group, and first and last-plus-one row that sees it."""
+    """Compute first and last-plus-one key of one group, and first and last-plus-one row that sees it."""
     group = tl.program_id(0)
     low = tl.full([MANY], 2147483647, tl.int32)
     high = tl.zeros([MANY], tl.int32)
@@ -72,7 +72,7 @@ def groups_kernel(  # type: ignore[no-untyped-def]
 def words_kernel(  # type: ignore[no-untyped-def]
     visible_groups, first_key, last_key, bits, starts, ends, groups, words, length, keys, BLOCK_M: tl.constexpr
 ):
-    """What every row sees, a bit a group, and the first and last-plus-one key of it."""
+    """Compute the groups that every row sees, a bit a group, and the first and last-plus-one key of these."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < length
     start = tl.zeros([BLOCK_M], tl.int32) + keys
@@ -92,7 +92,7 @@ def words_kernel(  # type: ignore[no-untyped-def]
 
 
 def segments_launch(cu_seqlens: Tensor, starts: Tensor, ends: Tensor) -> Launch:
-    """The launch into int32 `starts` and `ends`, `[S]`."""
+    """Return the launch into int32 `starts` and `ends`, `[S]`."""
     bounds, length = cu_seqlens.shape[0], starts.shape[0]
     programs = ceil_div(length, _ROWS)
     arguments = (cu_seqlens, starts, ends, bounds, length)
@@ -102,14 +102,15 @@ def segments_launch(cu_seqlens: Tensor, starts: Tensor, ends: Tensor) -> Launch:
 def groups_launches(
     key_groups: Tensor, visible: Tensor, group_spans: Tensor, bits: Tensor, row_spans: Tensor
 ) -> tuple[Launch, Launch]:
-    """The launches into `group_spans` `[4, 32 * words]`, `bits` `[words, S]` and `row_spans` `[2, S]`, all int32, in order.
+    """Return the launches into `group_spans` `[4, 32 * words]`, `bits` `[words, S]` and `row_spans` `[2, S]`, all
+    int32, in order.
 
     Args:
         key_groups: Contiguous integers `[T]`.
         visible: Contiguous uint8 or integers `[S, groups]`.
         group_spans: Rows are first key, last key + 1, first row, last row + 1 of each group.
         bits: Group g is bit g % 32 of word g // 32.
-        row_spans: First and last-plus-one key of what each row sees.
+        row_spans: First and last-plus-one key that each row sees.
     """
     length, groups = visible.shape
     keys, words = key_groups.shape[0], bits.shape[0]
@@ -133,5 +134,5 @@ def groups_launches(
 
 
 def int32(like: Tensor, *shape: int) -> Tensor:
-    """Memory for one of the results."""
+    """Allocate memory for one of the results."""
     return like.new_empty(shape, dtype=torch.int32)

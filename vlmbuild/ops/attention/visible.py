@@ -24,8 +24,8 @@ def show_launches(operator: Any, launch: Callable[..., Any], shown: Callable[...
 
     Args:
         operator: From `torch.library.custom_op`.
-        launch: What it runs, made of operators of torch and of `vlmbuild.ops.triton_util.Launch`.
-        shown: Whether the launches for these arguments can be shown.
+        launch: Function that launches, made of operators of torch and of `vlmbuild.ops.triton_util.Launch`.
+        shown: Predicate: the launches for these arguments can be shown.
     """
 
     def trace(mode: Any, overload: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

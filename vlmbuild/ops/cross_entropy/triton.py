@@ -30,7 +30,7 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program; a negative target is ignored: its loss and gradient are zero."""
+    """Compute one row a program; a negative target is ignored: its loss and gradient are zero."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     target = tl.load(targets + row)
@@ -60,7 +60,7 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
 
 
 def cross_entropy_launch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> Launch:
-    """The launch of the kernel into `losses` and, unless it is None, `gradient`."""
+    """Return the launch of the kernel into `losses` and, unless it is None, `gradient`."""
     rows, vocabulary = logits.shape
     arguments = (logits, targets, losses, losses if gradient is None else gradient, logits.stride(0), vocabulary)
     tile = {"BLOCK": _BLOCK, "num_warps": 8, "num_stages": 2}
@@ -68,12 +68,12 @@ def cross_entropy_launch(logits: Tensor, targets: Tensor, losses: Tensor, gradie
 
 
 def cross_entropy_triton(logits: Tensor, targets: Tensor, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """`-log softmax(logits)[target]` of every row, and its gradient for the logits.
+    """Compute `-log softmax(logits)[target]` of every row, and its gradient for the logits.
 
     Args:
         logits: `[rows, vocabulary]`, floats of 16 or 32 bits.
         targets: int64 `[rows]`; negative ones are ignored.
-        with_gradient: Whether the gradient is wanted.
+        with_gradient: True to compute the gradient.
 
     Returns:
         float32 `[rows]`, zero where ignored, and `[rows, vocabulary]` in the logits' dtype, or None.

@@ -43,7 +43,7 @@ _SUFFIX = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 @cache
 def _library() -> Any:
-    """bitsandbytes' native CPU library, or None where it has none."""
+    """Load bitsandbytes' native CPU library, or None where it has none."""
     from bitsandbytes.cextension import lib
 
     return lib if hasattr(lib, "cdequantize_blockwise_cpu_nf4_bf16") else None
@@ -51,7 +51,7 @@ def _library() -> Any:
 
 @cache
 def has_fused_product() -> bool:
-    """Whether bitsandbytes has its kernel for packed weights here, which needs AVX512-BF16."""
+    """Return whether bitsandbytes has its kernel for packed weights here, which needs AVX512-BF16."""
     import bitsandbytes  # noqa: F401  registers torch.ops.bitsandbytes
 
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU"))

@@ -60,7 +60,7 @@ def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, size: int) -> N
 
 
 def scales_reference(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
-    """The float32 scale of every block, in plain torch."""
+    """Compute the float32 scale of every block, in plain torch."""
     if nested_absmax is None or nested_offset is None:
         return absmax
     outer = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
@@ -76,7 +76,7 @@ def dequantize_reference(
     quant_type: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The `[out, in]` weight from packed values and float32 scales, in plain torch."""
+    """Compute the `[out, in]` weight from packed values and float32 scales, in plain torch."""
     packed = weight.flatten()
     nibbles = torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: in_features * out_features]
     values = code_4bit(quant_type, weight.device)[nibbles.long()]
@@ -95,16 +95,16 @@ def dequantize_4bit(
     quant_type: str,
     weight_dtype: torch.dtype,
 ) -> Tensor:
-    """The `[out_features, in_features]` weight in `weight_dtype`, bit-identical to bitsandbytes' own.
+    """Dequantize the `[out_features, in_features]` weight to `weight_dtype`, bit-identical to bitsandbytes' own.
 
     Args:
-        weight: packed uint8, `ceil(out * in / 2)` elements.
-        absmax: float32 `[blocks]`; uint8 when the scales are quantized too.
-        nested_absmax: float32 `[ceil(blocks / 256)]`, or None.
-        nested_offset: float32 scalar, or None.
+        weight: Packed uint8, `ceil(out * in / 2)` elements.
+        absmax: Scales, float32 `[blocks]`; uint8 when they are quantized too.
+        nested_absmax: Scales of quantized scales, float32 `[ceil(blocks / 256)]`, or None.
+        nested_offset: Offset of quantized scales, float32 scalar, or None.
 
     Raises:
-        UsageError: a buffer's size or dtype does not fit.
+        UsageError: A buffer's size or dtype does not fit.
     """
     check_weight(
         weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
@@ -127,7 +127,7 @@ def dequantize_unchecked(
     *,
     reuse: bool = False,
 ) -> Tensor:
-    """`dequantize_4bit` unchecked; with `reuse`, on a CPU, possibly in memory that the next such call overwrites."""
+    """Run `dequantize_4bit` unchecked; with `reuse`, on a CPU, possibly in memory that the next such call overwrites."""
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)
 
     weight, scales = weight.contiguous(), dense_scales(absmax, nested_absmax, nested_offset).contiguous()
@@ -147,7 +147,7 @@ def dequantize_unchecked(
 
 
 def dense_scales(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
-    """`scales_reference` by bitsandbytes' kernel."""
+    """Compute `scales_reference` by bitsandbytes' kernel."""
     if nested_absmax is None or nested_offset is None:
         return absmax
     import bitsandbytes  # noqa: F401

@@ -43,7 +43,7 @@ def linear_4bit(
     quant_type: str,
     weight_dtype: torch.dtype,
 ) -> Tensor:
-    """`input @ weight.T + bias`, `[..., in]` to `[..., out]`; the weight as in `dequantize_4bit`, cast to the input.
+    """Compute `input @ weight.T + bias`, `[..., in]` to `[..., out]`; the weight as in `dequantize_4bit`, cast to the input.
 
     Differentiable in `input` and `bias`. The dequantized weight lives for this call only: the backward makes it again.
     For few rows of bfloat16 on a CPU with AVX512-BF16 there is none, and a repacked copy of an NF4 weight lives as long

@@ -18,12 +18,12 @@ from torch import Tensor
 from vlmbuild.errors import UsageError
 
 GROUP_VALUES = 2**18
-"""Of a weight that a CPU dequantizes at a time: it does so in float32, beside the result."""
+"""Values that a CPU dequantizes at a time: it does so in float32, beside the result."""
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> None:
-    """Sizes and dtypes are all that is checked, so this also serves tensors without data."""
+    """Check sizes and dtypes only, so that tensors without data pass too."""
     _check_weight(weight, scales)
     out_features, in_features = weight.shape
     if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in _FLOATS:
@@ -54,17 +54,17 @@ def _check_weight(weight: Tensor, scales: Tensor) -> None:
 
 
 def dequantize_8bit(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The `[out, in]` weight in `dtype` that gradients go through, bit-identical to bitsandbytes' own.
+    """Dequantize the `[out, in]` weight to `dtype`, as gradients go through it, bit-identical to bitsandbytes' own.
 
-    It rounds to `dtype` once, from int8 times a float32 factor; what is stored in an artifact goes through float32.
+    It rounds to `dtype` once, from int8 times a float32 factor; weights in an artifact go through float32.
 
     Args:
-        weight: int8 `[out, in]`.
-        scales: float32 `[out]`.
-        dtype: float32, float16 or bfloat16.
+        weight: Values, int8 `[out, in]`.
+        scales: Scales, float32 `[out]`.
+        dtype: One of float32, float16 and bfloat16.
 
     Raises:
-        UsageError: a buffer's shape or dtype does not fit.
+        UsageError: A buffer's shape or dtype does not fit.
     """
     _check_weight(weight, scales)
     factor = (scales * (1.0 / 127.0)).unsqueeze(1)
@@ -90,7 +90,7 @@ def linear_8bit(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | No
 
     Args:
         input: `[..., in]`, float32, float16 or bfloat16.
-        weight: int8 `[out, in]`.
+        weight: Values, int8 `[out, in]`.
         scales: float32 `[out]`, the largest magnitude of each row.
         bias: `[out]`, cast to the input's dtype, or None.
         threshold: from which magnitude an input is an outlier; 0 for none. Published models have 6.
@@ -99,7 +99,7 @@ def linear_8bit(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | No
         `[..., out]`.
 
     Raises:
-        UsageError: a buffer's shape or dtype does not fit, or the threshold is negative.
+        UsageError: A buffer's shape or dtype does not fit, or the threshold is negative.
     """
     _check(input, weight, scales, bias, threshold)
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; slow, so not at the top)

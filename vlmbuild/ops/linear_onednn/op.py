@@ -18,7 +18,7 @@ _LEAST = 1 << 18
 
 @torch.library.impl(_LIBRARY, "linear_onednn", "CompositeExplicitAutograd")
 def linear_onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`input @ weight.T + bias`.
+    """Compute `input @ weight.T + bias`.
 
     Args:
         input: [..., in], float32 on a CPU.
@@ -35,7 +35,7 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def suits_onednn(states: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes a product that torch gives to another BLAS, and is not slower."""
+    """Return whether oneDNN takes a product that torch gives to another BLAS, and is not slower."""
     return (
         _AVAILABLE
         and states.dtype == torch.float32 == weight.dtype

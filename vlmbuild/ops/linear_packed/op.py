@@ -13,13 +13,13 @@ _LIBRARY.define("linear_packed(Tensor input, Tensor weight, Tensor? bias, str fo
 
 @torch.library.impl(_LIBRARY, "linear_packed", "CompositeExplicitAutograd")
 def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, format: str) -> Tensor:
-    """`input @ weight.T + bias` with the values [out, in] that the stored weight stands for.
+    """Compute `input @ weight.T + bias` with the values [out, in] that the stored weight stands for.
 
     Args:
         input: [..., in].
         weight: [out, in], dequantized.
         bias: [out].
-        format: What the weight is stored in, for people.
+        format: Storage format of the weight, for people.
     """
     return F.linear(input, weight, bias)
 

@@ -19,21 +19,21 @@ from vlmbuild.ops import tiles
 def cos_sin_reference(
     position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotation angle, for half of the head dimension (the other half is a copy).
+    """Compute cosine and sine of every rotation angle, for half of the head dimension (the other half is a copy).
 
     Args:
-        position_ids: integers `[axes, *rest]`.
-        inv_freq: float32 frequencies, `[sum(sections)]`, or `[section]` when `shared`.
-        sections: lanes per axis, one entry per axis.
-        shared: every axis starts again at `inv_freq[0]` (axial vision positions); otherwise the axes take consecutive
+        position_ids: Integers `[axes, *rest]`.
+        inv_freq: Frequencies in float32, `[sum(sections)]`, or `[section]` when `shared`.
+        sections: Lanes per axis, one entry per axis.
+        shared: Every axis starts again at `inv_freq[0]` (axial vision positions); otherwise the axes take consecutive
             ranges of `inv_freq` (M-RoPE).
-        scaling: factor on the cosines and sines.
+        scaling: Factor on the cosines and sines.
 
     Returns:
         Two float32 tensors `[*rest, sum(sections)]`.
 
     Raises:
-        UsageError: the sections do not fit the axes or the frequencies.
+        UsageError: The sections do not fit the axes or the frequencies.
     """
     _check_sections(position_ids, inv_freq, sections, shared)
     angles, start = [], 0
@@ -99,7 +99,8 @@ def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def rotate_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotate_reference`, bit for bit, in few calls: the halves are swapped by rolling, and the sines have their sign."""
+    """Compute `rotate_reference`, bit for bit, in few calls: the halves are swapped by rolling, and the sines have
+    their sign."""
     check_rotate(query, key, cos, sin)
     cos, sin = torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
     return _turn(query, cos, sin), _turn(key, cos, sin)
@@ -159,7 +160,7 @@ def mrope_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     schema="(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
 )
 def mrope_rotate_backward(grad_query: Tensor, grad_key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `mrope_rotate`. A rotation is orthogonal: its transpose turns the other way."""
+    """Compute gradients of `mrope_rotate`. A rotation is orthogonal: its transpose turns the other way."""
     return rotate_cpu(grad_query, grad_key, cos, -sin)
 
 

@@ -31,7 +31,7 @@ def _turn_heads(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """All heads of one row, TILE of them at a time."""
+    """Rotate all heads of one row, TILE of them at a time."""
     for first_head in tl.static_range(0, HEADS, TILE):
         heads = first_head + tl.arange(0, TILE)
         ok = (heads < HEADS)[:, None] & (lanes < HALF)[None, :]
@@ -122,7 +122,7 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides over batch, head, row, lane; a packed `[N, H, D]` tensor is one batch."""
+    """Return strides over batch, head, row, lane; a packed `[N, H, D]` tensor is one batch."""
     return x.stride() if x.dim() == 4 else (0, x.stride(1), x.stride(0), x.stride(2))
 
 
@@ -131,12 +131,13 @@ def _table_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
-    """`vlmbuild.ops.rope.op.rotate_reference` on the GPU (or in Triton's interpreter), without copying strided inputs; `back`
-    turns the other way.
+    """Compute `vlmbuild.ops.rope.op.rotate_reference` on the GPU (or in Triton's interpreter), without copying strided inputs.
+
+    `back` rotates the other way.
 
     Raises:
-        UsageError: shapes do not fit.
-        DeviceError: the tensors are not where Triton runs.
+        UsageError: Shapes do not fit.
+        DeviceError: The tensors are not where Triton runs.
     """
     check_rotate(query, key, cos, sin)
     require_device("mrope_rotate", query)
@@ -149,7 +150,7 @@ def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back:
 def rotate_launch(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, out_query: Tensor, out_key: Tensor, *, back: bool = False
 ) -> Launch:
-    """The launch of the kernel into `out_query` and `out_key`."""
+    """Return the launch of the kernel into `out_query` and `out_key`."""
     half = query.shape[-1] // 2
     lanes = power_of_two(half)
     seq = cos.shape[-2]

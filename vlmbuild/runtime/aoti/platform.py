@@ -131,7 +131,7 @@ def _torch_version() -> str:
 
 
 def _runs_on(needed: str, here: str) -> bool:
-    """Whether code for one C library runs on another: the same one, at least as new."""
+    """Return whether code for one C library runs on another: the same one, at least as new."""
     (library, _, version), (installed, _, newest) = needed.partition(" "), here.partition(" ")
     return not needed or (library == installed and _numbers(version) <= _numbers(newest))
 

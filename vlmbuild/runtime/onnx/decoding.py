@@ -125,7 +125,7 @@ class OnnxDecoding(DecodeSteps[Any]):
 
 
 def _is_by_token(entry: Input) -> bool:
-    """Whether an input has a row for every token."""
+    """Return whether an input has a row for every token."""
     return any(entry.shape[axis : axis + 2] == _ROWS for axis in range(len(entry.shape)))
 
 

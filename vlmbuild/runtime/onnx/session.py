@@ -96,7 +96,7 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
 
 
 def _sizes(shape: Sequence[int | str]) -> list[int | Dim]:
-    """An input's shape; ONNX names are no expressions."""
+    """Return an input's shape; ONNX names are no expressions."""
     return [size if isinstance(size, int) else Dim.named(str(size)) for size in shape]
 
 

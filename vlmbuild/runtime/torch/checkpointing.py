@@ -33,7 +33,7 @@ class Checkpointing:
             raise UsageError(f"every_n_layers must be a whole number of at least 1, got {self.every!r}.")
 
     def covers(self, instance: str) -> bool:
-        """Whether it includes the block of this name ("model.language_model.layers.7")."""
+        """Return whether it includes the block of this name ("model.language_model.layers.7")."""
         leaf = instance.rpartition(".")[2]
         return bool(instance) and (not leaf.isdigit() or int(leaf) % self.every == 0)
 

@@ -22,7 +22,7 @@ DROPOUT = torch.ops.aten.dropout.default
 
 
 def has_dropout(region: Region) -> bool:
-    """Whether a region draws random numbers in training."""
+    """Return whether a region draws random numbers in training."""
     return any(node.target is DROPOUT for node in region.graph.graph.nodes)
 
 

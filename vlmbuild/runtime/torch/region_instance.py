@@ -31,7 +31,7 @@ class BoundRegion:
         region: Region of a program.
         dtype: Replaces `COMPUTE_DTYPE` in the graph.
         carried: Indices of the activations that are results of another instance of the region.
-        one_token: Whether compilers expect one token per row, and the same sizes in every call.
+        one_token: True if compilers expect one token per row, and the same sizes in every call.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ def carried_activations(region: Region, variants: dict[str, Variant]) -> tuple[i
 
 
 def is_compute(slot: Slot) -> bool:
-    """Whether a slot's tensor follows the compute dtype."""
+    """Return whether a slot's tensor follows the compute dtype."""
     return slot.dtype == COMPUTE_DTYPE
 
 

@@ -61,7 +61,7 @@ def _left_out(module: TrainedState, names: Iterable[str]) -> list[str]:
 
 
 def _is_trained(module: TrainedState, name: str) -> bool:
-    """Whether a tensor belongs to the adapter, frozen or not."""
+    """Return whether a tensor belongs to the adapter, frozen or not."""
     return ".lora_" in name or name in module.adapter.trained
 
 

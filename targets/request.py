@@ -14,7 +14,6 @@ from vlmbuild.adapters.merge import Merge
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
@@ -23,6 +22,7 @@ from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
+from vlmbuild.util.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

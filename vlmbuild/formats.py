@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.weights_reader import CheckpointWeights
     from vlmbuild.artifact.weights_writer import TensorSpec
 
-Shape = tuple[int, ...]
+StaticShape = tuple[int, ...]
 OperatorCall = tuple[Callable[..., Any], tuple[Any, ...]]
 """An operator and its arguments."""
 
@@ -41,10 +41,10 @@ class Buffer(NamedTuple):
     """Dtype and shape of one tensor of a stored weight."""
 
     dtype: torch.dtype
-    shape: Shape
+    shape: StaticShape
 
 
-class StoredWeight(NamedTuple):
+class QuantizedSource(NamedTuple):
     """A quantized weight in a checkpoint.
 
     Attributes:
@@ -56,7 +56,7 @@ class StoredWeight(NamedTuple):
 
     format: WeightFormat
     dtype: torch.dtype
-    shape: Shape
+    shape: StaticShape
     suffixes: tuple[str, ...]
 
 
@@ -114,7 +114,7 @@ class WeightFormat(ABC):
     shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def bits(self, shape: Shape) -> int:
+    def bits(self, shape: StaticShape) -> int:
         """Count the bits that a weight of this shape takes with its scales."""
 
     @abstractmethod
@@ -133,18 +133,18 @@ class WeightFormat(ABC):
         defaults = {field.name: field.default for field in fields(cls)}  # type: ignore[arg-type]
         return cls(**{k: float.fromhex(v) if isinstance(defaults[k], float) else v for k, v in options.items()})
 
-    def chunk_unit(self, shape: Shape) -> int:
+    def chunk_unit(self, shape: StaticShape) -> int:
         """Return the number of values quantized together: chunks for `encode` and `encode_onnx` are multiples of it."""
         return shape[-1]
 
     # In a checkpoint. Tensors are named by the module and a suffix, as ".weight" or ".SCB".
 
-    def parts(self, module: str, shape: Shape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         """Return the specs of the tensors that store a weight, the packed weight first. Raises UsageError for a bad shape."""
         raise self._unsupported("a checkpoint")
 
     def encode(
-        self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
     ) -> Iterator[tuple[str, Tensor]]:
         """Quantize a weight that comes in flat chunks; yield (suffix, next elements of that tensor).
 
@@ -160,7 +160,7 @@ class WeightFormat(ABC):
         raise self._unsupported("a checkpoint")
 
     @classmethod
-    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
+    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:
         """Read the format of a stored weight, and check that its tensors fit each other: kernels do not.
 
         Args:
@@ -174,7 +174,7 @@ class WeightFormat(ABC):
         raise NotImplementedError
 
     def decode(
-        self, weights: CheckpointWeights, module: str, shape: Shape, dtype: torch.dtype, step: int
+        self, weights: CheckpointWeights, module: str, shape: StaticShape, dtype: torch.dtype, step: int
     ) -> Iterator[Tensor]:
         """Dequantize a stored weight, flat, in chunks of at most `step` elements. Formats that store a dtype use that one."""
         raise self._unsupported("a checkpoint")
@@ -185,25 +185,27 @@ class WeightFormat(ABC):
 
     # In a program. Slots are named by the weight's slot and a suffix, as "" or "_absmax".
 
-    def buffers(self, shape: Shape) -> dict[str, Buffer]:
+    def buffers(self, shape: StaticShape) -> dict[str, Buffer]:
         """Return the slots that take the place of the weight's, by suffix."""
         raise self._unsupported("a graph")
 
-    def call(self, shape: Shape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
+    def call(self, shape: StaticShape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
         """Return the operator that multiplies by the stored weight, and its arguments."""
         raise self._unsupported("a graph")
 
-    def load(self, weights: CheckpointWeights, module: str, shape: Shape) -> dict[str, Tensor]:
+    def load(self, weights: CheckpointWeights, module: str, shape: StaticShape) -> dict[str, Tensor]:
         """Map the tensors of `buffers` from a checkpoint. Raises SourceError when it stores the weight otherwise."""
         raise unfit(weights, f"{module}.weight", f"{self.name} has no form for a graph")
 
     # In an ONNX model.
 
-    def onnx_weight(self, shape: Shape, dtype: torch.dtype, name: str) -> PackedWeight:
+    def onnx_weight(self, shape: StaticShape, dtype: torch.dtype, name: str) -> PackedWeight:
         """Return how an ONNX model stores the weight; `dtype` is for scales. Raises UsageError when it cannot."""
         raise self._unsupported("ONNX Runtime")
 
-    def encode_onnx(self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str) -> Iterator[OnnxChunk]:
+    def encode_onnx(
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
+    ) -> Iterator[OnnxChunk]:
         """Quantize a weight for an ONNX model, with `chunks`, `name` and errors as in `encode` and `dtype` for scales."""
         raise self._unsupported("ONNX Runtime")
 

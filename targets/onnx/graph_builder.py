@@ -29,7 +29,7 @@ ELEMENT_TYPES = {
     torch.bool: TensorProto.BOOL,
 }
 
-Shape = Sequence[int | str]
+OnnxShape = Sequence[int | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +136,20 @@ class GraphBuilder:
         source = value if 0 in sizes else self._views.get(value, value)
         return str(self.op("Reshape", source, shape))
 
-    def take_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
+    def take_input(self, name: str, dtype: torch.dtype, shape: OnnxShape) -> str:
         """Declare an input."""
         self.inputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
         self._dimensions |= {(name, axis): size for axis, size in enumerate(shape) if isinstance(size, str)}
         return name
 
-    def default_input(self, name: str, dtype: torch.dtype, shape: Shape) -> str:
+    def default_input(self, name: str, dtype: torch.dtype, shape: OnnxShape) -> str:
         """Declare an input that may be left out: it is empty then."""
         self.take_input(name, dtype, shape)
         sizes = [size if isinstance(size, int) else 0 for size in shape]
         self._initializers[name] = helper.make_tensor(name, ELEMENT_TYPES[dtype], sizes, [])
         return name
 
-    def give_output(self, name: str, value: str, dtype: torch.dtype, shape: Shape) -> None:
+    def give_output(self, name: str, value: str, dtype: torch.dtype, shape: OnnxShape) -> None:
         """Return a value, which has this name from now on; an input's copy."""
         if value in self._outputs or not any(value in node.output for node in self._nodes):
             value = str(self.op("Identity", value))

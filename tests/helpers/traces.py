@@ -11,9 +11,9 @@ import json
 from typing import Any
 
 from vlmbuild.builder import build as builder
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
+from vlmbuild.util.progress import Progress, silent
 
 PLACES = ("vlmbuild.builder.build", "vlmbuild.planner.plan", "vlmbuild.builder.tracing")
 """Modules that trace, by their own name for it."""
@@ -21,7 +21,7 @@ _trace = builder.trace_program
 _traced: dict[tuple[str, str], Program] = {}
 
 
-def traced(family: Family, config: Any, progress: Progress = lambda *_: None) -> Program:
+def traced(family: Family, config: Any, progress: Progress = silent) -> Program:
     """A copy of the model as captured and outlined, before any pass; with the progress of a trace."""
     key = family.name, json.dumps(config.to_dict(), sort_keys=True, default=str)
     if key not in _traced:

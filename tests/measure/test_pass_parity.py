@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from vlmbuild.builder.build import exact_passes
+from vlmbuild.builder.passes import exact_passes
 from vlmbuild.builder.tracing import trace
 from vlmbuild.cli import main
 from vlmbuild.locks.sources import trace_source

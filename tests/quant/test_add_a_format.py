@@ -15,7 +15,7 @@ import vlmbuild
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import FORMATS, Buffer, StoredWeight, WeightFormat, ranges, unfit
+from vlmbuild.formats import FORMATS, Buffer, QuantizedSource, WeightFormat, ranges, unfit
 from vlmbuild.util.validation import one_of
 
 
@@ -51,11 +51,11 @@ class Rows8(WeightFormat):
             yield self.marker, scales
 
     @classmethod
-    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
+    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:
         info, scales = weights.tensors[f"{module}.weight"], weights.tensors[module + cls.marker]
         if scales.shape != info.shape[:1]:
             raise unfit(weights, f"{module}.weight", "it does not have a scale for each row")
-        return StoredWeight(cls(), torch.float32, info.shape, (".weight", cls.marker))
+        return QuantizedSource(cls(), torch.float32, info.shape, (".weight", cls.marker))
 
     def decode(self, weights, module, shape, dtype, step):
         scales = weights.read(module + self.marker)
@@ -119,7 +119,7 @@ def test_its_options_are_those_of_the_spec():
         spec(largest=100)
     with pytest.raises(UsageError, match=r"quantize\.largest is not an option of nf4"):
         vlmbuild.QuantSpec("nf4", largest=63)
-    with pytest.raises(UsageError, match="rows8 is for --target trainable or aoti"):
+    with pytest.raises(UsageError, match=r"rows8 cannot be built with --target onnx.*trainable or --target aoti"):
         vlmbuild.Recipe(target="onnx", quantize=spec())
 
 

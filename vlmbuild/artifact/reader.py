@@ -17,13 +17,14 @@ from vlmbuild.artifact.files import Identity, hash_descriptor, list_tree, open_b
 from vlmbuild.artifact.manifest import MANIFEST_NAME, MAX_FILES, SUMS_NAME, FileEntry, Manifest
 from vlmbuild.errors import IncompatibleError, IntegrityError, VlmbuildError
 
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
+"""Called with the bytes done and their total."""
 
 _NAMES_SHOWN = 1000
 _REMEDY = "Copy or download the artifact again, or build it again."
 
 
-def verify(path: Path | str, *, expected_id: str | None = None, progress: Progress | None = None) -> Manifest:
+def verify(path: Path | str, *, expected_id: str | None = None, progress: ByteProgress | None = None) -> Manifest:
     """Check every file of an artifact, and that there is no other, and return its manifest.
 
     `progress(done_bytes, total_bytes)` is called as files are read, one call at a time, possibly from other threads.
@@ -41,7 +42,12 @@ class ArtifactReader:
     """
 
     def __init__(
-        self, path: Path | str, *, verify: bool = True, expected_id: str | None = None, progress: Progress | None = None
+        self,
+        path: Path | str,
+        *,
+        verify: bool = True,
+        expected_id: str | None = None,
+        progress: ByteProgress | None = None,
     ) -> None:
         self.path = Path(path)
         self._identities: dict[str, Identity] = {}
@@ -169,7 +175,7 @@ def _artifact_directory(path: Path) -> Iterator[int]:
         yield descriptor
 
 
-def _verify(path: Path, expected_id: str | None, progress: Progress | None) -> tuple[Manifest, dict[str, Identity]]:
+def _verify(path: Path, expected_id: str | None, progress: ByteProgress | None) -> tuple[Manifest, dict[str, Identity]]:
     with _artifact_directory(path) as root:
         manifest = _read_manifest(path, root, expected_id)
         problems = _Problems()
@@ -242,7 +248,7 @@ def _sizes(name: str, found: dict[str, int], expected: dict[str, int]) -> str:
 
 
 def _compare_contents(
-    root: int, entries: list[FileEntry], problems: _Problems, progress: Progress | None
+    root: int, entries: list[FileEntry], problems: _Problems, progress: ByteProgress | None
 ) -> dict[str, Identity]:
     stopped = threading.Event()
     on_chunk = _progress_counter(sum(entry.size for entry in entries), progress, stopped)
@@ -275,7 +281,7 @@ class _StoppedError(Exception):
     """Ends the hashing threads when the caller is interrupted."""
 
 
-def _progress_counter(total: int, progress: Progress | None, stopped: threading.Event) -> Callable[[int], None]:
+def _progress_counter(total: int, progress: ByteProgress | None, stopped: threading.Event) -> Callable[[int], None]:
     lock = threading.Lock()
     done = 0
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
@@ -16,6 +15,7 @@ from vlmbuild.measure.sensitivity import check_plain, refine, weight_losses
 from vlmbuild.quant.decide import Decision
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
+from vlmbuild.util.progress import Progress
 
 
 def within_budget(

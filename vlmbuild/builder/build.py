@@ -1,13 +1,12 @@
-"""From a source and a recipe to an artifact; the only importer of passes and targets."""
+"""Build an artifact from a source and a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.adapters.lora import Lora
 from vlmbuild.adapters.merge import Merge, check_mergeable
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.output import check_output
@@ -17,20 +16,20 @@ from vlmbuild.capture.export import capture
 from vlmbuild.capture.outline import outline
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.fit import check_weights
-from vlmbuild.checkpoint.source import Progress, Source
+from vlmbuild.checkpoint.source import Source
 from vlmbuild.errors import PassError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest
 from vlmbuild.measure.merge_parity import MergeCheck
-from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
+from vlmbuild.passes import passes_for, quantization_passes
 from vlmbuild.quant.decide import QUANTIZE, Decision, decide
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
-from vlmbuild.rewrite.near_miss import near_miss
-from vlmbuild.rewrite.pass_manager import Pass, PassReport, PatternPass, run
+from vlmbuild.rewrite.pass_manager import PassReport, run
 from vlmbuild.targets import TARGETS, Request, Target
 from vlmbuild.util.devices import available_device
+from vlmbuild.util.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +118,6 @@ def build(
     return Artifact(Path(output), manifest, reports)
 
 
-def silent(_stage: str, _done: int, _total: int) -> None:
-    """Report no progress."""
-
-
 def _checked_target(recipe: Recipe, device: str) -> Target:
     """Return the recipe's target. Raises DeviceError, and UsageError for a device that cannot build it."""
     kind, target = available_device(device).type, TARGETS[recipe.target]
@@ -199,40 +194,3 @@ def rewrite(
         )
     late = [name for name in recipe.require if name == QUANTIZE]
     return (*reports, *run(quantization, program, require=late, before=reports)), decisions
-
-
-def exact_passes(recipe: Recipe) -> tuple[Pass, ...]:
-    """Return the recipe's passes that promise to keep values, in order."""
-    return tuple(step for step in passes_for(recipe) if step.exact)
-
-
-def fusing_passes(recipe: Recipe) -> frozenset[str]:
-    """Return names of the recipe's passes that replace patterns, and can miss some."""
-    return frozenset(step.name for step in passes_for(recipe) if isinstance(step, PatternPass))
-
-
-def missed_patterns(program: Program, recipe: Recipe, reports: Iterable[PassReport]) -> dict[str, dict[str, str]]:
-    """Map pass -> region -> the nearest miss, where it rewrote nothing."""
-    sites = {report.name: report.sites for report in reports}
-    missed: dict[str, dict[str, str]] = {}
-    for step in passes_for(recipe):
-        if isinstance(step, PatternPass):
-            patterns = step.rewrites(program.geometry)
-            found = {
-                name: near_miss(region.graph.graph, patterns)
-                for name, region in program.regions.items()
-                if name not in sites.get(step.name, {})
-            }
-            missed[step.name] = {name: reason for name, reason in found.items() if reason}
-    return missed
-
-
-def adapt(
-    program: Program, adapters: Mapping[str, Lora], trained: frozenset[str] = frozenset()
-) -> tuple[PassReport, ...]:
-    """Add LoRA slots to a loaded program's linear layers, and keep the parameters `trained` in float32, in place.
-
-    Raises:
-        PassError: A graph has another form than the passes know.
-    """
-    return run(adapter_passes(adapters, trained), program)

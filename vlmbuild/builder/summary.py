@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredWeight:
+class WeightSummary:
     """A source tensor in an artifact: its module name, what it does, the bytes that it takes as it is stored, and how."""
 
     name: str
@@ -40,7 +40,7 @@ def describe_regions(program: Program) -> list[dict[str, Any]]:
     ]
 
 
-def describe_roles(weights: Iterable[StoredWeight], refusals: dict[Role, list[str]]) -> list[dict[str, Any]]:
+def describe_roles(weights: Iterable[WeightSummary], refusals: dict[Role, list[str]]) -> list[dict[str, Any]]:
     """List every role with its parameters and bytes, parameters by format, and reasons of unquantized ones."""
     weights = list(weights)
     described = []

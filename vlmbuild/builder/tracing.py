@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmbuild.builder.build import apply_passes, silent, trace_program
+from vlmbuild.builder.build import apply_passes, trace_program
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.families import Family
 from vlmbuild.families.base import IGNORED_CONFIG_KEYS
 from vlmbuild.ir.program import Program
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
+from vlmbuild.util.progress import Progress, silent
 
 _MACHINE_KEYS = ("_name_or_path", "transformers_version", *IGNORED_CONFIG_KEYS)
 

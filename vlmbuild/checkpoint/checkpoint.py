@@ -11,12 +11,13 @@ from typing import Any, Self
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.digests import hashing
-from vlmbuild.checkpoint.source import SIDE_FILES, Progress, Source, resolve
+from vlmbuild.checkpoint.source import SIDE_FILES, Source, resolve
 from vlmbuild.checkpoint.tensors import SourceTensor, announced_formats, source_tensors, stored_formats
 from vlmbuild.families import Family, family_of
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Program
 from vlmbuild.quant.bnb_config import check_method
+from vlmbuild.util.progress import Progress
 
 
 class Checkpoint:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.util.progress import Progress, silent
 from vlmbuild.zoo import ZOO
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the bytes or steps done, and their total."""
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -95,10 +93,10 @@ def resolve(
     if str(source) in ZOO:
         return Source(ZOO[str(source)], f"zoo:{source}")
     if _HUB_ID.fullmatch(str(source)):
-        told = progress or (lambda _stage, _done, _total: None)
-        told("download", 0, 1)
+        progress = progress or silent
+        progress("download", 0, 1)
         found = _download(str(source), revision, cache_dir, weights)
-        told("download", 1, 1)
+        progress("download", 1, 1)
         return found
     raise SourceError(
         f"{source} is not a directory, a hub id (owner/name), or a zoo checkpoint ({', '.join(ZOO)}). Check the spelling."

@@ -19,8 +19,7 @@ from vlmbuild.locks.difference import Difference, Severity, compare
 from vlmbuild.locks.document import Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
 from vlmbuild.util.cpu import available_cores
-
-Progress = Callable[[str, int, int], None]
+from vlmbuild.util.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ def check(
     Raises:
         UsageError: A path contains no lock.
     """
+    progress = progress or silent
     files = lock_files(paths)
     groups: dict[str, list[Path]] = {}
     done: dict[Path, Checked] = {}
@@ -75,8 +75,7 @@ def check(
     count = min(len(work), processes or available_cores())
     for results in _run(work, count):
         done |= {result.path: result for result in results}
-        if progress is not None:
-            progress("check", len(done), len(files))
+        progress("check", len(done), len(files))
     return tuple(done[file] for file in files)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder.build import exact_passes, fusing_passes, missed_patterns
+from vlmbuild.builder.passes import exact_passes, fusing_passes, missed_patterns
 from vlmbuild.builder.tracing import Traced, apply_recipe, portable
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from vlmbuild.builder.build import exact_passes
+from vlmbuild.builder.passes import exact_passes
 from vlmbuild.builder.tracing import trace
 from vlmbuild.errors import VlmbuildError
 from vlmbuild.locks.document import lock_files, read_lock

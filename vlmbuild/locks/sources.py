@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmbuild.artifact.paths import MANIFEST_NAME
-from vlmbuild.checkpoint.source import Progress, Source, resolve
+from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.recipe import Recipe
+from vlmbuild.util.progress import Progress
 
 if TYPE_CHECKING:
     from vlmbuild.builder.tracing import Traced

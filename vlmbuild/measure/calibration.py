@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
@@ -23,6 +22,7 @@ from vlmbuild.ir.linear_layers import LinearLayer
 from vlmbuild.ir.program import Call, Program, Region, join
 from vlmbuild.measure.sensitivity import Loss
 from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.util.progress import Progress
 
 Batch = Mapping[str, Tensor]
 

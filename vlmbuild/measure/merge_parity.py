@@ -20,7 +20,6 @@ from vlmbuild.adapters.merge import Merge, read_merge, without_adapter
 from vlmbuild.adapters.peft_files import Adapter
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir import interpret
@@ -35,6 +34,7 @@ from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
 from vlmbuild.util.cpu import single_threaded
+from vlmbuild.util.progress import Progress
 
 TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
 """The relative error of logits up to which merged weights are published, by the dtype that they are stored in. Everything is

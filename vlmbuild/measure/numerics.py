@@ -16,6 +16,7 @@ from vlmbuild.errors import IncompatibleError, ParityError, VlmbuildError
 from vlmbuild.families import Family
 from vlmbuild.kv_cache.program import PRESENT
 from vlmbuild.measure.batches import Case, extended
+from vlmbuild.util.progress import Progress
 
 STEPS = 4
 """Tokens that are generated for each case."""
@@ -53,7 +54,7 @@ class Measurement:
         self._process.kill()
         self._process.communicate()
 
-    def records(self, progress: Callable[[str, int, int], None]) -> list[Record]:
+    def records(self, progress: Progress) -> list[Record]:
         """Measure the export, which is complete now, and return the manifest's records.
 
         Args:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import LinearLayer
 from vlmbuild.quant.decide import Decision
 from vlmbuild.util.cpu import available_cores, single_threaded
+from vlmbuild.util.progress import Progress
 
 _PIECE = 2**22
 

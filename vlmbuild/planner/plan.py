@@ -12,10 +12,10 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
-from vlmbuild.builder.build import apply_passes, silent, trace_program
-from vlmbuild.builder.summary import StoredWeight, describe_regions, describe_roles, refusals_by_role, slot_roles
+from vlmbuild.builder.build import apply_passes, trace_program
+from vlmbuild.builder.summary import WeightSummary, describe_regions, describe_roles, refusals_by_role, slot_roles
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.checkpoint.source import Progress, Source
+from vlmbuild.checkpoint.source import Source
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family, ImageCost
 from vlmbuild.planner.memory import Memory, Workload, estimate_memory
@@ -23,6 +23,7 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
 from vlmbuild.targets import TARGETS
 from vlmbuild.targets.request import StoredParameter
+from vlmbuild.util.progress import Progress, silent
 
 Image = str | Path | tuple[int, int]
 """A file, or (height, width)."""
@@ -170,10 +171,10 @@ def plan(
     )
 
 
-def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[StoredWeight]:
+def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[WeightSummary]:
     for parameter in parameters:
         nbytes = sum(spec.nbytes for spec in parameter.specs)
-        yield StoredWeight(
+        yield WeightSummary(
             parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from vlmbuild.formats import OnnxChunk, PackedWeight, Shape, WeightFormat
+from vlmbuild.formats import OnnxChunk, PackedWeight, StaticShape, WeightFormat
 from vlmbuild.util.lazy import LazyModule
 from vlmbuild.util.validation import boolean, one_of, require_finite
 
@@ -44,7 +44,7 @@ class Int4(WeightFormat):
         boolean("symmetric", self.symmetric)
         boolean("exact_inputs", self.exact_inputs)
 
-    def bits(self, shape: Shape) -> int:
+    def bits(self, shape: StaticShape) -> int:
         """Count the bits, with scales in float32."""
         blocks = shape[0] * math.ceil(shape[1] / self.blocksize)
         return blocks * (4 * self.blocksize + 32 + (0 if self.symmetric else 4))
@@ -53,11 +53,13 @@ class Int4(WeightFormat):
         zero, inputs = "" if self.symmetric else " with zero points", ", exact inputs" if self.exact_inputs else ""
         return f"int4, blocks of {self.blocksize}{zero}{inputs}"
 
-    def onnx_weight(self, shape: Shape, dtype: torch.dtype, name: str) -> PackedWeight:
+    def onnx_weight(self, shape: StaticShape, dtype: torch.dtype, name: str) -> PackedWeight:
         level = ort_matmul.EXACT if self.exact_inputs else ort_matmul.INTEGER
         return ort_matmul.matmul_nbits(4, self.blocksize, level, shape, dtype, zero_points=not self.symmetric)
 
-    def encode_onnx(self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str) -> Iterator[OnnxChunk]:
+    def encode_onnx(
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
+    ) -> Iterator[OnnxChunk]:
         for chunk in chunks:
             rows = chunk.view(-1, shape[1]).float()
             require_finite(rows, f"The tensor {name}")

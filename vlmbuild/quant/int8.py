@@ -16,8 +16,8 @@ from vlmbuild.formats import (
     OnnxChunk,
     OperatorCall,
     PackedWeight,
-    Shape,
-    StoredWeight,
+    QuantizedSource,
+    StaticShape,
     WeightFormat,
     ranges,
     unfit,
@@ -67,13 +67,13 @@ class Int8(WeightFormat):
             raise UsageError(f"threshold must not be negative; got {self.threshold!r}.")
         object.__setattr__(self, "threshold", threshold)
 
-    def bits(self, shape: Shape) -> int:
+    def bits(self, shape: StaticShape) -> int:
         return 8 * math.prod(shape) + 32 * shape[0]
 
     def describe(self) -> str:
         return f"int8, outliers above {self.threshold}" if self.threshold else "int8"
 
-    def parts(self, module: str, shape: Shape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         if len(shape) != 2 or min(shape) < 1:
             raise UsageError(
                 f"The weight of {module} has the shape {tuple(shape)}, which cannot be quantized to 8 bits. Add it to the "
@@ -86,7 +86,7 @@ class Int8(WeightFormat):
         )
 
     def encode(
-        self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
     ) -> Iterator[tuple[str, Tensor]]:
         for chunk in chunks:
             rows, scales = quantize_rows(chunk.view(-1, shape[1]), name=name)
@@ -95,7 +95,7 @@ class Int8(WeightFormat):
         yield ".weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8)
 
     @classmethod
-    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
+    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:
         name = f"{module}.weight"
         info, scales = weights.tensors.get(name), weights.tensors[f"{module}.SCB"]
         suffixes: tuple[str, ...] = (".weight", ".SCB")
@@ -107,10 +107,10 @@ class Int8(WeightFormat):
             suffixes = (*suffixes, ".weight_format")
             if weights.read(f"{module}.weight_format").flatten().tolist() != [ROW_FORMAT]:
                 raise unfit(weights, name, "it is laid out for a GPU's tiles, not by rows")
-        return StoredWeight(cls(threshold_of(config)), torch.float16, info.shape, suffixes)
+        return QuantizedSource(cls(threshold_of(config)), torch.float16, info.shape, suffixes)
 
     def decode(
-        self, weights: CheckpointWeights, module: str, shape: Shape, dtype: torch.dtype, step: int
+        self, weights: CheckpointWeights, module: str, shape: StaticShape, dtype: torch.dtype, step: int
     ) -> Iterator[Tensor]:
         columns, total, name = shape[1], math.prod(shape), f"{module}.weight"
         scales, step = weights.read(f"{module}.SCB").flatten(), max(1, step // columns) * columns
@@ -122,20 +122,22 @@ class Int8(WeightFormat):
     def config_entries(self) -> dict[str, Any]:
         return {"load_in_8bit": True, "llm_int8_threshold": self.threshold}
 
-    def buffers(self, shape: Shape) -> dict[str, Buffer]:
+    def buffers(self, shape: StaticShape) -> dict[str, Buffer]:
         return {"": Buffer(torch.int8, shape), "_scb": Buffer(torch.float32, shape[:1])}
 
-    def call(self, shape: Shape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
+    def call(self, shape: StaticShape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
         return torch.ops.vlmbuild.linear_8bit.default, (input, stored[""], stored["_scb"], bias, self.threshold)
 
-    def load(self, weights: CheckpointWeights, module: str, shape: Shape) -> dict[str, Tensor]:
+    def load(self, weights: CheckpointWeights, module: str, shape: StaticShape) -> dict[str, Tensor]:
         return {"": weights.map(f"{module}.weight"), "_scb": weights.map(f"{module}.SCB").flatten()}
 
-    def onnx_weight(self, shape: Shape, dtype: torch.dtype, name: str) -> PackedWeight:
+    def onnx_weight(self, shape: StaticShape, dtype: torch.dtype, name: str) -> PackedWeight:
         """Return MatMulNBits' weight in blocks; it has no outlier columns, and rounds inputs to 8 bits."""
         return ort_matmul.matmul_nbits(8, ONNX_BLOCK, ort_matmul.INTEGER, shape, dtype)
 
-    def encode_onnx(self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str) -> Iterator[OnnxChunk]:
+    def encode_onnx(
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
+    ) -> Iterator[OnnxChunk]:
         for chunk in chunks:
             rows = chunk.view(-1, shape[1])
             parts = pack_onnx(*quantize_rows(rows, name=name), dtype)

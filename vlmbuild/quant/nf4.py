@@ -18,8 +18,8 @@ from vlmbuild.formats import (
     OnnxChunk,
     OperatorCall,
     PackedWeight,
-    Shape,
-    StoredWeight,
+    QuantizedSource,
+    StaticShape,
     WeightFormat,
     ranges,
     unfit,
@@ -70,16 +70,16 @@ class FourBit(WeightFormat):
         one_of("blocksize", self.blocksize, BLOCK_SIZES)
         boolean("double_quant", self.double_quant)
 
-    def bits(self, shape: Shape) -> int:
+    def bits(self, shape: StaticShape) -> int:
         return 8 * sum(math.prod(size) * dtype.itemsize for dtype, size in self._data(shape).values())
 
     def describe(self) -> str:
         return f"{self.name}, blocks of {self.blocksize}{', scales in 8 bits' if self.double_quant else ''}"
 
-    def chunk_unit(self, shape: Shape) -> int:
+    def chunk_unit(self, shape: StaticShape) -> int:
         return self.blocksize
 
-    def _tensors(self, shape: Shape) -> dict[str, Buffer]:
+    def _tensors(self, shape: StaticShape) -> dict[str, Buffer]:
         """Return the packed weight, its scales, and the tables that codes index, by bitsandbytes' names."""
         count = math.prod(shape)
         blocks = math.ceil(count / self.blocksize)
@@ -94,11 +94,11 @@ class FourBit(WeightFormat):
         }
         return plain | nested if self.double_quant else plain
 
-    def _data(self, shape: Shape) -> dict[str, Buffer]:
+    def _data(self, shape: StaticShape) -> dict[str, Buffer]:
         """Return the tensors without the tables."""
         return {name: buffer for name, buffer in self._tensors(shape).items() if not name.endswith("quant_map")}
 
-    def parts(self, module: str, shape: Shape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+    def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         """Return the specs; only the size of the packed state is not exact: it spells out a float."""
         specs = [
             weights_writer.TensorSpec(module + _suffix(name), *buffer) for name, buffer in self._tensors(shape).items()
@@ -112,7 +112,7 @@ class FourBit(WeightFormat):
         return (*specs, state)
 
     def encode(
-        self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
     ) -> Iterator[tuple[str, Tensor]]:
         scales = []
         for chunk in chunks:
@@ -140,7 +140,7 @@ class FourBit(WeightFormat):
         ).flatten()
 
     @classmethod
-    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> StoredWeight:
+    def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:
         state = _state(weights, module, cls.marker)
         if state.nested_blocksize != NESTED_BLOCKSIZE:
             problem = f"its scales are quantized in blocks of {state.nested_blocksize}, not of 256"
@@ -156,10 +156,10 @@ class FourBit(WeightFormat):
                 problem = f"{spec.name} {has}; {size} elements of {spec.dtype} are needed"
                 raise unfit(weights, f"{module}.weight", problem)
         suffixes = (*(spec.name.removeprefix(module) for spec in specs), cls.marker)
-        return StoredWeight(form, state.dtype, state.shape, suffixes)
+        return QuantizedSource(form, state.dtype, state.shape, suffixes)
 
     def decode(
-        self, weights: CheckpointWeights, module: str, shape: Shape, dtype: torch.dtype, step: int
+        self, weights: CheckpointWeights, module: str, shape: StaticShape, dtype: torch.dtype, step: int
     ) -> Iterator[Tensor]:
         size, total, scales = self.blocksize, math.prod(shape), self._scales(weights, module)
         dtype = _state(weights, module, self.marker).dtype
@@ -182,16 +182,16 @@ class FourBit(WeightFormat):
             "bnb_4bit_use_double_quant": self.double_quant,
         }
 
-    def buffers(self, shape: Shape) -> dict[str, Buffer]:
+    def buffers(self, shape: StaticShape) -> dict[str, Buffer]:
         slots = {f"_{name}" if name else "": buffer for name, buffer in self._data(shape).items()}
         return slots | {"_nested_offset": Buffer(torch.float32, ())} if self.double_quant else slots
 
-    def call(self, shape: Shape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
+    def call(self, shape: StaticShape, input: Node, stored: Mapping[str, Node], bias: Any) -> OperatorCall:
         tensors = [stored.get(suffix) for suffix in ("", "_absmax", "_nested_absmax", "_nested_offset")]
         geometry = (shape[1], shape[0], self.blocksize, self.name, program.COMPUTE_DTYPE)
         return torch.ops.vlmbuild.linear_4bit.default, (input, *tensors, bias, *geometry)
 
-    def load(self, weights: CheckpointWeights, module: str, shape: Shape) -> dict[str, Tensor]:
+    def load(self, weights: CheckpointWeights, module: str, shape: StaticShape) -> dict[str, Tensor]:
         state = _state(weights, module, self.marker)
         nested = state.nested_offset is not None
         if (state.blocksize, state.shape, nested) != (self.blocksize, shape, self.double_quant):
@@ -205,7 +205,7 @@ class FourBit(WeightFormat):
             found["_nested_offset"] = torch.tensor(state.nested_offset, dtype=torch.float32)
         return found
 
-    def onnx_weight(self, shape: Shape, dtype: torch.dtype, name: str) -> PackedWeight:
+    def onnx_weight(self, shape: StaticShape, dtype: torch.dtype, name: str) -> PackedWeight:
         """Return MatMulBnb4's weight: bitsandbytes' bytes, and scales in the compute dtype."""
         rows, columns = shape
         if columns % self.blocksize:
@@ -218,7 +218,9 @@ class FourBit(WeightFormat):
         parts = {"": Buffer(torch.uint8, (count // 2,)), "_absmax": Buffer(dtype, (count // self.blocksize,))}
         return PackedWeight("MatMulBnb4", attributes, parts)
 
-    def encode_onnx(self, chunks: Iterable[Tensor], shape: Shape, dtype: torch.dtype, name: str) -> Iterator[OnnxChunk]:
+    def encode_onnx(
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
+    ) -> Iterator[OnnxChunk]:
         scales = []
         for chunk in chunks:
             packed, absmax = self._quantize(chunk, name)

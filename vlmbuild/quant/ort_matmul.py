@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vlmbuild.formats import Buffer, PackedWeight, Shape
+from vlmbuild.formats import Buffer, PackedWeight, StaticShape
 from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
 
 EXACT, INTEGER = 0, 4
@@ -15,7 +15,7 @@ EXACT, INTEGER = 0, 4
 
 
 def matmul_nbits(
-    bits: int, size: int, level: int, shape: Shape, dtype: torch.dtype, *, zero_points: bool = False
+    bits: int, size: int, level: int, shape: StaticShape, dtype: torch.dtype, *, zero_points: bool = False
 ) -> PackedWeight:
     """Return the layout of a MatMulNBits weight.
 

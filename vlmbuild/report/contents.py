@@ -11,7 +11,7 @@ from typing import Any
 from vlmbuild.artifact.manifest import parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.builder.summary import StoredWeight, describe_roles, refusals_by_role
+from vlmbuild.builder.summary import WeightSummary, describe_roles, refusals_by_role
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.formats import WeightFormat, format_from_json
 from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role
@@ -93,16 +93,16 @@ def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield slot["name"], tuple(slot["shape"]), slot["role"], None
 
 
-def region_weights(reader: ArtifactReader) -> dict[str, list[StoredWeight]]:
+def region_weights(reader: ArtifactReader) -> dict[str, list[WeightSummary]]:
     """Return the weights of each region; a shared weight counts in the first."""
     program = _program(reader)
-    weights: dict[str, list[StoredWeight]] = {}
+    weights: dict[str, list[WeightSummary]] = {}
     for region, weight in _weights(program, _sizes(reader, program)):
         weights.setdefault(region, []).append(weight)
     return weights
 
 
-def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, StoredWeight]]:
+def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, WeightSummary]]:
     """Yield (region, weight) for every weight of the program once."""
     seen = set()
     for entry in program["regions"]:
@@ -111,7 +111,7 @@ def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[t
                 name = f"{instance}.{relative}" if instance else relative
                 if name not in seen:
                     seen.add(name)
-                    yield entry["name"], StoredWeight(name, role, math.prod(shape), sizes.get(name, 0), form)
+                    yield entry["name"], WeightSummary(name, role, math.prod(shape), sizes.get(name, 0), form)
 
 
 def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:

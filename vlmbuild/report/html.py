@@ -13,8 +13,7 @@ from typing import Any
 
 from vlmbuild.artifact.output import human_size
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder.build import exact_passes
-from vlmbuild.checkpoint.source import Progress
+from vlmbuild.builder.passes import exact_passes
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.cost import region_cost
 from vlmbuild.ir.everyday import EVERYDAY, everyday_value
@@ -24,6 +23,7 @@ from vlmbuild.locks.listing_difference import is_equal, side_by_side
 from vlmbuild.measure.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
 from vlmbuild.report.contents import contents, region_weights
 from vlmbuild.report.stages import STORED, Staged, stages_of
+from vlmbuild.util.progress import Progress
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

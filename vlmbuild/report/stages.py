@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.builder.build import exact_passes
+from vlmbuild.builder.passes import exact_passes
 from vlmbuild.builder.tracing import Traced, trace
-from vlmbuild.checkpoint.source import Progress
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.bind import read_program
+from vlmbuild.util.progress import Progress
 
 CAPTURED, STORED = "captured", "stored"
 

@@ -12,7 +12,7 @@ from vlmbuild.adapters.fit import check_fits, trained_parameters, with_module_na
 from vlmbuild.adapters.lora import AdapterSpec, Lora
 from vlmbuild.adapters.peft_files import read_adapter
 from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
-from vlmbuild.builder.build import adapt
+from vlmbuild.builder.passes import adapt
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
 

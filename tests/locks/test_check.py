@@ -182,7 +182,7 @@ def test_a_model_that_cannot_be_traced_is_an_error_of_its_lock(run, locks, tmp_p
         (("lock", "qwen2-vl-digits"), 2, "--output"),
         (("lock", "no-such-model", "-o", "{tmp}/x.lock"), 1, "not a directory, a hub id"),
         (("lock", "qwen2-vl-digits", "-o", "{tmp}/x.lock", "--quantize", "auto", "--budget", "5"), 2, "auto measures"),
-        (("lock", "qwen2-vl-digits", "-o", "{tmp}/x.lock", "--require", "fuse_rope"), 1, "fuse_rope"),
+        (("lock", "qwen2-vl-digits", "-o", "{tmp}/x.lock", "--require", "no_such_pass"), 1, "no_such_pass"),
     ],
 )
 def test_mistakes_are_one_paragraph(run, arguments, code, message, tmp_path):

@@ -26,7 +26,7 @@ from vlmbuild.targets.weights import stored_specs, write_weights
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
-    """Write and publish a trainable artifact; weights pass through memory in small pieces.
+    """Write and publish a trainable artifact; weights pass through memory in chunks.
 
     Raises:
         SourceError: A tensor cannot be read or quantized.

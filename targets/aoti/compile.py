@@ -71,14 +71,14 @@ def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, o
     with torch.no_grad():
         files = torch._inductor.aot_compile(graph, inputs, options=_options(level, one_token))
     assert isinstance(files, list)
-    place = folder / f"{name}.files"
-    place.mkdir()
+    build = folder / f"{name}.files"
+    build.mkdir()
     kept: list[Any] = []
     for end, needed in _PARTS.items():
         found = [str(file) for file in files if str(file).endswith(end)]
         assert len(found) == 1 or (not found and not needed), files
-        kept += [shutil.copyfile(file, str(place / f"region{end}")) for file in found]
-    packed = package_aoti(str(place / "region.pt2"), {"model": kept})  # the archive's name is in it
+        kept += [shutil.copyfile(file, str(build / f"region{end}")) for file in found]
+    packed = package_aoti(str(build / "region.pt2"), {"model": kept})  # the archive's name is in it
     return Path(shutil.move(str(packed), folder / f"{name}.pt2"))
 
 

@@ -25,7 +25,7 @@ class CodePlan:
         compiler: Name and version of the C++ compiler; other ones make other bytes.
         graphs: Form of the cache -> region -> digest of its graph.
         units: Digest -> the unit that is compiled from the graph.
-        axes: Digest -> place and axis of an activation that has a row for every token; of graphs that get a second
+        axes: Digest -> index and axis of an activation that has a row for every token; of graphs that get a second
             unit, for a single token.
         weights: Unit -> how much there is to compile, in any measure.
     """
@@ -84,7 +84,7 @@ class CodePlan:
             record["compiler"],
             record["graphs"],
             {graph: Unit.parse(unit) for graph, unit in record["units"].items()},
-            {graph: (place, axis) for graph, (place, axis) in record["axes"].items()},
+            {graph: (index, axis) for graph, (index, axis) in record["axes"].items()},
             {Unit.parse(unit): weight for unit, weight in record["weights"].items()},
         )
 

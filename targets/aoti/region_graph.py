@@ -38,10 +38,10 @@ def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -
     graph = one_token_module(graph) if one_token else graph  # before `lower`, which has other linear layers
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     first = len(region.slots)
-    for place in order:  # each behind all others
-        graph.graph.output_node().prepend(placeholders[first + place])
+    for index in order:  # each behind all others
+        graph.graph.output_node().prepend(placeholders[first + index])
     _placeholders_first(graph)
-    _give_values(graph, region, [shapes[place] for place in order], order, dtype)
+    _give_values(graph, region, [shapes[index] for index in order], order, dtype)
     lower(graph)
     return graph, order
 
@@ -52,7 +52,7 @@ def solvable_order(shapes: Sequence[Shape]) -> tuple[int, ...] | None:
     order: list[int] = []
     while len(order) < len(shapes):
         found = next(
-            (place for place, shape in enumerate(shapes) if place not in order and _solvable(shape, known)), None
+            (index for index, shape in enumerate(shapes) if index not in order and _solvable(shape, known)), None
         )
         if found is None:
             return None
@@ -100,10 +100,10 @@ def _give_values(
 
     activations = region.placeholders()[len(region.slots) :]
     inputs = tuple(
-        Input(f"in{place}", chosen(activations[place].meta["val"].dtype), shape)
-        for place, shape in zip(order, shapes, strict=True)
+        Input(f"in{index}", chosen(activations[index].meta["val"].dtype), shape)
+        for index, shape in zip(order, shapes, strict=True)
     )
-    results = tuple(f"out{place}" for place in range(len(region.results())))
+    results = tuple(f"out{index}" for index in range(len(region.results())))
     call = Call(region.name, "", tuple(entry.name for entry in inputs), results)
     slots = tuple(replace(slot, dtype=chosen(slot.dtype)) for slot in region.slots)
     alone = Region(region.name, graph, slots, ("",), tuple(shapes))

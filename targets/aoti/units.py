@@ -72,10 +72,10 @@ def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
     """
     if all(node.target is not PLAIN_LINEAR for node in region.graph.graph.nodes):
         return None
-    for place, shape in enumerate(region.activations):
+    for index, shape in enumerate(region.activations):
         for axis, size in enumerate(shape):
             if size == _TOKENS[form]:
-                return place, axis
+                return index, axis
     return None
 
 

@@ -62,6 +62,6 @@ def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilati
     for unit, package in sorted(packages.items(), key=lambda item: item[0].file):
         name = f"code/{plan.platform.folder}/{unit.file}"
         writer.copy(package["file"], name, "code")
-        files[unit] = CodeFile(name, tuple((place, dtype) for place, dtype in package["inputs"]))
+        files[unit] = CodeFile(name, tuple((index, dtype) for index, dtype in package["inputs"]))
     writer.write(CODE_INDEX, canonical_json(plan.index(request.recipe.dtype, files).record()), "data")
     return plan

@@ -101,11 +101,11 @@ def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str,
         own = body.op("Slice", query, start, end, body.constant([2]))
         mask = body.op("Slice", seen, start, end, body.constant([0]))
         by_key = body.op("Gather", mask, groups, axis=1)
-        places = body.op(
+        positions = body.op(
             "NonZero", body.op("ReduceMax", body.cast(by_key, torch.int32), body.constant([0]), keepdims=0)
         )
-        first = body.op("ReduceMin", places, body.constant([1]), keepdims=0)
-        last = body.op("Add", body.op("ReduceMax", places, body.constant([1]), keepdims=0), body.constant([1]))
+        first = body.op("ReduceMin", positions, body.constant([1]), keepdims=0)
+        last = body.op("Add", body.op("ReduceMax", positions, body.constant([1]), keepdims=0), body.constant([1]))
         bias = _penalty(body, body.op("Slice", by_key, first, last, body.constant([1])))
         keys, values = (body.op("Slice", x, first, last, body.constant([2])) for x in (key, value))
         return _attend(body, own, keys, values, bias, scale)

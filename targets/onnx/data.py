@@ -58,17 +58,17 @@ def write_data(
 
 
 class _Sink:
-    """Takes the next pieces of a parameter's tensors, which lie at different places of the file."""
+    """Sink of the next chunks of a parameter's tensors, which lie at different offsets of the file."""
 
     def __init__(self, file: OutputFile, places: Mapping[str, Stored]) -> None:
         self._file = file
         self._places = places
         self._done = dict.fromkeys(places, 0)
 
-    def append(self, suffix: str, piece: Tensor) -> None:
+    def append(self, suffix: str, chunk: Tensor) -> None:
         """Write the next elements."""
         place = self._places[suffix]
-        values = piece.to(place.dtype).contiguous()
+        values = chunk.to(place.dtype).contiguous()
         assert self._done[suffix] + values.nbytes <= place.length
         self._file.write_at(tensor_bytes(values), place.offset + self._done[suffix])
         self._done[suffix] += values.nbytes
@@ -90,8 +90,8 @@ class _Error:
 
 
 def _plain(sink: _Sink, name: str, request: Request) -> None:
-    for piece in parameter_values(request, name, torch.float32):
-        sink.append("", piece)
+    for chunk in parameter_values(request, name, torch.float32):
+        sink.append("", chunk)
 
 
 def _quantized(sink: _Sink, name: str, form: WeightFormat, request: Request) -> float:

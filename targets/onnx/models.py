@@ -128,16 +128,16 @@ class _Maker:
     def _translate(self, builder: GraphBuilder, data: DataFile, part: Part, values: dict[str, str]) -> None:
         """Translate the calls of a part; `values` gets what they return."""
         translator = Translator(builder, table(self.weights.packed))
-        for piece in part.calls:
-            region = self.program.regions[piece.call.region]
-            builder.scope = piece.call.instance or region.name
-            names = self.weights.declare(builder, data, region, piece.call.instance, piece.nodes)
+        for needed in part.calls:
+            region = self.program.regions[needed.call.region]
+            builder.scope = needed.call.instance or region.name
+            names = self.weights.declare(builder, data, region, needed.call.instance, needed.nodes)
             activations = region.placeholders()[len(region.slots) :]
-            read = ((n, value) for n, value in zip(activations, piece.call.inputs, strict=True) if n in piece.nodes)
+            read = ((n, value) for n, value in zip(activations, needed.call.inputs, strict=True) if n in needed.nodes)
             names |= {node: values[value] for node, value in read}
-            found = translator.run(region.graph.graph, names, piece.nodes, region.name)
-            made = zip(region.results(), piece.call.outputs, strict=True)
-            values |= {value: found[node] for node, value in made if node in piece.nodes}
+            found = translator.run(region.graph.graph, names, needed.nodes, region.name)
+            made = zip(region.results(), needed.call.outputs, strict=True)
+            values |= {value: found[node] for node, value in made if node in needed.nodes}
         builder.scope = ""
 
     def _take(self, builder: GraphBuilder, entry: Input) -> str:

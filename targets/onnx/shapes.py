@@ -20,7 +20,7 @@ def _view(site: Site, x: Value, sizes: Sequence[Any], *_: Any) -> str:
 
 
 def _flatten(site: Site, x: Value, start: int = 0, end: int = -1) -> str:
-    # The sizes around the flattened ones are copied from the input, where they stand at the same place.
+    # The sizes around the flattened ones are copied from the input, where they have the same index.
     before, after = x.axis(start), range(x.axis(end) + 1, x.rank)
     sizes = [0] * before + [-1] + [size if isinstance(size := x.meta.shape[dim], int) else None for dim in after]
     if None in sizes:
@@ -85,12 +85,12 @@ def _stack(site: Site, parts: Sequence[Value], dim: int = 0) -> str:
 def _unbind(site: Site, x: Value, dim: int = 0) -> tuple[str, ...]:
     count = x.static(dim)
     assert count is not None
-    return tuple(gather(site, x, dim, place) for place in range(count))
+    return tuple(gather(site, x, dim, index) for index in range(count))
 
 
-def gather(site: Site, x: Value, dim: int, place: int) -> str:
+def gather(site: Site, x: Value, dim: int, index: int) -> str:
     """Select one index of a dimension, and drop the dimension."""
-    return str(site.builder.op("Gather", x.name, site.builder.constant(place), axis=x.axis(dim)))
+    return str(site.builder.op("Gather", x.name, site.builder.constant(index), axis=x.axis(dim)))
 
 
 def _split(site: Site, x: Value, sizes: Sequence[int], dim: int = 0) -> tuple[str, ...]:

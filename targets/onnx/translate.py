@@ -106,8 +106,8 @@ class Translator:
 
     def _node(self, node: Node, names: dict[Node, Any], where: str) -> Any:
         if node.target is operator.getitem:
-            source, place = node.args
-            return names[source][place]  # type: ignore[index]
+            source, index = node.args
+            return names[source][index]  # type: ignore[index]
         handler = self._table.get(node.target)
         if handler is None:
             raise PassError(

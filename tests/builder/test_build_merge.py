@@ -127,7 +127,7 @@ def test_quantized_source_is_dequantized(quantized, tmp_path):
 
 @pytest.mark.parametrize("form", [None, "nf4"])
 def test_onnx_models_are_source_and_adapter(form, quantized, tmp_path):
-    """Layers with an adapter are rounded anew; others of a quantized source keep their bytes where the format is the same."""
+    """Layers with an adapter are rounded again; others of a quantized source keep their bytes where the format is the same."""
     source, adapter = quantized
     recipe = Recipe(target="onnx", quantize=form and QuantSpec(form))
     merged = build(source, tmp_path / "merged", recipe, adapter=adapter)
@@ -297,7 +297,7 @@ def test_what_cannot_be_asked_for(bases, tmp_path):
         build(base, adapter / "out", FLOAT32, adapter=adapter)
 
 
-def test_an_adapter_that_changes_meanwhile_is_noticed(quantized, bases, tmp_path, monkeypatch):
+def test_an_adapter_that_changes_during_the_build_is_noticed(quantized, bases, tmp_path, monkeypatch):
     adapter = shutil.copytree(quantized[1], tmp_path / "adapter")
     merged = Merge.merged
 

@@ -15,7 +15,7 @@ EXACT_FP32 = 1e-6
 # Relative norm of gradients behind an exact pass that replaces attention: its backward sums in another order again.
 EXACT_FP32_GRADIENT = 5e-6
 
-# A gradient that is nearly nothing, as a share of the norm of all gradients: below it, errors are held against this share.
+# A gradient that is nearly nothing, as a share of the norm of all gradients: below it, errors are compared with this share.
 CANCELLED = 1e-4
 
 # bfloat16 error against the float32 reference, as a multiple of transformers' own error on the same batches.

@@ -193,8 +193,8 @@ def test_a_returned_cache_goes_on(batches, ours, theirs):
             last = batch[name][:, -1:]
             longer[name] = torch.cat([batch[name], last.repeat(1, 11, *[1] * (last.ndim - 2))], 1)
     going_on = ours.generate(**longer, **GREEDY | {"max_new_tokens": 8}, past_key_values=first.past_key_values)
-    anew = answers(longer, {"max_new_tokens": 8}, ours, theirs)
-    assert torch.equal(going_on, anew[0]) and torch.equal(going_on, anew[1])
+    again = answers(longer, {"max_new_tokens": 8}, ours, theirs)
+    assert torch.equal(going_on, again[0]) and torch.equal(going_on, again[1])
 
 
 def test_a_cache_does_not_go_on_with_other_images(batches, ours):
@@ -251,7 +251,7 @@ def test_rows_that_have_ended_do_not_disturb_others(batches, ours, theirs):
 
 
 def test_an_adapter_and_its_dropout(batches, ours):
-    """The cached program is derived anew, with the adapter; as if its weights were merged."""
+    """The cached program is derived again, with the adapter; as if its weights were merged."""
     model = copy.deepcopy(ours)
     batch = batches["several sizes"]
     model.generate(**batch, **GREEDY | {"max_new_tokens": 2})

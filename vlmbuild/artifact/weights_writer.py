@@ -61,7 +61,7 @@ class _Shard:
 class WeightsWriter:
     """Writes model.safetensors, or shards and an index, in the form that transformers and safetensors read.
 
-    The specs decide the shards and the place of every tensor, so tensors may be added in any order, whole or in pieces, and
+    The specs decide the shards and the place of every tensor, so tensors may be added in any order, whole or in chunks, and
     each is written at once. Only a tensor whose size is not known beforehand (`exact=False`; a few hundred bytes each)
     waits in memory until its shard is complete and lies at the end of it; the header is reserved at its greatest length and
     filled with spaces, which the format allows. That costs no temporary copy of the data.
@@ -111,16 +111,16 @@ class WeightsWriter:
             shard.deferred[name] = tensor.detach().cpu().clone()
             self._count(shard, name, shard.deferred[name].nbytes, complete=True)
 
-    def append(self, name: str, piece: torch.Tensor) -> None:
+    def append(self, name: str, chunk: torch.Tensor) -> None:
         """Write the next elements of a tensor. Raises OutputError when it is not announced, of another dtype, or too long."""
-        shard, spec = self._announced(name, piece)
+        shard, spec = self._announced(name, chunk)
         done = shard.written.get(name, 0)
-        if not spec.exact or done + piece.nbytes > spec.nbytes:
+        if not spec.exact or done + chunk.nbytes > spec.nbytes:
             raise OutputError(f"More of the tensor {name!r} than was announced is written to {self._writer.output}.")
         assert shard.file is not None
-        if piece.nbytes:
-            shard.file.write_at(tensor_bytes(piece), len(shard.greatest_header) + shard.starts[name] + done)
-        self._count(shard, name, done + piece.nbytes, complete=done + piece.nbytes == spec.nbytes)
+        if chunk.nbytes:
+            shard.file.write_at(tensor_bytes(chunk), len(shard.greatest_header) + shard.starts[name] + done)
+        self._count(shard, name, done + chunk.nbytes, complete=done + chunk.nbytes == spec.nbytes)
 
     def _announced(self, name: str, tensor: torch.Tensor) -> tuple[_Shard, TensorSpec]:
         spec = self._specs.get(name)
@@ -228,7 +228,7 @@ def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
 def _open_shard(writer: ArtifactWriter, shard: _Shard) -> OutputFile:
     file = writer.open(shard.name, "weights")
     if all(spec.exact for spec in shard.specs):
-        # With the header first and tensors in order, whole or in pieces, the file is hashed as it is written.
+        # With the header first and tensors in order, whole or in chunks, the file is hashed as it is written.
         file.write(shard.greatest_header)
     return file
 

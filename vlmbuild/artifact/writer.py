@@ -89,7 +89,7 @@ class ArtifactWriter:
         return file.entry
 
     def copy(self, source: Path | str, path: str, role: str) -> FileEntry:
-        """Copy one file, a piece at a time. Raises SourceError when it cannot be read, and what `open` raises."""
+        """Copy one file in chunks. Raises SourceError when it cannot be read, and the errors of `open`."""
         try:
             descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -98,8 +98,8 @@ class ArtifactWriter:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise SourceError(f"{source} is not a regular file. Give a file.")
             with self.open(path, role) as file:
-                while piece := _read_source(descriptor, source):
-                    file.write(piece)
+                while chunk := _read_source(descriptor, source):
+                    file.write(chunk)
         finally:
             os.close(descriptor)
         return file.entry

@@ -87,15 +87,15 @@ class _Outliner:
             if node.op == "placeholder":
                 values[node] = (node.name,)
             elif node.op == "call_function":  # getitem of a call with several results
-                source, place = node.args
-                values[node] = (values[source][place],)
+                source, index = node.args
+                values[node] = (values[source][index],)
             elif node.op == "call_module":
                 body, block = getattr(split, node.target), blocks[node.target]
                 inputs = [values.get(argument, ("",))[0] for argument in node.args]
                 repeated = next((inner for inner in body.graph.nodes if inner.target is REPEAT), None)
                 if repeated is None:
-                    piece = HEAD if node.target == last and not block else None
-                    call, values[node] = self._call(body, block, inputs, len(calls), piece)
+                    part_name = HEAD if node.target == last and not block else None
+                    call, values[node] = self._call(body, block, inputs, len(calls), part_name)
                 else:
                     call = self._repeat(body, repeated, block, inputs, calls)
                     values[node] = call.outputs
@@ -110,10 +110,10 @@ class _Outliner:
         tensors = _drop_size_results(body)
         region, kept = self._region(body, block, name)
         many = sum(tensors)
-        outputs = tuple(f"v{number}.{place}" if many > 1 else f"v{number}" for place in range(many))
+        outputs = tuple(f"v{number}.{index}" if many > 1 else f"v{number}" for index in range(many))
         remaining = iter(outputs)
         names = tuple(next(remaining) if tensor else "" for tensor in tensors)
-        return Call(region, block, tuple(inputs[place] for place in kept), outputs), names
+        return Call(region, block, tuple(inputs[index] for index in kept), outputs), names
 
     def _repeat(self, body: GraphModule, node: Node, block: str, inputs: list[str], calls: list[Call]) -> Call:
         """Return the call of a part that repeats another: the same region, with this block's inputs."""
@@ -213,7 +213,7 @@ def _block_of(node: Node) -> str:
 
 
 def _drop_size_results(body: GraphModule) -> list[bool]:
-    """Make the piece return a tuple of its tensors only; returns which of its former results they are. Readers of a size
+    """Make the part return a tuple of its tensors only; returns which of its former results they are. Readers of a size
     take it from their own tensors (`_localise_sizes`)."""
     output = body.graph.output_node()
     results = returned_nodes(body)
@@ -223,7 +223,7 @@ def _drop_size_results(body: GraphModule) -> list[bool]:
 
 
 def _localise_sizes(body: GraphModule) -> None:
-    """Make sizes come from the piece's own activations, first one first: equal blocks then have equal graphs, wherever the
+    """Make sizes come from the part's own activations, first one first: equal blocks then have equal graphs, wherever the
     traced graph happened to read a size, and no integer crosses a region's border."""
     tensors = [n for n in body.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
     known: dict[str, Node] = {}

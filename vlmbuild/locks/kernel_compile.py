@@ -112,17 +112,17 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], An
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     fixed = launch.constants | launch.tile
-    for place, (name, may) in enumerate(zip(launch.kernel.arg_names, _may_specialize(launch), strict=True)):
-        if place >= len(launch.arguments):
-            signature[name], constants[place,] = "constexpr", fixed[name]
+    for index, (name, may) in enumerate(zip(launch.kernel.arg_names, _may_specialize(launch), strict=True)):
+        if index >= len(launch.arguments):
+            signature[name], constants[index,] = "constexpr", fixed[name]
             continue
-        known = _specialized(launch.arguments[place], may)
+        known = _specialized(launch.arguments[index], may)
         if known == "1":
-            signature[name], constants[place,] = "constexpr", 1
+            signature[name], constants[index,] = "constexpr", 1
             continue
         signature[name] = known.removesuffix(" aligned")
         if known.startswith("*") or known.endswith(" aligned"):
-            attributes[place,] = [["tt.divisibility", _ALIGNMENT]]
+            attributes[index,] = [["tt.divisibility", _ALIGNMENT]]
     return signature, constants, attributes
 
 

@@ -61,7 +61,7 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
         label = labels.setdefault(meaning(launch), _label(launch, labels.values()))
         regions.setdefault(label, {})[region] = None
         chosen.setdefault((label, target), launch)
-    rows = _compile_all({place: (launch, place[1]) for place, launch in chosen.items()})
+    rows = _compile_all({key: (launch, key[1]) for key, launch in chosen.items()})
     return Kernels(
         table={
             label: LockedKernel(tuple(regions[label]), {f"sm_{target}": rows[label, target] for target in TARGETS})
@@ -70,21 +70,21 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
     )
 
 
-def _compile_all(wanted: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], Row]:
+def _compile_all(tasks: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], Row]:
     """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels.
 
-    Processes that check other models at the same time want many of them, too. Each takes them in an order of its own, so that
-    it finds in Triton's disk cache what another has compiled, and does not do the same beside it.
+    Processes that check other models at the same time compile many of the same. Each takes them in its own order, so that it
+    finds other processes' results in Triton's disk cache and rarely compiles a kernel that another is compiling.
     """
     import triton  # type: ignore[import-untyped]
 
-    keys = {place: _key(*task) for place, task in wanted.items()}
-    order = random.Random(os.getpid()).sample(list(wanted), len(wanted))  # noqa: S311
-    missing = {keys[place]: wanted[place] for place in order if keys[place] not in _compiled}
+    keys = {label: _key(*task) for label, task in tasks.items()}
+    order = random.Random(os.getpid()).sample(list(tasks), len(tasks))  # noqa: S311
+    missing = {keys[label]: tasks[label] for label in order if keys[label] not in _compiled}
     with triton.knobs.compilation.scope(), ThreadPoolExecutor(available_cores()) as pool:
         triton.knobs.compilation.disable_line_info = True  # it names files, and sizes must not depend on where they lie
         _compiled.update(zip(missing, pool.map(lambda task: compile_launch(*task), missing.values()), strict=True))
-    return {place: _compiled[key] for place, key in keys.items()}
+    return {label: _compiled[key] for label, key in keys.items()}
 
 
 def _label(launch: Launch, taken: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from vlmbuild.quant.decide import Decision
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.progress import Progress
 
-_PIECE = 2**22
+_CHUNK = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def weight_losses(
     dtype: torch.dtype,
     progress: Progress,
 ) -> list[Loss]:
-    """Measure the rounding of weights, read in small pieces, on all cores. The rounding of the scales themselves, which is
+    """Measure the rounding of weights, read in chunks, on all cores. The rounding of the scales themselves, which is
     the same for all and a hundred times smaller, is left out.
 
     Args:
@@ -61,7 +61,7 @@ def weight_losses(
     def measure(layer: LinearLayer) -> Loss:
         source = tensors[f"{layer.module}.weight"]
         error = norm = 0.0
-        for values in _pieces(weights, source, dtype):
+        for values in _chunks(weights, source, dtype):
             rounding = (values.float() - form.rounded(values, source.name)).double()
             error += rounding.square().sum().item()
             norm += values.double().square().sum().item()
@@ -136,7 +136,7 @@ def check_plain(source: SourceTensor) -> None:
         )
 
 
-def _pieces(weights: CheckpointWeights, source: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _chunks(weights: CheckpointWeights, source: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     total = math.prod(source.shape)
-    for first in range(0, total, _PIECE):
-        yield weights.read_part(source.name, first, min(_PIECE, total - first)).to(dtype)
+    for first in range(0, total, _CHUNK):
+        yield weights.read_part(source.name, first, min(_CHUNK, total - first)).to(dtype)

@@ -225,11 +225,11 @@ class _Step:
         tokens), one for every token. The program's inputs count, since the model brings them to its device.
         """
         ids = torch.zeros(self.workload.batch, self.sizes["sequence"] // self.workload.batch, dtype=torch.int64)
-        places = torch.arange(ids.numel())
+        positions = torch.arange(ids.numel())
         live = _LiveBytes(_tensors(self.model), workspaces(self.workload.device))
         with live:
             # The host prologue needs data; what it makes of a batch has the same sizes.
-            run(lambda: PackedBatch(self.variant, self._inputs(), places), ids)
+            run(lambda: PackedBatch(self.variant, self._inputs(), positions), ids)
         return live.peak
 
     def _inputs(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """4-bit quantization on a CPU, byte for byte what bitsandbytes gives and an order of magnitude faster.
 
-bitsandbytes scales a whole tensor and looks every value up in the 15 bounds between codes. Here a piece that stays in
+bitsandbytes scales a whole tensor and looks every value up in the 15 bounds between codes. Here a chunk that stays in
 the cache is scaled and then passed over once a bound, in place, with vector instructions.
 """
 
@@ -13,9 +13,9 @@ import torch
 
 from vlmbuild.formats import NESTED_BLOCKSIZE
 
-# Values scaled at a time: 1 MiB of scratch, about a level-2 cache. In much smaller pieces the calls cost more than the
+# Values scaled at a time: 1 MiB of scratch, about a level-2 cache. In much smaller chunks the calls cost more than the
 # work.
-_PIECE: Final = 2**18
+_CHUNK: Final = 2**18
 # Below it bitsandbytes does not scale a block any further; the same constant, or blocks of denormals would differ.
 _SMALLEST_SCALE: Final = 1e-38
 # A decided value is its code plus this, out of the way of the bounds and of scaled values, which end at 1.000001.
@@ -28,7 +28,7 @@ def quantize_blocks(values: torch.Tensor, *, quant_type: str, blocksize: int) ->
     [ceil(n / blocksize)].
 
     The bytes are those of `bitsandbytes.functional.quantize_4bit`, whose quant_types and block sizes these are. Calls
-    on consecutive pieces of a tensor, all but the last a multiple of `blocksize`, give the parts of what one gives.
+    on consecutive chunks of a tensor, all but the last a multiple of `blocksize`, give the parts of what one gives.
     A block with NaN or infinity has an absmax that is not finite, and its codes mean nothing. Safe in several threads.
     """
     if values.device.type != "cpu":
@@ -37,7 +37,7 @@ def quantize_blocks(values: torch.Tensor, *, quant_type: str, blocksize: int) ->
     whole = count - count % blocksize
     packed = values.new_empty((count + 1) // 2, dtype=torch.uint8)
     absmax = values.new_empty(-(-count // blocksize), dtype=torch.float32)
-    step = max(_PIECE // blocksize, 1) * blocksize
+    step = max(_CHUNK // blocksize, 1) * blocksize
     scratch = values.new_empty(min(step, whole), dtype=torch.float32)
     codes = values.new_empty(min(step, whole), dtype=torch.int8)
     for start in range(0, whole, step):

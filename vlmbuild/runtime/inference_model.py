@@ -92,9 +92,9 @@ class InferenceModel(GenerationHooks):
             UsageError: The device or dtype is not the artifact's.
         """
         for target in (*targets, *named.values()):
-            place = target if isinstance(target, torch.dtype) else torch.device(target)
-            if place not in (self.dtype, self.device):
-                raise UsageError(self._cannot_move(place))
+            kind = target if isinstance(target, torch.dtype) else torch.device(target)
+            if kind not in (self.dtype, self.device):
+                raise UsageError(self._cannot_move(kind))
         return self
 
     def _cannot_move(self, target: torch.device | torch.dtype) -> str:

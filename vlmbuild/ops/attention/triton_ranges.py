@@ -49,21 +49,21 @@ def groups_kernel(  # type: ignore[no-untyped-def]
     low = tl.full([MANY], 2147483647, tl.int32)
     high = tl.zeros([MANY], tl.int32)
     for first in range(0, keys, MANY):
-        place = first + tl.arange(0, MANY)
-        own = tl.load(key_groups + place, mask=place < keys, other=-1) == group
-        low = tl.minimum(low, tl.where(own, place, 2147483647))
-        high = tl.maximum(high, tl.where(own, place + 1, 0))
+        index = first + tl.arange(0, MANY)
+        own = tl.load(key_groups + index, mask=index < keys, other=-1) == group
+        low = tl.minimum(low, tl.where(own, index, 2147483647))
+        high = tl.maximum(high, tl.where(own, index + 1, 0))
     tl.store(first_key + group, tl.minimum(tl.min(low, 0), keys))
     tl.store(last_key + group, tl.max(high, 0))
     low = tl.full([MANY], 2147483647, tl.int32)
     high = tl.zeros([MANY], tl.int32)
     if group < groups:
         for first in range(0, length, MANY):
-            place = first + tl.arange(0, MANY)
-            at = place.to(tl.int64) * groups + group
-            own = tl.load(visible_groups + at, mask=place < length, other=0) != 0
-            low = tl.minimum(low, tl.where(own, place, 2147483647))
-            high = tl.maximum(high, tl.where(own, place + 1, 0))
+            index = first + tl.arange(0, MANY)
+            at = index.to(tl.int64) * groups + group
+            own = tl.load(visible_groups + at, mask=index < length, other=0) != 0
+            low = tl.minimum(low, tl.where(own, index, 2147483647))
+            high = tl.maximum(high, tl.where(own, index + 1, 0))
     tl.store(first_row + group, tl.minimum(tl.min(low, 0), length))
     tl.store(last_row + group, tl.max(high, 0))
 
@@ -78,12 +78,12 @@ def words_kernel(  # type: ignore[no-untyped-def]
     start = tl.zeros([BLOCK_M], tl.int32) + keys
     end = tl.zeros([BLOCK_M], tl.int32)
     for word in range(words):
-        place = tl.arange(0, 32)
-        group = word * 32 + place
+        bit = tl.arange(0, 32)
+        group = word * 32 + bit
         at = rows.to(tl.int64)[:, None] * groups + group[None, :]
         seen = tl.load(visible_groups + at, mask=row_ok[:, None] & (group < groups)[None, :], other=0) != 0
         # Distinct bits: their sum is their union, and the top one wraps to the sign.
-        union = tl.sum(tl.where(seen, (1 << place)[None, :], 0), 1)
+        union = tl.sum(tl.where(seen, (1 << bit)[None, :], 0), 1)
         tl.store(bits + word * length + rows, union, mask=row_ok)
         start = tl.minimum(start, tl.min(tl.where(seen, tl.load(first_key + group)[None, :], keys), 1))
         end = tl.maximum(end, tl.max(tl.where(seen, tl.load(last_key + group)[None, :], 0), 1))

@@ -38,8 +38,8 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     l_i = tl.zeros([BLOCK], tl.float32)
     # Every lane keeps its own maximum and sum: one reduction at the end, not one a tile.
     for first in range(0, vocabulary, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        value = tl.load(logits + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
+        index = first + tl.arange(0, BLOCK)
+        value = tl.load(logits + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
         m_new = tl.maximum(m_i, value)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         l_i = l_i * tl.exp(m_i - base) + tl.exp(value - base)
@@ -52,11 +52,11 @@ def cross_entropy_kernel(  # type: ignore[no-untyped-def]
     if GRADIENT:
         gradient += row * vocabulary
         for first in range(0, vocabulary, BLOCK):
-            place = first + tl.arange(0, BLOCK)
-            value = tl.load(logits + place, mask=place < vocabulary, other=float("-inf")).to(tl.float32)
-            slope = tl.exp(value - logsumexp) - tl.where(place == target, 1.0, 0.0)
+            index = first + tl.arange(0, BLOCK)
+            value = tl.load(logits + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+            slope = tl.exp(value - logsumexp) - tl.where(index == target, 1.0, 0.0)
             slope = tl.where(counted, slope, 0.0)
-            tl.store(gradient + place, slope.to(gradient.dtype.element_ty), mask=place < vocabulary)
+            tl.store(gradient + index, slope.to(gradient.dtype.element_ty), mask=index < vocabulary)
 
 
 def cross_entropy_launch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> Launch:

@@ -84,16 +84,16 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 ):
     # 64-bit offsets: batch * heads * sequence * head_dim can pass 2**31.
     batch = (tl.program_id(0) // seq).to(tl.int64)
-    place = (tl.program_id(0) % seq).to(tl.int64)
+    position = (tl.program_id(0) % seq).to(tl.int64)
     lanes = tl.arange(0, LANES)
     lane_ok = lanes < HALF
-    c = tl.load(cos + batch * cos_batch + place * cos_row + lanes * cos_lane, mask=lane_ok, other=0.0)[None, :]
-    s = tl.load(sin + batch * sin_batch + place * sin_row + lanes * sin_lane, mask=lane_ok, other=0.0)[None, :]
+    c = tl.load(cos + batch * cos_batch + position * cos_row + lanes * cos_lane, mask=lane_ok, other=0.0)[None, :]
+    s = tl.load(sin + batch * sin_batch + position * sin_row + lanes * sin_lane, mask=lane_ok, other=0.0)[None, :]
     if BACK:
         s = -s
     _turn_heads(
-        query + batch * query_batch + place * query_row,
-        out_query + batch * outq_batch + place * outq_row,
+        query + batch * query_batch + position * query_row,
+        out_query + batch * outq_batch + position * outq_row,
         query_head,
         query_lane,
         outq_head,
@@ -106,8 +106,8 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
         QUERY_TILE,
     )
     _turn_heads(
-        key + batch * key_batch + place * key_row,
-        out_key + batch * outk_batch + place * outk_row,
+        key + batch * key_batch + position * key_row,
+        out_key + batch * outk_batch + position * outk_row,
         key_head,
         key_lane,
         outk_head,

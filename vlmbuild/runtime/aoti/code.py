@@ -50,7 +50,7 @@ class Code:
     @classmethod
     def of(cls, file: CodeFile, runners: Mapping[str, Runner]) -> Self:
         """Create it from the index."""
-        return cls(runners[file.file], tuple((place, getattr(torch, dtype)) for place, dtype in file.inputs))
+        return cls(runners[file.file], tuple((index, getattr(torch, dtype)) for index, dtype in file.inputs))
 
 
 class CompiledRegion:
@@ -86,18 +86,18 @@ class CompiledRegion:
         """
         code = self.code
         if self._token is not None and self._token_axis is not None:
-            place, axis = self._token_axis
-            code = self._token if activations[place].shape[axis] == 1 else code
-        inputs = [self._laid_out(activations[place], place, dtype) for place, dtype in code.inputs]
+            index, axis = self._token_axis
+            code = self._token if activations[index].shape[axis] == 1 else code
+        inputs = [self._laid_out(activations[index], index, dtype) for index, dtype in code.inputs]
         return tuple(code.runner([*tensors, *inputs]))
 
-    def _laid_out(self, value: Tensor, place: int, dtype: torch.dtype) -> Tensor:
+    def _laid_out(self, value: Tensor, index: int, dtype: torch.dtype) -> Tensor:
         if value.dtype != dtype or value.device.type != "cpu":
             raise UsageError(
                 f"{self.region.name} was compiled for {dtype} on a CPU and got {value.dtype} on {value.device}. Leave the "
                 "model as it was loaded."
             )
-        if not value.is_contiguous() and place in self._written:
+        if not value.is_contiguous() and index in self._written:
             raise UsageError(
                 f"{self.region.name} writes into its cache, which has to be contiguous. Create it with new_cache."
             )
@@ -106,11 +106,11 @@ class CompiledRegion:
 
 def written_activations(region: Region) -> frozenset[int]:
     """Return indices of the activations that a region's graph writes into."""
-    places = {node: place for place, node in enumerate(region.placeholders()[len(region.slots) :])}
+    indices = {node: index for index, node in enumerate(region.placeholders()[len(region.slots) :])}
     return frozenset(
-        places[node.args[0]]
+        indices[node.args[0]]
         for node in region.graph.graph.nodes
-        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.args[0] in places
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and node.args[0] in indices
     )
 
 

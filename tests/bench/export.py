@@ -33,7 +33,7 @@ from tests.bench.fresh import bar, interleave, machine, medians, print_bars, run
 
 VOCABULARY = 8192
 SIZE, DEEP = (1024, 12, 4), (512, 28, 32)
-"""Width, decoder layers and vision layers of the model that is run, and of one as deep as those that are published."""
+"""Width, decoder layers and vision layers of the model that is run, and of one as deep as published ones."""
 OURS, INT4, LARGE_BLOCKS = "vlmbuild, ONNX", "vlmbuild, ONNX, int4", "vlmbuild, ONNX, int4, blocks of 256"
 COMPILED, EXPORTER, INDUCTOR = (
     "vlmbuild, AOTInductor",
@@ -101,7 +101,7 @@ class Bench:
         return {side: self.stage("export", side, 0) for side in self.arguments.sides if side not in SAME_FILES}
 
     def export_deep(self) -> dict[str, Any]:
-        """Those that compile, once, of a narrow model that is as deep as those that are published."""
+        """Those that compile, once, of a narrow model that is as deep as published ones."""
         work = self.work / "deep"
         bench = Bench(work, checkpoint(work / "checkpoint", *DEEP), self.arguments)
         return {side: bench.stage("export", side, 0) for side in (COMPILED, INDUCTOR) if side in self.arguments.sides}

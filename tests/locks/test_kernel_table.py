@@ -95,7 +95,7 @@ def test_thresholds(table, change, severity, words):
     assert words in text
 
 
-def test_a_kernel_that_is_tiled_anew_is_held_against_the_one_that_it_replaces(table):
+def test_a_kernel_with_other_tiles_is_compared_with_the_one_that_it_replaces(table):
     label = next(label for label in table.table if label.startswith("forward"))
     kernel = table.table[label]
     row = kernel.targets["sm_90"] | {"tensor_core": "mma", "registers": 255}

@@ -30,7 +30,7 @@ PARTS: dict[str, tuple[str, int]] = {
 }
 """Name -> module, and the most seconds that it may take; together under 570.
 
-The models come after the kernels: they use those that tiles.json then calls right and fast."""
+The models come after the kernels: they use the ones that tiles.json then calls right and fast."""
 _IMPORTS = (
     "torch._inductor.config",
     "torch._dynamo",

@@ -100,7 +100,7 @@ def test_generates_what_transformers_does(zoo, onnx_artifact):
 
 
 def test_settings_that_the_client_needs(onnx_artifact):
-    """By name, as its classes read them; it has other defaults for those that published files leave out."""
+    """By name, as its classes read them; it has other defaults for names that published files leave out."""
     for zoo, kind in (("qwen2-vl-digits", "Qwen2VL"), ("pixtral-digits", "Pixtral")):
         directory = onnx_artifact(zoo).path
         images = json.loads((directory / "preprocessor_config.json").read_text())

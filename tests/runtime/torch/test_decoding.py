@@ -56,7 +56,7 @@ def test_static_equals_dynamic(case, options, batches, model):
 
 
 def test_several_tokens_go_into_buffers_too(batches, model):
-    """Those of an assistant, and a crop of those that were wrong."""
+    """Those of an assistant, and a crop of wrong ones."""
     batch, logits = batches["several sizes"], []
     more = torch.arange(2, 8)[None]
     for length in (None, 512):

@@ -1,6 +1,6 @@
 """Kinds of artifacts, by the recipe's `target`.
 
-A new one is a folder here with what writes it, a row in `TARGETS` below, and a row in each table of facts that lower folders
+A new one is a folder here with its writer, a row in `TARGETS` below, and a row in each table of facts that lower folders
 need: `vlmbuild.recipe.TARGET_OPTIONS` (the options of its recipes) and `vlmbuild.runtime.load.OPENERS` (how it is loaded).
 """
 

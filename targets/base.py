@@ -25,8 +25,8 @@ class Target:
 
     Attributes:
         begin: Context of a build, entered before the model is captured; gives the function that writes.
-        stored_parameters: (program, family, recipe) -> what a finished program's artifact will store, before any weight is
-            read; None for a target that cannot train, which `plan` is about.
+        stored_parameters: (program, family, recipe) -> parameters that a finished program's artifact will store, before
+            any weight is read; None for a target that cannot train, which `plan` is about.
         measurement: (artifact, dtype) -> the comparison of exported code with the program; None where nothing is exported.
         devices: Types of devices that can quantize its weights.
     """

@@ -57,7 +57,7 @@ def publish(
     numerics: Sequence[Mapping[str, Any]],
     toolchain: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Publish what was written, under the recipe's target.
+    """Publish the written files, under the recipe's target.
 
     Args:
         formats: Format names of the weights, for the artifact's name.
@@ -66,7 +66,7 @@ def publish(
 
     Raises:
         OutputError: There is no space, or the output cannot be written.
-        IntegrityError: What was written is not there any more.
+        IntegrityError: A written file has disappeared.
     """
     recipe = request.recipe
     target = [] if recipe.target == Recipe().target else [recipe.target]  # the default goes without saying

@@ -30,7 +30,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
-        ParityError: The merged weights are not what source and adapter are together.
+        ParityError: The merged weights differ from source plus adapter.
         OutputError: There is no space, or the output cannot be written.
     """
     write_checkpoint(writer, request)

@@ -18,7 +18,7 @@ NOT_A_VERB = re.compile(
     r"Types|Values|Versions|What|When|Where|Whether|Which|Whose|Why|With|Zeros)\b"
 )
 CRUTCHES = re.compile(
-    r"held against|\banew\b|\bmeanwhile\b|\bthose that\b|\bused up\b|what comes closest|"
+    r"held against|\banew\b|\bmeanwhile\b|\bthose that\b|\bused up\b|what comes closest|[Rr]aises what|are not what|"
     r":\s(?:Of|To|Told|In which|As for|What for|What is asked)\b"
 )
 PROPERTIES = ("property", "cached_property")

@@ -109,7 +109,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names when they are asked for: `vlmbuild --help` must not wait for torch."""
+    """Import public names on first use: `vlmbuild --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmbuild' has no attribute {name!r}")
     with resting_collector():  # torch and transformers make a million objects that stay

@@ -47,7 +47,7 @@ class GradientError(VlmbuildError):
 
 
 class DeviceError(VlmbuildError):
-    """A device is asked for that this machine does not have, or a kernel that it cannot run."""
+    """A device that this machine does not have, or a kernel that it cannot run."""
 
 
 class ArtifactError(VlmbuildError):
@@ -59,7 +59,7 @@ class OutputError(ArtifactError):
 
 
 class IntegrityError(ArtifactError):
-    """An artifact's files are not what its manifest says: changed, missing, extra, swapped, or not plain files."""
+    """Files of an artifact that differ from its manifest: changed, missing, extra, swapped, or not plain files."""
 
     exit_code = 3
 

@@ -180,7 +180,7 @@ class WeightFormat(ABC):
         raise self._unsupported("a checkpoint")
 
     def config_entries(self) -> dict[str, Any]:
-        """Return what `quantization_config` in config.json says of the format; {} if transformers does not know it."""
+        """Return the format's entries of `quantization_config` in config.json; {} if transformers does not know it."""
         return {}
 
     # In a program. Slots are named by the weight's slot and a suffix, as "" or "_absmax".

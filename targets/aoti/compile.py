@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from vlmbuild.runtime.aoti.platform import CodePlatform, plain_feature, this_platform
 
 _PARTS = {".wrapper.so": True, ".wrapper_metadata.json": True, ".wrapper.json": False}
-"""Ends of the files that make a package, and whether each must be there: machine code, what it runs on, calls of our
+"""Ends of the files that make a package, and whether each must be there: machine code, its requirements, calls of our
 own operators. The rest are sources, which name folders of this machine."""
 _MARCH = "cpp.march"
 _NAMELESS = ("-s", "-Wno-builtin-macro-redefined", '-D__FILE__="code"')

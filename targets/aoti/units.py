@@ -63,8 +63,8 @@ def distinct_units(graphs: Mapping[CacheForm, Mapping[str, str]]) -> dict[str, U
 
 
 def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
-    """Place and axis of an activation that has a row for every token; None where a region has no tokens, or no plain
-    linear layers: these are what code for one token does faster.
+    """Return index and axis of an activation that has a row for every token; None where a region has no tokens, or no plain
+    linear layers: these are faster in code for one token.
 
     Args:
         region: Region with shapes.

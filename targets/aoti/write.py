@@ -55,7 +55,7 @@ def _write(compilation: Compilation, writer: ArtifactWriter, request: Request) -
 
 
 def _write_code(writer: ArtifactWriter, request: Request, compilation: Compilation) -> CodePlan:
-    """Wait for packages, and write them with their index; returns what was compiled."""
+    """Wait for packages, and write them with their index; returns the compiled units' record."""
     plan, packages = compilation.packages(lambda done, total: request.progress("compile", done, total))
     writer.require_space(_CODE_BYTES * len(packages))
     files: dict[Unit, CodeFile] = {}

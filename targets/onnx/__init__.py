@@ -1,6 +1,7 @@
 """The ONNX target: a program's graphs as ONNX models.
 
-Start with `models.py`, which says what goes into which model, then `translate.py` and the tables `aten.py` and `operators.py`.
+Start with `models.py`, which says which parts go into which model, then `translate.py` and the tables `aten.py` and
+`operators.py`.
 """
 
 from __future__ import annotations

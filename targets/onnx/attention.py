@@ -14,7 +14,7 @@ from vlmbuild.targets.onnx.translate import Site, Value
 LEAST = {torch.float32: -1e9, torch.float16: -3e4}
 """Added to scores of keys that are not seen. Finite, so that rows which see nothing (padding) are no NaN."""
 ROWS = 512
-"""Queries that attend at a time where groups of keys say what they see."""
+"""Queries that attend at a time, with masks by groups of keys."""
 
 
 def attention(
@@ -120,7 +120,7 @@ def _some_visible(builder: GraphBuilder, visible: str) -> str:
 
 
 def loop(builder: GraphBuilder, count: str, part: Any, axis: int) -> str:
-    """Concatenate what `part(body, number)` makes for every number (int64 [1]) below `count` (a scalar)."""
+    """Concatenate the results of `part(body, number)` for every number (int64 [1]) below `count` (a scalar)."""
     body = GraphBuilder(builder.compute, outer=builder)
     element = ELEMENT_TYPES[builder.compute]
     number, go_on, parts = (builder.scoped(name) for name in ("number", "go_on", "parts"))

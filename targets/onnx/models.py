@@ -126,7 +126,7 @@ class _Maker:
         return OnnxModel(stem, builder.model(stem), data)
 
     def _translate(self, builder: GraphBuilder, data: DataFile, part: Part, values: dict[str, str]) -> None:
-        """Translate the calls of a part; `values` gets what they return."""
+        """Translate the calls of a part; `values` gets their results."""
         translator = Translator(builder, table(self.weights.packed))
         for needed in part.calls:
             region = self.program.regions[needed.call.region]

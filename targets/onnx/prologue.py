@@ -1,4 +1,4 @@
-"""The vision tower's host prologue, where a client passes what a processor returns: traced, then translated like a
+"""The vision tower's host prologue, where a client passes a processor's outputs: traced, then translated like a
 region."""
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     Raises:
         SourceError: A tensor cannot be read or quantized.
         PassError: An operator has no translation.
-        ParityError: A model computes something else than the program, or merged weights are not what source and adapter
-            are.
+        ParityError: A model computes something else than the program, or merged weights differ from source plus
+            adapter.
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact holds, how it was made, and its identity."""
+"""The manifest: an artifact's contents, origin and identity."""
 
 from __future__ import annotations
 

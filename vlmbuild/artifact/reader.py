@@ -37,7 +37,7 @@ def verify(path: Path | str, *, expected_id: str | None = None, progress: BytePr
 class ArtifactReader:
     """An artifact whose files are read only as the manifest describes them.
 
-    The constructor raises what `verify` raises. With `verify=False` only the manifest is checked at once, and each
+    The constructor raises the errors of `verify`. With `verify=False` only the manifest is checked at once, and each
     file when it is read.
     """
 
@@ -64,7 +64,7 @@ class ArtifactReader:
     def read(self, name: str) -> bytes:
         """Read one file, checked against the manifest.
 
-        Raises IncompatibleError when the artifact has no such file, IntegrityError when it is not what was promised.
+        Raises IncompatibleError when the artifact has no such file, IntegrityError when it differs from the manifest.
         """
         entry = self.manifest.entry(name)
         if entry is None:
@@ -88,7 +88,7 @@ class ArtifactReader:
         With `first` they are verified before the block. Otherwise other threads verify them while it runs: nothing that it
         reads is proven before its end.
 
-        Raises what `verify` raises, also in place of an error of the block: what was read may have been wrong.
+        Raises the errors of `verify`, also in place of an error of the block: the data may have been wrong.
         """
         if first:
             _, self._identities = _verify(self.path, self.manifest.id, None)

@@ -1,4 +1,4 @@
-"""The safetensors header: what it may say, reading it strictly, and the bytes of a tensor."""
+"""The safetensors header: its rules, reading it strictly, and the bytes of a tensor."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def read_header(file: Path | str) -> dict[str, TensorInfo]:
     """Read the tensors of a safetensors file, in the order of their data, without reading the data.
 
     Raises SourceError, naming the file, for everything that the format forbids (truncation, holes, overlaps, bytes
-    left over) and for what the library lets pass: duplicate names, and a header that begins with a space.
+    left over) and for two things that the library lets pass: duplicate names, and a header that begins with a space.
     """
     path = Path(file)
     try:

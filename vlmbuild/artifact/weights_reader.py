@@ -29,7 +29,7 @@ class CheckpointWeights:
     """The tensors of a checkpoint directory, read one at a time from model.safetensors or its shards.
 
     The constructor reads headers only. It raises SourceError naming the file or tensor when the weights are missing,
-    pickled, truncated, malformed, or not what the index says.
+    pickled, truncated, malformed, or not as the index says.
     """
 
     def __init__(self, directory: Path | str) -> None:

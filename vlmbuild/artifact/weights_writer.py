@@ -46,7 +46,7 @@ class TensorSpec:
 
 @dataclass
 class _Shard:
-    """The layout of one file, and what has been written of it."""
+    """The layout of one file, and the bytes written so far."""
 
     name: str
     specs: tuple[TensorSpec, ...]

@@ -83,7 +83,7 @@ class ArtifactWriter:
         return file
 
     def write(self, path: str, data: bytes, role: str) -> FileEntry:
-        """Write one file. Raises what `open` raises."""
+        """Write one file. Raises the errors of `open`."""
         with self.open(path, role) as file:
             file.write(data)
         return file.entry
@@ -235,7 +235,7 @@ class OutputFile:
             digest = hash_descriptor(self._descriptor)[1] if self._scattered else self._in_order.hexdigest()
             os.fchmod(self._descriptor, 0o644)  # whatever the umask is
             os.fsync(self._descriptor)
-            # The next read comes from the disk, not from what was written.
+            # The next read comes from the disk, not from memory.
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self.abandon()

@@ -69,7 +69,7 @@ def build(
     Args:
         source: A checkpoint directory, a hub id, or the name of a zoo checkpoint.
         output: The directory to make; appears complete or not at all.
-        recipe: What to build.
+        recipe: Recipe of the build.
         overwrite: Replace an artifact that is there.
         revision: Revision of a hub id.
         device: Where weights are quantized, "cpu" or "cuda".
@@ -84,8 +84,8 @@ def build(
         DeviceError: The device is not available here.
         OutputError: The output exists or cannot be written; found before any work.
         SourceError: The source or the adapter cannot be used.
-        CaptureError, PassError: The graph cannot be built as asked.
-        ParityError: The merged weights are not what source and adapter are together.
+        CaptureError, PassError: The graph cannot be built.
+        ParityError: The merged weights differ from source plus adapter.
     """
     progress = progress or silent
     target = _checked_target(recipe, device)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WeightSummary:
-    """A source tensor in an artifact: its module name, what it does, the bytes that it takes as it is stored, and how."""
+    """A source tensor in an artifact: its module name, role, stored bytes and format."""
 
     name: str
     role: Role

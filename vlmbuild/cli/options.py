@@ -148,7 +148,7 @@ def recipe_option_values(command: Command) -> Command:
 
 
 def _derived(hints: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Command], Command]]]:
-    """Name of each argument, and its option."""
+    """Yield each argument's name and its option."""
     for name, hint in hints.items():
         flag = _FLAGS.get(name, _flag(name, boolean=bool in _members(hint)))
         settings: dict[str, Any] = {"help": _HELP.get(name), "metavar": _METAVARS.get(name), "default": None}

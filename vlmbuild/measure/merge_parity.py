@@ -58,7 +58,7 @@ class Probe:
 
     Attributes:
         prepared: After the host prologue.
-        digest: SHA-256 (hex) of what the processor gave.
+        digest: SHA-256 (hex) of the processor's output.
     """
 
     prepared: PackedBatch

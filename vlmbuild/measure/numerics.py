@@ -1,4 +1,4 @@
-"""Hold what was exported against the program: the same batches through both, in a process of its own."""
+"""Compare exported models with the program: the same batches through both, in a separate process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Measurement:
     Args:
         module: `python -m MODULE ARGUMENTS` runs `print_records`.
         arguments: Arguments of the process.
-        what: Is measured, for messages.
+        what: Name of the measured thing, for messages.
     """
 
     def __init__(self, module: str, arguments: list[str], what: str) -> None:

@@ -103,7 +103,7 @@ class _Reference:
         return self._bound[region.name].run(tensors, None, activations, training=False)
 
     def _seen(self, variant: Variant) -> dict[str, str]:
-        """Name that clients see -> name in the variant."""
+        """Map names that clients see to names in the variant."""
         images = variant.image_values()
         return {
             "logits": variant.output,

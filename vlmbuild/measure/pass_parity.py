@@ -48,7 +48,7 @@ class Step:
 
     @property
     def holds(self) -> bool:
-        """Whether values are the same."""
+        """True if values are the same."""
         return self.forward <= TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
 
 
@@ -174,7 +174,7 @@ def _runnable(region: Region) -> GraphModule:
 
 
 def _handed_on(first: Call, call: Call) -> int | None:
-    """Index of the activation that takes the place of a repeated call's result: the only one that the first call did not
+    """Return the index of the activation that replaces a repeated call's result: the only one that the first call did not
     have."""
     changed = [index for index, name in enumerate(call.inputs) if name != first.inputs[index]]
     return changed[0] if len(changed) == 1 and len(call.outputs) == 1 else None

@@ -89,7 +89,7 @@ def keep_within(
         kept_bits: Bits per weight of a layer that is kept.
 
     Raises:
-        UsageError: The budget is below what `form` takes for all.
+        UsageError: The budget is below the bits of `form` for all layers.
     """
     weights = sum(math.prod(loss.layer.shape) for loss in losses)
     spent = sum(form.bits(loss.layer.shape) for loss in losses)

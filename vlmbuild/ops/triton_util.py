@@ -50,7 +50,7 @@ class Launch(NamedTuple):
         kernel: The Triton function.
         grid: Programs in each dimension.
         arguments: Tensors and numbers, in order.
-        constants: Compile-time constants that say what is computed, by name.
+        constants: Compile-time constants that select the computation, by name.
         tile: Those that say how: sides of tiles and compiler options. They depend on the GPU.
     """
 

@@ -228,7 +228,7 @@ class _Step:
         positions = torch.arange(ids.numel())
         live = _LiveBytes(_tensors(self.model), workspaces(self.workload.device))
         with live:
-            # The host prologue needs data; what it makes of a batch has the same sizes.
+            # The host prologue needs data; its outputs have the same sizes.
             run(lambda: PackedBatch(self.variant, self._inputs(), positions), ids)
         return live.peak
 
@@ -243,7 +243,7 @@ class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that operators make until nothing refers to them, autograd included.
 
     Attributes:
-        peak: The most there were at once, with what an operator needs inside.
+        peak: Greatest number of bytes at once, workspaces of operators included.
     """
 
     def __init__(self, known: Iterable[Tensor], workspaces: Mapping[Any, Workspace]) -> None:

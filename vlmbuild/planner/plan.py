@@ -31,7 +31,7 @@ Image = str | Path | tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """An image, before the processor resizes it (height and width in pixels), and what it costs."""
+    """An image, before the processor resizes it (height and width in pixels), and its patches and tokens."""
 
     name: str
     height: int
@@ -126,7 +126,7 @@ def plan(
     Raises:
         UsageError: An image cannot be read, a size is not positive, or the target is not one to train.
         SourceError: The source cannot be used, or images are given and it has no processor.
-        CaptureError, PassError: The graph cannot be built as asked.
+        CaptureError, PassError: The graph cannot be built.
     """
     progress = progress or silent
     stored_parameters = TARGETS[recipe.target].stored_parameters

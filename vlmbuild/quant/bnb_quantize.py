@@ -1,4 +1,4 @@
-"""4-bit quantization on a CPU, byte for byte what bitsandbytes gives and an order of magnitude faster.
+"""4-bit quantization on a CPU, byte for byte as bitsandbytes' and an order of magnitude faster.
 
 bitsandbytes scales a whole tensor and looks every value up in the 15 bounds between codes. Here a chunk that stays in
 the cache is scaled and then passed over once a bound, in place, with vector instructions.
@@ -52,10 +52,10 @@ def quantize_blocks(values: torch.Tensor, *, quant_type: str, blocksize: int) ->
 
 @torch.no_grad()
 def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Double quantization of absmax float32 [n]: codes uint8 [n], nested absmax float32 [ceil(n / 256)], and the
+    """Quantize the scales absmax float32 [n] to codes uint8 [n], nested absmax float32 [ceil(n / 256)], and the
     offset, a float32 scalar.
 
-    What bitsandbytes' `compress_statistics` gives when torch has one thread, whatever number it has, on a CPU.
+    Equals bitsandbytes' `compress_statistics` on a CPU with one thread of torch, whatever their number here.
     """
     offset = _mean(absmax)
     codes, state = _functional().quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)

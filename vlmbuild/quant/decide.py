@@ -1,4 +1,4 @@
-"""Which linear layers are quantized, and how: decided by what a layer does in the model, and by the user's patterns."""
+"""Which linear layers are quantized, and how: decided by a layer's role in the model, and by the user's patterns."""
 
 from __future__ import annotations
 

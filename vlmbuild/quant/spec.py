@@ -81,7 +81,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True, init=False)
 class QuantSpec:
-    """Quantization of linear layers; which ones is decided by what they do in the model.
+    """Quantization of linear layers, which are selected by their role in the model.
 
     Attributes:
         choice: A format; `Auto`; "source" keeps what the source has, apart from skips and overrides; "none" dequantizes.

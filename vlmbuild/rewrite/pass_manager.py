@@ -60,7 +60,7 @@ class Pass(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether values stay the same."""
+        """True if values stay the same."""
 
     def __call__(self, program: Program) -> PassOutcome:
         """Rewrite in place."""

@@ -31,7 +31,7 @@ def bind_artifact(reader: ArtifactReader, dtype: torch.dtype) -> VisionLanguageM
     """Bind an artifact's program to its weights, with its processor.
 
     Raises:
-        IntegrityError: A file is not what the manifest says.
+        IntegrityError: A file differs from the manifest.
         IncompatibleError: Files are intact and do not fit each other.
     """
     model = _bind(reader.read, reader.path, dtype)

@@ -1,4 +1,4 @@
-"""Checks of what `model(...)` and `generate(...)` receive, and of the cache that generation continues from."""
+"""Checks of the inputs of `model(...)` and `generate(...)`, and of the cache that generation continues from."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class KeyValueCache(Cache):
 
     @property
     def in_place(self) -> bool:
-        """Whether single tokens are written into buffers."""
+        """True if single tokens are written into buffers."""
         return self.length is not None or self.room > 0
 
     def buffers(self) -> dict[str, Tensor]:

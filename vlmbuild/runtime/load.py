@@ -107,7 +107,7 @@ def load(
         `CompiledVisionLanguageModel`, and the processor.
 
     Raises:
-        IntegrityError: A file is not what the manifest says.
+        IntegrityError: A file differs from the manifest.
         TrustError: The artifact holds code, and `trust` does not allow it.
         IncompatibleError: The artifact is of another target, newer than this vlmbuild, or compiled for another machine.
         DeviceError: The device is not available here.

@@ -1,7 +1,7 @@
 """Attention as one operator: padding, packed segments, groups of keys, causal order, grouped queries, and no S x T mask.
 
-`vlmbuild::attention` says what is meant, and its eager form is the dense reference. `attention_sdpa`,
-`attention_triton` and `attention_auto` have the same signature and meaning, and are what a lowering pass puts in its
+`vlmbuild::attention` defines the meaning, and its eager form is the dense reference. `attention_sdpa`,
+`attention_triton` and `attention_auto` have the same signature and meaning, and a lowering pass puts them in its
 place. Each is a thin composite over a forward that also returns the log-sum-exp of every row, which the backward needs.
 """
 

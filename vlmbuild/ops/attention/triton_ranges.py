@@ -1,6 +1,6 @@
 """Triton kernels that prepare masks for attention: the keys of every row's segment, and groups of keys as bits of words.
 
-One launch for segments (what `attention.op.row_ranges` does in plain torch) and two for groups: attention asks for
+One launch for segments (`attention.op.row_ranges` in Triton) and two for groups: attention asks for
 them at every layer, and launches cost more than the work.
 """
 

@@ -41,7 +41,7 @@ def show_launches(operator: Any, launch: Callable[..., Any], shown: Callable[...
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """Kernels that are imported when they are asked for: importing an operator must not import triton."""
+    """Kernels that are imported on first use: importing an operator must not import triton."""
 
     load: Callable[[], list[Any]]
 

@@ -61,16 +61,16 @@ def _check_sections(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[i
 
 
 def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Query and key rotated, as the formula reads: `x * cos + (-x2, x1) * sin` in float32, cast back.
+    """Rotate query and key, as the formula reads: `x * cos + (-x2, x1) * sin` in float32, cast back.
 
     Args:
         query: `[B, H, S, D]`, or `[N, H, D]` for packed sequences; any strides.
-        key: the same, with its own number of heads.
-        cos: float32 `[B, S, D/2]`, or `[N, D/2]`: half tables.
-        sin: like `cos`.
+        key: Like `query`, with its own number of heads.
+        cos: Half tables, float32 `[B, S, D/2]`, or `[N, D/2]`.
+        sin: Like `cos`.
 
     Raises:
-        UsageError: shapes do not fit.
+        UsageError: Shapes do not fit.
     """
     check_rotate(query, key, cos, sin)
     full_cos = torch.cat((cos, cos), dim=-1).unsqueeze(1)

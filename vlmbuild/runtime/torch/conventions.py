@@ -73,7 +73,7 @@ class TrainerConventions(TrainerHooks, TrainedState):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in backward."""
+        """True if blocks are recomputed in backward."""
         return self.checkpointing is not None
 
     def get_input_embeddings(self) -> nn.Module:

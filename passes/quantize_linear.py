@@ -14,7 +14,8 @@ from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.split_region import split_by
 from vlmbuild.ops import PLAIN_LINEAR
-from vlmbuild.quant.decide import QUANTIZE, Decision
+from vlmbuild.quant.decide import Decision
+from vlmbuild.quant.spec import QUANTIZE_PASS
 from vlmbuild.rewrite.pass_manager import PassOutcome
 
 
@@ -43,7 +44,7 @@ class QuantizeLinear:
     decisions: Mapping[str, Decision]
     packed: bool = False
 
-    name: ClassVar[str] = QUANTIZE
+    name: ClassVar[str] = QUANTIZE_PASS
     exact: ClassVar[bool] = False
 
     def __call__(self, program: Program) -> PassOutcome:

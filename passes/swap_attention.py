@@ -22,7 +22,8 @@ class SwapAttention:
     Legal because the operators have one signature and one meaning; they differ in the order of summation only.
 
     Attributes:
-        backend: "triton", "sdpa", or "auto": Triton for CUDA tensors and SDPA for others, decided when it runs.
+        backend: "triton", "sdpa", or "auto", which takes torch's kernels, and Triton on a GPU where tiles.json says it was
+            measured, or for groups of keys, which no torch kernel takes; decided when it runs.
     """
 
     backend: Literal["auto", "triton", "sdpa"] = "auto"

@@ -8,8 +8,8 @@ from typing import Any
 
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.quant.decide import QUANTIZE
-from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.quant.spec import QUANTIZE_PASS
+from vlmbuild.recipe import BUILD_TOOLS, Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
 from vlmbuild.targets.request import Request
 
@@ -19,7 +19,7 @@ _NOT_COPIED = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_im
 def pass_record(report: PassReport, request: Request) -> dict[str, Any]:
     """Return the manifest's record of a pass; for quantization with each layer's decision."""
     record = report.record()
-    if report.name != QUANTIZE:
+    if report.name != QUANTIZE_PASS:
         return record
     decisions = [decision.record(module) for module, decision in request.decisions.items()]
     return {**record, "decisions": decisions, "calibration": request.calibration}
@@ -76,6 +76,7 @@ def publish(
         source=source_records(request),
         recipe=recipe.to_mapping(),
         passes=[pass_record(report, request) for report in request.reports],
-        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in TOOLS} | dict(toolchain or {}),
+        toolchain={tool: importlib.metadata.version(tool).partition("+")[0] for tool in BUILD_TOOLS}
+        | dict(toolchain or {}),
         numerics=numerics,
     )

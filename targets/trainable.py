@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.families import Family
@@ -47,7 +48,7 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
     config = _config(request.checkpoint.values, program, request.recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for file in side_files:
-        writer.copy(file, file.name, "config" if file.name == "generation_config.json" else "processor")
+        writer.copy(file, file.name, "config" if file.name == GENERATION_CONFIG else "processor")
     writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     write_weights(writer, request, parameters)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +16,7 @@ from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.formats import WeightFormat, ranges
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.util.cpu import available_cores, single_threaded
+from vlmbuild.util.pool import cancellable_pool
 
 _CHUNK = 2**22
 """Elements in memory at a time, for each core."""
@@ -38,41 +38,31 @@ def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence
         OutputError: It cannot be written.
     """
     by_tensor = {parameter.specs[0].name: parameter for parameter in parameters}
-    progress = _Progress(request, sum(request.tensors[parameter.name].nbytes for parameter in parameters))
+    total = sum(request.tensors[parameter.name].nbytes for parameter in parameters)
     with WeightsWriter(writer, stored_specs(request, parameters), shard_bytes=SHARD_BYTES) as output:
         shards = [[by_tensor[name] for name in names if name in by_tensor] for names in output.shards()]
-        jobs = [_Job(request, output, shard, progress) for shard in shards]
-        threads = min(available_cores(), len(jobs))
-        with single_threaded() as start_thread, ThreadPoolExecutor(threads, initializer=start_thread) as pool:
+        threads = min(available_cores(), len(shards))
+        with single_threaded() as start_thread, cancellable_pool(threads, start_thread) as (pool, check):
+            progress = _Progress(request, total, check)
             try:
-                results = pool.map(_Job.run, jobs)
+                results = pool.map(_Job.run, [_Job(request, output, shard, progress) for shard in shards])
+            finally:
                 progress.begun.set()
-                for _ in results:
-                    pass
-            except BaseException:
-                progress.stopped.set()
-                progress.begun.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-
-
-class _StoppedError(Exception):
-    """Ends the other threads when one has failed, or the user interrupts."""
+            for _ in results:
+                pass
 
 
 class _Progress:
-    """Counts source bytes over all threads."""
+    """Counts source bytes over all threads, and ends them when one has failed, or the user interrupts."""
 
-    def __init__(self, request: Request, total: int) -> None:
-        self.stopped = threading.Event()
+    def __init__(self, request: Request, total: int, check: Callable[[], None]) -> None:
         # Set when the pool knows all of its threads: it cannot wait for one that it is just starting.
         self.begun = threading.Event()
         self._on_progress, self._total, self._done = request.progress, total, 0
-        self._lock = threading.Lock()
+        self._check, self._lock = check, threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        if self.stopped.is_set():
-            raise _StoppedError
+        self._check()
         with self._lock:
             self._done += nbytes
             self._on_progress("weights", self._done, self._total)

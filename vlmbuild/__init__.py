@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlmbuild.util.gc_paused import resting_collector
+from vlmbuild.util.gc_paused import gc_paused
 
 if TYPE_CHECKING:
     from vlmbuild.artifact.manifest import Manifest
@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
     """Import public names on first use: `vlmbuild --help` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmbuild' has no attribute {name!r}")
-    with resting_collector():  # torch and transformers make a million objects that stay
+    with gc_paused():  # torch and transformers make a million objects that stay
         return getattr(importlib.import_module(f"vlmbuild.{_HOMES[name]}"), name)
 
 

@@ -3,7 +3,7 @@
 To add a format, write one file in `vlmbuild/quant/` and add one row to `FORMATS`. The file holds a frozen dataclass derived
 from `WeightFormat`. Its fields are the format's options, each with a default and all checked in `__post_init__`; its methods
 say how the weight lies in a checkpoint, which operator multiplies by it, and, for the target onnx, how ONNX Runtime reads it.
-Nothing else in the package names a format.
+Apart from bitsandbytes' config, Unsloth's arguments and the default of `auto`, nothing else names a format.
 """
 
 from __future__ import annotations

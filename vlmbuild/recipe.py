@@ -12,13 +12,13 @@ from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
-from vlmbuild.quant.spec import QUANTIZE, QuantSpec
+from vlmbuild.quant.spec import QUANTIZE_CHOICES, QuantSpec
 from vlmbuild.util.renamed import PASSES
 from vlmbuild.util.validation import known_options, one_of, strings
 
-__all__ = ["ATTENTIONS", "DTYPES", "TARGET_OPTIONS", "TOOLS", "QuantSpec", "Recipe", "TargetOptions"]
+__all__ = ["ATTENTIONS", "BUILD_TOOLS", "DTYPES", "TARGET_OPTIONS", "QuantSpec", "Recipe", "TargetOptions"]
 
-TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
+BUILD_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
 
 ATTENTIONS = ("auto", "triton", "sdpa")
@@ -71,7 +71,8 @@ class Recipe:
     Attributes:
         target: Kind of artifact, a key of `TARGET_OPTIONS`.
         quantize: None leaves every weight as the source has it, in `dtype` or quantized.
-        attention: The kernel behind the attention operator; "auto" is Triton on CUDA tensors and SDPA elsewhere.
+        attention: The kernel behind the attention operator; "auto" takes torch's kernels, and Triton on a GPU where tiles.json
+            says it was measured, or for groups of keys, which no torch kernel takes.
         dtype: Dtype of the stored unquantized weights and of the computation; None is the target's default.
         require: Names of passes that must match at least once, else the build fails.
     """
@@ -134,7 +135,9 @@ class Recipe:
         elif isinstance(quantize, Mapping):
             values["quantize"] = QuantSpec.from_mapping(quantize, where)
         elif not isinstance(quantize, QuantSpec | None):
-            raise UsageError(f"{where}: quantize must be a table or one of {', '.join(QUANTIZE)}; got {quantize!r}.")
+            raise UsageError(
+                f"{where}: quantize must be a table or one of {', '.join(QUANTIZE_CHOICES)}; got {quantize!r}."
+            )
         return cls(**values)
 
     @classmethod

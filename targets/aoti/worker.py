@@ -25,6 +25,7 @@ from vlmbuild.targets.aoti.compile import compile_region, cpp_compiler, platform
 from vlmbuild.targets.aoti.plan import CodePlan, cached_programs
 from vlmbuild.targets.aoti.region_graph import compilable
 from vlmbuild.targets.aoti.units import Unit
+from vlmbuild.util.dtypes import dtype_name
 
 Record = dict[str, Any]
 
@@ -73,7 +74,7 @@ def _compiled(programs: Mapping[CacheForm, Program], unit: Unit, dtype: str, lev
     except Exception as error:  # inductor's and the compiler's own, of many kinds
         return {"unit": str(unit), "error": _reason(error)}
     placeholders = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
-    inputs = [(place, str(x.dtype).removeprefix("torch.")) for place, x in zip(order, placeholders, strict=True)]
+    inputs = [(place, dtype_name(x.dtype)) for place, x in zip(order, placeholders, strict=True)]
     return {"unit": str(unit), "file": str(file), "inputs": inputs}
 
 

@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import SourceError
 from vlmbuild.ir.printer import program_text
@@ -49,7 +50,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     side_files = _side_files(request)
     writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))
     for name, data in side_files.items():
-        writer.write(name, data, "config" if name in ("config.json", "generation_config.json") else "processor")
+        writer.write(name, data, "config" if name in ("config.json", GENERATION_CONFIG) else "processor")
     writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     with onnx_measurement(writer.staging, recipe.dtype) as measurement:

@@ -12,9 +12,6 @@ MODEL_FP32 = 1e-5
 # Relative norm, float32: what an exact pass may change in one region. Only the order of summation differs.
 EXACT_FP32 = 1e-6
 
-# Relative norm of gradients behind an exact pass that replaces attention: its backward sums in another order again.
-EXACT_FP32_GRADIENT = 5e-6
-
 # A gradient that is nearly nothing, as a share of the norm of all gradients: below it, errors are compared with this share.
 CANCELLED = 1e-4
 

@@ -12,6 +12,7 @@ from vlmbuild.errors import IntegrityError
 
 MANIFEST_NAME: Final = "manifest.json"
 SUMS_NAME: Final = "SHA256SUMS"
+GENERATION_CONFIG: Final = "generation_config.json"
 MAX_PATH_BYTES: Final = 255
 
 # Device names of Windows, and what git and hubs keep for themselves.

@@ -7,7 +7,6 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from vlmbuild.artifact.canonical import MAX_BYTES, MAX_DEPTH
 from vlmbuild.artifact.files import Identity, hash_descriptor, list_tree, open_beneath, open_directory
 from vlmbuild.artifact.manifest import MANIFEST_NAME, MAX_FILES, SUMS_NAME, FileEntry, Manifest
 from vlmbuild.errors import IncompatibleError, IntegrityError, VlmbuildError
+from vlmbuild.util.pool import cancellable_pool
 
 ByteProgress = Callable[[int, int], None]
 """Called with the bytes done and their total."""
@@ -95,21 +95,12 @@ class ArtifactReader:
             yield
             self.check_unchanged()
             return
-        stopped = threading.Event()
-
-        def progress(_done: int, _total: int) -> None:
-            if stopped.is_set():
-                raise _StoppedError
-
-        with ThreadPoolExecutor(1) as pool:
-            verification = pool.submit(_verify, self.path, self.manifest.id, progress)
+        with cancellable_pool(1) as (pool, check):
+            verification = pool.submit(_verify, self.path, self.manifest.id, lambda _done, _total: check())
             try:
                 yield
             except VlmbuildError:
                 verification.result()
-                raise
-            except BaseException:
-                stopped.set()
                 raise
             _, self._identities = verification.result()
         self.check_unchanged()
@@ -250,51 +241,33 @@ def _sizes(name: str, found: dict[str, int], expected: dict[str, int]) -> str:
 def _compare_contents(
     root: int, entries: list[FileEntry], problems: _Problems, progress: ByteProgress | None
 ) -> dict[str, Identity]:
-    stopped = threading.Event()
-    on_chunk = _progress_counter(sum(entry.size for entry in entries), progress, stopped)
+    total, done, lock = sum(entry.size for entry in entries), 0, threading.Lock()
     identities: dict[str, Identity] = {}
     digests: dict[str, str] = {}
+    with cancellable_pool(min(8, os.cpu_count() or 1)) as (pool, check):
 
-    def hash_entry(entry: FileEntry) -> None:
-        with open_beneath(root, entry.path) as descriptor:
-            identities[entry.path] = Identity.of(os.fstat(descriptor))
-            digests[entry.path] = hash_descriptor(descriptor, on_chunk=on_chunk)[1]
+        def on_chunk(count: int) -> None:
+            nonlocal done
+            check()
+            if progress is not None:
+                with lock:
+                    done += count
+                    progress(done, total)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        try:
-            # The largest first, so that no thread starts it when the others are done.
-            for _ in pool.map(hash_entry, sorted(entries, key=lambda entry: -entry.size)):
-                pass
-        except BaseException:
-            stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        def hash_entry(entry: FileEntry) -> None:
+            with open_beneath(root, entry.path) as descriptor:
+                identities[entry.path] = Identity.of(os.fstat(descriptor))
+                digests[entry.path] = hash_descriptor(descriptor, on_chunk=on_chunk)[1]
+
+        # The largest first, so that no thread starts it when the others are done.
+        for _ in pool.map(hash_entry, sorted(entries, key=lambda entry: -entry.size)):
+            pass
     owner = {entry.digest: entry.path for entry in entries}
     for entry in entries:
         if digests[entry.path] != entry.digest:
             other = owner.get(digests[entry.path])
             problems.add("changed", [f"{entry.path} (holds the content of {other})" if other else entry.path])
     return identities
-
-
-class _StoppedError(Exception):
-    """Ends the hashing threads when the caller is interrupted."""
-
-
-def _progress_counter(total: int, progress: ByteProgress | None, stopped: threading.Event) -> Callable[[int], None]:
-    lock = threading.Lock()
-    done = 0
-
-    def on_chunk(count: int) -> None:
-        nonlocal done
-        if stopped.is_set():
-            raise _StoppedError
-        if progress is not None:
-            with lock:
-                done += count
-                progress(done, total)
-
-    return on_chunk
 
 
 def _unreadable(path: Path, name: str, error: OSError) -> IntegrityError:

@@ -23,8 +23,8 @@ from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest
 from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.passes import passes_for, quantization_passes
-from vlmbuild.quant.decide import QUANTIZE, Decision, decide
-from vlmbuild.quant.spec import QuantSpec
+from vlmbuild.quant.decide import Decision, decide
+from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport, run
 from vlmbuild.targets import TARGETS, Request, Target
@@ -184,13 +184,14 @@ def rewrite(
     passes = passes_for(recipe)
     progress("passes", 0, len(passes))
     done = iter(range(1, len(passes) + 1))
-    early = [name for name in recipe.require if name != QUANTIZE]
+    early = [name for name in recipe.require if name != QUANTIZE_PASS]
     reports = run(passes, program, require=early, on_pass=lambda _: progress("passes", next(done), len(passes)))
     decisions = decisions_for()
     quantization = quantization_passes(recipe, decisions)
-    if QUANTIZE in recipe.require and not quantization:
+    if QUANTIZE_PASS in recipe.require and not quantization:
         raise PassError(
-            f"Required pass {QUANTIZE!r} is not part of this build, which quantizes nothing. Add --quantize nf4, or drop it."
+            f"Required pass {QUANTIZE_PASS!r} is not part of this build, which quantizes nothing. Add --quantize nf4, or "
+            "drop it."
         )
-    late = [name for name in recipe.require if name == QUANTIZE]
+    late = [name for name in recipe.require if name == QUANTIZE_PASS]
     return (*reports, *run(quantization, program, require=late, before=reports)), decisions

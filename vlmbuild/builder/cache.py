@@ -17,7 +17,7 @@ from vlmbuild.artifact.reader import verify
 from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import ArtifactError, UsageError
-from vlmbuild.recipe import TOOLS, Recipe
+from vlmbuild.recipe import BUILD_TOOLS, Recipe
 from vlmbuild.runtime.load import OPENERS, Model, load
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
@@ -75,7 +75,7 @@ def _cache_key(source: Source, recipe: Recipe) -> str:
         source.uri if "@" in source.uri else str(source.directory.resolve()),
         *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats),
         recipe.fingerprint(),
-        *(importlib.metadata.version(tool) for tool in TOOLS),
+        *(importlib.metadata.version(tool) for tool in BUILD_TOOLS),
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 

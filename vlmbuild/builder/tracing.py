@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.build import apply_passes, trace_program
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.families import Family
@@ -68,6 +70,13 @@ def apply_recipe(traced: Traced, recipe: Recipe) -> tuple[Program, tuple[PassRep
     program = copy.deepcopy(traced.program)
     reports, _ = apply_passes(program, traced.checkpoint, recipe, silent)
     return program, reports
+
+
+def artifact_config_values(reader: ArtifactReader) -> dict[str, Any]:
+    """Return the values of an artifact's config.json that say nothing of quantization."""
+    values: dict[str, Any] = json.loads(reader.read("config.json"))
+    values.pop("quantization_config", None)
+    return values
 
 
 def portable(values: Mapping[str, Any]) -> dict[str, Any]:

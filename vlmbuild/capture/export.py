@@ -23,7 +23,7 @@ from vlmbuild.errors import CaptureError
 from vlmbuild.families import Family, KeyGroups
 from vlmbuild.ir.dims import Dim, evaluate_shape, shape_names
 from vlmbuild.ir.program import Input
-from vlmbuild.util.gc_paused import resting_collector
+from vlmbuild.util.gc_paused import gc_paused
 
 ATTENTION = "vlmbuild_flash"
 
@@ -46,7 +46,7 @@ class Trace:
     dimensions: dict[str, str]
 
 
-@resting_collector()
+@gc_paused()
 def capture(family: Family, config: Any, variant: str) -> Trace:
     """Trace one variant.
 

@@ -24,7 +24,7 @@ from vlmbuild.ir.dims import Dim, Shape
 from vlmbuild.ir.printer import region_text
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Program, Region, Slot, Variant, join, returned_nodes
 from vlmbuild.rewrite.simplify import inline_no_grad
-from vlmbuild.util.gc_paused import resting_collector
+from vlmbuild.util.gc_paused import gc_paused
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ HEAD = "lm_head"
 """The name of the last region."""
 
 
-@resting_collector()
+@gc_paused()
 def outline(
     family: Family,
     geometry: Geometry,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.zoo import ZOO
@@ -29,7 +30,7 @@ PROCESSOR_FILES = (
 )
 """Files of a processor in published checkpoints."""
 
-SIDE_FILES = (*PROCESSOR_FILES, "generation_config.json")
+SIDE_FILES = (*PROCESSOR_FILES, GENERATION_CONFIG)
 """Files that an artifact copies unchanged."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,7 +13,7 @@ import click
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS
 from vlmbuild.locks.difference import SEVERITIES
-from vlmbuild.quant.spec import QUANTIZE, ROLES, QuantSpec, option_names, option_types
+from vlmbuild.quant.spec import QUANTIZE_CHOICES, ROLES, QuantSpec, option_names, option_types
 from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 
 Command = Callable[..., Any]
@@ -33,7 +33,7 @@ _FLAGS = {
 }
 """Fields whose option has another name than the field."""
 
-_CHOICES = {"format": QUANTIZE, "roles": ROLES, "target": tuple(TARGET_OPTIONS)}
+_CHOICES = {"format": QUANTIZE_CHOICES, "roles": ROLES, "target": tuple(TARGET_OPTIONS)}
 _METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
 _HELP = {
     "target": "Kind of artifact.  [default: trainable]",
@@ -47,7 +47,9 @@ _HELP = {
     "budget": "Average bits per weight, scales included, such as 5.0bpw (auto).",
     "symmetric": "Center blocks on zero, or store a zero point for each (int4).  [default: symmetric]",
     "exact_inputs": "Multiply by exact inputs, or by inputs rounded to 8 bits, which is faster (int4).  [default: rounded]",
-    "attention": "Attention kernel; auto is Triton on CUDA and SDPA elsewhere.  [default: auto]",
+    "attention": (
+        "Attention kernel; auto uses Triton only where it was measured on the GPU, or for groups of keys.  [default: auto]"
+    ),
     "dtype": "Dtype of computation and unquantized weights.  [default: bfloat16; onnx: float32]",
     "require": "Fail unless this pass rewrites something. Repeatable.",
 }

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from vlmbuild.adapters.peft_files import CONFIG_FILE
+from vlmbuild.artifact.paths import MANIFEST_NAME
 from vlmbuild.builder.build import build
 from vlmbuild.builder.cache import from_pretrained
 from vlmbuild.compat.unsloth_arguments import base_of, check_formats, check_others, device_name, quantize_format
@@ -26,8 +27,8 @@ from vlmbuild.runtime.load import Model, load
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
 from vlmbuild.train.collator import VisionDataCollator
 from vlmbuild.train.lora import add_lora, load_adapter, save_adapter
+from vlmbuild.util.dtypes import dtype_name
 
-_MANIFEST = "manifest.json"
 _MERGED_FORMATS = {"merged_16bit": "none", "merged_4bit": "nf4", "merged_4bit_forced": "nf4"}
 
 
@@ -88,11 +89,11 @@ class FastVisionModel:
         torch.manual_seed(random_state)
         adapter = Path(model_name) if (Path(model_name) / CONFIG_FILE).is_file() else None
         base = str(model_name) if adapter is None else base_of(adapter)
-        device, dtype_name = device_name(device_map), str(dtype or "bfloat16").removeprefix("torch.")
-        if dtype_name not in DTYPES:
+        device, computed = device_name(device_map), dtype_name(dtype or "bfloat16")
+        if computed not in DTYPES:
             raise UsageError(f"dtype {dtype!r} is none that a model computes in. Pass {', '.join(DTYPES)}, or None.")
-        if (Path(base) / _MANIFEST).is_file():
-            opened, processor = load(base, device=device, dtype=None if dtype is None else dtype_name)
+        if (Path(base) / MANIFEST_NAME).is_file():
+            opened, processor = load(base, device=device, dtype=None if dtype is None else computed)
             model = _trainable(opened, base)
             formats = {recipe.format.name for region in model.program.regions.values() for recipe in region.recipes}
             check_formats(base, formats, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
@@ -100,7 +101,7 @@ class FastVisionModel:
                 raise UsageError(f"revision={revision!r}: {base} is an artifact, and artifacts have none.")
         else:
             form = quantize_format(base, revision, load_in_4bit, load_in_8bit, load_in_16bit or full_finetuning)
-            recipe = {"dtype": dtype_name} | ({} if form is None else {"quantize": form})
+            recipe = {"dtype": computed} | ({} if form is None else {"quantize": form})
             opened, processor = from_pretrained(base, revision=revision, device=device, **recipe)
             model = _trainable(opened, base)
         if adapter is not None:
@@ -195,13 +196,13 @@ class FastVisionModel:
         Args:
             model: A model with an adapter.
             save_directory: Output; a merged model needs one that does not exist.
-            tokenizer: Not needed: the processor's files are the artifact's.
+            tokenizer: Has no effect, with a warning: the processor's files are the artifact's.
             save_method: "lora", "merged_16bit" or "merged_4bit".
 
         Raises:
             UsageError: The method is unknown, or there is no adapter.
         """
-        check_others("save_pretrained_merged", others)
+        check_others("save_pretrained_merged", others if tokenizer is None else others | {"tokenizer": tokenizer})
         inner = unwrap(model)
         if save_method == "lora":
             save_adapter(inner, save_directory)
@@ -210,7 +211,7 @@ class FastVisionModel:
             raise UsageError(f"save_method {save_method!r} is unknown. Pass lora, {', '.join(_MERGED_FORMATS)}.")
         if inner.path is None:
             raise UsageError("The model has no artifact to merge into. Load it with FastVisionModel.from_pretrained.")
-        options = {"dtype": str(inner.dtype).removeprefix("torch."), "quantize": _MERGED_FORMATS[save_method]}
+        options = {"dtype": dtype_name(inner.dtype), "quantize": _MERGED_FORMATS[save_method]}
         recipe = Recipe.from_mapping(options, where="save_pretrained_merged")
         with tempfile.TemporaryDirectory() as adapter:
             save_adapter(inner, adapter)

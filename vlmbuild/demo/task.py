@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.demo.digits import Sample
+from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.collator import VisionDataCollator
 
 
@@ -60,7 +61,7 @@ def exact_match(model: Any, processor: Any, task: Task, samples: Sequence[Sample
         batch = training_batch(processor, task, samples[start : start + batch_size])
         labels = batch.pop("labels")[:, 1:]
         predicted = model(**batch).logits[:, :-1].argmax(-1)
-        right += int(((predicted == labels) | (labels == -100)).all(-1).sum())
+        right += int(((predicted == labels) | (labels == IGNORED)).all(-1).sum())
     model.train(training)
     return right / len(samples)
 

@@ -135,7 +135,7 @@ class _Printer:
         return f": {_SHORT_DTYPES.get(value.dtype, str(value.dtype))}[{sizes}]"
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def short_dtype(dtype: torch.dtype) -> str:
     """Abbreviate a dtype: "f32", "i64", "compute" for the dtype that is chosen later."""
     return _SHORT_DTYPES.get(dtype, str(dtype))
 

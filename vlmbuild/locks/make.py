@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch
 
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.passes import exact_passes, fusing_passes, missed_patterns
-from vlmbuild.builder.tracing import Traced, apply_recipe, portable
+from vlmbuild.builder.tracing import Traced, apply_recipe, artifact_config_values, portable
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, family_of
 from vlmbuild.ir.cost import region_cost
 from vlmbuild.ir.dims import size_text
-from vlmbuild.ir.printer import dtype_name, region_text, variant_text
+from vlmbuild.ir.printer import region_text, short_dtype, variant_text
 from vlmbuild.ir.program import Program, Region, Variant, returned_nodes
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.locks.canonical_order import canonical
@@ -28,7 +27,7 @@ from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.bind import read_program
 from vlmbuild.util.renamed import PASSES
 
-TOOLS = ("vlmbuild", "torch", "transformers", "triton")
+LOCK_TOOLS = ("vlmbuild", "torch", "transformers", "triton")
 """Distributions whose versions a lock records."""
 
 
@@ -73,8 +72,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     """
     reader = ArtifactReader(path, verify=False)
     manifest = reader.manifest
-    values = json.loads(reader.read("config.json"))
-    values.pop("quantization_config", None)
+    values = artifact_config_values(reader)
     program = read_program(reader)
     annotate_shapes(program)
     recipe = Recipe.from_mapping(manifest.recipe, str(path))
@@ -87,7 +85,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     lock = lock_program(
         program, family_of(values, str(path)), portable(values), recipe, passes, "artifact", kernels=kernels
     )
-    versions = {tool: str(version) for tool, version in manifest.toolchain.items() if tool in TOOLS}
+    versions = {tool: str(version) for tool, version in manifest.toolchain.items() if tool in LOCK_TOOLS}
     return replace(lock, versions=lock.versions | versions)
 
 
@@ -123,7 +121,7 @@ def lock_program(
 def tool_versions() -> dict[str, str]:
     """Return the version of each tool that a lock depends on, or "none"."""
     versions = {}
-    for tool in TOOLS:
+    for tool in LOCK_TOOLS:
         try:
             versions[tool] = importlib.metadata.version(tool).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
@@ -132,14 +130,14 @@ def tool_versions() -> dict[str, str]:
 
 
 def _interface(variant: Variant, program: Program) -> dict[str, str]:
-    inputs = {entry.name: f"{dtype_name(entry.dtype)}[{', '.join(map(str, entry.shape))}]" for entry in variant.inputs}
+    inputs = {entry.name: f"{short_dtype(entry.dtype)}[{', '.join(map(str, entry.shape))}]" for entry in variant.inputs}
     last = program.regions[variant.calls[-1].region]
     return {**inputs, "returns": _type_of(last)}
 
 
 def _type_of(region: Region) -> str:
     value = returned_nodes(region.graph)[0].meta["val"]
-    return f"{dtype_name(value.dtype)}[{', '.join(size_text(size, region.dimensions) for size in value.shape)}]"
+    return f"{short_dtype(value.dtype)}[{', '.join(size_text(size, region.dimensions) for size in value.shape)}]"
 
 
 def _calls_text(variant: Variant) -> str:
@@ -174,7 +172,7 @@ def _prologue(family: Family, values: Mapping[str, Any]) -> dict[str, str]:
     rows = {name: f"one row a {row}" for name, row in sorted(family.input_layout.items())}
     constants = family.constants(family.config(values))
     return rows | {
-        name: f"constant {dtype_name(tensor.dtype)}{list(tensor.shape)}" for name, tensor in sorted(constants.items())
+        name: f"constant {short_dtype(tensor.dtype)}{list(tensor.shape)}" for name, tensor in sorted(constants.items())
     }
 
 

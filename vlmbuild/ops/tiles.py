@@ -9,7 +9,8 @@ Tiles of architectures are estimated from the registers and shared memory that c
 precede its architecture's. An estimate lets a kernel run and says nothing of its speed. A row of "measured" exists only for a
 kernel that ran on that chip: `right` says that its results agreed with the reference, `ratio` is its time over that of
 torch's kernels, the largest over the benchmark's sizes. A benchmark writes it with `write_measurement`. Where no operator is
-chosen by name, our kernels run only if `is_measured`. There are no rows so far.
+chosen by name, our kernels run only if `is_measured`, except for groups of keys, which only Triton takes. There
+are no rows so far.
 """
 
 from __future__ import annotations

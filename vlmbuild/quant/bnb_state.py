@@ -13,11 +13,12 @@ import torch
 from vlmbuild.artifact.canonical import unique_keys
 from vlmbuild.errors import SourceError
 from vlmbuild.formats import BLOCK_SIZES, NESTED_BLOCKSIZE
+from vlmbuild.util.dtypes import FLOATS, dtype_name
 
 LONGEST_FLOAT: Final = -2.2250738585072014e-308
 """No float takes more characters."""
 QUANT_TYPES: Final = ("nf4", "fp4")
-_FLOATS: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOATS: Final = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class QuantState:
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "shape": list(self.shape),
         }
         if self.nested_offset is not None:

@@ -11,9 +11,7 @@ from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
 from vlmbuild.ir.program import Program
 from vlmbuild.ops import PLAIN_LINEAR
-from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
-
-QUANTIZE = QUANTIZE_PASS
+from vlmbuild.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)

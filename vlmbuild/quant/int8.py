@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.weights_reader import CheckpointWeights
     from vlmbuild.artifact.weights_writer import TensorSpec
     from vlmbuild.quant import ort_matmul
+    from vlmbuild.util import dtypes
 else:
-    torch = LazyModule("torch")
+    torch, dtypes = LazyModule("torch"), LazyModule("vlmbuild.util.dtypes")
     weights_writer, ort_matmul = LazyModule("vlmbuild.artifact.weights_writer"), LazyModule("vlmbuild.quant.ort_matmul")
 
 ROW_FORMAT: Final = 0
@@ -166,7 +167,7 @@ def quantize_rows(values: Tensor, *, name: str = "the weight") -> tuple[Tensor, 
     Raises:
         SourceError: Values are not float rows, hold NaN or infinity, or float16 does not hold them; `name` is in the message.
     """
-    if values.dtype not in _floats() or values.ndim != 2 or 0 in values.shape[1:]:
+    if values.dtype not in dtypes.FLOATS or values.ndim != 2 or 0 in values.shape[1:]:
         raise SourceError(
             f"The tensor {name} is {values.dtype} {tuple(values.shape)}, which cannot be quantized to 8 bits. Add it "
             "to the skip list."
@@ -207,8 +208,8 @@ def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype, *, name:
         SourceError: A tensor has another dtype or shape, or a scale is negative or not finite.
         UsageError: `dtype` is another one.
     """
-    if dtype not in _floats():
-        raise UsageError(f"Weights cannot be dequantized to {dtype}. Choose from {', '.join(map(str, _floats()))}.")
+    if dtype not in dtypes.FLOATS:
+        raise UsageError(f"Weights cannot be dequantized to {dtype}. Choose from {', '.join(map(str, dtypes.FLOATS))}.")
     _check_stored(weight, scales, name)
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; a dependency of quantized builds only)
 
@@ -233,7 +234,3 @@ def _check_stored(weight: Tensor, scales: Tensor, name: str) -> None:
 def _groups(values: Tensor) -> Iterator[slice]:
     step = max(1, GROUP_VALUES // max(1, values.shape[1]))
     return (slice(start, start + step) for start in range(0, values.shape[0], step))
-
-
-def _floats() -> tuple[torch.dtype, ...]:
-    return torch.float32, torch.float16, torch.bfloat16

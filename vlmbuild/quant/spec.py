@@ -14,7 +14,7 @@ from vlmbuild.util.validation import known_options, number, one_of, strings
 QUANTIZE_PASS: Final = "quantize_linear"  # noqa: S105  (no password)
 """Name of the pass that applies a `QuantSpec`."""
 
-QUANTIZE: Final = ("source", "none", *FORMATS, "auto")
+QUANTIZE_CHOICES: Final = ("source", "none", *FORMATS, "auto")
 """Values of `QuantSpec.format`."""
 ROLES: Final = ("language", "vision", "projector", "head")
 AUTO_BASE: Final = "nf4"
@@ -126,6 +126,7 @@ class QuantSpec:
             UsageError: An option is unknown, not the format's, or not valid.
         """
         where = "quantize"
+        # Not QUANTIZE_CHOICES: a format may have been added to FORMATS since.
         one_of(f"{where}.format", format, ("source", "none", *FORMATS, "auto"))
         if (format == "auto") != (budget is not None):
             raise UsageError(
@@ -194,7 +195,7 @@ def option_types() -> dict[str, Any]:
 
 
 def option_names(format: str) -> frozenset[str]:
-    """Return the names of the options that go with a choice of `QUANTIZE`."""
+    """Return the names of the options that go with a choice of `QUANTIZE_CHOICES`."""
     if format in ("source", "none"):
         return frozenset()
     names = {field.name for field in _fields(format_class(AUTO_BASE if format == "auto" else format))}

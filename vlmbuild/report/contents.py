@@ -116,9 +116,8 @@ def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[t
 
 def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:
     """Return the bytes of each weight, by module name."""
-    models = reader.path / "onnx"
-    if models.is_dir():
-        return stored_sizes(models)
+    if reader.manifest.target == "onnx":
+        return stored_sizes(reader.path / "onnx")
     stored: dict[str, int] = {}
     for name, info in CheckpointWeights(reader.path).tensors.items():
         owner = _PARTS.sub(".weight", name)

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from vlmbuild.ir.dims import size_text
-from vlmbuild.ir.printer import dataflow_order, dtype_name, target_name
+from vlmbuild.ir.printer import dataflow_order, short_dtype, target_name
 from vlmbuild.ir.program import Program, Region
 
 
@@ -74,7 +74,7 @@ def _type(node: Node, region: Region) -> str:
     if not isinstance(value, torch.Tensor):
         return ""
     sizes = ", ".join(size_text(size, region.dimensions) for size in value.shape)
-    return f"{dtype_name(value.dtype)}[{sizes}]"
+    return f"{short_dtype(value.dtype)}[{sizes}]"
 
 
 def to_dot(program: Program) -> str:

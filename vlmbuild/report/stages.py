@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.passes import exact_passes
-from vlmbuild.builder.tracing import Traced, trace
+from vlmbuild.builder.tracing import Traced, artifact_config_values, trace
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.ir.shapes import annotate_shapes
@@ -60,10 +58,8 @@ def stages_of(path: Path, progress: Progress | None = None) -> Staged:
         CaptureError: This vlmbuild cannot trace its model.
     """
     reader = ArtifactReader(path, verify=False)
-    values: dict[str, Any] = json.loads(reader.read("config.json"))
-    values.pop("quantization_config", None)
     recipe = Recipe.from_mapping(reader.manifest.recipe, str(path))
-    traced = trace(values, "artifact", progress)
+    traced = trace(artifact_config_values(reader), "artifact", progress)
     stages = {CAPTURED: traced.program}
     program = copy.deepcopy(traced.program)
     for step in exact_passes(recipe):

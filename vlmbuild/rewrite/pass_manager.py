@@ -16,7 +16,7 @@ from vlmbuild.errors import CaptureError, PassError
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Geometry, Program, Region
 from vlmbuild.rewrite.pattern import Rewrite
-from vlmbuild.util.gc_paused import resting_collector
+from vlmbuild.util.gc_paused import gc_paused
 
 
 @dataclass(slots=True)
@@ -103,7 +103,7 @@ class PassReport:
         return {"name": self.name, "matches": self.matches, "refusals": list(self.refusals)}
 
 
-@resting_collector()
+@gc_paused()
 def run(
     passes: Iterable[Pass],
     program: Program,

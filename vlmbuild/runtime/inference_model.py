@@ -100,8 +100,3 @@ class InferenceModel(GenerationHooks):
     def _cannot_move(self, target: torch.device | torch.dtype) -> str:
         """Return the message that a conversion is refused with."""
         raise NotImplementedError
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name in options."""
-    return str(dtype).removeprefix("torch.")

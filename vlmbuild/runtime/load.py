@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from vlmbuild.artifact.manifest import Manifest
+from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.errors import IncompatibleError, TrustError, UsageError
 from vlmbuild.families import Family
@@ -21,9 +22,8 @@ from vlmbuild.runtime.bind import bind_artifact
 from vlmbuild.runtime.hf import CausalLMOutputWithPast
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.devices import available_device, named_device
+from vlmbuild.util.dtypes import dtype_name
 from vlmbuild.util.validation import one_of
-
-GENERATION_CONFIG = "generation_config.json"
 
 Device = str | torch.device | None
 
@@ -114,7 +114,7 @@ def load(
         UsageError: The dtype is none that a model computes in.
     """
     if dtype is not None:
-        one_of("dtype", str(dtype).removeprefix("torch."), DTYPES)
+        one_of("dtype", dtype_name(dtype), DTYPES)
     reader = ArtifactReader(path, verify=False)
     opener = OPENERS.get(reader.manifest.target)
     if opener is None:
@@ -145,7 +145,7 @@ def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
 def _dtype(dtype: str | torch.dtype | None, manifest: Manifest, opener: Opener) -> torch.dtype:
     """Return the compute dtype: the caller's where the target allows it, else the one of the build."""
     built = str(manifest.recipe.get("dtype"))
-    name = built if dtype is None else str(dtype).removeprefix("torch.")
+    name = built if dtype is None else dtype_name(dtype)
     one_of("dtype", name, DTYPES)
     if name != built and not opener.any_dtype:
         raise UsageError(

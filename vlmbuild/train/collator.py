@@ -14,13 +14,11 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
+from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.conversation import Conversation, read_conversation
 from vlmbuild.train.images import image_size, open_image
 from vlmbuild.train.render import render
 from vlmbuild.util.validation import one_of
-
-IGNORED = -100
-"""Label of a token that the loss ignores."""
 
 
 class Measure(NamedTuple):

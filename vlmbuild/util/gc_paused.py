@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def resting_collector() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Collect no cycles until the end; also a decorator. Leaves the collector as it was."""
     enabled = gc.isenabled()
     gc.disable()

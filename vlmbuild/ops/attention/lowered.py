@@ -18,6 +18,7 @@ from vlmbuild.ops.attention import varlen
 from vlmbuild.ops.attention.op import BACKWARD_SCHEMA, FORWARD_SCHEMA, SCHEMA, Masks, check_attention
 from vlmbuild.ops.attention.sdpa import Grads, logsumexp_like, sdpa_backward, sdpa_forward
 from vlmbuild.ops.attention.visible import name_kernels, show_launches
+from vlmbuild.util.dtypes import FLOATS
 
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., Grads]
@@ -99,7 +100,7 @@ def _forward_shown(query: Tensor, _key: Tensor, _value: Tensor, *rest: Any) -> b
     """Return whether compilers may see the launches: not of one row, nor of groups of keys, because the number of parts that
     keys are split into, and of words that hold a row's groups, would become conditions of the compiled graph."""
     *_, key_groups, _visible, _causal, _scale = rest
-    known = query.is_cuda and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    known = query.is_cuda and query.dtype in FLOATS
     return known and query.shape[2] != 1 and key_groups is None
 
 

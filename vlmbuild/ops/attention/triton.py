@@ -16,6 +16,7 @@ from vlmbuild.ops.attention.triton_decode import LEAST_KEYS, decode_launches, de
 from vlmbuild.ops.attention.triton_ranges import groups_launches, int32, segments_launch
 from vlmbuild.ops.tiles import tile_of
 from vlmbuild.ops.triton_util import INTERPRET, Launch, ceil_div, power_of_two, precision, require_device, target_of
+from vlmbuild.util.dtypes import FLOATS
 
 _LOG2E = math.log2(math.e)
 _LEAST_LANES = 16
@@ -112,7 +113,7 @@ def _bytes(mask: Tensor) -> Tensor:
 
 def _check(query: Tensor, scale: float) -> None:
     require_device("attention_triton", query)
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if query.dtype not in FLOATS:
         raise UsageError(f"attention_triton: {query.dtype} is not supported; use a 16- or 32-bit float")
     if INTERPRET and query.dtype == torch.bfloat16:
         raise UsageError("attention_triton: Triton's interpreter cannot multiply bfloat16; use float32 or float16")

@@ -14,8 +14,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.formats import BLOCK_SIZES, NESTED_BLOCKSIZE
 from vlmbuild.ops.linear_4bit import cpu as linear_4bit_cpu
 from vlmbuild.ops.linear_4bit.tables import code_4bit, code_8bit
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from vlmbuild.util.dtypes import FLOATS
 
 
 def check_weight(

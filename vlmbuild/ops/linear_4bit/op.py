@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops.linear_4bit import cpu as linear_4bit_cpu
-from vlmbuild.ops.linear_4bit.dequantize import FLOATS, check_weight, dense_scales, dequantize_unchecked
+from vlmbuild.ops.linear_4bit.dequantize import check_weight, dense_scales, dequantize_unchecked
 from vlmbuild.ops.linear_4bit.tables import code_8bit
+from vlmbuild.util.dtypes import FLOATS
 
 _WEIGHT = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, ScalarType weight_dtype"

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
+from vlmbuild.util.dtypes import FLOATS
 
 GROUP_VALUES = 2**18
 """Values that a CPU dequantizes at a time: it does so in float32, beside the result."""
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> None:
     """Check sizes and dtypes only, so that tensors without data pass too."""
     _check_weight(weight, scales)
     out_features, in_features = weight.shape
-    if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in _FLOATS:
+    if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in FLOATS:
         raise UsageError(
             f"linear_8bit: input of shape {tuple(input.shape)} and {input.dtype}; wanted [..., {in_features}] of a "
             "16- or 32-bit float"
         )
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype not in _FLOATS):
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype not in FLOATS):
         raise UsageError(
             f"linear_8bit: bias of shape {tuple(bias.shape)} and {bias.dtype}; wanted [{out_features}] of a 16- or "
             "32-bit float"

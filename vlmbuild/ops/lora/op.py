@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from vlmbuild.util.dtypes import FLOATS
 
 
 def lora_reference(base: Tensor, input: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
@@ -30,7 +29,7 @@ def _check(base: Tensor, input: Tensor, down: Tensor, up: Tensor) -> None:
             f"lora: base {tuple(base.shape)}, input {tuple(input.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}; "
             "pass [..., out], [..., in], [r, in], [out, r]"
         )
-    if down.dtype != up.dtype or {base.dtype, input.dtype, down.dtype} - set(_FLOATS):
+    if down.dtype != up.dtype or {base.dtype, input.dtype, down.dtype} - set(FLOATS):
         raise UsageError(
             f"lora: {base.dtype}, {input.dtype}, {down.dtype}, {up.dtype}; pass floats of 16 or 32 bits, "
             "the same for both matrices"

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from vlmbuild.runtime.aoti.code import new_code_cache
-from vlmbuild.runtime.inference_model import InferenceModel, dtype_name
+from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.torch.decoding import Decoding
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.util.dtypes import dtype_name
 
 
 class CompiledVisionLanguageModel(InferenceModel):

@@ -12,9 +12,10 @@ from torch import Tensor
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families import Family, family_named
 from vlmbuild.ir.serialize import PROGRAM_FILE
-from vlmbuild.runtime.inference_model import InferenceModel, dtype_name
+from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.decoding import OnnxDecoding, OnnxModels
+from vlmbuild.util.dtypes import dtype_name
 
 
 class OnnxVisionLanguageModel(InferenceModel):

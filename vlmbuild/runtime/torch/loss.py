@@ -19,6 +19,7 @@ Head = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(tensors of the head, hidden states (1, rows, hidden)) -> logits (1, rows, vocabulary)."""
 
 IGNORED = -100
+"""Label of a token that the loss ignores."""
 _CHUNK_LOGITS = 2**25
 """Logits of a chunk; 64 MiB in bfloat16, twice that in float32."""
 

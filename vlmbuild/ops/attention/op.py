@@ -147,13 +147,13 @@ def attention_reference(
         key_groups: Integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
         visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
         causal: Key j is seen by query i only where `j <= i + T - S`.
-        scale: factor on the scores.
+        scale: Factor on the scores.
 
     Returns:
         `[B, S, Hq, D]`, contiguous, in the query's dtype. Rows that see no key are zero.
 
     Raises:
-        UsageError: shapes do not fit.
+        UsageError: Shapes do not fit.
     """
     masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)

@@ -82,12 +82,12 @@ def dequantize_into_scratch(
     """Return the dense `[rows]` weight, valid until this thread's next call; None where a new tensor is as fast.
 
     Args:
-        weight: packed uint8, contiguous.
-        scales: float32, one a block, contiguous.
-        rows: whole blocks make a row, or the native kernel takes wrong scales.
-        blocksize: values a scale; below 2048.
+        weight: Packed uint8, contiguous.
+        scales: Scales in float32, one a block, contiguous.
+        rows: Shape of the result; whole blocks make a row, or the native kernel takes wrong scales.
+        blocksize: Values per scale; below 2048.
         quant_type: "nf4" or "fp4".
-        dtype: of the result.
+        dtype: Dtype of the result.
     """
     library = _library()
     if library is None or prod(rows) * dtype.itemsize < SCRATCH_BYTES:
@@ -159,12 +159,12 @@ def fused_product(
     more block, a one and zeros: added afterwards, it would round the result twice.
 
     Args:
-        input: bfloat16 `[..., in]`.
-        buffers: packed weight, absmax, nested absmax or None, nested offset or None.
+        input: Input in bfloat16, `[..., in]`.
+        buffers: Packed weight, absmax, nested absmax or None, nested offset or None.
         bias: `[out]`, or None.
-        in_features: columns, a multiple of `blocksize`.
-        out_features: rows, a multiple of 32.
-        blocksize: values a scale.
+        in_features: Columns, a multiple of `blocksize`.
+        out_features: Rows, a multiple of 32.
+        blocksize: Values per scale.
         dense_scales: makes the float32 scales; called for a weight that is new, or has changed.
     """
     packed = _repacked(buffers, bias, in_features, out_features, blocksize, dense_scales)

@@ -89,11 +89,11 @@ def linear_8bit(input: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | No
     input there: the input's gradient is the same and the result is not. Differentiable in `input` and `bias`.
 
     Args:
-        input: `[..., in]`, float32, float16 or bfloat16.
+        input: Input, `[..., in]`, float32, float16 or bfloat16.
         weight: Values, int8 `[out, in]`.
-        scales: float32 `[out]`, the largest magnitude of each row.
-        bias: `[out]`, cast to the input's dtype, or None.
-        threshold: from which magnitude an input is an outlier; 0 for none. Published models have 6.
+        scales: Scales, float32 `[out]`, the largest magnitude of each row.
+        bias: Bias, `[out]`, cast to the input's dtype, or None.
+        threshold: Magnitude from which an input is an outlier; 0 for none. Published models have 6.
 
     Returns:
         `[..., out]`.

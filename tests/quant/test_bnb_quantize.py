@@ -100,12 +100,12 @@ def test_sizes_at_the_edge_of_a_block(quant_type, dtype, blocksize):
 @quant_types
 @pytest.mark.parametrize("extra", [-4096, 0, 64, 4096 + 7])
 def test_tensors_longer_than_what_is_scaled_at_a_time(quant_type, extra):
-    assert_as_bitsandbytes(random(2 * quantizer._PIECE + extra, torch.bfloat16), quant_type, 64)
+    assert_as_bitsandbytes(random(2 * quantizer._CHUNK + extra, torch.bfloat16), quant_type, 64)
 
 
 @quant_types
 def test_a_block_size_that_does_not_divide_what_is_scaled_at_a_time(quant_type, monkeypatch):
-    monkeypatch.setattr(quantizer, "_PIECE", 1000)
+    monkeypatch.setattr(quantizer, "_CHUNK", 1000)
     for blocksize in (64, 512, 4096):  # 4096: a block is longer than a piece
         assert_as_bitsandbytes(random(3 * 4096 + 100), quant_type, blocksize)
 
@@ -211,7 +211,7 @@ def test_nan_and_infinity_show_in_the_absmax_of_their_block_alone(quant_type, dt
 
 
 def test_several_threads_at_once(monkeypatch):
-    monkeypatch.setattr(quantizer, "_PIECE", 2**13)  # many pieces, between which threads change
+    monkeypatch.setattr(quantizer, "_CHUNK", 2**13)  # many chunks, between which threads change
     inputs = [random(100_000 + 65 * seed, torch.bfloat16, seed) for seed in range(8)]
 
     def quantized(values):
@@ -237,7 +237,7 @@ def test_scales_do_not_depend_on_the_number_of_threads(count, threads):
 
 @quant_types
 def test_blocks_do_not_depend_on_the_number_of_threads(quant_type):
-    values = random(2 * quantizer._PIECE + 100, torch.bfloat16)
+    values = random(2 * quantizer._CHUNK + 100, torch.bfloat16)
     expected = quantize_blocks(values, quant_type=quant_type, blocksize=64)
     torch.set_num_threads(3)
     assert_same(quantize_blocks(values, quant_type=quant_type, blocksize=64), expected)

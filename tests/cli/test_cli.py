@@ -88,7 +88,7 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
         (("build", "{checkpoint}"), 2, "--output|-o"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf5"), 2, "nf5"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--recipe", "{tmp}/no.toml"), 2, "no.toml"),
-        (("build", "{checkpoint}", "-o", "{tmp}/out", "--require", "fuse_rope"), 1, "fuse_rope"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--require", "fuse_nothing"), 1, "fuse_nothing"),
         (
             ("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--skip", "no.such"),
             2,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # rehearses every part of the GPU measurement
+
 pytest.importorskip("triton", reason="triton is Linux only")
 
 SCRIPT = Path(__file__).parent / "gpu" / "measure.sh"

@@ -150,13 +150,17 @@ def test_checkpointing_gives_the_same_gradients(ours, batches):
 
 def test_bfloat16_error_is_no_larger_than_transformers(ours, theirs, batches):
     ours_narrow, theirs_narrow = (copy.deepcopy(model).to(torch.bfloat16) for model in (ours, theirs))
-    squares = [0.0, 0.0]
-    for inputs, _ in batches.values():
+    squares, compared = [0.0, 0.0], 0
+    for case, (inputs, _) in batches.items():
         attended = inputs["attention_mask"].bool()
         with torch.no_grad():
-            exact = theirs(**inputs).logits[attended]
-            for which, model in enumerate((ours_narrow, theirs_narrow)):
-                squares[which] += (model(**inputs).logits[attended] - exact).norm().item() ** 2
+            exact, narrow, their_narrow = (m(**inputs).logits[attended] for m in (theirs, ours_narrow, theirs_narrow))
+        assert narrow.isfinite().all(), case
+        if their_narrow.isfinite().all():  # theirs are NaN for a very tall image on some processors
+            squares[0] += (narrow - exact).norm().item() ** 2
+            squares[1] += (their_narrow - exact).norm().item() ** 2
+            compared += 1
+    assert compared >= len(batches) - 1
     assert squares[0] ** 0.5 <= BF16_RATIO * squares[1] ** 0.5
 
 

@@ -125,6 +125,7 @@ def test_quantized_source_is_dequantized(quantized, tmp_path):
     assert merged.manifest.recipe["quantize"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [None, "nf4"])
 def test_onnx_models_are_source_and_adapter(form, quantized, tmp_path):
     """Layers with an adapter are rounded again; others of a quantized source keep their bytes where the format is the same."""
@@ -141,6 +142,7 @@ def test_onnx_models_are_source_and_adapter(form, quantized, tmp_path):
     assert float((found - expected).norm()) < float((before - expected).norm()) / 2
 
 
+@pytest.mark.slow
 def test_onnx_models_round_merged_weights_once(bases, tmp_path):
     base, adapter = bases(QWEN)
     int4 = Recipe(target="onnx", quantize=QuantSpec("int4"))
@@ -216,11 +218,12 @@ def test_manifest_names_the_adapter_and_inputs_decide_the_id(bases, tmp_path):
 def test_command_line_shows_adapter_and_parity(bases, tmp_path, capsys):
     base, adapter = bases(QWEN)
     assert main(["build", str(base), "-o", str(tmp_path / "out"), "--adapter", str(adapter)]) == 0
-    assert "merged against source and adapter" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Parity of logits" in shown and "merged" in shown
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "merged      adapter (2 files)" in shown
-    assert "none, since an adapter is merged" in shown
+    assert "none, because an adapter is merged" in shown
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["numerics"]) == 1
 

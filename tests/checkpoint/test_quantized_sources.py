@@ -293,5 +293,5 @@ def test_packed_weights_without_a_config_are_not_taken_for_plain_ones(four_bit, 
 
 
 def test_calibration_without_a_budget_is_refused(checkpoint, tmp_path):
-    with pytest.raises(UsageError, match="Calibration is for quantization with a budget"):
+    with pytest.raises(UsageError, match="--budget"):
         build(checkpoint, tmp_path / "out", Recipe(quantize=QuantSpec()), calibration=[BATCH])

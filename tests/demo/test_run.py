@@ -9,7 +9,9 @@ from vlmbuild.demo.run import run
 from vlmbuild.zoo import CHECKPOINTS
 
 
-@pytest.mark.parametrize("family", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2_vl")) for name in CHECKPOINTS]
+)
 def test_demo_teaches_a_new_question(family, tmp_path):
     lines = []
     result = run(tmp_path / "new", family=family, steps=60, echo=lines.append)

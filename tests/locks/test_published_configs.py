@@ -42,8 +42,10 @@ PUBLISHED = {
     ),
 }
 
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2-vl-2b")) for name in PUBLISHED]
 
-@pytest.mark.parametrize("name", PUBLISHED)
+
+@pytest.mark.parametrize("name", NAMES)
 def test_full_depth(name):
     blocks, matches, parameters = PUBLISHED[name]
     planned = plan(CONFIGS / name, Recipe(quantize=QuantSpec(), require=("fuse_rope", "swap_attention")))
@@ -54,7 +56,7 @@ def test_full_depth(name):
     assert planned.parameters == parameters
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NAMES)
 def test_committed_locks_hold(name):
     """In this process, which has traced the model and compiles the kernels that models share once."""
     results = check(sorted(LOCKS.glob(f"{name}-*.lock")), processes=1)

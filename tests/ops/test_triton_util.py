@@ -13,6 +13,7 @@ import torch
 CHECKS = Path(__file__).parents[1] / "gpu"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU itself")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is Linux only")

@@ -28,7 +28,7 @@ def said(function) -> str | None:
     [
         (lambda x, y: torch.cat((x.neg(), y * 2.0, y), dim=-1).relu()[:, :8] + x, None),
         (lambda x, y: torch.cat((x.neg(), y * 3.0), dim=-1).relu() + x.repeat(1, 2), "`mul` has the numbers [3.0]"),
-        (lambda x, y: torch.cat((x.cos(), y * 2.0), dim=-1).relu() + y.repeat(1, 2), "`cos` stands where"),
+        (lambda x, y: torch.cat((x.cos(), y * 2.0), dim=-1).relu() + y.repeat(1, 2), "`cos`"),
         (lambda x, y: x.sigmoid() + y, None),
         (lambda x, y: x.sigmoid(), None),
     ],

@@ -107,7 +107,7 @@ def test_required_pass_without_matches_gives_the_reasons(program):
 
 
 def test_unknown_required_pass_lists_the_known(program):
-    with pytest.raises(PassError, match="'fuse_rope' is not part of this build. Its passes: normalize, scripted"):
+    with pytest.raises(PassError, match="'fuse_rope' .* normalize, scripted"):
         run([Normalize(), Scripted()], program, require=("fuse_rope",))
 
 

@@ -277,6 +277,7 @@ def test_a_model_that_trains_generates_between_steps(setup, batches, theirs):
     assert relative(after.logits[0], model(**batch).logits[:, -1]) <= LOGITS
 
 
+@pytest.mark.slow
 def test_nf4_artifact(setup, batches, theirs, tmp_path):
     theirs.save_pretrained(tmp_path / "checkpoint")
     setup.processor.save_pretrained(tmp_path / "checkpoint")

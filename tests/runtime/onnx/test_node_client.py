@@ -18,6 +18,8 @@ from vlmbuild.demo.task import READ, prompt
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
 
+pytestmark = pytest.mark.slow  # exports models and runs them in Node
+
 CLIENT = "@huggingface/transformers@4.3.1"
 SCRIPT = Path(__file__).parents[2] / "helpers" / "onnx_client.mjs"
 GREEDY = {"max_new_tokens": 8, "do_sample": False}

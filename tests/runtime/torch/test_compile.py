@@ -85,6 +85,7 @@ SIZES = (
 """Eight batches: the sizes of each sample's photographs, down to one of a single pixel."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllama", "pixtral"])
 def test_one_compilation_for_eight_image_sizes_of_every_family(name, counter):
     setup = matrix.tiny(name)

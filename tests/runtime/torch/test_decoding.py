@@ -79,6 +79,7 @@ def test_a_full_static_cache_is_said(batches, model):
         model(**batch, past_key_values=model.new_cache(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["static", None])
 def test_no_step_compiles_again(form, setup, batches):
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup)).eval()

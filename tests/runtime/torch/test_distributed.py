@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 import vlmbuild
 from vlmbuild.errors import UsageError
 
+pytestmark = pytest.mark.slow  # starts processes with torchrun
+
 SAME = 1e-5
 """float32: sums over processes are taken in another order."""
 

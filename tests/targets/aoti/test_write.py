@@ -27,6 +27,8 @@ from vlmbuild.runtime.bind import bind_directory
 from vlmbuild.targets.aoti import compilation
 from vlmbuild.zoo import ZOO
 
+pytestmark = pytest.mark.slow  # compiles code with g++
+
 CHECKPOINTS = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
 GREEDY = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 

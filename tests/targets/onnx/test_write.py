@@ -97,6 +97,7 @@ def test_models_are_valid_and_weights_lie_in_data_files(onnx_artifact):
         assert inline < 16_384, file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"blocksize": 32, "symmetric": False, "exact_inputs": True}])
 def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact, options):
     artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4", **options))
@@ -122,6 +123,7 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact, opt
     assert 0.05 < float((rounded - kept).norm() / kept.norm()) < 0.12
 
 
+@pytest.mark.slow
 def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_path):
     spec = vlmbuild.QuantSpec("nf4", overrides=(Override("*.o_proj", "int8"),))
     artifact = onnx_artifact("mllama-digits", quantize=spec)
@@ -141,6 +143,7 @@ def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_
     assert {weight.operator for weight in ours.packed.values()} == {"MatMulBnb4", "MatMulNBits"}
 
 
+@pytest.mark.slow
 def test_float16(onnx_artifact):
     model, processor = vlmbuild.load(onnx_artifact("qwen2-vl-digits", dtype="float16").path)
     batch = list(cases(processor))[1].batch

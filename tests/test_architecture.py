@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import re
 import shutil
@@ -64,13 +65,15 @@ def folder(name):
     return (*name.split("."), "__init__")[1]
 
 
-def imports(path):
+def imports(path, known=()):
+    """Names that a file imports: of the packages' members in `known` their own."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: relative import"
-            yield node.module or ""
+            members = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (member if member in known else node.module or "" for member in members)
 
 
 MODULES = list(modules())
@@ -82,6 +85,16 @@ def test_imports_point_one_way(name, path):
         assert other.split(".")[0] not in ("passes", "targets"), other
         if other.startswith("vlmbuild.") and name != "vlmbuild":
             assert ORDER.index(folder(other)) <= ORDER.index(folder(name)), f"{name} imports {other}"
+
+
+def test_no_circle_of_modules():
+    """Imports inside functions and for type checkers count too."""
+    known = {parameter.values[0] for parameter in MODULES}
+    graph = {
+        name: {other for other in imports(path, known) if other in known and other != name}
+        for name, path in (parameter.values for parameter in MODULES)
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 @pytest.mark.parametrize(("name", "path"), MODULES)

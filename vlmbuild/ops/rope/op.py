@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops import tiles
+from vlmbuild.ops.rope.check import check_rotate
 
 
 def cos_sin_reference(
@@ -83,19 +84,6 @@ def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
         return torch.empty_like(x).copy_(x * full_cos + turned * full_sin)
 
     return turn(query), turn(key)
-
-
-def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise UsageError unless the tables fit query and key, as in `rotate_reference`."""
-    for name, x in (("query", query), ("key", key)):
-        rows = (x.shape[0], *x.shape[2:-1])
-        if x.dim() not in (3, 4) or cos.shape != sin.shape or tuple(cos.shape) != (*rows, x.shape[-1] // 2):
-            raise UsageError(
-                f"mrope_rotate: {name} of shape {tuple(x.shape)} does not fit cos {tuple(cos.shape)} and sin "
-                f"{tuple(sin.shape)}; wanted [B, H, S, D] with [B, S, D/2], or [N, H, D] with [N, D/2]"
-            )
-        if x.shape[-1] % 2:
-            raise UsageError(f"mrope_rotate: the head dimension of {name} is odd ({x.shape[-1]})")
 
 
 def rotate_cpu(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops.rope.op import check_rotate
+from vlmbuild.ops.rope.check import check_rotate
 from vlmbuild.ops.triton_util import Launch, power_of_two, require_device
 
 _TILE = 1024

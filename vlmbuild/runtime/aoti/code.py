@@ -22,8 +22,8 @@ from vlmbuild.runtime.aoti.code_index import CODE_INDEX, CodeEntry, CodeFile, Co
 from vlmbuild.runtime.aoti.platform import check_platform
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.decoding import CachedProgram
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.runtime.torch.program_model import CachedProgram
 from vlmbuild.runtime.torch.region_instance import slots_getter
 
 Read = Callable[[str], bytes]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,47 +12,19 @@ from torch import Tensor
 from vlmbuild.errors import UsageError
 from vlmbuild.families import PackedBatch
 from vlmbuild.ir.interpret import run_calls
-from vlmbuild.ir.program import Call, Input, Program
+from vlmbuild.ir.program import Call, Input
 from vlmbuild.kv_cache.block import CacheForm
-from vlmbuild.kv_cache.program import MASK, PAST, POSITION, STEP, TOKENS, present_name, with_cache
+from vlmbuild.kv_cache.program import MASK, PAST, POSITION, STEP, TOKENS, present_name
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, unpack_to_padded
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionRunner
+from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
 from vlmbuild.runtime.torch.state import module_at
 
-if TYPE_CHECKING:
-    from vlmbuild.runtime.torch.model import VisionLanguageModel
-
-
-@dataclass(frozen=True, slots=True)
-class CachedProgram:
-    """A program with a cache in a compute dtype.
-
-    Attributes:
-        program: See `vlmbuild.kv_cache.program`.
-        bound: Its regions by name; unchanged regions are the model's own.
-    """
-
-    program: Program
-    bound: Mapping[str, RegionRunner]
-
-    @classmethod
-    def of(cls, model: VisionLanguageModel, form: CacheForm) -> CachedProgram:
-        """Derive it. Compilers expect any size of a dynamic cache, and always the same sizes of a static one."""
-        program = with_cache(model.program, form)
-        bound = {
-            name: model.bound[name]
-            if form == "dynamic" and region is model.program.regions.get(name)
-            else BoundRegion(region, model.dtype, one_token=form == "static")
-            for name, region in program.regions.items()
-        }
-        return cls(program, bound)
-
 
 @dataclass(frozen=True)
-class Decoding(DecodeSteps["VisionLanguageModel"]):
+class Decoding(DecodeSteps[ProgramModel]):
     """Runs tokens on a model in torch.
 
     Attributes:

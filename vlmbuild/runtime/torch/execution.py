@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +14,9 @@ from vlmbuild.ir.program import Call, Program, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import padded_rows
 from vlmbuild.runtime.torch.loss import IGNORED, labelled_rows, summed_cross_entropy
+from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
 from vlmbuild.runtime.torch.state import module_at
-
-if TYPE_CHECKING:
-    from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ class Execution:
         compiler: Callback of a surrounding `torch.compile`, or None.
     """
 
-    model: VisionLanguageModel
+    model: ProgramModel
     prepared: PackedBatch
     shape: torch.Size
     compiler: Compiler = None

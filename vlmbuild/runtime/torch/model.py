@@ -18,20 +18,20 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Slot
-from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import cached_inputs
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
 from vlmbuild.runtime.generation import check_names
-from vlmbuild.runtime.hf import CausalLMOutputWithPast, GenerationHooks, TrainingOutput
+from vlmbuild.runtime.hf import CausalLMOutputWithPast, TrainingOutput
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.conventions import Backbone, TrainerConventions
-from vlmbuild.runtime.torch.decoding import CachedProgram, Decoding
+from vlmbuild.runtime.torch.conventions import Backbone
+from vlmbuild.runtime.torch.decoding import Decoding
 from vlmbuild.runtime.torch.execution import Execution
+from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 from vlmbuild.runtime.torch.state import module_at
 
 
-class VisionLanguageModel(TrainerConventions, GenerationHooks):
+class VisionLanguageModel(ProgramModel):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -55,15 +55,13 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         self.family = family
         self.config = config
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.processor: Any = None
-        """Processor of the model; batches are checked against its pixel limits."""
+        self.processor = None
         self.path: Path | None = None
         """Directory of its artifact."""
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
-        self.bound: dict[str, BoundRegion] = {}
-        """The program's regions in the compute dtype, by name."""
-        self._cached: dict[CacheForm, CachedProgram] = {}
+        self.bound = {}
+        self._cached = {}
         self._bind_regions()
         constants = family.constants(config)
         for name, slot in program.slots():
@@ -197,16 +195,6 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
 
-    def cached(self, form: CacheForm) -> CachedProgram:
-        """Return its program with a key-value cache; derived once."""
-        if form not in self._cached:
-            self._cached[form] = CachedProgram.of(self, form)
-        return self._cached[form]
-
-    def use_cached(self, form: CacheForm, cached: CachedProgram) -> None:
-        """Use another program with a key-value cache."""
-        self._cached[form] = cached
-
     def new_cache(self, length: int | None = None) -> KeyValueCache:
         program = self.cached("dynamic").program
         return KeyValueCache(cached_inputs(program.variants["text"]), length)
@@ -243,16 +231,6 @@ class VisionLanguageModel(TrainerConventions, GenerationHooks):
         return Backbone(hidden_states, self.get_output_embeddings())
 
     # transformers' conventions --------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self._dtype
 
 
 def unwrap(model: nn.Module) -> VisionLanguageModel:

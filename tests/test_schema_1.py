@@ -16,7 +16,7 @@ from vlmbuild.runtime.aoti.code_index import CodeIndex
 
 DATA = Path(__file__).parent / "data" / "schema-1"
 LOSS = 5.855007648468018
-"""Of the version that wrote the artifact, on the batch below; bfloat16."""
+"""Loss in the version that wrote the artifact, on the batch below; bfloat16."""
 
 
 def test_an_artifact_verifies_loads_and_is_described(run):

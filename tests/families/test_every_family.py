@@ -1,4 +1,4 @@
-"""What holds for every family in `matrix.SETUPS`: names, costs, processors, refused configs and batches."""
+"""Tests of every family in `matrix.SETUPS`: names, costs, processors, refused configs and batches."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_forward_and_gradients(nested: bool, shape: tuple[int, ...], biased: boo
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_product_of_cuda_tensors(nested: bool, shape: tuple[int, ...], biased: bool, weight_dtype: torch.dtype) -> None:
-    """What runs on a GPU, on CPU tensors: bitsandbytes has the same operator there, without its kernel."""
+    """The GPU path on CPU tensors, where bitsandbytes has the same operator without its kernel."""
     buffers, geometry, dense = layer(weight_dtype, nested)
     x, bias = torch.randn(*shape), torch.randn(geometry[1]) if biased else None
     product = linear_4bit_bitsandbytes(x, *buffers, bias, *geometry)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from vlmbuild.errors import CaptureError, PassError
@@ -17,6 +21,9 @@ from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Geometry, Program, Region
 from vlmbuild.rewrite.pattern import Rewrite
 from vlmbuild.util.gc_paused import gc_paused
+
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
+"""Target, arguments, keywords, value."""
 
 
 @dataclass(slots=True)
@@ -147,12 +154,13 @@ def run(
 
 def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassReport:
     states = {name: _state(region) for name, region in program.regions.items()}
+    known = {name: _calls(region) for name, region in program.regions.items()}
     started = time.perf_counter()
     try:
         outcome = step(program)
         for name, region in program.regions.items():
             if _state(region) != states.get(name):  # shapes are part of the text, so the others' are still right
-                refresh(region)
+                refresh(region, known.get(name, {}))
     except CaptureError:
         raise  # the model is at fault, not the pass
     except Exception as error:
@@ -178,9 +186,19 @@ def _state(region: Region) -> tuple[str, int]:
     return digest(region), len(region.graph.graph.nodes)
 
 
-def refresh(region: Region) -> None:
+def _calls(region: Region) -> dict[Node, _Call]:
+    """Return what determines each node's value, beside the values of its arguments."""
+    return {node: (node.target, node.args, node.kwargs, node.meta.get("val")) for node in region.graph.graph.nodes}
+
+
+def refresh(region: Region, known: Mapping[Node, _Call] = MappingProxyType({})) -> None:
     """Drop dead nodes, check the graph, recompile its code, and recompute the shapes that rewriting made stale (graphs of
-    a loaded artifact have none)."""
+    a loaded artifact have none).
+
+    Args:
+        region: A region that was rewritten.
+        known: Calls before, whose values are right where nothing has changed.
+    """
     graph = region.graph.graph
     graph.eliminate_dead_code()
     graph.lint()
@@ -190,4 +208,35 @@ def refresh(region: Region) -> None:
     if mode is not None:
         # Without Python's dispatcher torch 2.11 makes some sizes constant: its C++ linear asks for them as integers.
         with torch.no_grad(), enable_python_dispatcher():
-            FakeTensorProp(region.graph, mode).propagate_dont_convert_inputs(*values)
+            _StaleValues(region, mode, known).propagate_dont_convert_inputs(*values)
+
+
+class _StaleValues(FakeTensorProp):
+    """Computes the values of nodes that are new, or whose call or arguments have changed."""
+
+    def __init__(self, region: Region, mode: FakeTensorMode, known: Mapping[Node, _Call]) -> None:
+        super().__init__(region.graph, mode)
+        calls = _calls(region)
+        self._current = {node for node, call in known.items() if _same_call(call, calls.get(node))}
+        self._current -= {node for node in known if "val" not in node.meta}
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and n in self._current and self._current.issuperset(n.all_input_nodes):
+            return n.meta["val"]
+        before = n.meta.get("val")
+        result = super().run_node(n)
+        if n in self._current and not _same_layout(before, n.meta.get("val")):
+            self._current.remove(n)
+        return result
+
+
+def _same_call(one: _Call, other: _Call | None) -> bool:
+    return other is not None and one[:3] == other[:3] and one[3] is other[3]
+
+
+def _same_layout(one: Any, other: Any) -> bool:
+    """Return whether two tensors have equal dtypes, sizes and strides."""
+    return all(isinstance(value, Tensor) for value in (one, other)) and all(
+        str(layout(one)) == str(layout(other))
+        for layout in (lambda x: x.dtype, lambda x: x.shape, lambda x: x.stride())
+    )

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
-from vlmbuild.quant.spec import QUANTIZE_CHOICES, QuantSpec
+from vlmbuild.quant.spec import QuantSpec, quantize_choices
 from vlmbuild.util.renamed import PASSES
 from vlmbuild.util.validation import known_options, one_of, strings
 
@@ -136,7 +136,7 @@ class Recipe:
             values["quantize"] = QuantSpec.from_mapping(quantize, where)
         elif not isinstance(quantize, QuantSpec | None):
             raise UsageError(
-                f"{where}: quantize must be a table or one of {', '.join(QUANTIZE_CHOICES)}; got {quantize!r}."
+                f"{where}: quantize must be a table or one of {', '.join(quantize_choices())}; got {quantize!r}."
             )
         return cls(**values)
 

@@ -13,7 +13,7 @@ import click
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS
 from vlmbuild.locks.difference import SEVERITIES
-from vlmbuild.quant.spec import QUANTIZE_CHOICES, ROLES, QuantSpec, option_names, option_types
+from vlmbuild.quant.spec import ROLES, QuantSpec, option_names, option_types, quantize_choices
 from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 
 Command = Callable[..., Any]
@@ -33,7 +33,7 @@ _FLAGS = {
 }
 """Fields whose option has another name than the field."""
 
-_CHOICES = {"format": QUANTIZE_CHOICES, "roles": ROLES, "target": tuple(TARGET_OPTIONS)}
+_CHOICES = {"format": quantize_choices(), "roles": ROLES, "target": tuple(TARGET_OPTIONS)}
 _METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
 _HELP = {
     "target": "Kind of artifact.  [default: trainable]",

@@ -14,8 +14,6 @@ from vlmbuild.util.validation import known_options, number, one_of, strings
 QUANTIZE_PASS: Final = "quantize_linear"  # noqa: S105  (no password)
 """Name of the pass that applies a `QuantSpec`."""
 
-QUANTIZE_CHOICES: Final = ("source", "none", *FORMATS, "auto")
-"""Values of `QuantSpec.format`."""
 ROLES: Final = ("language", "vision", "projector", "head")
 AUTO_BASE: Final = "nf4"
 """Format of the layers that a budget quantizes."""
@@ -39,8 +37,37 @@ class Auto:
 Choice = WeightFormat | Auto | Literal["source", "none"]
 
 
+class _Chosen:
+    """Base of what has a choice."""
+
+    __slots__ = ()
+    choice: Choice
+
+    @property
+    def format(self) -> str:
+        """Name of the format, "source", "none" or "auto"."""
+        if isinstance(self.choice, str):
+            return self.choice
+        return "auto" if isinstance(self.choice, Auto) else self.choice.name
+
+    def weight_format(self) -> WeightFormat | None:
+        """Return the format of the layers that are quantized; None for "none" and "source"."""
+        if isinstance(self.choice, str):
+            return None
+        return self.choice.base if isinstance(self.choice, Auto) else self.choice
+
+    def _stored_options(self) -> dict[str, Any]:
+        """Return the options as stored specs have them: a default is written as in the specs of other formats."""
+        form, stored = self.weight_format(), dict[str, Any](_STORED)
+        for field in _fields(type(form)) if form is not None else ():
+            value = getattr(form, field.name)
+            if value != field.default or field.name not in _STORED:
+                stored[field.name] = value
+        return stored
+
+
 @dataclass(frozen=True, slots=True, init=False)
-class Override:
+class Override(_Chosen):
     """Another format for some modules, whatever their role.
 
     Attributes:
@@ -65,22 +92,13 @@ class Override:
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "choice", _format(where, format, options) or "none")
 
-    @property
-    def format(self) -> str:
-        """Name of the format, or "none"."""
-        return _name(self.choice)
-
-    def weight_format(self) -> WeightFormat | None:
-        """Return the format, None for "none"."""
-        return _weight_format(self.choice)
-
     def to_mapping(self) -> dict[str, Any]:
         """Convert to plain values."""
-        return {"pattern": self.pattern, "format": self.format, **_stored_options(self.choice)}
+        return {"pattern": self.pattern, "format": self.format, **self._stored_options()}
 
 
 @dataclass(frozen=True, slots=True, init=False)
-class QuantSpec:
+class QuantSpec(_Chosen):
     """Quantization of linear layers, which are selected by their role in the model.
 
     Attributes:
@@ -126,8 +144,7 @@ class QuantSpec:
             UsageError: An option is unknown, not the format's, or not valid.
         """
         where = "quantize"
-        # Not QUANTIZE_CHOICES: a format may have been added to FORMATS since.
-        one_of(f"{where}.format", format, ("source", "none", *FORMATS, "auto"))
+        one_of(f"{where}.format", format, quantize_choices())
         if (format == "auto") != (budget is not None):
             raise UsageError(
                 "quantize: a budget of bits per weight goes with the format auto, and auto needs one. Add budget = 5.0, or "
@@ -157,18 +174,9 @@ class QuantSpec:
         return QuantSpec(**{**{k: v for k, v in self.to_mapping().items() if k in names}, **changes})
 
     @property
-    def format(self) -> str:
-        """Name of the format, "source", "none" or "auto"."""
-        return _name(self.choice)
-
-    @property
     def budget(self) -> float | None:
         """Bits per weight; None without a budget."""
         return self.choice.budget if isinstance(self.choice, Auto) else None
-
-    def weight_format(self) -> WeightFormat | None:
-        """Return the format of the layers that are quantized; None for "none" and "source"."""
-        return _weight_format(self.choice)
 
     def weight_formats(self) -> tuple[WeightFormat, ...]:
         """Return all formats that layers may get."""
@@ -183,8 +191,13 @@ class QuantSpec:
             "roles": list(self.roles),
             "overrides": [item.to_mapping() for item in self.overrides],
             "budget": self.budget,
-            **_stored_options(self.choice),
+            **self._stored_options(),
         }
+
+
+def quantize_choices() -> tuple[str, ...]:
+    """Return the values of `QuantSpec.format`."""
+    return ("source", "none", *FORMATS, "auto")
 
 
 def option_types() -> dict[str, Any]:
@@ -195,7 +208,7 @@ def option_types() -> dict[str, Any]:
 
 
 def option_names(format: str) -> frozenset[str]:
-    """Return the names of the options that go with a choice of `QUANTIZE_CHOICES`."""
+    """Return the names of the options that go with a choice of `quantize_choices`."""
     if format in ("source", "none"):
         return frozenset()
     names = {field.name for field in _fields(format_class(AUTO_BASE if format == "auto" else format))}
@@ -219,28 +232,6 @@ def _format(where: str, name: str, options: Mapping[str, Any]) -> WeightFormat |
 
 def _fields(form: type[WeightFormat]) -> tuple[Field[Any], ...]:
     return fields(form)  # type: ignore[arg-type]  # every format is a dataclass
-
-
-def _name(choice: Choice) -> str:
-    if isinstance(choice, str):
-        return choice
-    return "auto" if isinstance(choice, Auto) else choice.name
-
-
-def _weight_format(choice: Choice) -> WeightFormat | None:
-    if isinstance(choice, str):
-        return None
-    return choice.base if isinstance(choice, Auto) else choice
-
-
-def _stored_options(choice: Choice) -> dict[str, Any]:
-    """Return the options as stored specs have them: a default is written as in the specs of other formats."""
-    form, stored = _weight_format(choice), dict[str, Any](_STORED)
-    for field in _fields(type(form)) if form is not None else ():
-        value = getattr(form, field.name)
-        if value != field.default or field.name not in _STORED:
-            stored[field.name] = value
-    return stored
 
 
 def _check_shared(formats: tuple[WeightFormat, ...]) -> None:
@@ -267,15 +258,10 @@ def _budget(value: object) -> float:
 def _overrides(values: object) -> tuple[Override, ...]:
     if not isinstance(values, list | tuple):
         raise UsageError(f"quantize.overrides must be a list of tables; got {values!r}.")
-    return tuple(_override(value) for value in values)
-
-
-def _override(value: object) -> Override:
-    if isinstance(value, Override):
-        return value
-    if not isinstance(value, Mapping) or not {"pattern", "format"} <= set(value):
-        raise UsageError(
-            f"quantize.overrides: {value!r} is not a table with pattern and format. Add them, and perhaps options of the "
-            "format."
-        )
-    return Override(**value)
+    for value in values:
+        if not isinstance(value, Override) and not (isinstance(value, Mapping) and {"pattern", "format"} <= set(value)):
+            raise UsageError(
+                f"quantize.overrides: {value!r} is not a table with pattern and format. Add them, and perhaps options of the "
+                "format."
+            )
+    return tuple(value if isinstance(value, Override) else Override(**value) for value in values)

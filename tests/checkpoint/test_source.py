@@ -37,7 +37,7 @@ SCRIPT = """
 from vlmbuild.checkpoint.source import resolve
 from vlmbuild.errors import SourceError
 try:
-    resolve("Qwen/Qwen2-VL-2B-Instruct", cache_dir=__import__("sys").argv[1])
+    resolve("Qwen/Qwen2-VL-2B-Instruct")
 except SourceError as error:
     print(error)
 """
@@ -45,7 +45,7 @@ except SourceError as error:
 
 def test_hub_without_network(tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path), "PATH": ""}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "Qwen/Qwen2-VL-2B-Instruct" in done.stdout
     assert "give its directory" in done.stdout
@@ -61,6 +61,7 @@ def test_hub_snapshot_in_the_local_cache_is_used_and_its_commit_is_recorded(tmp_
     (tmp_path / "models--o--n" / "refs").mkdir()
     (tmp_path / "models--o--n" / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    found = resolve("o/n", cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = resolve("o/n")
     assert found.uri == f"o/n@{commit}"
     assert found.config()["model_type"] == "qwen2_vl"

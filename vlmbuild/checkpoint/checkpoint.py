@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from vlmbuild.artifact.files import hash_file
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.digests import hashing
 from vlmbuild.checkpoint.source import SIDE_FILES, Source, resolve
-from vlmbuild.checkpoint.tensors import SourceTensor, announced_formats, source_tensors, stored_formats
+from vlmbuild.checkpoint.tensors import SourceTensor, source_tensors
+from vlmbuild.errors import SourceError
 from vlmbuild.families import Family, family_of
 from vlmbuild.formats import WeightFormat
+from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
-from vlmbuild.quant.bnb_config import check_method
+from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
+from vlmbuild.util.cpu import available_cores
+from vlmbuild.util.pool import cancellable_pool
 from vlmbuild.util.progress import Progress
 
 
@@ -96,24 +100,53 @@ class Checkpoint:
         return self.source.files(SIDE_FILES)
 
     def formats(self, program: Program) -> Mapping[str, WeightFormat]:
-        """Return the formats of quantized layers by module: of the weights if they are here, else as the config announces."""
-        if self.values.get("quantization_config") is None or self._has_weights:
-            return stored_formats(self.tensors) if self._has_weights else {}
-        return announced_formats(self.family, self.values, program, self._where)
+        """Return the formats of quantized layers by module: of the weights if they are here, else as the config announces.
+
+        Raises:
+            SourceError: There are no weights, and the config cannot tell their formats apart.
+        """
+        if self._values is None and any(self.source.directory.glob("*.safetensors")):
+            formats = {name.removesuffix(".weight"): tensor.format for name, tensor in self.tensors.items()}
+            return {module: form for module, form in formats.items() if form is not None}
+        config = self.values.get("quantization_config")
+        if config is None:
+            return {}
+        if config.get("quant_method") == MIXED:
+            raise SourceError(
+                f"{self._where} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside "
+                "config.json."
+            )
+        skipped = config.get("llm_int8_skip_modules") or ["lm_head"]
+        modules = [layer.module for layer in linear_layers(program) if not layer.shared]
+        names = {module: (module, self.published(module)) for module in modules}
+        form = announced_format(config)
+        return {module: form for module in modules if not any(is_skipped(name, skipped) for name in names[module])}
 
     def published(self, module: str) -> str:
         """Return the name that a module has in published checkpoints."""
         return self.family.stored_name(f"{module}.weight").removesuffix(".weight")
 
-    def hashing(self) -> AbstractContextManager[Mapping[str, Future[str]]]:
-        """Hash the files of a build in background threads: config, side files and weights."""
-        config = self.source.files(("config.json",))
-        return hashing(self.source.directory, [*config, *self.side_files, *self.weights.files])
+    @contextmanager
+    def hashing(self) -> Iterator[Mapping[str, Future[str]]]:
+        """Hash config, side files and weights in background threads; leaving the block cancels them.
+
+        Yields the SHA-256 (hex) of each file by its path in the directory; `result()` raises SourceError for one that
+        cannot be read.
+        """
+        directory = self.source.directory
+        with cancellable_pool(available_cores()) as (pool, check):
+
+            def digest(file: Path) -> str:
+                try:
+                    return hash_file(file, on_chunk=lambda _: check())
+                except OSError as error:
+                    raise SourceError(
+                        f"{file} cannot be read: {error.strerror}. Check the disk and permissions."
+                    ) from error
+
+            files = [*self.source.files(("config.json",)), *self.side_files, *self.weights.files]
+            yield {file.relative_to(directory).as_posix(): pool.submit(digest, file) for file in files}
 
     @property
     def _where(self) -> str:
         return self.source.uri if self._values is not None else str(self.source.directory)
-
-    @property
-    def _has_weights(self) -> bool:
-        return self._values is None and any(self.source.directory.glob("*.safetensors"))

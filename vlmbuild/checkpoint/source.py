@@ -66,7 +66,6 @@ def resolve(
     *,
     revision: str | None = None,
     weights: bool = True,
-    cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Source:
     """Find a checkpoint, downloading it from the hub when it is a hub id.
@@ -75,7 +74,6 @@ def resolve(
         source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name"); a `Source` is returned as it is.
         revision: Branch, tag or commit of a hub id.
         weights: False downloads the config and the processor only.
-        cache_dir: Where huggingface_hub keeps downloads; None for its default.
         progress: Called when a download begins and ends.
 
     Raises:
@@ -96,7 +94,7 @@ def resolve(
     if _HUB_ID.fullmatch(str(source)):
         progress = progress or silent
         progress("download", 0, 1)
-        found = _download(str(source), revision, cache_dir, weights)
+        found = _download(str(source), revision, weights)
         progress("download", 1, 1)
         return found
     raise SourceError(
@@ -121,14 +119,14 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _download(name: str, revision: str | None, cache_dir: str | Path | None, weights: bool) -> Source:
+def _download(name: str, revision: str | None, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["config.json", *SIDE_FILES]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
-        directory = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted)
+        directory = snapshot_download(name, revision=revision, allow_patterns=wanted)
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"{name} is neither a directory here nor in the local cache, and the hub cannot be reached. Check the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
-from vlmbuild.ir.linear_layers import linear_layers
-from vlmbuild.ir.program import Program
-from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
+from vlmbuild.quant.bnb_config import check_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,55 +74,13 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
         for name in weights.tensors:
             marker = next((suffix for suffix in classes if name.endswith(suffix)), None)
             if marker is not None:
-                tensor = _quantized(weights, name.removesuffix(marker), classes[marker], quantization)
-                tensors[family.module_name(tensor.name)] = tensor
+                module = name.removesuffix(marker)
+                form, dtype, shape, suffixes = classes[marker].check(weights, module, quantization)
+                parts = tuple(module + suffix for suffix in suffixes)
+                nbytes = sum(weights.tensors[part].nbytes for part in parts)
+                tensors[family.module_name(parts[0])] = SourceTensor(parts[0], shape, dtype, nbytes, form, parts)
     taken = {part for tensor in tensors.values() for part in tensor.parts}
     for name, info in weights.tensors.items():
         if name not in taken:
             tensors[family.module_name(name)] = SourceTensor(name, info.shape, info.dtype, info.nbytes, None, (name,))
     return tensors
-
-
-def _quantized(
-    weights: CheckpointWeights, module: str, form: type[WeightFormat], config: Mapping[str, Any]
-) -> SourceTensor:
-    stored = form.check(weights, module, config)
-    parts = tuple(module + suffix for suffix in stored.suffixes)
-    nbytes = sum(weights.tensors[part].nbytes for part in parts)
-    return SourceTensor(parts[0], stored.shape, stored.dtype, nbytes, stored.format, parts)
-
-
-def stored_formats(tensors: Mapping[str, SourceTensor]) -> dict[str, WeightFormat]:
-    """Return module -> format of the quantized layers."""
-    return {
-        name.removesuffix(".weight"): tensor.format for name, tensor in tensors.items() if tensor.format is not None
-    }
-
-
-def announced_formats(
-    family: Family, values: Mapping[str, Any], program: Program, where: str
-) -> Mapping[str, WeightFormat]:
-    """Return the formats of a quantized source's linear layers, by module name, from config.json alone.
-
-    Raises:
-        SourceError: Its weights have formats that the config cannot tell apart.
-    """
-    config = values.get("quantization_config")
-    if config is None:
-        return {}
-    if config.get("quant_method") == MIXED:
-        raise SourceError(
-            f"{where} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside config.json."
-        )
-    names, skipped = published_name(family), config.get("llm_int8_skip_modules") or ["lm_head"]
-    form = announced_format(config)
-    return {
-        layer.module: form
-        for layer in linear_layers(program)
-        if not layer.shared and not is_skipped(layer.module, skipped) and not is_skipped(names(layer.module), skipped)
-    }
-
-
-def published_name(family: Family) -> Callable[[str], str]:
-    """Return a function from module names to names in published checkpoints."""
-    return lambda module: family.stored_name(f"{module}.weight").removesuffix(".weight")

@@ -119,34 +119,17 @@ def test_beyond_float16(dtype):
             quantize_rows(values, name="a.b.weight")
 
 
-@pytest.mark.parametrize(
-    "values", [torch.zeros(3, 4, dtype=torch.int8), torch.zeros(3, 4).double(), torch.zeros(4), torch.zeros(3, 0)]
-)
-def test_not_rows_of_floats(values):
-    with pytest.raises(SourceError, match=r"tensor w is torch\..* cannot be quantized to 8 bits.*skip list"):
-        quantize_rows(values, name="w")
-
-
 @pytest.mark.parametrize("shape", [(3,), (3, 4, 5), (0, 4), (3, 0)])
 def test_shapes_of_no_linear_layer(shape):
     with pytest.raises(UsageError, match=r"weight of a\.b has the shape .*skip list"):
         Int8().parts("a.b", shape, torch.float16)
 
 
-def test_stored_tensors_that_cannot_be_used():
+def test_stored_scales_that_cannot_be_used():
     quantized, scales = quantize_rows(weight((3, 40)))
-    for bad, message in (
-        ((quantized.to(torch.uint8), scales), "it is torch.uint8"),
-        ((quantized[0], scales), "not int8 rows"),
-        ((quantized, scales[1:]), r"its scales are torch.float32 \(2,\)"),
-        ((quantized, scales.half()), "its scales are torch.float16"),
-        ((quantized, -scales), "negative, NaN or infinity"),
-        ((quantized, scales * float("nan")), "negative, NaN or infinity"),
-    ):
-        with pytest.raises(SourceError, match=rf"8-bit tensor w cannot be used: .*{message}.*Quantize"):
-            dequantize_rows(*bad, torch.float32, name="w")
-    with pytest.raises(UsageError, match=r"dequantized to torch\.float64"):
-        dequantize_rows(quantized, scales, torch.float64)
+    for bad in (-scales, scales * float("nan")):
+        with pytest.raises(SourceError, match=r"8-bit tensor w cannot be used: .*negative, NaN or infinity"):
+            dequantize_rows(quantized, bad, torch.float32, name="w")
 
 
 def test_through_the_writer(tmp_path):

@@ -34,10 +34,9 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.weights_reader import CheckpointWeights
     from vlmbuild.artifact.weights_writer import TensorSpec
     from vlmbuild.quant import ort_matmul
-    from vlmbuild.util import dtypes
 else:
-    torch, dtypes = LazyModule("torch"), LazyModule("vlmbuild.util.dtypes")
-    weights_writer, ort_matmul = LazyModule("vlmbuild.artifact.weights_writer"), LazyModule("vlmbuild.quant.ort_matmul")
+    torch, ort_matmul = LazyModule("torch"), LazyModule("vlmbuild.quant.ort_matmul")
+    weights_writer = LazyModule("vlmbuild.artifact.weights_writer")
 
 ROW_FORMAT: Final = 0
 """The value of `weight_format`: rows in order, the only layout in use."""
@@ -165,70 +164,41 @@ def quantize_rows(values: Tensor, *, name: str = "the weight") -> tuple[Tensor, 
     transformers' bytes, convert values first to the dtype that the model is loaded with.
 
     Raises:
-        SourceError: Values are not float rows, hold NaN or infinity, or float16 does not hold them; `name` is in the message.
+        SourceError: Values are NaN or infinite, or float16 does not hold them; `name` is in the message.
     """
-    if values.dtype not in dtypes.FLOATS or values.ndim != 2 or 0 in values.shape[1:]:
-        raise SourceError(
-            f"The tensor {name} is {values.dtype} {tuple(values.shape)}, which cannot be quantized to 8 bits. Add it "
-            "to the skip list."
-        )
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; a dependency of quantized builds only)
 
     weight = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     scales = torch.empty(values.shape[0], dtype=torch.float32, device=values.device)
     for group in _groups(values):
         half = values[group].to(torch.float16).contiguous()
-        _check_range(values[group], half, name)
+        if not torch.isfinite(half).all():
+            require_finite(values[group], f"The tensor {name}")
+            raise SourceError(
+                f"The tensor {name} holds values beyond ±65504, the range of float16, which 8-bit quantization goes "
+                "through. Add it to the skip list."
+            )
         weight[group], scales[group], _ = torch.ops.bitsandbytes.int8_vectorwise_quant(half)
     # A row of zeros is 0 * infinity there, and what NaN is as an integer is the processor's choice.
     weight[scales == 0] = 0
     return weight, scales
 
 
-def _check_range(values: Tensor, half: Tensor, name: str) -> None:
-    if torch.isfinite(torch.stack(torch.aminmax(half))).all():
-        return
-    require_finite(values, f"The tensor {name}")
-    raise SourceError(
-        f"The tensor {name} holds values beyond ±65504, the range of float16, which 8-bit quantization goes through. Add it "
-        "to the skip list."
-    )
-
-
 def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype, *, name: str = "the weight") -> Tensor:
-    """Dequantize rows to `dtype` by way of float32, as `model.dequantize()` of transformers does.
+    """Dequantize int8 rows with a float32 scale each, by way of float32, as `model.dequantize()` of transformers does.
 
-    Args:
-        weight: int8 `[rows, in]`.
-        scales: float32 `[rows]`.
-        dtype: float32, float16 or bfloat16.
-        name: Name for messages.
-
-    Raises:
-        SourceError: A tensor has another dtype or shape, or a scale is negative or not finite.
-        UsageError: `dtype` is another one.
+    Raises SourceError with `name` for a scale that is negative or not finite.
     """
-    if dtype not in dtypes.FLOATS:
-        raise UsageError(f"Weights cannot be dequantized to {dtype}. Choose from {', '.join(map(str, dtypes.FLOATS))}.")
-    _check_stored(weight, scales, name)
+    if not (torch.isfinite(scales) & (scales >= 0)).all():
+        raise SourceError(
+            f"The 8-bit tensor {name} cannot be used: a scale is negative, NaN or infinity. Quantize the checkpoint again."
+        )
     import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes; a dependency of quantized builds only)
 
     values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for group in _groups(weight):
         values[group] = torch.ops.bitsandbytes.int8_vectorwise_dequant(weight[group], scales[group])
     return values
-
-
-def _check_stored(weight: Tensor, scales: Tensor, name: str) -> None:
-    problem = ""
-    if weight.dtype != torch.int8 or weight.ndim != 2:
-        problem = f"it is {weight.dtype} {tuple(weight.shape)}, not int8 rows"
-    elif scales.dtype != torch.float32 or tuple(scales.shape) != (weight.shape[0],):
-        problem = f"its scales are {scales.dtype} {tuple(scales.shape)}, not one float32 number for each row"
-    elif not (torch.isfinite(scales) & (scales >= 0)).all():
-        problem = "a scale is negative, NaN or infinity"
-    if problem:
-        raise SourceError(f"The 8-bit tensor {name} cannot be used: {problem}. Quantize the checkpoint again.")
 
 
 def _groups(values: Tensor) -> Iterator[slice]:

@@ -56,25 +56,42 @@ def decide(
         SourceError: A layer is quantized already, and another format is requested.
     """
     stored = stored or {}
-    patterns = {} if spec is None else dict.fromkeys([*spec.skip, *(item.pattern for item in spec.overrides)])
+    layers = list(linear_layers(program, (PLAIN_LINEAR,)))
+    names = {layer.module: (layer.module, published(layer.module)) for layer in layers}
+    hits = {} if spec is None else _hits(spec, names)
     decisions = {}
-    for layer in linear_layers(program, (PLAIN_LINEAR,)):
-        names = (layer.module, published(layer.module))
+    for layer in layers:
+        kept = stored.get(layer.module)
         if spec is None:
-            decision = Decision(
-                stored.get(layer.module), "" if layer.module in stored else "not quantized in the source"
-            )
+            decision = Decision(kept, "" if kept else "not quantized in the source")
         else:
-            hits = [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
-            decision = _decide(layer, spec, set(hits), stored)
+            decision = _decide(layer, spec, hits[layer.module], kept)
+        if kept is not None and decision.format not in (None, kept):
+            raise SourceError(
+                f"{layer.module} is quantized already ({kept.describe()}), and {decision.format.describe()} is asked for; "
+                "rounding twice loses more than once. Build from the unquantized checkpoint, leave the format out to keep "
+                "the source's, or dequantize first with --quantize none."
+            )
         decisions[layer.module] = decision
-        _check_stored(layer.module, stored.get(layer.module), decision)
-    if spec is not None:
-        _check_matched(decisions, spec, published)
     return decisions
 
 
-def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping[str, WeightFormat]) -> Decision:
+def _hits(spec: QuantSpec, names: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
+    """Return module -> the patterns that match one of its names. Raises UsageError for a pattern that matches none."""
+    hits: dict[str, set[str]] = {module: set() for module in names}
+    for pattern in (*spec.skip, *(item.pattern for item in spec.overrides)):
+        matches = [module for module, both in names.items() if any(fnmatchcase(name, pattern) for name in both)]
+        if not matches:
+            raise UsageError(
+                f"The pattern {pattern!r} matches no linear layer. Patterns match module names, for example "
+                f"{next(iter(names), '*.o_proj')!r} or '*.self_attn.o_proj'."
+            )
+        for module in matches:
+            hits[module].add(pattern)
+    return hits
+
+
+def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], kept: WeightFormat | None) -> Decision:
     """Apply the first rule that matches: impossible formats, the user's patterns, the role, the source."""
     if layer.shared:
         return Decision(None, "its weight is used elsewhere too")
@@ -84,7 +101,6 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping
     if override is not None:
         form = override.weight_format()
         return Decision(form, "" if form else "kept by an override", pinned=True)
-    kept = stored.get(layer.module)
     if spec.format == "source":
         return Decision(kept, "" if kept else "not quantized in the source")
     if spec.format == "none":
@@ -92,22 +108,3 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], stored: Mapping
     if layer.role not in spec.roles:
         return Decision(kept, "" if kept else f"role {layer.role} keeps its dtype")
     return Decision(spec.weight_format())
-
-
-def _check_stored(module: str, stored: WeightFormat | None, decision: Decision) -> None:
-    if stored is not None and decision.format not in (None, stored):
-        raise SourceError(
-            f"{module} is quantized already ({stored.describe()}), and {decision.format.describe()} is asked for; "
-            "rounding twice loses more than once. Build from the unquantized checkpoint, leave the format out to keep the "
-            "source's, or dequantize first with --quantize none."
-        )
-
-
-def _check_matched(decisions: Mapping[str, Decision], spec: QuantSpec, published: Callable[[str], str]) -> None:
-    names = [name for module in decisions for name in (module, published(module))]
-    for pattern in (*spec.skip, *(item.pattern for item in spec.overrides)):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UsageError(
-                f"The pattern {pattern!r} matches no linear layer. Patterns match module names, for example "
-                f"{next(iter(decisions), '*.o_proj')!r} or '*.self_attn.o_proj'."
-            )

@@ -32,6 +32,9 @@ def from_pretrained(
 ) -> tuple[Model, Any]:
     """Build on first use into a cache, load from then on. Safe when several processes start at once.
 
+    A build is found again by the source's commit or path, the name, size and time of change of each of its files, the
+    recipe, and the versions of vlmbuild, torch, transformers and bitsandbytes. A source that is touched is built again.
+
     Args:
         source: Source of `build`.
         revision: Revision of a hub id.

@@ -1,18 +1,21 @@
-"""`from_pretrained`: built once, shared by processes, never unverified."""
+"""`from_pretrained`: built once, shared by processes, never unverified; the same bytes wherever it is built."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 
 import pytest
+from checkpoints import copied
 
 import vlmbuild
 from vlmbuild.errors import UsageError
 
 SCRIPT = """
-import sys, vlmbuild
+import os, sys
+os.umask(0o077)
+import vlmbuild
 model, processor = vlmbuild.from_pretrained(sys.argv[1], cache_dir=sys.argv[2], quantize="nf4", dtype="float32")
 print("loaded", sum(b.numel() for b in model.buffers()))
 """
@@ -23,23 +26,27 @@ def entries(cache):
 
 
 def test_two_processes_share_one_build_and_a_damaged_one_is_rebuilt(checkpoint, nf4, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(checkpoint), str(tmp_path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    source, cache = copied(checkpoint, tmp_path / "elsewhere"), tmp_path / "cache"
+    environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(source), str(cache)]
+    running = [
+        subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     outputs = [process.communicate()[0].split("\n")[-2] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     assert outputs[0] == outputs[1]
-    (entry,) = entries(tmp_path)
+    (entry,) = entries(cache)
     assert vlmbuild.verify(entry).id == nf4.manifest.id
+    subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"], cwd=entry, check=True)
     written = (entry / "manifest.json").stat().st_mtime_ns
 
-    options = {"cache_dir": tmp_path, "quantize": "nf4", "dtype": "float32"}
-    started = time.monotonic()
-    vlmbuild.from_pretrained(checkpoint, **options)
-    assert (entry / "manifest.json").stat().st_mtime_ns == written, f"built again in {time.monotonic() - started:.0f} s"
+    options = {"cache_dir": cache, "quantize": "nf4", "dtype": "float32"}
+    vlmbuild.from_pretrained(source, **options)
+    assert (entry / "manifest.json").stat().st_mtime_ns == written
 
     (entry / "model.safetensors").write_bytes(b"damaged")
-    vlmbuild.from_pretrained(checkpoint, **options)
-    assert entries(tmp_path) == [entry]
+    vlmbuild.from_pretrained(source, **options)
+    assert entries(cache) == [entry]
     assert vlmbuild.verify(entry).id == nf4.manifest.id
 
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmbuild.formats import BLOCK_SIZES
 from vlmbuild.quant import bnb_quantize as quantizer
 from vlmbuild.quant.bnb_quantize import quantize_blocks, quantize_scales
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
 QUANT_TYPES = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = torch.finfo(torch.float32).max
 

@@ -1,0 +1,127 @@
+"""Every family through the build: merged, quantized and dequantized, adapted by role, and its head kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from adapters import edit_adapter, write_adapter
+from parity import MODEL_FP32, assert_close
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import vlmbuild
+from vlmbuild.adapters.fit import with_module_names
+from vlmbuild.adapters.lora import Lora
+from vlmbuild.adapters.peft_files import read_adapter
+from vlmbuild.adapters.select import Targets, adaptable_layers, choose
+from vlmbuild.builder.build import build
+from vlmbuild.demo.digits import Digits
+from vlmbuild.demo.task import LARGEST, training_batch
+from vlmbuild.errors import SourceError
+from vlmbuild.families import FAMILIES
+from vlmbuild.recipe import QuantSpec, Recipe
+from vlmbuild.zoo import CHECKPOINTS, ZOO
+
+FLOAT32 = Recipe(dtype="float32")
+FORMATS = {"qwen2_vl": "nf4", "mllama": "int8", "pixtral": "nf4"}
+"""Format to which a family's layers are quantized here, and back."""
+
+MLP = {"gate_proj", "up_proj", "down_proj"}
+PARTS = {
+    "qwen2_vl": {
+        "attention": {"q_proj", "k_proj", "v_proj", "o_proj", "qkv", "proj"},
+        "mlp": MLP | {"fc1", "fc2"},
+    },
+    "mllama": {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": MLP | {"fc1", "fc2"}},
+    "pixtral": {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": MLP},
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base(family, tmp_path_factory):
+    """The zoo checkpoint's artifact in float32."""
+    return build(CHECKPOINTS[family], tmp_path_factory.mktemp(family) / "base", FLOAT32).path
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """An adapter of language and vision."""
+    return write_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter", vision=True)
+
+
+def logits(model, processor):
+    batch = training_batch(processor, LARGEST, Digits("held_out", 3).take(3))
+    batch.pop("labels", None)
+    attended = batch["attention_mask"].bool()
+    with torch.no_grad():
+        return model.eval()(**batch).logits[attended]
+
+
+def test_merged_weights_are_source_and_adapter(base, adapter, tmp_path):
+    merged = build(base, tmp_path / "merged", FLOAT32, adapter=adapter)
+    (record,) = merged.manifest.numerics
+    assert float(record["error"]) <= 2e-6
+    assert record["top1"] == record["tokens"]
+    assert float(record["effect"]) > 0.01
+    model, processor = vlmbuild.load(merged.path)
+    theirs = AutoModelForImageTextToText.from_pretrained(base)
+    before = logits(theirs, processor)
+    expected = logits(peft.PeftModel.from_pretrained(theirs, adapter), processor)
+    assert (expected - before).norm() > 0.01 * expected.norm()
+    assert_close(logits(model, processor), expected, MODEL_FP32)
+    assert_close(logits(AutoModelForImageTextToText.from_pretrained(merged.path), processor), expected, MODEL_FP32)
+
+
+def test_adapters_with_names_of_older_versions(family, adapter, tmp_path):
+    names = FAMILIES[family]
+    old = shutil.copytree(adapter, tmp_path / "old")
+    prefix = "base_model.model."
+    edit_adapter(
+        old, lambda t: {prefix + names.stored_name(key.removeprefix(prefix)): value for key, value in t.items()}
+    )
+    new, renamed = read_adapter(adapter), with_module_names(read_adapter(old), names, old)
+    assert read_adapter(old).tensors.keys() != new.tensors.keys() == renamed.tensors.keys()
+    assert renamed.loras == new.loras
+    assert all(torch.equal(tensor, renamed.tensors[name]) for name, tensor in new.tensors.items())
+    edit_adapter(old, lambda t: {**load_file(adapter / "adapter_model.safetensors"), **t})
+    with pytest.raises(SourceError, match="twice, under an old and a new name"):
+        with_module_names(read_adapter(old), names, old)
+
+
+def test_quantized_and_back(family, base, tmp_path):
+    form = FORMATS[family]
+    built = build(base, tmp_path / "out", Recipe(quantize=QuantSpec(form), dtype="float32"))
+    back = build(built.path, tmp_path / "plain", Recipe(quantize=QuantSpec("none"), dtype="float32"))
+    plain, original = (load_file(path / "model.safetensors") for path in (back.path, ZOO[CHECKPOINTS[family]]))
+    assert plain.keys() == original.keys()
+    for key, tensor in original.items():
+        error = (plain[key] - tensor.float()).norm() / tensor.float().norm()
+        assert error < (0.15 if form == "nf4" else 0.02), key
+    _, loading = AutoModelForImageTextToText.from_pretrained(built.path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert json.loads((built.path / "config.json").read_text())["quantization_config"]
+
+
+def test_attention_and_mlp_are_told_from_the_graph(family, base):
+    program = vlmbuild.load(base)[0].program
+    found = {part: set() for part in ("attention", "mlp", "other")}
+    for layer in adaptable_layers(program):
+        if layer.role in ("language", "vision") and layer.number is not None:
+            found[layer.part].add(layer.module.rpartition(".")[2])
+    assert found == {**PARTS[family], "other": set()}
+    # Names that the vision tower has too are in the language model unless it is asked for.
+    chosen = [list(choose(program, Targets(["q_proj"], vision=vision), Lora(4, 8.0))) for vision in (False, True)]
+    assert not any("vision" in module for module in chosen[0])
+    assert any("vision" in module for module in chosen[1]) == (family != "qwen2_vl")
+    if not program.ties:
+        assert list(choose(program, Targets("head"), Lora(4, 8.0))) == ["lm_head"]

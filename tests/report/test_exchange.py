@@ -52,12 +52,3 @@ def test_the_command(capsys, nf4, style):
     assert "language_model.layers" in out
     if style in ("json", "model-explorer"):
         assert json.loads(out)
-
-
-def test_the_page_command(capsys, nf4, tmp_path):
-    file = tmp_path / "report.html"
-    assert main(["inspect", str(nf4.path), "--html", str(file)]) == 0
-    assert file.read_text().startswith("<!DOCTYPE html>")
-    assert str(file) in capsys.readouterr().out
-    assert main(["inspect", str(nf4.path), "--html", str(tmp_path / "no" / "report.html")]) == 1
-    assert "Traceback" not in capsys.readouterr().err

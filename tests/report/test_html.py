@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from vlmbuild.cli import main
 from vlmbuild.report.contents import contents
-from vlmbuild.report.html import page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "br", "wbr"}
@@ -46,8 +46,15 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def html(nf4):
-    return page(nf4.path)
+def html(nf4, tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    assert main(["inspect", str(nf4.path), "--html", str(file)]) == 0
+    return file.read_text()
+
+
+def test_a_page_that_cannot_be_written(run, nf4, tmp_path):
+    code, _, err = run("inspect", nf4.path, "--html", tmp_path / "no" / "report.html")
+    assert code == 1 and str(tmp_path / "no") in err and "Traceback" not in err
 
 
 @pytest.fixture(scope="module")

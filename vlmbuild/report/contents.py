@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ def contents(path: str | Path) -> dict[str, Any]:
     program = _program(reader)
     passes = [{**record, "name": PASSES.get(record["name"], record["name"])} for record in manifest.passes]
     try:
-        weights = [weight for _, weight in _weights(program, _sizes(reader, program))]
-        regions = [_region(entry) for entry in program["regions"]]
+        weights = list(_weights(program, _sizes(reader, program)))
+        regions = [
+            _region(entry, [weight for region, weight in weights if region == entry["name"]])
+            for entry in program["regions"]
+        ]
         roles = {(entry["name"], slot["name"]): slot["role"] for entry in program["regions"] for slot in entry["slots"]}
         variants, ties = list(program["variants"]), dict(program["ties"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -57,7 +60,7 @@ def contents(path: str | Path) -> dict[str, Any]:
         "regions": regions,
         "passes": passes,
         "numerics": [dict(record) for record in manifest.numerics],
-        "roles": describe_roles(weights, refusals_by_role(roles, passes)),
+        "roles": describe_roles([weight for _, weight in weights], refusals_by_role(roles, passes)),
         "ties": ties,
     }
 
@@ -72,12 +75,15 @@ def _program(reader: ArtifactReader) -> Mapping[str, Any]:
     return program
 
 
-def _region(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _region(entry: Mapping[str, Any], weights: Sequence[WeightSummary]) -> dict[str, Any]:
+    """Describe a region: parameters of one instance, and what is stored for all; a shared weight counts in the first."""
     return {
         "name": entry["name"],
         "instances": len(entry["instances"]),
         "operators": len(entry["nodes"]),
         "parameters": sum(math.prod(shape) for _, shape, _, _ in _weights_of(entry)),
+        "stored_parameters": sum(weight.parameters for weight in weights),
+        "bytes": sum(weight.nbytes for weight in weights),
     }
 
 
@@ -91,15 +97,6 @@ def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
     for slot in entry["slots"]:
         if slot["kind"] == "parameter" and slot["name"] not in quantized:
             yield slot["name"], tuple(slot["shape"]), slot["role"], None
-
-
-def region_weights(reader: ArtifactReader) -> dict[str, list[WeightSummary]]:
-    """Return the weights of each region; a shared weight counts in the first."""
-    program = _program(reader)
-    weights: dict[str, list[WeightSummary]] = {}
-    for region, weight in _weights(program, _sizes(reader, program)):
-        weights.setdefault(region, []).append(weight)
-    return weights
 
 
 def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, WeightSummary]]:
@@ -127,31 +124,25 @@ def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]
 
 
 def published_names(modules: Iterable[str], published: Iterable[str]) -> dict[str, str]:
-    """Match names of modules with published names, which differ in leading parts only.
-
-    A leading part (`model.language_model`) is replaced by the shortest one under which all its weights are published.
+    """Match names of modules with published names, which differ in leading parts only: the longest common end counts.
 
     Raises:
         IncompatibleError: A weight is not published under any name.
     """
-    known = set(published)
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for name in modules:
-        parts = name.split(".")
-        groups.setdefault(tuple(parts[: 2 if parts[0] == "model" else 1]), []).append(name)
     names: dict[str, str] = {}
-    for group, members in groups.items():
-        for kept in (group[-1:], ()):  # "model.visual." -> "visual.", or "model.language_model." -> "model."
-            ends = {name: ".".join([*kept, *name.split(".")[len(group) :]]) for name in members}
-            first = ends[members[0]]
-            starts = {name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")}
-            fitting = [start for start in starts if all(start + end in known for end in ends.values())]
-            if fitting:
-                start = min(fitting, key=len)
-                names |= {name: start + end for name, end in ends.items()}
-                break
-        else:
-            raise IncompatibleError(
-                f"The weights lack {members[0]}, which the program needs. Build the artifact again."
-            )
+    left, unmatched = set(published), list(modules)
+    for dropped in range(
+        3
+    ):  # "model.language_model.norm.weight" is "language_model.model.norm.weight" or "model.norm.weight"
+        ends: dict[str, list[str]] = {}
+        for name in left:
+            for part in range(3):
+                ends.setdefault(".".join(name.split(".")[part:]), []).append(name)
+        for module in unmatched:
+            found = ends.get(".".join(module.split(".")[dropped:]), [])
+            if len(found) == 1:
+                names[module] = found[0]
+        left, unmatched = left - set(names.values()), [module for module in unmatched if module not in names]
+    if unmatched:
+        raise IncompatibleError(f"The weights lack {unmatched[0]}, which the program needs. Build the artifact again.")
     return names

@@ -1,4 +1,7 @@
-"""One self-contained page about an artifact: no script, no other file, no network; light and dark; narrow and wide."""
+"""One self-contained page about an artifact: no script, no other file, no network; light and dark; narrow and wide.
+
+`page.html` lays it out and `style.css` styles it; here are the values.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup, escape
+
 from vlmbuild.artifact.output import human_size
-from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.builder.passes import exact_passes
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.cost import region_cost
@@ -21,7 +25,7 @@ from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
 from vlmbuild.locks.listing_difference import is_equal, side_by_side
 from vlmbuild.measure.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
-from vlmbuild.report.contents import contents, region_weights
+from vlmbuild.report.contents import contents
 from vlmbuild.report.stages import STORED, Staged, stages_of
 from vlmbuild.util.progress import Progress
 
@@ -37,109 +41,75 @@ def page(path: Path, progress: Progress | None = None) -> str:
     """
     document = contents(path)
     staged = stages_of(path, progress)
-    style = (files("vlmbuild.report") / "style.css").read_text(encoding="utf-8")
-    sections = {
-        "Model": _model(path, staged),
-        "Passes": _passes(document, staged),
-        "Quantization": _quantization(document),
-        "Parity": _parity(staged, document),
-        "Recipe": _recipe(document),
-        "Files": _files(document),
-    }
-    links = "".join(f'<li><a href="#{title}">{title}</a></li>' for title in sections)
-    body = "".join(
-        f'<section aria-labelledby="{title}"><h2 id="{title}">{title}</h2>{"".join(parts)}</section>'
-        for title, parts in sections.items()
-    )
-    name = escape(document["name"])
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}</title>'
-        f"<style>{style}</style></head><body><header><h1>{name}</h1>"
-        f'<p class="soft">{document["target"]}, {human_size(document["bytes"])}<br>{_id(document["id"])}</p>'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main></body></html>\n'
+    folder = files("vlmbuild.report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"breakable": _breakable, "code": _code, "size": human_size}
+    environment.tests["equal"] = lambda pair: is_equal(*pair)
+    template = environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
+    return template.render(
+        document=document,
+        style=(folder / "style.css").read_text(encoding="utf-8"),
+        everyday=EVERYDAY,
+        roles=_map(document, staged),
+        same=_same(staged),
+        stages=list(_stages(document, staged)),
+        decisions=_decisions(document),
+        **_parity(staged),
+        numerics=_numerics(document["numerics"]),
+        recipe=_recipe(document["recipe"]),
+        sources=", ".join(str(entry.get("uri")) for entry in document["source"]),
+        tools=tools,
+        files=[[entry["path"], entry["role"], human_size(entry["bytes"])] for entry in document["files"]],
     )
 
 
-def _model(path: Path, staged: Staged) -> Iterator[str]:
-    """Yield the map: a box per region, grouped by role, shaded by its share of the bytes."""
-    weights = region_weights(ArtifactReader(path, verify=False))
-    total = sum(weight.nbytes for entries in weights.values() for weight in entries)
-    boxes: dict[str, list[str]] = {}
+def _map(document: Mapping[str, Any], staged: Staged) -> dict[str, list[dict[str, Any]]]:
+    """Return a box per region by role, with its share of the bytes."""
+    stored = {region["name"]: region for region in document["regions"]}
+    total = sum(region["bytes"] for region in stored.values())
+    boxes: dict[str, list[dict[str, Any]]] = {}
     for region in staged.stages[STORED].regions.values():
-        entries = weights.get(region.name, [])
         roles = Counter(slot.role for slot in region.slots)
-        boxes.setdefault(roles.most_common(1)[0][0] if roles else "other", []).append(
-            _box(region, entries, total, staged)
-        )
-    yield f'<p class="soft">FLOPs {EVERYDAY}; bytes of stored weights, and their share as shading.</p><div class="map">'
-    for role, items in boxes.items():
-        yield f"<div><h3>{role}</h3><ul>{''.join(items)}</ul></div>"
-    yield "</div>"
+        size, count = stored[region.name]["bytes"], stored[region.name]["stored_parameters"]
+        share = round(100 * size / total) if total else 0
+        facts = "weights shared with another region"
+        if count:
+            facts = f"{8 * size / count:.1f} bits, {human_size(size)}, {share or 'under 1'} %"
+        flops = everyday_value(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
+        work = "" if flops is None else f"{_scaled(int(flops) * len(region.instances))}FLOPs"
+        box = {"name": _title(region), "share": share, "facts": facts, "work": work}
+        boxes.setdefault(roles.most_common(1)[0][0] if roles else "other", []).append(box)
+    return boxes
 
 
-def _box(region: Region, weights: Sequence[Any], total: int, staged: Staged) -> str:
-    size, count = sum(weight.nbytes for weight in weights), sum(weight.parameters for weight in weights)
-    flops = everyday_value(region_cost(region, 4 if staged.recipe.dtype == "float32" else 2).flops)
-    share = round(100 * size / total) if total else 0
-    facts = "weights shared with another region"
-    if count:
-        facts = f"{8 * size / count:.1f} bits, {human_size(size)}, {share or 'under 1'} %"
-    work = "" if flops is None else f"{_scaled(int(flops) * len(region.instances))}FLOPs"
-    return (
-        f'<li style="--share:{share}%"><b>{_breakable(region.name)}{_many(region)}</b>'
-        f"<span>{facts}</span><span>{work}</span></li>"
-    )
-
-
-def _passes(document: Mapping[str, Any], staged: Staged) -> Iterator[str]:
-    """Yield the effect of each pass: listings before and after, side by side."""
-    records = {record["name"]: record for record in document["passes"]}
+def _same(staged: Staged) -> bool:
+    """Return whether the unquantized graphs that were traced again are those in the artifact."""
     traced = staged.stages[list(staged.stages)[-2]]
-    same = all(
+    return all(
         name in traced.regions and digest(region) == digest(traced.regions[name])
         for name, region in staged.stages[STORED].regions.items()
         if not region.recipes
     )
-    yield (
-        '<p class="soft">This version of vlmbuild traced the model again from config.json. Its unquantized graphs are '
-        f"{'equal to' if same else 'different from'} those in the artifact.</p>"
-    )
+
+
+def _stages(document: Mapping[str, Any], staged: Staged) -> Iterator[dict[str, Any]]:
+    """Yield the effect of each pass: listings before and after, side by side."""
+    records = {record["name"]: record for record in document["passes"]}
     for stage, changes in staged.changes():
         names = [name for name in records if name not in staged.stages] if stage == STORED else [stage]
-        title = ", ".join(f"{name}: {records[name]['matches']:,} rewritten" for name in names if name in records)
-        regions = f"{len(changes)} region{'s' * (len(changes) != 1)} changed"
-        listings = "".join(
-            f"<h3>{_breakable(after.name)}{_many(after)}</h3>{_diff(region_text(before), region_text(after))}"
-            for before, after in changes
-        )
-        yield f"<details><summary><b>{escape(title or stage)}</b>, {regions}</summary>"
-        yield f'<div class="body">{_refusals(records, names)}{listings}</div></details>'
+        known = [records[name] for name in names if name in records]
+        yield {
+            "title": ", ".join(f"{record['name']}: {record['matches']:,} rewritten" for record in known) or stage,
+            "refusals": [refusal for record in known for refusal in record["refusals"]],
+            "changes": [
+                (_title(after), side_by_side(region_text(before), region_text(after))) for before, after in changes
+            ],
+        }
 
 
-def _refusals(records: Mapping[str, Any], names: Sequence[str]) -> str:
-    refusals = [refusal for name in names if name in records for refusal in records[name]["refusals"]]
-    items = "".join(f"<li>{_breakable(refusal)}</li>" for refusal in refusals)
-    return f"<h3>Left unchanged</h3><ul>{items}</ul>" if items else ""
-
-
-def _diff(before: str, after: str) -> str:
-    cells = []
-    for pair in side_by_side(before, after):
-        if pair is None:
-            cells.append('<code class="gap">⋯</code>')
-            continue
-        old, new = pair
-        if is_equal(old, new):
-            cells.append(f'<code>  {_code(old or "")}</code><code class="again">  {_code(new or "")}</code>')
-        else:
-            cells.append('<code class="none"></code>' if old is None else f"<del><code>− {_code(old)}</code></del>")
-            cells.append('<code class="none"></code>' if new is None else f"<ins><code>+ {_code(new)}</code></ins>")
-    return f'<div class="diff" tabindex="0" role="region" aria-label="Before and after">{"".join(cells)}</div>'
-
-
-def _quantization(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield decisions; layers with the same decision share a row."""
+def _decisions(document: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row per decision; layers with the same one share it."""
     rows: dict[tuple[str, str, str], tuple[list[int], list[float]]] = {}
     for record in document["passes"]:
         for entry in record.get("decisions", ()):
@@ -148,17 +118,11 @@ def _quantization(document: Mapping[str, Any]) -> Iterator[str]:
             layers, errors = rows.setdefault((module, entry["format"], entry["reason"]), ([], []))
             layers += [int(number[1])] if number else []
             errors += [float(entry["error"])] if entry.get("error") else []
-    if not rows:
-        yield "<p>No weight was quantized by this build.</p>"
-        return
     dtype = document["recipe"]["dtype"]
-    yield _table(
-        ["linear layer", "layers", "format", "largest error", "reason"],
-        [
-            [module, _ranges(layers), form or dtype, f"{max(errors):.1e}" if errors else "", reason]
-            for (module, form, reason), (layers, errors) in rows.items()
-        ],
-    )
+    return [
+        [module, _ranges(layers), form or dtype, f"{max(errors):.1e}" if errors else "", reason]
+        for (module, form, reason), (layers, errors) in rows.items()
+    ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -172,83 +136,58 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _parity(staged: Staged, document: Mapping[str, Any]) -> Iterator[str]:
+def _parity(staged: Staged) -> dict[str, Any]:
+    """Compute the parity of exact passes, or the reason why it is not computed."""
     traced = staged.traced
     passes = exact_passes(replace(staged.recipe, attention="auto"))
+    steps, refused = [], ""
     try:
-        steps = pass_parity(traced.program, traced.family, traced.config, passes).steps
-        yield (
-            "<p>The captured graph compared with the graph after each exact pass, in float32 with seeded inputs: relative "
-            f"errors, at most {TOLERANCE:.0e} forward and {GRADIENT_TOLERANCE:.0e} for gradients.</p>"
-        )
-        rows = [[s.name, _error(s.forward), _error(s.gradient), "equal" if s.holds else "differs"] for s in steps]
-        yield _table(["after", "forward", "gradients", "result"], rows)
+        for step in pass_parity(traced.program, traced.family, traced.config, passes).steps:
+            errors = (f"{value:.1e}" if value else "0" for value in (step.forward, step.gradient))
+            steps.append([step.name, *errors, "equal" if step.holds else "differs"])
     except UsageError as error:
-        yield f"<p>Not computed: {escape(str(error))}</p>"
-    if document["numerics"]:
-        heads = list(dict.fromkeys(key for record in document["numerics"] for key in record))
-        yield "<h3>Measured by the build</h3>"
-        yield _table(heads, [[str(record.get(head, "")) for head in heads] for record in document["numerics"]])
+        refused = str(error)
+    return {
+        "steps": steps,
+        "refused": refused,
+        "tolerances": f"{TOLERANCE:.0e} forward and {GRADIENT_TOLERANCE:.0e}",
+    }
 
 
-def _error(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
+def _numerics(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the heads and rows of what the build measured."""
+    heads = list(dict.fromkeys(key for record in records for key in record))
+    return [heads, *([str(record.get(head, "")) for head in heads] for record in records)] if records else []
 
 
-def _recipe(document: Mapping[str, Any]) -> Iterator[str]:
-    recipe = dict(document["recipe"])
-    spec = recipe.pop("quantize", None)
-    rows = {**recipe, **({f"quantize.{key}": value for key, value in spec.items()} if spec else {"quantize": None})}
-    yield _table(["option", "value"], [[key, _value(value)] for key, value in rows.items()])
+def _recipe(recipe: Mapping[str, Any]) -> list[list[str]]:
+    spec = recipe.get("quantize") or {}
+    options = {key: value for key, value in recipe.items() if key != "quantize" or value is None}
+    return [[key, _value(value)] for key, value in (options | {f"quantize.{k}": v for k, v in spec.items()}).items()]
 
 
 def _value(value: Any) -> str:
-    if not value and not isinstance(value, bool | int):
-        return "none" if isinstance(value, list) else "not set"
+    if isinstance(value, Mapping):
+        return f"{value['pattern']}={value['format']}"
     if isinstance(value, list):
-        return ", ".join(
-            str(item["pattern"] + "=" + item["format"] if isinstance(item, Mapping) else item) for item in value
-        )
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        return ", ".join(map(_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not set" if value is None else str(value)
 
 
-def _files(document: Mapping[str, Any]) -> Iterator[str]:
-    sources = ", ".join(str(entry.get("uri")) for entry in document["source"])
-    tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
-    yield f"<p>Built from {_breakable(sources)} with {escape(tools)}.</p>"
-    rows = [[entry["path"], entry["role"], human_size(entry["bytes"])] for entry in document["files"]]
-    yield _table(["file", "role", "size"], rows)
+def _title(region: Region) -> str:
+    return region.name + (f" × {len(region.instances)}" if len(region.instances) > 1 else "")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    names = [escape(name) for name in heads]
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    lines = (
-        "".join(f'<td data-head="{name}">{_breakable(cell)}</td>' for name, cell in zip(names, row, strict=True))
-        for row in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _many(region: Region) -> str:
-    return f" × {len(region.instances)}" if len(region.instances) > 1 else ""
-
-
-def _breakable(text: str) -> str:
+def _breakable(text: str) -> Markup:
     """Escape text, and allow line breaks after dots, slashes and brackets between words."""
-    return re.sub(r"(?<=[A-Za-z_*])([./(])(?=[\w*%])", r"\1<wbr>", escape(text))
+    return Markup(re.sub(r"(?<=[A-Za-z_*])([./(])(?=[\w*%])", r"\1<wbr>", str(escape(text))))  # noqa: S704  # escaped
 
 
-def _code(text: str) -> str:
+def _code(text: str | None) -> Markup:
     """Escape a line of a listing, and allow line breaks before arguments."""
-    return escape(text).replace("(", "(<wbr>")
-
-
-def _id(text: str) -> str:
-    """Render an id that breaks into groups of 16 digits."""
-    digits = text.removeprefix("sha256:")
-    return f"<code>sha256:{'<wbr>'.join(digits[start : start + 16] for start in range(0, len(digits), 16))}</code>"
+    return Markup(str(escape(text or "")).replace("(", "(<wbr>"))  # noqa: S704  # escaped
 
 
 def _scaled(count: int) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
+from vlmbuild.quant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,20 +58,25 @@ def plan_report(document: Mapping[str, Any]) -> Report:
 
 def images_table(images: Sequence[Mapping[str, Any]]) -> Table:
     """Make a table of the costs of images."""
-    columns = {"rows of the vision tower": "patches", "tokens": "tokens"}
-    if any(image["cross_keys"] for image in images):
-        columns["cross-attention keys"] = "cross_keys"
-    rows = [
-        [image["name"], f"{image['height']} x {image['width']}", *(f"{image[key]:,}" for key in columns.values())]
-        for image in images
-    ]
-    return table(["Images", "height x width", *columns], rows, "<>" + ">" * len(columns))
+    return records_table(
+        {
+            "Images": lambda image: image["name"],
+            "height x width": lambda image: f"{image['height']} x {image['width']}",
+            "rows of the vision tower": lambda image: f"{image['patches']:,}",
+            "tokens": lambda image: f"{image['tokens']:,}",
+            "cross-attention keys": lambda image: f"{image['cross_keys']:,}" if image["cross_keys"] else "",
+        },
+        images,
+        "<>>>>",
+    )
 
 
 def inspect_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild inspect`."""
     sources = {
-        _source_name(number, entry): f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
+        "merged" if entry.get("uri") == ADAPTER_URI else f"source{number or ''}": (
+            f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
+        )
         for number, entry in enumerate(document["source"])
     }
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
@@ -78,13 +84,18 @@ def inspect_report(document: Mapping[str, Any]) -> Report:
     recipe = _recipe_facts(document["recipe"])
     if "merged" in sources and document["recipe"].get("quantize") is None:
         recipe["quantize"] = "none, because an adapter is merged"
+    sizes = [
+        [file["path"], file["role"], human_size(file["bytes"])]
+        for file in sorted(document["files"], key=lambda file: (file["role"], file["path"]))
+    ]
+    sizes.append(["total", "", human_size(document["bytes"])])
     return [
         document["name"],
         document["id"],
         "",
         _facts({**sources, **recipe, "built with": tools, "code": code}),
         "",
-        files_table(document),
+        table(["Files", "role", "size"], sizes, "<<>"),
         "",
         regions_table(document),
         "",
@@ -104,40 +115,23 @@ def verify_report(document: Mapping[str, Any]) -> Report:
     return [head, document["id"], *_section(parity_table(document["numerics"]))]
 
 
-def parity_table(numerics: Iterable[Mapping[str, Any]]) -> Table | None:
-    """Make a table of the parity that the build measured; None if it measured none."""
-    numerics = list(numerics)
-    if any("output" in record for record in numerics):
-        return _export_parity_table(numerics)
-    rows = [
-        [
-            record["case"],
-            record["error"],
-            record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
-            record["effect"],
-            f"{record['top1']}/{record['tokens']}",
-        ]
-        for record in numerics
-    ]
-    heads = ["Parity of logits", "relative error", "tolerance", "adapter effect", "same top token"]
-    return table(heads, rows, "<>>>>") if rows else None
-
-
-def _export_parity_table(numerics: Iterable[Mapping[str, Any]]) -> Table:
-    """Make a table of the errors of exported models."""
-    rows = [
-        [
-            record["case"],
-            record["output"],
-            record["error"],
-            record["tolerance"],
-            f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
-            f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
-        ]
-        for record in numerics
-    ]
-    heads = ["Export parity", "output", "relative error", "tolerance", "same top token", "same generated"]
-    return table(heads, rows, "<<>>>>")
+def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Make a table of the parity that the build measured, of logits or of exported models; None if it measured none."""
+    if not numerics:
+        return None
+    return records_table(
+        {
+            "Parity": lambda record: record["case"],
+            "output": lambda record: record.get("output", ""),
+            "relative error": lambda record: record["error"],
+            "tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+            "adapter effect": lambda record: record.get("effect", ""),
+            "same top token": lambda record: f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
+            "same generated": lambda record: f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
+        },
+        numerics,
+        "<<>>>>>",
+    )
 
 
 def regions_table(document: Mapping[str, Any]) -> Table:
@@ -173,7 +167,7 @@ def roles_table(document: Mapping[str, Any]) -> Table:
 
 def memory_table(memory: Mapping[str, Any]) -> Report:
     """Make a table of the memory to load, infer and train, with notes on the batch."""
-    state = memory["adapter"] + memory["gradients"] + memory["optimizer"]
+    weights, state = memory["load"], memory["adapter"] + memory["gradients"] + memory["optimizer"]
     parts = {
         "load": (0, 0),
         "infer": (0, memory["infer_activations"]),
@@ -181,12 +175,7 @@ def memory_table(memory: Mapping[str, Any]) -> Report:
         "train": (state, memory["train_activations"]),
     }
     rows = [
-        [
-            name,
-            human_size(memory["load"]),
-            *(human_size(size) if size else "" for size in sizes),
-            human_size(memory["load"] + sum(sizes)),
-        ]
+        [name, *(human_size(size) if size else "" for size in (weights, *sizes)), human_size(weights + sum(sizes))]
         for name, sizes in parts.items()
     ]
     samples, images = memory["batch"], memory["images"]
@@ -197,12 +186,18 @@ def memory_table(memory: Mapping[str, Any]) -> Report:
     return [columns, *_notes(batch), *_notes(_CAVEAT)]
 
 
-def files_table(document: Mapping[str, Any]) -> Table:
-    """Make a table of files, sorted by role."""
-    files = sorted(document["files"], key=lambda file: (file["role"], file["path"]))
-    rows = [[file["path"], file["role"], human_size(file["bytes"])] for file in files]
-    rows.append(["total", "", human_size(document["bytes"])])
-    return table(["Files", "role", "size"], rows, "<<>")
+def records_table(
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]], records: Iterable[Mapping[str, Any]], alignment: str
+) -> Table:
+    """Make a table of records: head -> text of a record; columns without any text are left out."""
+    rows = [[text(record) for text in columns.values()] for record in records]
+    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    heads = list(columns)
+    return table(
+        [heads[index] for index in used],
+        [[row[index] for index in used] for row in rows],
+        "".join(alignment[index] for index in used),
+    )
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -> Table:
@@ -221,12 +216,6 @@ def _section(part: Table | None) -> Report:
     return [] if part is None else ["", part]
 
 
-def _source_name(number: int, entry: Mapping[str, Any]) -> str:
-    if entry.get("uri") == ADAPTER_URI:
-        return "merged"
-    return f"source{number or ''}"
-
-
 def _facts(facts: Mapping[str, str]) -> Table:
     columns = table(["", ""], facts.items(), "<<")
     columns.show_header = False
@@ -234,24 +223,23 @@ def _facts(facts: Mapping[str, str]) -> Table:
 
 
 def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    quantized = _quantization(recipe.get("quantize"))
     required = {"required": ", ".join(recipe["require"])} if recipe.get("require") else {}
-    names = {"target": "target", "dtype": "dtype", "attention": "attention"}
-    return {**{name: str(recipe.get(key)) for name, key in names.items()}, "quantize": quantized, **required}
+    facts = {name: str(recipe.get(name)) for name in ("target", "dtype", "attention")}
+    return {**facts, "quantize": _quantization(recipe.get("quantize")), **required}
 
 
-def _quantization(spec: Mapping[str, Any] | None) -> str:
-    if spec is None:
+def _quantization(values: Mapping[str, Any] | None) -> str:
+    if values is None:
         return "as in the source"
-    form = str(spec["format"])
-    if form in ("none", "source"):
-        return form + "".join(f", {item['pattern']} {item['format']}" for item in spec["overrides"])
-    text = f"{form} within {spec['budget']} bits per weight" if spec["budget"] else form
-    if form != "int8":
-        text += f", blocks of {spec['blocksize']}{', scales in 8 bits' if spec['double_quant'] else ''}"
-    text += "".join(f", {item['pattern']} {item['format']}" for item in spec["overrides"])
-    text += f", except {', '.join(spec['skip'])}" if spec["skip"] else ""
-    return f"{text}; {', '.join(spec['roles'])}"
+    spec = QuantSpec.from_mapping(values, "recipe")
+    form = spec.weight_format()
+    parts = [
+        f"{spec.budget} bits per weight of" if spec.budget else "",
+        form.describe() if form is not None else spec.format,
+        *(f"{item.pattern} {item.format}" for item in spec.overrides),
+        f"except {', '.join(spec.skip)}" if spec.skip else "",
+    ]
+    return ", ".join(filter(None, parts)) + (f"; {', '.join(spec.roles)}" if form is not None else "")
 
 
 def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:

@@ -6,6 +6,6 @@ Start with `models.py`, which says which parts go into which model, then `transl
 
 from __future__ import annotations
 
-from vlmbuild.targets.onnx.write import write
+from vlmbuild.targets.onnx.write import writing
 
-__all__ = ["write"]
+__all__ = ["writing"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import onnxruntime
 import torch
 
 from vlmbuild.artifact.manifest import Manifest, canonical_json
@@ -20,7 +20,7 @@ from vlmbuild.ir.printer import program_text
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.measure.onnx_parity import onnx_measurement
-from vlmbuild.runtime.onnx.session import FOLDER
+from vlmbuild.runtime.onnx.session import FOLDER, onnx_runtime
 from vlmbuild.targets.onnx.data import write_data
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
 from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
@@ -30,6 +30,13 @@ from vlmbuild.targets.request import Request
 _NO_SUFFIX = "fp32"
 """transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a
 browser."""
+
+
+@contextmanager
+def writing() -> Iterator[Callable[[ArtifactWriter, Request], Manifest]]:
+    """Return the function that writes. Raises IncompatibleError without ONNX Runtime, before the model is captured."""
+    onnx_runtime()
+    yield write
 
 
 def write(writer: ArtifactWriter, request: Request) -> Manifest:
@@ -93,7 +100,7 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
 
 def _toolchain() -> dict[str, str]:
     """Return versions of the tools that export and check; onnxruntime is installed under several names."""
-    return {"onnx": importlib.metadata.version("onnx").partition("+")[0], "onnxruntime": onnxruntime.__version__}
+    return {"onnx": importlib.metadata.version("onnx").partition("+")[0], "onnxruntime": onnx_runtime().__version__}
 
 
 def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:

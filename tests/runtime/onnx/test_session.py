@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import onnx
 import onnxruntime
@@ -115,3 +116,20 @@ def test_one_that_belongs_to_another_model(copy, onnx_artifact):
         from vlmbuild.runtime.onnx.model import open_model
 
         open_model(copy, "cpu")
+
+
+def test_without_onnx_runtime_only_its_target_is_refused(onnx_artifact, tmp_path, monkeypatch):
+    artifact, stages = onnx_artifact("qwen2-vl-digits").path, []
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(IncompatibleError, match="pip install onnxruntime`, or .*onnxruntime-gpu"):
+        vlmbuild.build(
+            "qwen2-vl-digits",
+            tmp_path / "out",
+            vlmbuild.Recipe(target="onnx"),
+            progress=lambda stage, *_: stages.append(stage),
+        )
+    assert not any("capture" in stage for stage in stages)
+    with pytest.raises(IncompatibleError, match="onnxruntime"):
+        vlmbuild.load(artifact)
+    assert vlmbuild.verify(artifact).target == "onnx"
+    vlmbuild.plan("qwen2-vl-digits")

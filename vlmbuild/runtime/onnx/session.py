@@ -68,9 +68,7 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
         DeviceError: This onnxruntime has no provider for the device, or it does not start.
         IncompatibleError: The model is not one that this onnxruntime can run, or its weights are not in the artifact.
     """
-    import onnxruntime
-
-    provider = check_provider(device)
+    onnxruntime, provider = onnx_runtime(), check_provider(device)
     file = directory / FOLDER / f"{stem}.onnx"
     check_data_files(file)
     options = onnxruntime.SessionOptions()
@@ -95,6 +93,22 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
     return OnnxSession(session, inputs, optional)
 
 
+def onnx_runtime() -> Any:
+    """Import ONNX Runtime, which the distributions onnxruntime-gpu and onnxruntime provide.
+
+    Raises:
+        IncompatibleError: Neither is installed, or it does not start.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise IncompatibleError(
+            f"ONNX artifacts need ONNX Runtime, which cannot be imported: {error}. Install it with `pip install "
+            "onnxruntime`, or `pip install onnxruntime-gpu` for a GPU."
+        ) from error
+    return onnxruntime
+
+
 def _sizes(shape: Sequence[int | str]) -> list[int | Dim]:
     """Return an input's shape; ONNX names are no expressions."""
     return [size if isinstance(size, int) else Dim.named(str(size)) for size in shape]
@@ -102,8 +116,7 @@ def _sizes(shape: Sequence[int | str]) -> list[int | Dim]:
 
 def check_provider(device: str) -> str:
     """Return the execution provider of a device. Raises DeviceError if the installed onnxruntime has none."""
-    import onnxruntime
-
+    onnxruntime = onnx_runtime()
     provider = PROVIDERS.get(device)
     available = onnxruntime.get_available_providers()
     if provider is None or provider not in available:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,18 @@ def _listed_files(output: Path) -> set[str] | None:
         return {str(entry["path"]) for entry in value["files"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def check_space(output: Path, folder: Path, needed: int) -> None:
+    """Raise OutputError when the disk of `folder` has fewer than `needed` bytes free for `output`."""
+    with output_errors(output):
+        available = shutil.disk_usage(folder).free
+    if needed > available:
+        raise OutputError(
+            f"Not enough space for {output}: {needed} bytes ({human_size(needed)}) are needed and {available} "
+            f"({human_size(available)}) are free. Free {human_size(needed - available)}, or choose an output on "
+            "another disk."
+        )
 
 
 @contextmanager

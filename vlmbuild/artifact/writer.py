@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from vlmbuild.artifact.files import CHUNK_BYTES, hash_descriptor, sync_directory, write_all
 from vlmbuild.artifact.manifest import MANIFEST_NAME, SUMS_NAME, FileEntry, Manifest, check_collisions, check_path
-from vlmbuild.artifact.output import FULL_DISK, cannot_write, check_output, human_size, output_errors
+from vlmbuild.artifact.output import FULL_DISK, cannot_write, check_output, check_space, output_errors
 from vlmbuild.artifact.reader import verify
 from vlmbuild.artifact.staging import create_staging, publish_exchange, publish_new, remove_abandoned
 from vlmbuild.errors import IncompatibleError, IntegrityError, OutputError, SourceError
@@ -59,14 +59,7 @@ class ArtifactWriter:
 
     def require_space(self, needed: int) -> None:
         """Raise OutputError when the disk has fewer than `needed` bytes free."""
-        with output_errors(self.output):
-            available = shutil.disk_usage(self.staging).free
-        if needed > available:
-            raise OutputError(
-                f"Not enough space for {self.output}: {needed} bytes ({human_size(needed)}) are needed and {available} "
-                f"({human_size(available)}) are free. Free {human_size(needed - available)}, or choose an output on "
-                "another disk."
-            )
+        check_space(self.output, self.staging, needed)
 
     def open(self, path: str, role: str) -> OutputFile:
         """Open a new file, which belongs to the artifact once it is closed.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vlmbuild.adapters.merge import Merge, check_mergeable
 from vlmbuild.artifact.manifest import Manifest
-from vlmbuild.artifact.output import check_output
+from vlmbuild.artifact.output import check_output, check_space
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.builder.budget import within_budget
 from vlmbuild.capture.export import capture
@@ -94,7 +97,8 @@ def build(
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
     checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
-    _ = checkpoint.tensors  # malformed weights are refused before the capture
+    output = Path(output)
+    check_space(output, output.absolute().parent, least_bytes(checkpoint, recipe))  # malformed weights are refused, too
     with target.begin() as write, checkpoint.hashing() as digests:
         program = trace_program(checkpoint.family, checkpoint.config, progress)
         check_weights(program, checkpoint)
@@ -116,6 +120,24 @@ def build(
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
+
+
+def least_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return what the weights of a build take at least; which layers are quantized is known after the capture."""
+    spec, bits = recipe.quantize, 0
+    plain = 8 * getattr(torch, recipe.dtype).itemsize
+    for name, tensor in checkpoint.tensors.items():
+        sizes = [plain * math.prod(tensor.shape)]
+        if tensor.format is not None:
+            sizes.append(8 * tensor.nbytes)
+        if (
+            spec is not None
+            and len(tensor.shape) == 2
+            and (spec.overrides or checkpoint.family.role(name) in spec.roles)
+        ):
+            sizes += [form.bits(tensor.shape) for form in spec.weight_formats()]
+        bits += min(sizes)
+    return bits // 8
 
 
 def _checked_target(recipe: Recipe, device: str) -> Target:

@@ -9,9 +9,8 @@ import click
 
 from vlmbuild.artifact.output import check_output
 from vlmbuild.checkpoint.source import Source, resolve
-from vlmbuild.cli.options import json_option, recipe_options, revision_option
+from vlmbuild.cli.options import json_option, recipe_from, recipe_options, revision_option
 from vlmbuild.cli.output import StageProgress, show
-from vlmbuild.recipe import Recipe
 from vlmbuild.report.contents import contents
 from vlmbuild.report.tables import build_report
 
@@ -45,13 +44,13 @@ from vlmbuild.report.tables import build_report
 def command(
     source: str,
     output: Path,
-    recipe: Recipe,
     overwrite: bool,
     revision: str | None,
     device: str,
     calibrate: Path | None,
     adapter: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Build an artifact from a checkpoint.
 
@@ -68,6 +67,7 @@ def command(
         vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
         vlmbuild build qwen2-vl-nf4 -o qwen2-vl-merged --adapter my-adapter
     """
+    recipe = recipe_from(options)
     recipe.check_calibration(calibrate is not None)
     check_output(output, overwrite=overwrite)
     with StageProgress(lines=not as_json) as progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,53 +62,32 @@ def command(
         with output_errors(junit):
             junit.parent.mkdir(parents=True, exist_ok=True)
             junit.touch()
-
-    from vlmbuild.locks.check import check
-    from vlmbuild.locks.parity import lock_parities
-
     with StageProgress(lines=False) as progress:
+        from vlmbuild.locks import render
+        from vlmbuild.locks.check import check
+        from vlmbuild.locks.parity import lock_parities
+
         results = check(files, kernels=kernels, processes=processes, progress=progress)
-    parities = lock_parities(files) if bisect else None
-    _report(results, parities, junit, limit, style, as_json=as_json)
-    if update:
-        _update(results)
-        results = tuple(result for result in results if result.error)
-    _fail([result for result in results if result.fails(limit)])
-    _fail_parity(parities or {})
-
-
-def _report(
-    results: Sequence[Checked],
-    parities: Mapping[Path, Parity] | None,
-    junit: Path | None,
-    limit: Severity,
-    style: str,
-    *,
-    as_json: bool,
-) -> None:
-    from vlmbuild.locks import render
-    from vlmbuild.measure.pass_parity import parity_lines
-
+    parities = lock_parities(files) if bisect else {}
     if junit is not None:
         with output_errors(junit):
             junit.write_text(render.junit(results, limit), encoding="utf-8")
     if as_json:
-        document = render.check_document(results, limit)
-        if parities is not None:
-            document["parity"] = {str(path): parity.to_json() for path, parity in parities.items()}
-        print_json(document)
+        parity = {"parity": {str(path): parity.to_json() for path, parity in parities.items()}} if bisect else {}
+        print_json({**render.check_document(results, limit), **parity})
     else:
-        tables = [line for path, parity in (parities or {}).items() for line in parity_lines(str(path), parity)]
-        click.echo("\n".join([*tables, *render.check_lines(results, style, limit)]))
+        click.echo("\n".join([*_parity_lines(parities), *render.check_lines(results, style, limit)]))
+    if update:
+        _update(results)
+        results = tuple(result for result in results if result.error)
+    _fail([result.path.stem for result in results if result.fails(limit)], parities)
 
 
-def _fail(failed: Sequence[Checked]) -> None:
-    if failed:
-        names = ", ".join(result.path.stem for result in failed[:5]) + (" and others" if len(failed) > 5 else "")
-        raise GraphDiffersError(
-            f"{len(failed)} lock{'s' * (len(failed) > 1)} differ{'s' * (len(failed) == 1)} from the code: {names}. "
-            "If this is intended, run with --update and commit the result."
-        )
+def _parity_lines(parities: Mapping[Path, Parity]) -> Iterator[str]:
+    from vlmbuild.measure.pass_parity import parity_lines
+
+    for path, parity in parities.items():
+        yield from parity_lines(str(path), parity)
 
 
 def _update(results: Iterable[Checked]) -> None:
@@ -121,7 +100,14 @@ def _update(results: Iterable[Checked]) -> None:
             click.echo(f"{result.path}: updated", err=True)
 
 
-def _fail_parity(parities: Mapping[Path, Parity]) -> None:
+def _fail(failed: Sequence[str], parities: Mapping[Path, Parity]) -> None:
+    """Raise GraphDiffersError for locks that differ, or a pass that changes values."""
+    if failed:
+        names = ", ".join(failed[:5]) + (" and others" if len(failed) > 5 else "")
+        raise GraphDiffersError(
+            f"{len(failed)} lock{'s' * (len(failed) > 1)} differ{'s' * (len(failed) == 1)} from the code: {names}. "
+            "If this is intended, run with --update and commit the result."
+        )
     for path, parity in parities.items():
         if parity.refused:
             raise GraphDiffersError(f"{path}: parity could not be computed: {parity.refused}")

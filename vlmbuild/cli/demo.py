@@ -49,6 +49,8 @@ def command(output: Path | None, family: str, dtype: str, as_json: bool) -> None
     with output_errors(output):
         output.mkdir(exist_ok=True)
 
+    click.echo(f"The demo takes a few minutes. Artifact and adapter are written to {output}.", err=as_json)
+
     from vlmbuild.demo.run import run
 
     result = run(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from vlmbuild.cli.options import (
-    RecipeOptions,
     fail_option,
     format_option,
     json_option,
     kernels_option,
-    recipe_option_values,
+    recipe_change,
+    recipe_options,
 )
-from vlmbuild.cli.output import print_json
+from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import GraphDiffersError
 from vlmbuild.locks import render
 from vlmbuild.locks.difference import Severity
@@ -22,14 +24,12 @@ from vlmbuild.locks.sources import diff
 @click.command()
 @click.argument("old")
 @click.argument("new")
-@recipe_option_values
+@recipe_options
 @format_option
 @kernels_option
 @fail_option
 @json_option
-def command(
-    old: str, new: str, options: RecipeOptions, style: str, kernels: bool, limit: Severity, as_json: bool
-) -> None:
+def command(old: str, new: str, style: str, kernels: bool, limit: Severity, as_json: bool, **options: Any) -> None:
     """Explain the differences between two compiled models.
 
     OLD and NEW are locks, artifacts or checkpoints, in any combination. A checkpoint is compiled with the recipe of the
@@ -41,7 +41,9 @@ def command(
         vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
         vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
     """
-    difference = diff(old, new, options.over if options else None, kernels=kernels)
+    change = recipe_change(options)
+    with StageProgress(lines=False):
+        difference = diff(old, new, change, kernels=kernels)
     if as_json:
         print_json(render.document(difference))
     else:

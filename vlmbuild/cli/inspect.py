@@ -50,9 +50,11 @@ def command(artifact: Path, html: Path | None, style: str, as_json: bool) -> Non
 
 
 def _write_page(artifact: Path, html: Path) -> None:
-    from vlmbuild.report.html import page
-
+    with output_errors(html):
+        html.touch()  # before the work is lost
     with StageProgress() as progress:
+        from vlmbuild.report.html import page
+
         text = page(artifact, progress)
     with output_errors(html):
         html.write_text(text, encoding="utf-8")

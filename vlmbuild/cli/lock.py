@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from vlmbuild.checkpoint.source import resolve
-from vlmbuild.cli.options import json_option, kernels_option, recipe_options, revision_option
+from vlmbuild.cli.options import json_option, kernels_option, recipe_from, recipe_options, revision_option
 from vlmbuild.cli.output import StageProgress, print_json
-from vlmbuild.recipe import Recipe
 
 
 @click.command()
@@ -21,7 +21,7 @@ from vlmbuild.recipe import Recipe
 @kernels_option
 @revision_option
 @json_option
-def command(source: str, output: Path, recipe: Recipe, kernels: bool, revision: str | None, as_json: bool) -> None:
+def command(source: str, output: Path, kernels: bool, revision: str | None, as_json: bool, **options: Any) -> None:
     """Record the compiled graph of a model in a text file.
 
     The lock lists the interface, the graphs, the matches of every pass, costs and Triton kernels. It contains the
@@ -32,6 +32,7 @@ def command(source: str, output: Path, recipe: Recipe, kernels: bool, revision: 
         vlmbuild lock Qwen/Qwen2-VL-2B-Instruct --quantize nf4 -o artifacts/locks/qwen2-vl-nf4.lock
         vlmbuild lock ./my-checkpoint --recipe recipe.toml -o my-model.lock
     """
+    recipe = recipe_from(options)
     with StageProgress(lines=not as_json) as progress:
         found = resolve(source, revision=revision, weights=False, progress=progress)
 

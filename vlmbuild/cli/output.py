@@ -9,12 +9,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
 
     Report = Callable[[Mapping[str, Any]], Iterable[str | Table]]
@@ -46,71 +47,78 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
-    """Print a command's document as JSON, or as the lines and tables that `report` makes of it."""
+    """Print a command's document as JSON, or as the lines and tables that `report` makes of it.
+
+    Tables have the width of the terminal, 80 columns where there is none.
+    """
     if as_json:
         print_json(document)
-    else:
-        print_report(report(document))
-
-
-def print_report(parts: Iterable[str | Table]) -> None:
-    """Print lines as they are, and tables in the width of the terminal; 80 columns where there is none."""
+        return
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = min(console.width, _MAX_WIDTH)
     with console.capture() as captured:
-        for part in parts:
+        for part in report(document):
             console.print(part, soft_wrap=isinstance(part, str))
     for line in captured.get().splitlines():
         click.echo(line.rstrip())  # rich fills cells with spaces
 
 
-class StageProgress:
-    """Shows the stages of a long job on stderr: a bar on a terminal, else one line per finished stage, or nothing.
+class StageProgress(AbstractContextManager["StageProgress"]):
+    """Stages of a long job on stderr: bars on a terminal, else one line per stage, or nothing.
 
-    Called with a stage's name, the amount done, and the total, as `vlmbuild.build` does; a context that ends the last bar.
+    Called with a stage's name, the amount done, and the total, as `vlmbuild.build` does. The first stage, "start", lasts
+    until the first call: importing torch takes seconds.
+
+    Args:
+        lines: Keep the stages on the screen, and print lines where there is no terminal.
     """
 
     def __init__(self, *, lines: bool = True) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._lines = lines and not self._terminal
+        self._lines = lines and not sys.stderr.isatty()
+        self._keep = lines
         self._stage: str | None = None
         self._started = 0.0
+        self._bars: Progress | None = None
         self._bar: Any = None
-        self._done = 0
 
     def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn(f"{{task.description:<{_LABEL_WIDTH}}}"), BarColumn(30), TaskProgressColumn())
+            console = Console(stderr=True)
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=console, transient=not self._keep)
+            self._bars.start()
+        self("start", 0, 1)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._end(failed=kind is not None)
+        if self._bars is not None:
+            self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage != self._stage:
             self._end()
-            self._begin(stage, total)
-        if self._bar is not None:
-            self._bar.update(done - self._done)
-        self._done = done
+            self._stage, self._started = stage, time.monotonic()
+            if self._lines:
+                click.echo(f"{stage:<{_LABEL_WIDTH}} ", err=True, nl=False)
+            if self._bars is not None:
+                self._bar = self._bars.add_task(stage, total=total)
+        if self._bars is not None:
+            self._bars.update(self._bar, completed=done, total=total)
         if done >= total:
             self._end()
-
-    def _begin(self, stage: str, total: int) -> None:
-        self._stage, self._started, self._done = stage, time.monotonic(), 0
-        if self._terminal:
-            self._bar = click.progressbar(
-                length=total, label=f"{stage:<{_LABEL_WIDTH}}", file=sys.stderr, show_eta=total > 100, width=30
-            )
-            self._bar.render_progress()
 
     def _end(self, *, failed: bool = False) -> None:
         if self._stage is None:
             return
-        if self._bar is not None:
-            self._bar.render_finish()
-        elif self._lines and not failed:
-            click.echo(f"{self._stage:<{_LABEL_WIDTH}} {time.monotonic() - self._started:6.1f} s", err=True)
-        self._stage, self._bar = None, None
+        if self._lines:
+            click.echo("" if failed else f"{time.monotonic() - self._started:6.1f} s", err=True)
+        if self._bars is not None and not failed:
+            self._bars.update(self._bar, completed=self._bars.tasks[self._bar].total)
+            self._bars.stop_task(self._bar)
+        self._stage = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import click
 
 from vlmbuild.checkpoint.source import resolve
-from vlmbuild.cli.options import json_option, recipe_options, revision_option
+from vlmbuild.cli.options import device_option, json_option, recipe_from, recipe_options, revision_option
 from vlmbuild.cli.output import StageProgress, show
-from vlmbuild.recipe import Recipe
 from vlmbuild.report.tables import plan_report
 
 _POSITIVE = click.IntRange(1, 2**31 - 1)
@@ -28,23 +28,21 @@ _POSITIVE = click.IntRange(1, 2**31 - 1)
 @click.option("--batch", type=_POSITIVE, default=1, show_default=True, help="Samples per batch.")
 @click.option("--text-tokens", type=_POSITIVE, default=256, show_default=True, help="Text tokens per sample.")
 @click.option("--rank", type=_POSITIVE, default=16, show_default=True, help="LoRA rank for the training estimate.")
-@click.option(
-    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="Device the model runs on."
-)
+@device_option
 @revision_option
 @json_option
 def command(
     source: str,
-    recipe: Recipe,
     images: tuple[str, ...],
     longest_edge: int | None,
     shortest_edge: int | None,
     batch: int,
     text_tokens: int,
     rank: int,
-    device: str,
+    device: str | None,
     revision: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Estimate the graph and the memory of a build.
 
@@ -57,11 +55,13 @@ def command(
         vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --image 448x448 --batch 8 --text-tokens 512
         vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --image 2000x3000 --longest-edge 1003520
     """
+    recipe = recipe_from(options)
     with StageProgress(lines=not as_json) as progress:
         found = resolve(source, revision=revision, weights=False, progress=progress)
 
         from vlmbuild.planner.memory import Workload
         from vlmbuild.planner.plan import plan
+        from vlmbuild.runtime.load import best_device
 
         edges = {"longest_edge": longest_edge, "shortest_edge": shortest_edge}
         planned = plan(
@@ -69,7 +69,7 @@ def command(
             recipe,
             images=map(_image, images),
             limits={name: edge for name, edge in edges.items() if edge is not None},
-            workload=Workload(batch, text_tokens, rank, device),
+            workload=Workload(batch, text_tokens, rank, device or best_device(recipe.target)),
             progress=progress,
         )
     show(planned.to_json(), plan_report, as_json=as_json)

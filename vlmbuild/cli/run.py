@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.cli.options import json_option, trust_option
-from vlmbuild.cli.output import print_json
-from vlmbuild.errors import UsageError
+from vlmbuild.cli.options import device_option, json_option, trust_option
+from vlmbuild.cli.output import StageProgress, print_json
+from vlmbuild.errors import BatchError, UsageError
 
 
 @click.command()
@@ -27,9 +29,7 @@ from vlmbuild.errors import UsageError
     show_default=True,
     help="Sampling temperature; 0 means greedy decoding.",
 )
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device to run on."
-)
+@device_option
 @trust_option
 @json_option
 def command(
@@ -38,7 +38,7 @@ def command(
     images: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
-    device: str,
+    device: str | None,
     trust_code: bool,
     as_json: bool,
 ) -> None:
@@ -54,25 +54,65 @@ def command(
     """
     if not prompt.strip():
         raise UsageError('The prompt is empty. Pass a question, such as --prompt "What is in the picture?".')
-    ArtifactReader(artifact, verify=False)  # refuse a folder that is no artifact before torch is imported
+    reader = ArtifactReader(artifact, verify=False)  # refuse a folder that is no artifact before torch is imported
+    for image in images:
+        if "://" not in image and not Path(image).is_file():
+            raise UsageError(f"--image {image}: there is no such file. Pass the path of an image.")
+    with StageProgress(lines=False):
+        from transformers import TextStreamer
 
-    from vlmbuild.cli.answer import answer
+        from vlmbuild.runtime.load import best_device, load
+        from vlmbuild.train.images import open_image
 
-    def write(text: str) -> None:
-        if not as_json:
-            click.echo(text, nl=False)
-
-    result = answer(
-        artifact,
-        prompt,
-        images,
+        pictures = [open_image(image, "--image") for image in images]
+        model, processor = load(
+            artifact,
+            device=device or best_device(reader.manifest.target),
+            trust=("code",) if trust_code else (),
+        )
+        batch = _batch(processor, prompt, pictures)
+    tokenizer, prompt_tokens = processor.tokenizer, batch["input_ids"].shape[1]
+    started = time.perf_counter()
+    tokens = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in batch.items()},
+        **_generation(model.generation_config, tokenizer, temperature),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        device=device,
-        write=write,
-        trust=("code",) if trust_code else (),
-    )
+        streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )[0, prompt_tokens:]
     if as_json:
-        print_json(asdict(result))
-    else:
-        click.echo()
+        print_json(
+            {
+                "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                "prompt_tokens": prompt_tokens,
+                "new_tokens": len(tokens),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+
+
+def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
+    """Format a user's turn with images."""
+    if not getattr(processor, "chat_template", None):
+        raise UsageError(
+            "The artifact's processor has no chat template to format the prompt with. Build from a checkpoint that was "
+            "tuned on conversations."
+        )
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    media = {"images": [list(images)]} if images else {}
+    try:
+        batch = processor(text=[text], **media, add_special_tokens=False, return_tensors="pt")
+    except ValueError as error:
+        raise BatchError(f"--image: the artifact's processor refuses the images: {error}") from error
+    return {name: value for name, value in batch.items() if hasattr(value, "device")}
+
+
+def _generation(config: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:
+    """Return sampling options, and the end tokens of generation_config.json, or of the tokenizer if there are none."""
+    ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    first_end = ends[0] if isinstance(ends, list) else ends
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    if not temperature:
+        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    padding = first_end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"eos_token_id": ends, "pad_token_id": padding, **sampling}

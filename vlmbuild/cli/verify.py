@@ -46,7 +46,7 @@ def command(artifact: Path, expected_id: str | None, numerics: bool, trust_code:
         "path": str(artifact),
         "id": manifest.id,
         "name": manifest.name,
-        "files": len(manifest.files) + 2,
+        "files": len(manifest.files),
         "bytes": manifest.total_bytes,
         "numerics": records,
     }

@@ -70,6 +70,7 @@ class Opener:
         open: (reader, device, dtype) -> model with its processor.
         device: Checks the caller's device. Raises DeviceError, IncompatibleError.
         any_dtype: True if the model can compute in another dtype than it was built with.
+        on_gpu: True if `best_device` puts the model on a GPU.
         runs_code: True if the artifact holds machine code, which needs the caller's trust.
         proven_first: True if code of others parses or runs its files, so that all are verified before one is opened. Files
             that only we parse are verified in other threads in the meantime.
@@ -78,6 +79,7 @@ class Opener:
     open: Callable[[ArtifactReader, torch.device, torch.dtype], Model]
     device: Callable[[Device], torch.device] = available_device
     any_dtype: bool = False
+    on_gpu: bool = False
     runs_code: bool = False
     proven_first: bool = True
 
@@ -130,6 +132,12 @@ def load(
         if reader.manifest.entry(GENERATION_CONFIG) is not None:
             model.generation_config = _generation_config(reader)
     return model, model.processor
+
+
+def best_device(target: str) -> str:
+    """Return the device that the command line runs a target's artifacts on: "cuda" if there is one, else "cpu"."""
+    opener = OPENERS.get(target)
+    return "cuda" if opener is not None and opener.on_gpu and torch.cuda.is_available() else "cpu"
 
 
 def check_trust(path: Path, manifest: Manifest, trust: Collection[str]) -> None:
@@ -205,7 +213,7 @@ def _compiled_device(device: Device) -> torch.device:
 
 
 OPENERS: dict[str, Opener] = {
-    "trainable": Opener(_open_trainable, any_dtype=True, proven_first=False),
+    "trainable": Opener(_open_trainable, any_dtype=True, on_gpu=True, proven_first=False),
     "onnx": Opener(_open_onnx, device=_onnx_device),
     "aoti": Opener(_open_compiled, device=_compiled_device, runs_code=True),
 }

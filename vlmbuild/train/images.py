@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,10 @@ def open_image(image: Any, where: str) -> Any:
             raise ValueError(f"it is {type(source).__name__}, not an image, an array, bytes, a path or an address")
         return load_image(str(source))
     except Exception as error:  # files, addresses and decoders have errors of their own
+        missing = isinstance(source, str | os.PathLike) and "://" not in str(source) and not Path(source).exists()
+        reason = "there is no such file" if missing else str(error)
         raise BatchError(
-            f"{where}: the image {str(image)[:200]} cannot be read: {error}. Pass a file that Pillow opens."
+            f"{where}: the image {str(image)[:200]} cannot be read: {reason}. Pass a file that Pillow opens."
         ) from error
 
 

@@ -6,8 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 FILES = [path for folder in ("vlmbuild", "passes", "targets") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -43,20 +41,32 @@ def strings(path):
             yield node.lineno, node.value.value
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_docstrings_of_functions_start_with_an_imperative(path):
-    found = [
+def unworded(paths):
+    """List the functions whose docstring does not start with an imperative."""
+    return [
         f"{path}:{node.lineno}: {text.splitlines()[0]}"
+        for path in paths
         for node, text in functions(path)
         if not is_property(node) and (NOT_A_VERB.match(text) or not text[0].isupper())
     ]
-    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_crutch_stands_in_a_docstring(path):
-    found = [f"{path}:{line}: {match.group()!r}" for line, text in strings(path) if (match := CRUTCHES.search(text))]
-    assert not found, "\n".join(found)
+def crutches(paths):
+    """List the crutches in docstrings."""
+    return [
+        f"{path}:{line}: {match.group()!r}"
+        for path in paths
+        for line, text in strings(path)
+        if (match := CRUTCHES.search(text))
+    ]
+
+
+def test_docstrings_of_functions_start_with_an_imperative():
+    assert not unworded(FILES)
+
+
+def test_no_crutch_stands_in_a_docstring():
+    assert not crutches(FILES)
 
 
 def test_the_scan_sees_an_offender(tmp_path):
@@ -64,7 +74,5 @@ def test_the_scan_sees_an_offender(tmp_path):
     file.write_text(
         'def size():\n    """What it takes."""\n\n\nWIDTH = 1\n"""Width.\n\nArgs:\n    x: Of the result."""\n'
     )
-    with pytest.raises(AssertionError, match="What it takes"):
-        test_docstrings_of_functions_start_with_an_imperative(file)
-    with pytest.raises(AssertionError, match="Of"):
-        test_no_crutch_stands_in_a_docstring(file)
+    assert "What it takes" in unworded([file])[0]
+    assert "Of" in crutches([file])[0]

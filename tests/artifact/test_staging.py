@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from vlmbuild.artifact import staging
+from vlmbuild.artifact.output import check_output
+from vlmbuild.errors import OutputError
 
 
 def test_only_abandoned_ones_of_the_same_output_go(tmp_path, monkeypatch):
@@ -62,3 +64,40 @@ def test_where_the_system_has_no_renameat2(tmp_path, monkeypatch):
     source = staging.create_staging(tmp_path / "art")
     staging.publish_new(source, tmp_path / "art")
     assert (tmp_path / "art").is_dir()
+
+
+def test_a_process_that_was_killed_between_two_renames_loses_nothing(tmp_path):
+    output = tmp_path / "art"
+    script = """
+import os, sys
+from pathlib import Path
+from vlmbuild.artifact import staging
+from vlmbuild.artifact.output import check_output
+from vlmbuild.errors import OutputError
+output, rename = Path(sys.argv[1]), os.rename
+output.mkdir()
+(output / "old").touch()
+made = staging.create_staging(output)
+staging._renameat2 = lambda *_: False
+os.rename = lambda *names: rename(*names) if names[0] == output else os._exit(9)
+staging.publish_exchange(made, output)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(output)], check=False)
+    assert done.returncode == 9
+    assert not output.exists() and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OutputError, match="is not a vlmbuild artifact"):  # the old one is there again
+        check_output(output, overwrite=True)
+    assert list(output.iterdir()) == [output / "old"]
+    staging.remove_abandoned(output)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_a_zombie_left_is_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    start = staging._start_time(process.pid)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has waited for it
+    left = tmp_path / f".art.staging-{staging._host()}-{staging._boot()}-{process.pid}-{start}-{'0' * 12}"
+    left.mkdir()
+    staging.remove_abandoned(tmp_path / "art")
+    assert not left.exists()
+    process.wait()

@@ -31,11 +31,24 @@ def create_staging(output: Path) -> Path:
 
 def remove_abandoned(output: Path) -> None:
     """Remove the staging directories of the same output whose process on this machine is gone."""
-    pattern = re.compile(re.escape(_prefix(output)) + r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}")
-    for path in output.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and _is_abandoned(match):
-            shutil.rmtree(path, ignore_errors=True)  # which leaves a link alone
+    for path in _abandoned(output, "staging"):
+        shutil.rmtree(path, ignore_errors=True)  # which leaves a link alone
+
+
+def restore_replaced(output: Path) -> None:
+    """Put back an output that a process had moved aside for its successor when it was killed. Raises OSError."""
+    for path in _abandoned(output, "replaced"):
+        if os.path.lexists(output):
+            shutil.rmtree(path, ignore_errors=True)
+        elif not path.is_symlink():
+            os.rename(path, output)
+
+
+def _abandoned(output: Path, kind: str) -> list[Path]:
+    owner = r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9]+)-([0-9]+)-[0-9a-f]{12}"
+    pattern = re.compile(re.escape(f".{output.name}.{kind}-") + owner)
+    matches = [(path, pattern.fullmatch(path.name)) for path in output.parent.iterdir()]
+    return [path for path, match in matches if match and _is_abandoned(match)]
 
 
 def _prefix(output: Path) -> str:
@@ -77,7 +90,8 @@ def _start_time(pid: int) -> str:
     """Return a process's start time in the kernel's ticks; "0" where it is unknown, "" for no such process."""
     try:
         # The command name is in parentheses and may hold spaces, so count fields after the last one.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # a zombie does nothing more
     except (FileNotFoundError, ProcessLookupError):
         if sys.platform == "linux":
             return ""
@@ -105,8 +119,9 @@ def publish_exchange(staging: Path, output: Path) -> None:
     """Swap the staging directory with the output, which then lies at the staging path. Raises OSError."""
     if _renameat2(staging, output, _EXCHANGE):
         return
-    # Where the file system cannot swap, there is a moment without an output, and a way back if the second step fails.
-    aside = staging.with_name(staging.name[:-12] + uuid.uuid4().hex[:12])
+    # Where the file system cannot swap, there is a moment without an output, and a way back if the second step fails; for
+    # a process that is killed in it, `restore_replaced` goes that way.
+    aside = staging.with_name(f".{output.name}.replaced-{staging.name.removeprefix(_prefix(output))}")
     os.rename(output, aside)
     try:
         os.rename(staging, output)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from vlmbuild.artifact.output import check_output
+from vlmbuild.artifact.output import cannot_write, check_output
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import OutputError
 
@@ -68,3 +70,9 @@ def test_overwrite_takes_damaged_and_newer_artifacts(tmp_path):
     check_output(tmp_path / "art", overwrite=True)
     (tmp_path / "art/x").unlink()
     check_output(tmp_path / "art", overwrite=True)
+
+
+def test_the_file_that_failed_is_named():
+    error = OSError(errno.EIO, "Input/output error", "/x/.out.staging-a-b/graph/program.json")
+    assert "/x/out/graph/program.json cannot be written: Input/output error" in str(cannot_write(Path("/x/out"), error))
+    assert "/x/out cannot be written" in str(cannot_write(Path("/x/out"), OSError(errno.EIO, "Input/output error")))

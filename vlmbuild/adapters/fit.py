@@ -14,6 +14,7 @@ from vlmbuild.adapters.select import adaptable_layers, matches_module
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
+from vlmbuild.util.validation import require_finite
 
 _Value = TypeVar("_Value")
 
@@ -144,5 +145,4 @@ def _matching_modules(program: Program, pattern: str) -> dict[str, frozenset[str
 def check_finite(adapter: Adapter, directory: str | Path) -> None:
     """Raise SourceError for an adapter with NaN or infinity; the tensor is named."""
     for name, tensor in [*adapter.tensors.items(), *adapter.trained.items()]:
-        if not torch.isfinite(tensor).all():
-            raise SourceError(f"{directory}: {name} holds NaN or infinity. Take an earlier checkpoint of the adapter.")
+        require_finite(tensor, f"{directory}: {name}", "Take an earlier checkpoint of the adapter.")

@@ -18,6 +18,7 @@ from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
 from vlmbuild.recipe import Recipe
+from vlmbuild.util.validation import reachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -
         UsageError: The recipe measures layers, or the output lies in the adapter's folder.
         SourceError: There is no such folder.
     """
-    path = Path(directory)
+    path = reachable(directory, SourceError, "The adapter")
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
             "auto measures the source's weights, and the adapter changes them. Merge without --quantize first, then build "

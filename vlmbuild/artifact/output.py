@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
+from vlmbuild.artifact.staging import restore_replaced
 from vlmbuild.errors import OutputError
+from vlmbuild.util.validation import reachable
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise OutputError when an artifact may not be written to `output`, with what to do instead."""
-    output = Path(os.path.abspath(output))
+    output = Path(os.path.abspath(reachable(output, OutputError, "The output")))
     parent = output.parent
     if not output.name:
         raise OutputError(f"{output} cannot be an output. Give the path of a folder to create.")
@@ -30,6 +32,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{parent} is not a folder, so {output.name} cannot be made in it. Choose another output.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {parent} is not writable. Change its permissions or choose another output.")
+    with output_errors(parent):
+        restore_replaced(output)
     if output.is_symlink():
         raise OutputError(f"The output {output} is a link. Give the path that it points to, or remove it.")
     if not os.path.lexists(output):
@@ -96,7 +100,9 @@ def output_errors(where: Path) -> Iterator[None]:
 
 
 def cannot_write(where: Path, error: OSError) -> OutputError:
-    """Return the error of an output that cannot be written."""
+    """Return the error of an output that cannot be written; it names the file below `where`, if the system does."""
+    inner = os.fsdecode(error.filename or "").partition(".staging-")[2].partition("/")[2]
+    where = where if str(where).endswith(inner) else where / inner
     if error.errno in FULL_DISK:
         return OutputError(
             f"{where} cannot be written: {error.strerror}. Nothing was left there. Free space, raise the quota or file "

@@ -16,6 +16,7 @@ from vlmbuild.artifact.files import Identity, hash_descriptor, list_tree, open_b
 from vlmbuild.artifact.manifest import MANIFEST_NAME, MAX_FILES, SUMS_NAME, FileEntry, Manifest
 from vlmbuild.errors import IncompatibleError, IntegrityError, VlmbuildError
 from vlmbuild.util.pool import cancellable_pool
+from vlmbuild.util.validation import reachable
 
 ByteProgress = Callable[[int, int], None]
 """Called with the bytes done and their total."""
@@ -31,7 +32,7 @@ def verify(path: Path | str, *, expected_id: str | None = None, progress: BytePr
     Raises IntegrityError naming every file that is missing, extra, changed or not a plain file, or when the artifact
     is not the expected one; IncompatibleError when its manifest belongs to another major version.
     """
-    return _verify(Path(path), expected_id, progress)[0]
+    return _verify(reachable(path, IntegrityError, "The artifact"), expected_id, progress)[0]
 
 
 class ArtifactReader:
@@ -49,7 +50,7 @@ class ArtifactReader:
         expected_id: str | None = None,
         progress: ByteProgress | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = reachable(path, IntegrityError, "The artifact")
         self._identities: dict[str, Identity] = {}
         if verify:
             self.manifest, self._identities = _verify(self.path, expected_id, progress)

@@ -23,7 +23,7 @@ from vlmbuild.formats import (
     unfit,
 )
 from vlmbuild.util.lazy import LazyModule
-from vlmbuild.util.validation import number, require_finite
+from vlmbuild.util.validation import is_finite, number, require_finite
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ def quantize_rows(values: Tensor, *, name: str = "the weight") -> tuple[Tensor, 
     scales = torch.empty(values.shape[0], dtype=torch.float32, device=values.device)
     for group in _groups(values):
         half = values[group].to(torch.float16).contiguous()
-        if not torch.isfinite(half).all():
+        if not is_finite(half):
             require_finite(values[group], f"The tensor {name}")
             raise SourceError(
                 f"The tensor {name} holds values beyond ±65504, the range of float16, which 8-bit quantization goes "

@@ -18,6 +18,7 @@ from vlmbuild.artifact.output import FULL_DISK, cannot_write, check_output, chec
 from vlmbuild.artifact.reader import verify
 from vlmbuild.artifact.staging import create_staging, publish_exchange, publish_new, remove_abandoned
 from vlmbuild.errors import IncompatibleError, IntegrityError, OutputError, SourceError
+from vlmbuild.util.interrupt import check_interrupted
 
 
 class ArtifactWriter:
@@ -155,6 +156,7 @@ class ArtifactWriter:
             ) from error
 
     def _rename(self, staging: Path, manifest: Manifest) -> None:
+        check_interrupted()  # whoever sent a signal expects no artifact
         if self._overwrite and os.path.lexists(self.output):
             check_output(self.output, overwrite=True)  # again: hours may have passed
             publish_exchange(staging, self.output)

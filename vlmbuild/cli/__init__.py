@@ -6,17 +6,15 @@ import importlib
 import importlib.metadata
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import click
 
 from vlmbuild.cli.output import quiet_libraries
 from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
+from vlmbuild.util.interrupt import TERMINATED, check_interrupted, ending_signals
 
 COMMANDS: dict[str, str] = {
     "plan": "vlmbuild.cli.plan",
@@ -31,8 +29,9 @@ COMMANDS: dict[str, str] = {
 }
 """Name of each command -> module whose `command` it is, in the order of `vlmbuild --help`."""
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 _TRACEBACK = "VLMBUILD_TRACEBACK"
+_NO_OUTPUT = "interrupted; no partial output was left behind."
 
 
 class LazyGroup(click.Group):
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error ends here, as one paragraph on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
-    with _terminable():
+    with ending_signals():
         try:
             cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
         except GraphDiffersError as error:  # its command has printed the JSON document of the differences
@@ -101,11 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except click.ClickException as error:
             return _fail(arguments, type(error).__name__, error.format_message(), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            return _fail(arguments, "Interrupted", "interrupted; no partial output was left behind.", INTERRUPTED)
+            return _fail(arguments, "Interrupted", _NO_OUTPUT, INTERRUPTED)
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except Exception as error:
-            return _fail(arguments, type(error).__name__, _unexpected(error), 1)
+            return _end_unexpectedly(arguments, error)
     return 0
 
 
@@ -125,28 +124,17 @@ def _say(text: str, *, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # where the interpreter flushes at exit
 
 
-def _unexpected(error: Exception) -> str:
+def _end_unexpectedly(arguments: Sequence[str], error: Exception) -> int:
+    try:
+        check_interrupted()  # some libraries turn an interrupt into an error of their own
+    except KeyboardInterrupt:
+        return _fail(arguments, "Interrupted", _NO_OUTPUT, INTERRUPTED)
+    except SystemExit:
+        return TERMINATED
     if os.environ.get(_TRACEBACK):
         traceback.print_exception(error)
-    return (
+    message = (
         f"unexpected {type(error).__name__}: {error}. This is a bug in vlmbuild or in a library that it uses. "
         f"Run the command again with {_TRACEBACK}=1 and report the traceback."
     )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that partial output is removed on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
-        raise SystemExit(TERMINATED)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return _fail(arguments, type(error).__name__, message, 1)

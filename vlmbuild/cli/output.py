@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from vlmbuild.util.interrupt import check_interrupted
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
@@ -101,6 +103,7 @@ class StageProgress(AbstractContextManager["StageProgress"]):
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        check_interrupted()
         if stage != self._stage:
             self._end()
             self._stage, self._started = stage, time.monotonic()

@@ -155,6 +155,14 @@ class Family(ABC):
                 return module + stored.removeprefix(published)
         return stored
 
+    def client_names(self, module: str) -> tuple[str, ...]:
+        """List the names of a module elsewhere: as published, and with vLLM's `language_model` around text and head."""
+        path = f"{module}."
+        names = [self.stored_name(path)]
+        if self.role(path) in ("language", "embedding", "head"):
+            names.append("language_model." + path.replace("model.language_model.", "model.", 1))
+        return tuple(name.removesuffix(".") for name in names)
+
     # Batches --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -206,7 +214,10 @@ class Family(ABC):
             # Without these files transformers makes a tokenizer of special tokens alone, and every text becomes empty.
             if not any(all((directory / name).is_file() for name in layout) for layout in layouts):
                 raise FileNotFoundError("it has no tokenizer.")
-            return self.load_processor(directory)
+            processor = self.load_processor(directory)
+            if processor.chat_template is None:  # old checkpoints have it in tokenizer_config.json
+                processor.chat_template = processor.tokenizer.chat_template
+            return processor
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
             raise SourceError(
                 f"The processor in {directory} cannot be loaded: {error} Add the files of a {self.title} checkpoint: a "
@@ -217,6 +228,10 @@ class Family(ABC):
     @abstractmethod
     def load_processor(self, directory: Path) -> Any:
         """Load the processor; raise whatever transformers raises for bad files."""
+
+    def stock_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Complete a checkpoint's processor files, so that transformers' `AutoProcessor` opens them; returns changed ones."""
+        return {}
 
     @abstractmethod
     def media_tokens(self, processor: Any) -> frozenset[int]:

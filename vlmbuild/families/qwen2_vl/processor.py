@@ -26,6 +26,28 @@ _SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 """Pixels of a frame, equal to those of the stock video processor."""
 
 
+_SHARED = (
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "merge_size",
+    "patch_size",
+    "resample",
+    "rescale_factor",
+    "temporal_patch_size",
+)
+"""Settings that videos have in common with images."""
+
+
+def video_settings(image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the stock video processor that go with an image processor's."""
+    shared = {key: image[key] for key in _SHARED if key in image}
+    return {**shared, "size": dict(_SIZE), "video_processor_type": "Qwen2VLVideoProcessor"}
+
+
 class FrameProcessor:
     """Equivalent of transformers' `Qwen2VLVideoProcessor` for videos that are passed as frames, with Pillow.
 
@@ -78,6 +100,10 @@ class FrameProcessor:
         return [*frames, *[frames[-1]] * missing]
 
 
+_VIDEO_FILES = frozenset({"preprocessor_config.json", "video_preprocessor_config.json"})
+"""Files in which the stock class finds the video processor's settings, besides processor_config.json."""
+
+
 class ImageTextProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor where torchvision is missing."""
 
@@ -87,6 +113,11 @@ class ImageTextProcessor(Qwen2VLProcessor):
     @property  # an attribute would be saved, as a class that no other reader knows
     def video_processor(self) -> FrameProcessor:
         return FrameProcessor(self.image_processor)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved, with the video processor's section, without which `AutoProcessor` fails."""
+        values: dict[str, Any] = super().to_dict()
+        return {**values, "video_processor": video_settings(self.image_processor.to_dict())}
 
 
 ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # `save_pretrained` writes it, and every reader knows it
@@ -101,6 +132,15 @@ class Qwen2VLProcessing(MropeFamily):
         stock = is_torchvision_available() and _has_video_processor(directory)
         processor_class: Any = Qwen2VLProcessor if stock else ImageTextProcessor
         return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+    def stock_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Add the section of the video processor, which a processor saved without torchvision lacks."""
+        values = json.loads(files.get("processor_config.json", b"{}"))
+        image = values.get("image_processor")
+        if image is None or "video_processor" in values or not _VIDEO_FILES.isdisjoint(files):
+            return {}
+        completed = {**values, "video_processor": video_settings(image)}
+        return {"processor_config.json": (json.dumps(completed, indent=2, sort_keys=True) + "\n").encode()}
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
         ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
@@ -129,7 +169,7 @@ class Qwen2VLProcessing(MropeFamily):
 
 def _has_video_processor(directory: Path) -> bool:
     """Tell whether the stock class would load: a processor that was saved without torchvision has no video processor."""
-    if any((directory / name).is_file() for name in ("preprocessor_config.json", "video_preprocessor_config.json")):
+    if any((directory / name).is_file() for name in _VIDEO_FILES):
         return True
     combined = directory / "processor_config.json"
     return combined.is_file() and "video_processor" in json.loads(combined.read_text())

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 
+import peft
 import pytest
 import torch
 from adapters import edit_adapter, edit_adapter_config, write_adapter
 from parity import MODEL_FP32, SAME_WEIGHTS_FP32, assert_close
 from safetensors.torch import load_file
 from tiny import FAMILY
+from transformers import AutoModelForImageTextToText
 
 import vlmbuild
 from vlmbuild.adapters.merge import Merge, read_merge
@@ -168,6 +170,27 @@ def test_command_line_shows_adapter_and_parity(base, adapter, tmp_path, capsys):
     assert "none, because an adapter is merged" in shown
     assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["numerics"]) == 1
+
+
+def test_clients_of_peft_open_an_adapter_with_its_base(base, adapter):
+    processor = vlmbuild.load(base)[1]
+    expected = adapted(base, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == (None, str(base))
+    for opened in (
+        peft.AutoPeftModel.from_pretrained(adapter),
+        AutoModelForImageTextToText.from_pretrained(
+            adapter, dtype=torch.float32
+        ),  # as transformers itself finds adapters
+    ):
+        assert_close(logits(opened, processor), expected, MODEL_FP32)
+
+
+def test_adapters_of_other_tasks_are_read_too(base, adapter, tmp_path):
+    for number, task in enumerate(("CAUSAL_LM", "FEATURE_EXTRACTION")):
+        other = shutil.copytree(adapter, tmp_path / str(number))
+        edit_adapter_config(other, task_type=task, auto_mapping=None)
+        assert torch.equal(adapted(base, other), adapted(base, adapter))
 
 
 # Memory -------------------------------------------------------------------------------------------------------------

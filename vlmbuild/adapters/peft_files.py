@@ -61,6 +61,7 @@ def write_adapter(
     parameters: Mapping[str, Tensor],
     ties: Mapping[str, str],
     base: str | None,
+    model_class: type,
 ) -> None:
     """Write LoRA matrices and the modules that were trained whole.
 
@@ -72,6 +73,7 @@ def write_adapter(
         parameters: The model's parameters by name.
         ties: Tied name -> the parameter that it shares.
         base: `base_model_name_or_path` of the config.
+        model_class: transformers' class of the model, which PEFT opens the base with.
 
     Raises:
         OutputError: The directory cannot be written.
@@ -83,7 +85,7 @@ def write_adapter(
     try:
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-        (path / CONFIG_FILE).write_text(json.dumps(_config(spec, base), indent=2, sort_keys=True) + "\n")
+        (path / CONFIG_FILE).write_text(json.dumps(_config(spec, base, model_class), indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"The adapter cannot be written to {path}: {error}. Choose a directory with space."
@@ -102,13 +104,15 @@ def _stored_tensors(spec: AdapterSpec, parameters: Mapping[str, Tensor], ties: M
     return stored
 
 
-def _config(adapter: AdapterSpec, base: str | None) -> dict[str, Any]:
+def _config(adapter: AdapterSpec, base: str | None, model_class: type) -> dict[str, Any]:
     """Return the adapter's config for PEFT, with the most frequent rank and alpha, and patterns for others."""
     kinds = Counter(adapter.loras.values())
     common = kinds.most_common(1)[0][0] if kinds else Lora(1, 1.0)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        # PEFT's classes of tasks open text models alone: without a task AutoPeftModel takes the class that is named here.
+        "task_type": None,
+        "auto_mapping": {"base_model_class": model_class.__name__, "parent_library": model_class.__module__},
         "base_model_name_or_path": base,
         "r": common.r,
         "lora_alpha": common.alpha,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlmbuild.adapters.lora import AdapterSpec
 from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
+from vlmbuild.families import Family
 from vlmbuild.runtime.hf import BaseModelOutputWithPast, TrainerHooks
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 from vlmbuild.runtime.torch.state import TrainedState
@@ -23,6 +24,7 @@ class TrainerConventions(TrainerHooks, TrainedState):
     """Gradient checkpointing, saving and embeddings under transformers' names."""
 
     config: Any
+    family: Family
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +98,14 @@ class TrainerConventions(TrainerHooks, TrainedState):
         """
         if self.adapter is None:
             raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
-        write_adapter(save_directory, self.adapter, dict(self.named_parameters()), self.program.ties, self.source)
+        write_adapter(
+            save_directory,
+            self.adapter,
+            dict(self.named_parameters()),
+            self.program.ties,
+            self.source,
+            self.family.model_class,
+        )
 
     def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """Write an artifact with the adapter merged, by the function that `FastVisionModel` has set.

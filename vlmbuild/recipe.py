@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,9 +14,17 @@ from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
 from vlmbuild.quant.spec import QuantSpec, quantize_choices
 from vlmbuild.util.renamed import PASSES
-from vlmbuild.util.validation import known_options, one_of, strings
+from vlmbuild.util.validation import known_options, one_of, reachable, strings
 
-__all__ = ["ATTENTIONS", "BUILD_TOOLS", "DTYPES", "TARGET_OPTIONS", "QuantSpec", "Recipe", "TargetOptions"]
+__all__ = [
+    "ATTENTIONS",
+    "BUILD_TOOLS",
+    "DTYPES",
+    "TARGET_OPTIONS",
+    "QuantSpec",
+    "Recipe",
+    "TargetOptions",
+]
 
 BUILD_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
 """Distributions whose versions decide what a recipe's build writes."""
@@ -73,8 +81,10 @@ class Recipe:
         quantize: None leaves every weight as the source has it, in `dtype` or quantized.
         attention: The kernel behind the attention operator; "auto" takes torch's kernels, and Triton on a GPU where tiles.json
             says it was measured, or for groups of keys, which no torch kernel takes.
-        dtype: Dtype of the stored unquantized weights and of the computation; None is the target's default.
+        dtype: Dtype of the stored unquantized weights and of the computation; None is that of a source which is an artifact,
+            else the target's default.
         require: Names of passes that must match at least once, else the build fails.
+        default_dtype: True if no dtype was given.
     """
 
     target: str = "trainable"
@@ -82,6 +92,7 @@ class Recipe:
     attention: Literal["auto", "triton", "sdpa"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = None  # type: ignore[assignment]  # is set below
     require: tuple[str, ...] = ()
+    default_dtype: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.quantize, QuantSpec | None):
@@ -91,6 +102,7 @@ class Recipe:
         options = TARGET_OPTIONS[self.target]
         if self.dtype is None:
             object.__setattr__(self, "dtype", options.dtypes[0])
+            object.__setattr__(self, "default_dtype", True)
         one_of("attention", self.attention, ATTENTIONS)
         one_of("dtype", self.dtype, DTYPES)
         formats = self.quantize.weight_formats() if self.quantize is not None else ()
@@ -109,6 +121,15 @@ class Recipe:
                 f"{' or '.join(choices[self.target])}, or {able}."
             )
 
+    def changed(self, **changes: Any) -> Recipe:
+        """Return the recipe with other fields; a default dtype stays one, and is that of a new target."""
+        return replace(self, **{**({"dtype": None} if self.default_dtype else {}), **changes})
+
+    def with_source_dtype(self, dtype: str | None) -> Recipe:
+        """Return the recipe with the dtype of a source that is an artifact, if none was given and the target has it."""
+        keep = self.default_dtype and dtype in TARGET_OPTIONS[self.target].dtypes
+        return self.changed(dtype=dtype) if keep else self
+
     def check_calibration(self, calibrated: bool) -> None:
         """Raise UsageError when there is calibration data, but no budget that it could serve."""
         if calibrated and (self.quantize is None or self.quantize.budget is None):
@@ -125,7 +146,7 @@ class Recipe:
         Raises:
             UsageError: An option is unknown, of the wrong type, or not among the choices.
         """
-        known_options(options, {field.name for field in fields(cls)}, where)
+        known_options(options, set(_field_names()), where)
         values = dict(options)
         if isinstance(require := values.get("require"), list | tuple):
             values["require"] = tuple(PASSES.get(name, name) for name in require)
@@ -147,6 +168,7 @@ class Recipe:
         Raises:
             UsageError: The file is missing, is not TOML, or holds an invalid option.
         """
+        reachable(path, UsageError, "The recipe")
         try:
             options = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -157,7 +179,7 @@ class Recipe:
 
     def to_mapping(self) -> dict[str, Any]:
         """Convert to plain values: strings (also for numbers that are not whole), integers, booleans, lists, None."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: getattr(self, name) for name in _field_names()}
         values["quantize"] = None if self.quantize is None else self.quantize.to_mapping()
         plain: dict[str, Any] = json.loads(json.dumps(values), parse_float=str)
         return plain
@@ -166,3 +188,8 @@ class Recipe:
         """Return the SHA-256 (hex) of the canonical JSON of all fields."""
         text = json.dumps(self.to_mapping(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _field_names() -> tuple[str, ...]:
+    """Return the names of the options of a recipe."""
+    return tuple(field.name for field in fields(Recipe) if field.init)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -82,14 +82,14 @@ _HELP = {
     "attention": (
         "Attention kernel; auto uses Triton only where it was measured on the GPU, or for groups of keys.  [default: auto]"
     ),
-    "dtype": "Dtype of computation and unquantized weights.  [default: bfloat16; onnx: float32]",
+    "dtype": "Dtype of computation and unquantized weights.  [default: an artifact's own; bfloat16; onnx: float32]",
     "require": "Fail unless this pass rewrites something. Repeatable.",
 }
 
 
 def recipe_options(command: Command) -> Command:
     """Add the options of a recipe; the command passes them on to `recipe_from` or `recipe_change`."""
-    recipe = {field.name: type(field.default) for field in fields(Recipe) if field.name != "quantize"}
+    recipe = {field.name: type(field.default) for field in fields(Recipe) if field.init and field.name != "quantize"}
     options = [_option(name, kind) for name, kind in {"target": str, **option_types(), **recipe}.items()]
     options.append(
         click.option(
@@ -124,8 +124,8 @@ def recipe_change(options: Mapping[str, Any]) -> Callable[[Recipe], Recipe] | No
             recipe = Recipe.from_toml(file, **passed)
         else:
             dtype = {"dtype": None} if "target" in passed else {}  # each target has its own default
-            recipe = replace(recipe, **{**dtype, **passed})
-        return replace(recipe, quantize=_changed(recipe.quantize or QuantSpec("source"), spec)) if spec else recipe
+            recipe = recipe.changed(**{**dtype, **passed})
+        return recipe.changed(quantize=_changed(recipe.quantize or QuantSpec("source"), spec)) if spec else recipe
 
     return change if passed or spec or file is not None else None
 

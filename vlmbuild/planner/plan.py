@@ -143,6 +143,7 @@ def plan(
     if limits and not sizes:
         raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
     checkpoint = Checkpoint.open(source, revision=revision, weights=False, progress=progress)
+    recipe = recipe.with_source_dtype(checkpoint.artifact_dtype)
     family, config = checkpoint.family, checkpoint.config
     costs = tuple(_costs(checkpoint, sizes, limits or {}))
     program = trace_program(family, config, progress)

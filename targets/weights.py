@@ -17,6 +17,7 @@ from vlmbuild.formats import WeightFormat, ranges
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.pool import cancellable_pool
+from vlmbuild.util.validation import cast_finite, require_finite
 
 _CHUNK = 2**22
 """Elements in memory at a time, for each core."""
@@ -99,13 +100,15 @@ class _Job:
                 continue
             for first, count in ranges(math.prod(spec.shape), _CHUNK):
                 chunk = self.request.weights.read_part(part, first, count)
+                if chunk.is_floating_point():
+                    require_finite(chunk, f"The tensor {part}", "Quantize the checkpoint again.")
                 self.output.append(spec.name, chunk)
                 self.progress.add(chunk.nbytes)
 
     def _chunks(self, source: SourceTensor, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """Yield a parameter in the recipe's dtype, flat, in chunks of a multiple of so many elements."""
         for chunk in parameter_values(self.request, name, self.request.dtype, multiple):
-            yield chunk.to(self.request.dtype)
+            yield cast_finite(chunk, self.request.dtype, source.name, self.request.dtypes)
             self.progress.add(source.nbytes * chunk.numel() // math.prod(source.shape))
 
     def _quantize(self, source: SourceTensor, parameter: StoredParameter, form: WeightFormat) -> None:

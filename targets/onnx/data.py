@@ -15,6 +15,7 @@ from vlmbuild.targets.onnx.graph_builder import Stored
 from vlmbuild.targets.onnx.layout import DataFile
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.weights import parameter_values
+from vlmbuild.util.validation import cast_finite
 
 
 def write_data(
@@ -47,7 +48,7 @@ def write_data(
     errors = {}
     with writer.open(path, "weights") as file:
         for name, places in data.parameters.items():
-            sink = _Sink(file, places)
+            sink = _Sink(file, places, name, request)
             form = formats.get(name)
             if form is None:
                 _plain(sink, name, request)
@@ -60,14 +61,16 @@ def write_data(
 class _Sink:
     """Sink of the next chunks of a parameter's tensors, which lie at different offsets of the file."""
 
-    def __init__(self, file: OutputFile, places: Mapping[str, Stored]) -> None:
-        self._file = file
+    def __init__(self, file: OutputFile, places: Mapping[str, Stored], name: str, request: Request) -> None:
+        self._file, self._name, self._request = file, request.tensors[name].name, request
         self._places = places
         self._done = dict.fromkeys(places, 0)
 
     def append(self, suffix: str, chunk: Tensor) -> None:
         """Write the next elements."""
         place = self._places[suffix]
+        if chunk.is_floating_point() and place.dtype.is_floating_point:
+            chunk = cast_finite(chunk, place.dtype, self._name, self._request.dtypes)
         values = chunk.to(place.dtype).contiguous()
         assert self._done[suffix] + values.nbytes <= place.length
         self._file.write_at(tensor_bytes(values), place.offset + self._done[suffix])

@@ -78,7 +78,13 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or all(math.isfinite(end) for end in values.aminmax())
 
 
-def cast_finite(values: Tensor, dtype: torch.dtype, name: str, dtypes: Collection[str]) -> Tensor:
+def cast_finite(
+    values: Tensor,
+    dtype: torch.dtype,
+    name: str,
+    dtypes: Collection[str],
+    kind: type[VlmbuildError] = SourceError,
+) -> Tensor:
     """Cast floats to a dtype that holds them all.
 
     Args:
@@ -86,6 +92,7 @@ def cast_finite(values: Tensor, dtype: torch.dtype, name: str, dtypes: Collectio
         dtype: Dtype of the result.
         name: Name for messages.
         dtypes: Names of dtypes that the user may choose.
+        kind: Error for values beyond the range.
 
     Raises:
         SourceError: Values are NaN or infinite, or beyond the range of the dtype.
@@ -97,7 +104,7 @@ def cast_finite(values: Tensor, dtype: torch.dtype, name: str, dtypes: Collectio
         require_finite(values, f"The tensor {name}", "Repair the checkpoint.")
         largest = float(values.abs().max())
         wide = [other for other in dtypes if torch.finfo(getattr(torch, other)).max >= largest]
-        raise SourceError(
+        raise kind(
             f"The tensor {name} holds values up to ±{largest:g}, beyond ±{torch.finfo(dtype).max:g}, the range of "
             f"{str(dtype).removeprefix('torch.')}. Pass --dtype {' or '.join(wide)}."
         )

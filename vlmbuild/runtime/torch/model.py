@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from vlmbuild.adapters.lora import AdapterSpec
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.linear_layers import linear_sites
 from vlmbuild.ir.program import Program, Slot
 from vlmbuild.kv_cache.program import cached_inputs
+from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
 from vlmbuild.runtime.generation import check_names
 from vlmbuild.runtime.hf import CausalLMOutputWithPast, TrainingOutput
@@ -29,6 +30,7 @@ from vlmbuild.runtime.torch.execution import Execution
 from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
 from vlmbuild.runtime.torch.state import module_at
+from vlmbuild.util.validation import cast_finite
 
 
 class VisionLanguageModel(ProgramModel):
@@ -74,7 +76,9 @@ class VisionLanguageModel(ProgramModel):
         """Register a slot's tensor under its name; floating weights follow the compute dtype."""
         path, _, leaf = name.rpartition(".")
         owner = module_at(self, path)
-        tensor = tensor.to(self._dtype if is_compute(slot) else slot.dtype)
+        dtype = self._dtype if is_compute(slot) else slot.dtype
+        if tensor.dtype != dtype and not tensor.is_meta:  # as stored, it stays mapped and unread
+            tensor = cast_finite(tensor, dtype, name, DTYPES, IncompatibleError)
         if slot.kind == "parameter":
             owner.register_parameter(leaf, nn.Parameter(tensor))
         else:

@@ -38,11 +38,7 @@ def artifact_config(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 
 def source_records(request: Request) -> list[Mapping[str, Any]]:
     """List the source's files, and an adapter's; waits for digests, which are computed during the build."""
-    entries = [
-        {"path": name, "size": (request.checkpoint.source.directory / name).stat().st_size, "digest": digest.result()}
-        for name, digest in sorted(request.digests.items())
-    ]
-    records: list[Mapping[str, Any]] = [{"uri": request.checkpoint.source.uri, "files": entries}]
+    records = request.checkpoint.records(request.digests)
     if request.merge is not None:
         request.merge.check_unchanged()
         records.append(request.merge.record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import torch
 from vlmbuild.adapters.merge import Merge
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
-from vlmbuild.checkpoint.checkpoint import Checkpoint
+from vlmbuild.checkpoint.checkpoint import Checkpoint, HashedFile, changed_file
 from vlmbuild.checkpoint.tensors import SourceTensor
+from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.quant.decide import Decision
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
 from vlmbuild.util.progress import Progress
 
@@ -53,7 +55,7 @@ class Request:
 
     Attributes:
         checkpoint: Source of weights and files.
-        digests: SHA-256 (hex) of each source file by name, computed in background threads.
+        digests: Each source file by name, hashed in background threads.
         recipe: Options of the build.
         program: The program after its passes.
         reports: Reports of the passes.
@@ -65,7 +67,7 @@ class Request:
     """
 
     checkpoint: Checkpoint
-    digests: Mapping[str, Future[str]]
+    digests: Mapping[str, Future[HashedFile]]
     recipe: Recipe
     program: Program
     reports: tuple[PassReport, ...]
@@ -87,6 +89,11 @@ class Request:
         return dtype
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Names of the dtypes that the target computes in."""
+        return TARGET_OPTIONS[self.recipe.target].dtypes
+
+    @property
     def weights(self) -> CheckpointWeights:
         """The source's files of weights."""
         return self.checkpoint.weights
@@ -100,6 +107,23 @@ class Request:
     def merge(self) -> Merge | None:
         """The adapter to merge into the weights."""
         return None if self.merged is None else self.merged.merge
+
+    def side_files(self) -> dict[str, bytes]:
+        """Read processor files and defaults of generation as they were hashed, completed for the stock processor.
+
+        Raises:
+            SourceError: A file cannot be read, or has changed.
+        """
+        files = {}
+        for file in self.checkpoint.side_files:
+            hashed = self.digests[file.name].result()
+            try:
+                files[file.name] = file.read_bytes()
+            except OSError as error:
+                raise SourceError(f"{file} cannot be read: {error.strerror}. Leave the source alone.") from error
+            if hashlib.sha256(files[file.name]).hexdigest() != hashed.digest:
+                raise changed_file(file)
+        return files | self.family.stock_files(files)
 
     def measure(self, directory: Path) -> Sequence[Mapping[str, Any]]:
         """Return the manifest's records about merged weights that are complete in a directory. Raises ParityError."""

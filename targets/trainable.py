@@ -19,7 +19,7 @@ from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.printer import program_text
 from vlmbuild.ir.program import Program, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
-from vlmbuild.quant.bnb_config import quantization_config
+from vlmbuild.quant.bnb_config import is_skipped, quantization_config
 from vlmbuild.recipe import Recipe
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request, StoredParameter
@@ -42,13 +42,13 @@ def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
     """Write all files of a trainable artifact. Raises SourceError, OutputError."""
     program = request.program
     parameters = list(stored_parameters(program, request.family, request.recipe))
-    side_files = request.checkpoint.side_files
+    side_files = request.side_files()
     specs = [spec for group in stored_specs(request, parameters) for spec in group]
-    writer.require_space(sum(spec.nbytes for spec in specs) + sum(file.stat().st_size for file in side_files))
-    config = _config(request.checkpoint.values, program, request.recipe)
+    writer.require_space(sum(spec.nbytes for spec in specs) + sum(map(len, side_files.values())))
+    config = _config(request.checkpoint.values, program, request.family, request.recipe)
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
-    for file in side_files:
-        writer.copy(file, file.name, "config" if file.name == GENERATION_CONFIG else "processor")
+    for name, data in side_files.items():
+        writer.write(name, data, "config" if name == GENERATION_CONFIG else "processor")
     writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
     write_weights(writer, request, parameters)
@@ -82,18 +82,21 @@ def _formats(program: Program) -> list[WeightFormat]:
     return [form for form, _ in counts.most_common()]
 
 
-def _config(values: Mapping[str, Any], program: Program, recipe: Recipe) -> dict[str, Any]:
+def _config(values: Mapping[str, Any], program: Program, family: Family, recipe: Recipe) -> dict[str, Any]:
     """Return the artifact's config.json values, with its quantization."""
     config = artifact_config(values, recipe)
     if formats := _formats(program):
         config["quantization_config"] = quantization_config(
-            formats, skip_modules=_kept_modules(program), compute_dtype=recipe.dtype
+            formats, skip_modules=_kept_modules(program, family), compute_dtype=recipe.dtype
         )
     return config
 
 
-def _kept_modules(program: Program) -> list[str]:
-    """Return the shortest module names that cover all unquantized matrices and no quantized one."""
+def _kept_modules(program: Program, family: Family) -> list[str]:
+    """Return the shortest module names that cover all unquantized matrices and no quantized one.
+
+    Each is there by all of the family's names: clients look modules up by names of their own time.
+    """
     quantized = {
         join(instance, recipe.source).removesuffix(".weight")
         for region in program.regions.values()
@@ -106,7 +109,10 @@ def _kept_modules(program: Program) -> list[str]:
         if slot.kind == "parameter" and len(slot.shape) == 2 and name.endswith(".weight")
     }
     kept |= {alias.removesuffix(".weight") for alias in program.ties}
-    return sorted({_widest_prefix(module, quantized) for module in kept})
+    widest = {_widest_prefix(module, quantized) for module in kept}
+    names = {name for module in widest for name in family.client_names(module)}
+    # transformers takes the end of a name for the name.
+    return sorted(widest | {name for name in names if not any(is_skipped(module, [name]) for module in quantized)})
 
 
 def _widest_prefix(module: str, quantized: set[str]) -> str:

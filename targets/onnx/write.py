@@ -109,7 +109,7 @@ def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
 
 def _side_files(request: Request) -> dict[str, bytes]:
     """Return config.json, tokenizer and processor files, in the forms that clients read."""
-    files = {file.name: file.read_bytes() for file in request.checkpoint.side_files}
+    files = request.side_files()
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.checkpoint.values, request.recipe)
     config["transformers.js_config"] = {"dtype": _NO_SUFFIX, "use_external_data_format": True}

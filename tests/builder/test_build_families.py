@@ -12,6 +12,7 @@ from adapters import edit_adapter, write_adapter
 from parity import MODEL_FP32, assert_close
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import vlmbuild
 from vlmbuild.adapters.fit import with_module_names
@@ -23,6 +24,7 @@ from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import LARGEST, training_batch
 from vlmbuild.errors import SourceError
 from vlmbuild.families import FAMILIES
+from vlmbuild.ir.program import join
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.zoo import CHECKPOINTS, ZOO
 
@@ -97,9 +99,43 @@ def test_adapters_with_names_of_older_versions(family, adapter, tmp_path):
         with_module_names(read_adapter(old), names, old)
 
 
+def skips_in_vllm(name, skipped):
+    """Equivalent of `is_layer_skipped_bnb` in vLLM's bitsandbytes plugin: a whole component, or a leading part."""
+    parts = name.split(".")
+    leading = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return not leading.union(parts).isdisjoint(skipped)
+
+
+def vllm_name(module):
+    """Name a module as vLLM's models of these families do."""
+    for ours, theirs in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
+        if module.startswith(ours):
+            return theirs + module.removeprefix(ours)
+    return module.removeprefix("model.")
+
+
+def assert_clients_skip_the_same_modules(artifact):
+    skipped = json.loads((artifact / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    program = vlmbuild.load(artifact)[0].program
+    found = {}
+    for region in program.regions.values():
+        quantized = {recipe.source for recipe in region.recipes}
+        linear = {slot.name for slot in region.slots if len(slot.shape) == 2 and slot.name.endswith(".weight")}
+        for instance in region.instances:
+            names = {join(instance, name).removesuffix(".weight"): name in quantized for name in quantized | linear}
+            found |= names
+    assert set(found.values()) == {True, False}
+    for module, quantized in found.items():
+        if "embed" not in module:
+            assert skips_in_vllm(vllm_name(module), skipped) != quantized, module
+            assert should_convert_module(module, skipped) == quantized, module
+
+
 def test_quantized_and_back(family, base, tmp_path):
     form = FORMATS[family]
-    built = build(base, tmp_path / "out", Recipe(quantize=QuantSpec(form), dtype="float32"))
+    spec = QuantSpec(form, skip=("*.layers.1.mlp.down_proj",))
+    built = build(base, tmp_path / "out", Recipe(quantize=spec, dtype="float32"))
+    assert_clients_skip_the_same_modules(built.path)
     back = build(built.path, tmp_path / "plain", Recipe(quantize=QuantSpec("none"), dtype="float32"))
     plain, original = (load_file(path / "model.safetensors") for path in (back.path, ZOO[CHECKPOINTS[family]]))
     assert plain.keys() == original.keys()
@@ -109,7 +145,6 @@ def test_quantized_and_back(family, base, tmp_path):
     _, loading = AutoModelForImageTextToText.from_pretrained(built.path, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    assert json.loads((built.path / "config.json").read_text())["quantization_config"]
 
 
 def test_attention_and_mlp_are_told_from_the_graph(family, base):

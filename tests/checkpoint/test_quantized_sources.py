@@ -261,6 +261,13 @@ def test_packed_weights_without_a_config_are_not_taken_for_plain_ones(four_bit, 
         build(source, tmp_path / "out", FLOAT32)
 
 
+def test_a_config_of_quantized_weights_without_any_is_refused(checkpoint, tmp_path):
+    source = copied(checkpoint, tmp_path / "source")
+    edit_config(source, lambda values: values.update(quantization_config={"load_in_8bit": True}))
+    with pytest.raises(SourceError, match="no weight is quantized. Remove it"):
+        build(source, tmp_path / "out", FLOAT32)
+
+
 def test_calibration_without_a_budget_is_refused(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="--budget"):
         build(checkpoint, tmp_path / "out", Recipe(quantize=QuantSpec()), calibration=[BATCH])

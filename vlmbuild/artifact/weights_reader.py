@@ -29,10 +29,11 @@ class CheckpointWeights:
     """The tensors of a checkpoint directory, read one at a time from model.safetensors or its shards.
 
     The constructor reads headers only. It raises SourceError naming the file or tensor when the weights are missing,
-    pickled, truncated, malformed, or not as the index says.
+    pickled, truncated, malformed, or not as the index says. `strip_prefix` is the leading part of every tensor's name in the
+    files, and is left out here.
     """
 
-    def __init__(self, directory: Path | str) -> None:
+    def __init__(self, directory: Path | str, *, strip_prefix: str = "") -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise SourceError(f"{self.directory} is not a folder. Give the folder of a checkpoint.")
@@ -44,9 +45,12 @@ class CheckpointWeights:
             tensors = _read_shards(self.directory, weight_map, names)
         else:
             raise _no_weights(self.directory)
+        if other := next((name for name in tensors if not name.startswith(strip_prefix)), None):
+            raise SourceError(f"{self.directory}: {other} does not begin with {strip_prefix!r}. Drop --strip-prefix.")
+        tensors = {name.removeprefix(strip_prefix): info for name, info in tensors.items()}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors)
         self.files: tuple[Path, ...] = tuple(self.directory / name for name in names)
-        self._identities = {file: Identity.of(file.stat()) for file in self.files}
+        self.identities = {file: Identity.of(file.stat()) for file in self.files}
         self._mappings: dict[Path, mmap.mmap] = {}
 
     def read(self, name: str) -> torch.Tensor:
@@ -80,7 +84,7 @@ class CheckpointWeights:
             descriptor = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 complete = _read_into(descriptor, data.numpy().data, start)
-                changed = Identity.of(os.fstat(descriptor)) != self._identities[info.file]
+                changed = Identity.of(os.fstat(descriptor)) != self.identities[info.file]
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -111,7 +115,7 @@ class CheckpointWeights:
         if file not in self._mappings:
             try:
                 with file.open("rb") as stream:
-                    changed = Identity.of(os.fstat(stream.fileno())) != self._identities[file]
+                    changed = Identity.of(os.fstat(stream.fileno())) != self.identities[file]
                     mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
             except OSError as error:
                 raise SourceError(

@@ -20,7 +20,7 @@ from vlmbuild.capture.outline import outline
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.fit import check_weights
 from vlmbuild.checkpoint.source import Source
-from vlmbuild.errors import PassError, UsageError
+from vlmbuild.errors import OutputError, PassError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest
@@ -60,6 +60,8 @@ def build(
     device: str = "cpu",
     calibration: Sequence[Batch] = (),
     adapter: str | Path | None = None,
+    processor: str | Path | None = None,
+    strip_prefix: str = "",
     progress: Progress | None = None,
 ) -> Artifact:
     """Build an artifact, of a checkpoint alone or with an adapter merged into its weights.
@@ -79,6 +81,8 @@ def build(
         calibration: Batches of the processor on which layers are measured when the recipe has a budget; without them
             weights alone are.
         adapter: Directory of a LoRA adapter in PEFT's format.
+        processor: Source of the processor's files, where the model's has none or others are wanted.
+        strip_prefix: Leading part of every tensor's name in the source, such as "module.", to leave out.
         progress: Called with a stage's name, the amount done, and the total; from several threads, one at a time.
 
     Raises:
@@ -93,12 +97,17 @@ def build(
     progress = progress or silent
     target = _checked_target(recipe, device)
     recipe.check_calibration(bool(calibration))
-    check_output(Path(output), overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
-    checkpoint = Checkpoint.open(source, revision=revision, progress=progress)
-    output = Path(output)
-    check_space(output, output.absolute().parent, least_bytes(checkpoint, recipe))  # malformed weights are refused, too
+    checkpoint = Checkpoint.open(
+        source, revision=revision, processor=processor, strip_prefix=strip_prefix, progress=progress
+    )
+    recipe, output = recipe.with_source_dtype(checkpoint.artifact_dtype), Path(output)
+    _check_outside(output, checkpoint)
+    # What is malformed is refused before the capture.
+    check_space(output, output.absolute().parent, least_bytes(checkpoint, recipe))
+    _ = checkpoint.processor
     with target.begin() as write, checkpoint.hashing() as digests:
         program = trace_program(checkpoint.family, checkpoint.config, progress)
         check_weights(program, checkpoint)
@@ -149,6 +158,13 @@ def _checked_target(recipe: Recipe, device: str) -> Target:
             "build the trainable target for a GPU."
         )
     return target
+
+
+def _check_outside(output: Path, checkpoint: Checkpoint) -> None:
+    """Raise OutputError for an output within the source, which would change it."""
+    for source in (checkpoint.source, checkpoint.processor_source):
+        if source.directory.resolve() in output.resolve().parents:
+            raise OutputError(f"The output {output} lies in the source {source.directory}. Choose another output.")
 
 
 def trace_program(family: Family, config: Any, progress: Progress) -> Program:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from vlmbuild.artifact.files import hash_file
+from vlmbuild.artifact.files import Identity, hash_descriptor
+from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.source import SIDE_FILES, Source, resolve
-from vlmbuild.checkpoint.tensors import SourceTensor, source_tensors
+from vlmbuild.checkpoint.layout import check_model, check_names, check_strays, check_weight_files
+from vlmbuild.checkpoint.source import PROCESSOR_FILES, Source, read_json_object, resolve
+from vlmbuild.checkpoint.tensors import SourceTensor, same_values, source_tensors
 from vlmbuild.errors import SourceError
-from vlmbuild.families import Family, family_of
+from vlmbuild.families import FAMILIES, Family, family_of
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
@@ -24,6 +28,13 @@ from vlmbuild.util.pool import cancellable_pool
 from vlmbuild.util.progress import Progress
 
 
+class HashedFile(NamedTuple):
+    """Size and SHA-256 (hex) of a file of a source."""
+
+    size: int
+    digest: str
+
+
 class Checkpoint:
     """A source checkpoint. Each part is read when it is first needed, and once; weights may be absent until then.
 
@@ -31,16 +42,29 @@ class Checkpoint:
 
     Attributes:
         source: Directory and name of the source.
+        processor_source: Those of the processor's files.
     """
 
-    def __init__(self, source: Source, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        values: Mapping[str, Any] | None = None,
+        *,
+        processor: Source | None = None,
+        strip_prefix: str = "",
+    ) -> None:
         """
         Args:
             source: Directory and name.
             values: Values of config.json, for a checkpoint without files.
+            processor: Where the processor's files are; None for the source itself.
+            strip_prefix: Leading part of every tensor's name in the files, which the model's names do not have.
         """
         self.source = source
-        self._values = None if values is None else dict(values)
+        self.processor_source = processor or source
+        self._given = None if values is None else dict(values)
+        self._prefix = strip_prefix
+        self._identities: dict[Path, Identity] = {}
 
     @classmethod
     def open(
@@ -49,10 +73,20 @@ class Checkpoint:
         *,
         revision: str | None = None,
         weights: bool = True,
+        processor: str | Path | None = None,
+        strip_prefix: str = "",
         progress: Progress | None = None,
     ) -> Self:
-        """Find a checkpoint, and check that its config is of a supported model. Options and errors are those of `resolve`."""
-        checkpoint = cls(resolve(source, revision=revision, weights=weights, progress=progress))
+        """Find a checkpoint, and check that its config is of a supported model.
+
+        Options and errors are those of `resolve` and of the constructor; `processor` is a source too.
+        """
+        found = resolve(source, revision=revision, weights=weights, progress=progress)
+        check_model(found.directory)
+        other = None if processor is None else resolve(processor, weights=False, progress=progress)
+        checkpoint = cls(found, processor=other, strip_prefix=strip_prefix)
+        side = [*checkpoint.processor_source.files(PROCESSOR_FILES), *found.files((GENERATION_CONFIG,))]
+        checkpoint._identities = {file: Identity.of(file.stat()) for file in [*found.files(("config.json",)), *side]}
         _ = checkpoint.config
         return checkpoint
 
@@ -63,41 +97,94 @@ class Checkpoint:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """The values of config.json."""
-        return self.source.config() if self._values is None else self._values
+        """The values of config.json.
+
+        Parameters that they tie, but that are stored with different values, are not tied, as in transformers.
+        """
+        if not self._has_weights or not self._ties_differ():
+            return self._raw_values
+        text = self._raw_values.get("text_config")
+        nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, Mapping) else {}
+        return {**self._raw_values, **nested, "tie_word_embeddings": False}
+
+    def _ties_differ(self) -> bool:
+        ties = self._raw_ties()
+        stored = {self.family.module_name(name) for name in self.weights.tensors}
+        return any(
+            not same_values(self.weights, self.tensors[alias], self.tensors[owner])
+            for alias, owner in ties.items()
+            if {alias, owner} <= stored
+        )
+
+    def _raw_ties(self) -> dict[str, str]:
+        return self.family.ties(self.family.config(self._raw_values))
+
+    @cached_property
+    def _raw_values(self) -> dict[str, Any]:
+        return self.source.config() if self._given is None else self._given
 
     @cached_property
     def family(self) -> Family:
         """The family that reads the config."""
-        return family_of(self.values, self._where if self._values is not None else f"{self._where}/config.json")
+        return family_of(self._raw_values, self._where if self._given is not None else f"{self._where}/config.json")
 
     @cached_property
     def config(self) -> Any:
         """The transformers config; a quantization that is not known is refused."""
         family = self.family
-        if self.values.get("quantization_config") is not None:
-            check_method(self.values["quantization_config"], self._where)
+        if self._raw_values.get("quantization_config") is not None:
+            check_method(self._raw_values["quantization_config"], self._where)
         return family.config(self.values)
+
+    @cached_property
+    def artifact_dtype(self) -> str | None:
+        """Compute dtype of a source that is an artifact; None for other sources."""
+        manifest = self.source.directory / MANIFEST_NAME
+        if self._given is not None or not manifest.is_file() or b"vlmbuild.artifact/" not in manifest.read_bytes():
+            return None
+        return str(ArtifactReader(self.source.directory, verify=False).manifest.recipe.get("dtype"))
 
     @cached_property
     def weights(self) -> CheckpointWeights:
         """The files of weights, by their headers."""
-        return CheckpointWeights(self.source.directory)
+        directory = self.source.directory
+        check_weight_files(directory)
+        weights = CheckpointWeights(directory, strip_prefix=self._prefix)
+        check_strays(directory, weights.files)
+        return weights
 
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:
         """Every parameter by module name, plain or quantized."""
-        return source_tensors(self.weights, self.family, self.values)
+        check_names(self.source.directory, self.weights.tensors, self.family.module_name)
+        tensors = source_tensors(self.weights, self.family, self._raw_values)
+        for alias, owner in self._raw_ties().items():
+            if alias in tensors and owner not in tensors:  # either name may stand for both
+                tensors[owner] = tensors.pop(alias)
+        return tensors
 
     @cached_property
     def processor(self) -> Any:
-        """The processor."""
-        return self.family.processor(self.source.directory)
+        """The processor; another family's is refused."""
+        for file in self.processor_source.files(("processor_config.json", "preprocessor_config.json")):
+            name = read_json_object(file, "Restore it.").get("processor_class")
+            for other in FAMILIES.values():
+                if name in other.processors and other is not self.family:
+                    raise SourceError(
+                        f"{file} is of {other.title}, and the model is of {self.family.title}. Pass the model's own processor "
+                        "with --processor."
+                    )
+        try:
+            return self.family.processor(self.processor_source.directory)
+        except SourceError as error:
+            raise SourceError(
+                f"{error} If they are elsewhere, pass --processor with that directory or hub id."
+            ) from error
 
     @property
     def side_files(self) -> list[Path]:
         """Processor files and defaults of generation, which artifacts take over."""
-        return self.source.files(SIDE_FILES)
+        return [file for file in self._identities if file.name != "config.json"]
 
     def formats(self, program: Program) -> Mapping[str, WeightFormat]:
         """Return the formats of quantized layers by module: of the weights if they are here, else as the config announces.
@@ -105,12 +192,12 @@ class Checkpoint:
         Raises:
             SourceError: There are no weights, and the config cannot tell their formats apart.
         """
-        if self._values is None and any(self.source.directory.glob("*.safetensors")):
-            formats = {name.removesuffix(".weight"): tensor.format for name, tensor in self.tensors.items()}
-            return {module: form for module, form in formats.items() if form is not None}
-        config = self.values.get("quantization_config")
+        config = self._raw_values.get("quantization_config")
         if config is None:
             return {}
+        if self._has_weights:
+            formats = {name.removesuffix(".weight"): tensor.format for name, tensor in self.tensors.items()}
+            return {module: form for module, form in formats.items() if form is not None}
         if config.get("quant_method") == MIXED:
             raise SourceError(
                 f"{self._where} has 4-bit and 8-bit weights, and only they can tell which is which. Put them beside "
@@ -127,26 +214,50 @@ class Checkpoint:
         return self.family.stored_name(f"{module}.weight").removesuffix(".weight")
 
     @contextmanager
-    def hashing(self) -> Iterator[Mapping[str, Future[str]]]:
+    def hashing(self) -> Iterator[Mapping[str, Future[HashedFile]]]:
         """Hash config, side files and weights in background threads; leaving the block cancels them.
 
-        Yields the SHA-256 (hex) of each file by its path in the directory; `result()` raises SourceError for one that
-        cannot be read.
+        Yields each file by its path in the directory; `result()` raises SourceError for one that cannot be read, or is not
+        the one that was there when the checkpoint was opened.
         """
-        directory = self.source.directory
         with cancellable_pool(available_cores()) as (pool, check):
+            files = {file.name: file for file in self._identities}
+            files |= {file.relative_to(self.source.directory).as_posix(): file for file in self.weights.files}
+            yield {name: pool.submit(self._hashed, file, check) for name, file in files.items()}
 
-            def digest(file: Path) -> str:
-                try:
-                    return hash_file(file, on_chunk=lambda _: check())
-                except OSError as error:
-                    raise SourceError(
-                        f"{file} cannot be read: {error.strerror}. Check the disk and permissions."
-                    ) from error
+    def _hashed(self, file: Path, check: Callable[[], None]) -> HashedFile:
+        identities = {**self._identities, **self.weights.identities}
+        try:
+            with file.open("rb") as stream:
+                hashed = HashedFile(*hash_descriptor(stream.fileno(), on_chunk=lambda _: check()))
+                changed = Identity.of(os.fstat(stream.fileno())) != identities[file]
+        except OSError as error:
+            raise SourceError(f"{file} cannot be read: {error.strerror}. Check the disk and permissions.") from error
+        if changed:
+            raise changed_file(file)
+        return hashed
 
-            files = [*self.source.files(("config.json",)), *self.side_files, *self.weights.files]
-            yield {file.relative_to(directory).as_posix(): pool.submit(digest, file) for file in files}
+    def records(self, digests: Mapping[str, Future[HashedFile]]) -> list[Mapping[str, Any]]:
+        """Return the manifest's records of the files; waits for their digests."""
+        files = {name: digest.result() for name, digest in sorted(digests.items())}
+        entries = [{"path": name, "size": file.size, "digest": file.digest} for name, file in files.items()]
+        if self.processor_source == self.source:
+            return [{"uri": self.source.uri, "files": entries}]
+        theirs = [entry for entry in entries if entry["path"] in PROCESSOR_FILES]
+        return [
+            {"uri": self.source.uri, "files": [entry for entry in entries if entry not in theirs]},
+            {"uri": self.processor_source.uri, "files": theirs},
+        ]
 
     @property
     def _where(self) -> str:
-        return self.source.uri if self._values is not None else str(self.source.directory)
+        return self.source.uri if self._given is not None else str(self.source.directory)
+
+    @property
+    def _has_weights(self) -> bool:
+        return self._given is None and any(self.source.directory.glob("*.safetensors"))
+
+
+def changed_file(file: Path) -> SourceError:
+    """Return the error of a source's file that is not what it was when the build began."""
+    return SourceError(f"{file} changed while it was built. Leave the source alone and try again.")

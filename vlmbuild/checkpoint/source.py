@@ -12,6 +12,7 @@ from typing import Any
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.util.progress import Progress, silent
+from vlmbuild.util.validation import reachable
 from vlmbuild.zoo import ZOO
 
 PROCESSOR_FILES = (
@@ -29,9 +30,6 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
 )
 """Files of a processor in published checkpoints."""
-
-SIDE_FILES = (*PROCESSOR_FILES, GENERATION_CONFIG)
-"""Files that an artifact copies unchanged."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -82,7 +80,7 @@ def resolve(
     """
     if isinstance(source, Source):
         return source
-    path = Path(source)
+    path = reachable(source, SourceError, "The source")
     if revision is not None and (path.exists() or str(source) in ZOO):
         raise UsageError(f"{source} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
     if path.is_dir():
@@ -123,7 +121,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["config.json", *SIDE_FILES]
+    wanted = ["config.json", "adapter_config.json", *PROCESSOR_FILES, GENERATION_CONFIG]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     try:
         directory = snapshot_download(name, revision=revision, allow_patterns=wanted)

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
 from vlmbuild.quant.bnb_config import check_method
+
+_CHUNK = 2**22
+"""Elements that are compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,21 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
                 parts = tuple(module + suffix for suffix in suffixes)
                 nbytes = sum(weights.tensors[part].nbytes for part in parts)
                 tensors[family.module_name(parts[0])] = SourceTensor(parts[0], shape, dtype, nbytes, form, parts)
+        if not tensors:
+            raise SourceError(
+                f"{weights.directory}: config.json has a quantization_config, but no weight is quantized. Remove it to build "
+                "from these weights, or get the quantized ones."
+            )
     taken = {part for tensor in tensors.values() for part in tensor.parts}
     for name, info in weights.tensors.items():
         if name not in taken:
             tensors[family.module_name(name)] = SourceTensor(name, info.shape, info.dtype, info.nbytes, None, (name,))
     return tensors
+
+
+def same_values(weights: CheckpointWeights, one: SourceTensor, other: SourceTensor) -> bool:
+    """Compare two parameters, a chunk at a time; quantized ones differ from everything."""
+    if one.shape != other.shape or one.format is not None or other.format is not None:
+        return False
+    chunks = zip(*(tensor.values(weights, tensor.dtype, _CHUNK) for tensor in (one, other)), strict=True)
+    return all(torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float()) for a, b in chunks)

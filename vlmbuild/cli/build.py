@@ -40,6 +40,10 @@ from vlmbuild.report.tables import build_report
     metavar="DIR",
     help="Merge a LoRA adapter in PEFT's format. The result is unquantized unless --quantize is given.",
 )
+@click.option("--processor", metavar="DIR_OR_ID", help="Source of the processor's files.  [default: SOURCE]")
+@click.option(
+    "--strip-prefix", default="", metavar="PREFIX", help="Leading part of all tensor names to leave out, as 'module.'."
+)
 @json_option
 def command(
     source: str,
@@ -49,6 +53,8 @@ def command(
     device: str,
     calibrate: Path | None,
     adapter: Path | None,
+    processor: str | None,
+    strip_prefix: str,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -81,15 +87,17 @@ def command(
             recipe,
             overwrite=overwrite,
             device=device,
-            calibration=[] if calibrate is None else _calibration(found, calibrate),
+            calibration=[] if calibrate is None else _calibration(found, calibrate, processor),
             adapter=adapter,
+            processor=processor,
+            strip_prefix=strip_prefix,
             progress=progress,
         )
     show(contents(artifact.path), build_report, as_json=as_json)
 
 
-def _calibration(source: Source, file: Path) -> list[Any]:
+def _calibration(source: Source, file: Path, processor: str | None) -> list[Any]:
     from vlmbuild.checkpoint.checkpoint import Checkpoint
     from vlmbuild.measure.calibration import conversation_batches
 
-    return list(conversation_batches(file, Checkpoint.open(source).processor))
+    return list(conversation_batches(file, Checkpoint.open(source, processor=processor).processor))

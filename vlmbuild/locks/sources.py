@@ -54,8 +54,9 @@ def trace_source(
     found = resolve(source, revision=revision, weights=False, progress=progress)
 
     from vlmbuild.builder.tracing import trace
+    from vlmbuild.checkpoint.checkpoint import Checkpoint
 
-    return trace(found.config(), found.uri, progress)
+    return trace(Checkpoint.open(found, weights=False).values, found.uri, progress)
 
 
 def diff(

@@ -74,7 +74,7 @@ def images_table(images: Sequence[Mapping[str, Any]]) -> Table:
 def inspect_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild inspect`."""
     sources = {
-        "merged" if entry.get("uri") == ADAPTER_URI else f"source{number or ''}": (
+        "merged" if entry.get("uri") == ADAPTER_URI else ("processor" if number else "source"): (
             f"{entry.get('uri')} ({len(entry.get('files', []))} files)"
         )
         for number, entry in enumerate(document["source"])

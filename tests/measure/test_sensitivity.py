@@ -18,7 +18,7 @@ from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
 from vlmbuild.measure.calibration import conversation_batches, output_losses
 from vlmbuild.measure.sensitivity import Loss, keep_within, weight_losses
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
+from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_4bit
 from vlmbuild.quant.bnb_state import parse_quant_state
 from vlmbuild.quant.nf4 import NF4
 from vlmbuild.quant.spec import Override, QuantSpec
@@ -61,9 +61,8 @@ def test_weight_losses_are_those_of_the_stored_bytes(layers, weights, tensors):
         stored = quantize(weight, form)
         state = parse_quant_state(stored[".quant_state.bitsandbytes__nf4"])
         out_features, in_features = state.shape
-        values = dequantize_4bit(
-            stored[""], stored[".absmax"], None, None, in_features, out_features, 64, "nf4", torch.float32
-        )
+        form = (in_features, out_features, 64, "nf4", torch.float32)
+        values = dequantize_4bit(Packed4bit(stored[""], stored[".absmax"], None, None, *form))
         expected = (values - weight).double().norm() ** 2 / weight.double().norm() ** 2
         assert loss.error == pytest.approx(expected.item(), rel=1e-5)
         assert 1e-3 < loss.error < 2e-2
@@ -86,9 +85,9 @@ def test_output_losses_are_those_of_a_model_with_one_layer_quantized(
             held = model.get_parameter(f"{name}.weight").data
             if rounding:
                 stored = quantize(held, NF4(double_quant=False))
-                model.get_parameter(f"{name}.weight").data = dequantize_4bit(
-                    stored[""], stored[".absmax"], None, None, held.shape[1], held.shape[0], 64, "nf4", torch.float32
-                )
+                form = (held.shape[1], held.shape[0], 64, "nf4", torch.float32)
+                rounded = dequantize_4bit(Packed4bit(stored[""], stored[".absmax"], None, None, *form))
+                model.get_parameter(f"{name}.weight").data = rounded
             with torch.no_grad():
                 outputs.append(torch.cat([model(**batch).logits.flatten(0, 1) for batch in BATCHES]))
             model.get_parameter(f"{name}.weight").data = held

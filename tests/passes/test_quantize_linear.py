@@ -13,7 +13,7 @@ from tiny import linear_region, make_region, operators, region_program
 from vlmbuild.formats import format_class
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import COMPUTE_DTYPE, Slot, WeightRecipe
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
+from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_4bit
 from vlmbuild.passes import QuantizeLinear
 from vlmbuild.quant.bnb_state import parse_quant_state
 from vlmbuild.quant.decide import decide
@@ -75,7 +75,8 @@ def test_values_are_those_of_the_dequantized_weight(double_quant, quant_format):
     graph = BoundRegion(region, torch.float32, ()).graph
     (ours,) = graph(*(tensors[slot.name] for slot in region.slots), values)
     (gradient,) = torch.autograd.grad(ours.sum(), values)
-    exact = dequantize_4bit(parts[""], parts[".absmax"], *nested, 128, 64, 64, quant_format, torch.float32)
+    form = (128, 64, 64, quant_format, torch.float32)
+    exact = dequantize_4bit(Packed4bit(parts[""], parts[".absmax"], *nested, *form))
     expected = torch.nn.functional.linear(values, exact, bias)
     assert_close(ours, expected, SAME_WEIGHTS_FP32)
     assert_close(gradient, torch.autograd.grad(expected.sum(), values)[0], SAME_WEIGHTS_FP32)

@@ -6,7 +6,7 @@ from onnx import helper, numpy_helper
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import PackedWeight
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
+from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_reference
 from vlmbuild.quant.bnb_quantize import quantize_blocks
 from vlmbuild.quant.int4 import Int4
 from vlmbuild.quant.int8 import Int8, dequantize_rows, pack_onnx, quantize_rows
@@ -94,7 +94,7 @@ def test_bitsandbytes_bytes_are_read_as_they_are(form):
     values, x = torch.randn(ROWS, 128), torch.randn(5, 128)
     packed, absmax = quantize_blocks(values.flatten(), quant_type=form.name, blocksize=64)
     weight = form.onnx_weight((ROWS, 128), torch.float32, "w")
-    exact = dequantize_reference(packed, absmax, 128, ROWS, 64, form.name, torch.float32)
+    exact = dequantize_reference(Packed4bit(packed, absmax, None, None, 128, ROWS, 64, form.name, torch.float32))
     parts = {"": packed, "_absmax": absmax}
     assert unpacked(weight, parts).equal(exact)
     torch.testing.assert_close(product(weight, parts, x), x @ exact.T, rtol=1e-5, atol=1e-5)

@@ -36,17 +36,14 @@ if TYPE_CHECKING:
     from vlmbuild.artifact.weights_reader import CheckpointWeights
     from vlmbuild.artifact.weights_writer import TensorSpec
     from vlmbuild.ir import program
-    from vlmbuild.ops.linear_4bit import dequantize, tables
+    from vlmbuild.ops.linear_4bit import dequantize
     from vlmbuild.quant import bnb_quantize, bnb_state
     from vlmbuild.quant.bnb_state import QuantState
 else:
     torch = LazyModule("torch")
     weights_writer = LazyModule("vlmbuild.artifact.weights_writer")
     program = LazyModule("vlmbuild.ir.program")
-    dequantize, tables = (
-        LazyModule("vlmbuild.ops.linear_4bit.dequantize"),
-        LazyModule("vlmbuild.ops.linear_4bit.tables"),
-    )
+    dequantize = LazyModule("vlmbuild.ops.linear_4bit.dequantize")
     bnb_quantize, bnb_state = LazyModule("vlmbuild.quant.bnb_quantize"), LazyModule("vlmbuild.quant.bnb_state")
 
 _STATE = ".weight.quant_state.bitsandbytes__"
@@ -123,9 +120,9 @@ class FourBit(WeightFormat):
         if self.double_quant:
             absmax, nested, offset = bnb_quantize.quantize_scales(absmax)
             yield ".weight.nested_absmax", nested
-            yield ".weight.nested_quant_map", tables.code_8bit(torch.device("cpu"))
+            yield ".weight.nested_quant_map", dequantize.code_8bit(torch.device("cpu"))
         yield ".weight.absmax", absmax
-        yield ".weight.quant_map", tables.code_4bit(self.name, torch.device("cpu"))
+        yield ".weight.quant_map", dequantize.code_4bit(self.name, torch.device("cpu"))
         state = bnb_state.QuantState(self.name, self.blocksize, dtype, shape, None if offset is None else offset.item())
         yield self.marker, state.pack()
 
@@ -135,9 +132,8 @@ class FourBit(WeightFormat):
         return packed, absmax
 
     def _dequantize(self, packed: Tensor, scales: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        return dequantize.dequantize_4bit(
-            packed, scales, None, None, count, 1, self.blocksize, self.name, dtype
-        ).flatten()
+        form = (count, 1, self.blocksize, self.name, dtype)
+        return dequantize.dequantize_4bit(dequantize.Packed4bit(packed, scales, None, None, *form)).flatten()
 
     @classmethod
     def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:

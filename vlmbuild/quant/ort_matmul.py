@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.formats import Buffer, PackedWeight, StaticShape
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_reference
+from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_reference
 
 EXACT, INTEGER = 0, 4
 """accuracy_level: products of the input's own values, or of the input rounded to 8 bits in blocks."""
@@ -47,7 +47,8 @@ def unpacked(weight: PackedWeight, parts: Mapping[str, Tensor]) -> Tensor:
     rows, columns, size = attributes["N"], attributes["K"], attributes["block_size"]
     if weight.operator == "MatMulBnb4":
         kind = "nf4" if attributes["quant_type"] else "fp4"
-        return dequantize_reference(parts[""], parts["_absmax"].float(), columns, rows, size, kind, torch.float32)
+        scales = parts["_absmax"].float()
+        return dequantize_reference(Packed4bit(parts[""], scales, None, None, columns, rows, size, kind, torch.float32))
     return unpacked_rows(attributes["bits"], parts, columns)
 
 

@@ -12,9 +12,14 @@ from torch.library import opcheck
 
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import BLOCK_SIZES
-from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit, dequantize_reference, scales_reference
+from vlmbuild.ops.linear_4bit.dequantize import (
+    Packed4bit,
+    code_8bit,
+    dense_scales,
+    dequantize_4bit,
+    dequantize_reference,
+)
 from vlmbuild.ops.linear_4bit.op import linear_4bit, linear_4bit_bitsandbytes
-from vlmbuild.ops.linear_4bit.tables import code_8bit
 
 functional = pytest.importorskip("bitsandbytes.functional")
 Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -45,10 +50,9 @@ def test_bit_identical_to_bitsandbytes(  # type: ignore[no-untyped-def]
 ) -> None:
     buffers, state = quantize(torch.randn(out, wide).to(dtype), blocksize, quant_type, nested)
     expected = functional.dequantize_4bit(buffers[0], state)
-    geometry = (wide, out, blocksize, quant_type)
-    assert torch.equal(dequantize_4bit(*buffers, *geometry, dtype), expected)
-    scales = scales_reference(*buffers[1:])
-    assert torch.equal(dequantize_reference(buffers[0], scales, *geometry, dtype), expected)
+    packed = Packed4bit(*buffers, wide, out, blocksize, quant_type, dtype)
+    assert torch.equal(dequantize_4bit(packed), expected)
+    assert torch.equal(dequantize_reference(packed), expected)
 
 
 @given(
@@ -69,14 +73,14 @@ def test_ragged_shapes(out: int, wide: int, blocksize: int, quant_type: str, nes
     blocks = -(-values // blocksize)
     padded = torch.zeros(blocks * blocksize // 2, dtype=torch.uint8)
     padded[: buffers[0].numel()] = buffers[0].flatten()
-    scales = scales_reference(*buffers[1:])
+    packed = Packed4bit(*buffers, wide, out, blocksize, quant_type, torch.float32)
     if blocksize < 2048:
         long = torch.ops.bitsandbytes.dequantize_4bit(
-            padded, scales, blocksize, quant_type, (blocks, blocksize), torch.float32
+            padded, dense_scales(packed), blocksize, quant_type, (blocks, blocksize), torch.float32
         )
     else:
-        long = dequantize_reference(padded, scales, blocksize, blocks, blocksize, quant_type, torch.float32)
-    actual = dequantize_4bit(*buffers, wide, out, blocksize, quant_type, torch.float32)
+        long = dequantize_reference(packed._replace(weight=padded, in_features=blocksize, out_features=blocks))
+    actual = dequantize_4bit(packed)
     assert torch.equal(actual, long.flatten()[:values].view(out, wide))
 
 

@@ -132,11 +132,11 @@ def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_
     ours, again = OnnxWeights(artifact.path), OnnxWeights(tmp_path / "again")
     model, _ = vlmbuild.load(tmp_path / "trainable")
     name = "model.language_model.layers.0.mlp.down_proj.weight"
-    from vlmbuild.ops.linear_4bit.dequantize import dequantize_4bit
+    from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_4bit
 
     slots = [model.tensor(f"{name}{part}") for part in ("", "_absmax", "_nested_absmax", "_nested_offset")]
     shape = ours.tensor(name).shape
-    exact = dequantize_4bit(*slots, shape[1], shape[0], 64, "nf4", torch.float32)
+    exact = dequantize_4bit(Packed4bit(*slots, shape[1], shape[0], 64, "nf4", torch.float32))
     assert ours.tensor(name).equal(exact)
     for other in ours.packed:  # a quantized source is not rounded again
         torch.testing.assert_close(again.tensor(other), ours.tensor(other), rtol=1e-6, atol=1e-9)

@@ -9,154 +9,95 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.linear_4bit import cpu as linear_4bit_cpu
-from vlmbuild.ops.linear_4bit.dequantize import check_weight, dense_scales, dequantize_unchecked
-from vlmbuild.ops.linear_4bit.tables import code_8bit
+from vlmbuild.ops.linear_4bit import cpu
+from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, check_weight, code_8bit, dequantize_unchecked
 from vlmbuild.util.dtypes import FLOATS
 
 _WEIGHT = "Tensor weight, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset"
 _GEOMETRY = "int in_features, int out_features, int blocksize, str quant_type, ScalarType weight_dtype"
 
 
-def _check_input(input: Tensor, bias: Tensor | None, in_features: int, out_features: int) -> None:
-    if input.dim() < 1 or input.shape[-1] != in_features or input.dtype not in FLOATS:
+def _check(input: Tensor, packed: Packed4bit, bias: Tensor | None) -> None:
+    if input.dim() < 1 or input.shape[-1] != packed.in_features or input.dtype not in FLOATS:
         raise UsageError(
-            f"linear_4bit: input of shape {tuple(input.shape)} and {input.dtype}; wanted [..., {in_features}] of a "
+            f"linear_4bit: input of shape {tuple(input.shape)} and {input.dtype}; wanted [..., {packed.in_features}] of a "
             "16- or 32-bit float"
         )
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise UsageError(f"linear_4bit: bias of shape {tuple(bias.shape)}; wanted [{out_features}]")
+    if bias is not None and tuple(bias.shape) != (packed.out_features,):
+        raise UsageError(f"linear_4bit: bias of shape {tuple(bias.shape)}; wanted [{packed.out_features}]")
+    check_weight(packed)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[Packed4bit, Tensor | None]:
+    """Split the operator's arguments after the input into weight and bias."""
+    return Packed4bit(*arguments[:4], *arguments[5:]), arguments[4]
 
 
 @torch.library.custom_op(
     "vlmbuild::linear_4bit", mutates_args=(), schema=f"(Tensor input, {_WEIGHT}, Tensor? bias, {_GEOMETRY}) -> Tensor"
 )
-def linear_4bit(
-    input: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
+def linear_4bit(input: Tensor, *arguments: Any) -> Tensor:
     """Compute `input @ weight.T + bias`, `[..., in]` to `[..., out]`; the weight as in `dequantize_4bit`, cast to the input.
 
     Differentiable in `input` and `bias`. The dequantized weight lives for this call only: the backward makes it again.
     For few rows of bfloat16 on a CPU with AVX512-BF16 there is none, and a repacked copy of an NF4 weight lives as long
     as the weight, unless a backward drops it.
     """
-    _check_input(input, bias, in_features, out_features)
-    buffers, sizes = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
-    check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
-    if linear_4bit_cpu.fits_fused(input, (*buffers, bias), *sizes, quant_type, weight_dtype):
-        return linear_4bit_cpu.fused_product(input, buffers, bias, *sizes, lambda: dense_scales(*buffers[1:]))
-    dense = dequantize_unchecked(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
+    packed, bias = _split(arguments)
+    _check(input, packed, bias)
+    if cpu.fits_fused(input, packed, bias):
+        return cpu.fused_product(input, packed, bias)
+    dense = dequantize_unchecked(packed, reuse=True)
     return F.linear(input, dense.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
 @linear_4bit.register_kernel("cuda")
-def linear_4bit_bitsandbytes(
-    input: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
+def linear_4bit_bitsandbytes(input: Tensor, *arguments: Any) -> Tensor:
     """Compute `linear_4bit` with bitsandbytes' own product, which multiplies packed weights where its authors measured that
     this is faster on the chip; with a dense weight for layers that it does not take."""
-    _check_input(input, bias, in_features, out_features)
-    buffers, geometry = (weight, absmax, nested_absmax, nested_offset), (in_features, out_features, blocksize)
-    check_weight(*buffers, *geometry, quant_type, weight_dtype)
+    packed, bias = _split(arguments)
+    _check(input, packed, bias)
     bias = None if bias is None else bias.to(input.dtype)
-    if input.dtype != weight_dtype or in_features % blocksize or not input.numel():
-        dense = dequantize_unchecked(*buffers, *geometry, quant_type, weight_dtype)
-        return F.linear(input, dense.to(input.dtype), bias)
+    if input.dtype != packed.weight_dtype or packed.in_features % packed.blocksize or not input.numel():
+        return F.linear(input, dequantize_unchecked(packed).to(input.dtype), bias)
     import bitsandbytes  # noqa: F401
 
-    scales, nested = absmax.contiguous(), {}
-    if nested_absmax is not None and nested_offset is not None:
+    scales, nested = packed.absmax.contiguous(), {}
+    if packed.nested_absmax is not None and packed.nested_offset is not None:
         nested = {
             "absmax_8bit": scales.flatten(),
-            "absmax_code": code_8bit(absmax.device),
-            "absmax_offset": nested_offset.reshape(()),
+            "absmax_code": code_8bit(scales.device),
+            "absmax_offset": packed.nested_offset.reshape(()),
         }
-        scales = nested_absmax.contiguous()
-    packed, shape = weight.contiguous().view(-1, 1), (out_features, in_features)
+        scales = packed.nested_absmax.contiguous()
+    weight, shape = packed.weight.contiguous().view(-1, 1), (packed.out_features, packed.in_features)
     product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-        input, packed, shape, scales, blocksize, quant_type, bias=bias, **nested
+        input, weight, shape, scales, packed.blocksize, packed.quant_type, bias=bias, **nested
     )
     return product
 
 
 @linear_4bit.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
-    _check_input(input, bias, in_features, out_features)
-    check_weight(
-        weight, absmax, nested_absmax, nested_offset, in_features, out_features, blocksize, quant_type, weight_dtype
-    )
-    return input.new_empty((*input.shape[:-1], out_features))
+def _(input: Tensor, *arguments: Any) -> Tensor:
+    packed, bias = _split(arguments)
+    _check(input, packed, bias)
+    return input.new_empty((*input.shape[:-1], packed.out_features))
 
 
 @torch.library.custom_op(
     "vlmbuild::linear_4bit_backward", mutates_args=(), schema=f"(Tensor grad, {_WEIGHT}, {_GEOMETRY}) -> Tensor"
 )
-def linear_4bit_backward(
-    grad: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
+def linear_4bit_backward(grad: Tensor, *arguments: Any) -> Tensor:
     """Compute the gradient of `linear_4bit` for its input. One operator, so that a compiler cannot keep the dense weight."""
-    buffers = (weight, absmax, nested_absmax, nested_offset)
-    check_weight(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype)
-    linear_4bit_cpu.forget(weight)
-    dense = dequantize_unchecked(*buffers, in_features, out_features, blocksize, quant_type, weight_dtype, reuse=True)
-    return (grad @ dense.to(grad.dtype)).contiguous()
+    packed = Packed4bit(*arguments)
+    check_weight(packed)
+    cpu.forget(packed.weight)
+    return (grad @ dequantize_unchecked(packed, reuse=True).to(grad.dtype)).contiguous()
 
 
 @linear_4bit_backward.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    in_features: int,
-    out_features: int,
-    blocksize: int,
-    quant_type: str,
-    weight_dtype: torch.dtype,
-) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], in_features))
+def _(grad: Tensor, *arguments: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], Packed4bit(*arguments).in_features))
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch._inductor.ir import TensorBox
 from torch._inductor.lowering import register_lowering
 from torch._inductor.mkldnn_ir import LinearUnary
 
-from vlmbuild.ops.linear_onednn.op import suits_onednn
+from vlmbuild.ops.linear import suits_onednn
 
 _LINEAR = torch.ops.vlmbuild.linear_onednn.default
 

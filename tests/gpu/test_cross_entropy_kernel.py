@@ -14,8 +14,7 @@ from vlmbuild.runtime.torch import loss
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [7, 64, 201])
-@pytest.mark.parametrize("shift", [0.0, 300.0])
+@pytest.mark.parametrize(("vocabulary", "shift"), [(7, 0.0), (64, 300.0), (130, 300.0)])
 def test_loss_and_gradient(dtype, vocabulary, shift):
     """Rows that are ignored, large logits that would overflow without the maximum, and strided rows."""
     logits = (randn(5, 2 * vocabulary) * 4 + shift).to(dtype)[:, :vocabulary]

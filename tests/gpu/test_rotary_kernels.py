@@ -25,8 +25,10 @@ def layouts(layout: str, dim: int, heads: int, kv_heads: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(80, 3, 3), (64, 4, 1), (128, 12, 2)])
-@pytest.mark.parametrize("layout", ["slices of a fused projection", "rows first", "heads first"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "layout"),
+    [(80, 3, 3, "slices of a fused projection"), (64, 4, 1, "rows first"), (128, 12, 2, "heads first")],
+)
 def test_rotation(dtype, dim, heads, kv_heads, layout):
     query, key, angle = layouts(layout, dim, heads, kv_heads, dtype)
     cos, sin = angle.cos(), angle.sin()

@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from vlmbuild.ops.attention.op import Masks
-from vlmbuild.ops.attention.triton import backward_launches, forward_launches
+from vlmbuild.ops.attention.triton import backward_launches, forward_launch
 from vlmbuild.ops.cross_entropy.triton import cross_entropy_launch
 from vlmbuild.ops.rope.triton import rotate_launch
 
@@ -76,14 +76,14 @@ def attention(batch, length, kind):
     rest = (query, key, key, masks, out, sums)
     grads = (query.contiguous(), key.contiguous(), key.contiguous())
     causal = kind != "groups"
-    yield from forward_launches(*rest, causal, 0.1, 90)
+    yield forward_launch(*rest, causal, 0.1, 90)
     yield from backward_launches(out, *rest, sums, grads, causal, 0.1, 90)
 
 
 def one_row(batch, length, kind):
     query, key = meta(batch, 12, 1, 128), meta(batch, 2, 600 + length, 128)
     mask = Masks(meta(batch, 600 + length, dtype=torch.bool))
-    yield from forward_launches(
+    yield forward_launch(
         query, key, key, mask, meta(batch, 1, 12, 128), meta(batch, 12, 1, dtype=torch.float32), True, 0.1, 90
     )
 

@@ -11,7 +11,6 @@ import torch
 import vlmbuild.ops
 from vlmbuild.ir import serialize
 from vlmbuild.ops import ATTENTION, LINEAR, OPERATORS
-from vlmbuild.runtime.torch.op_overrides import WITHOUT_GRADIENTS
 from vlmbuild.targets.aoti import lowering
 from vlmbuild.targets.onnx import operators as onnx
 
@@ -26,16 +25,12 @@ def meta(*shape, dtype=torch.bfloat16):
 def calls():
     """Arguments for each operator with kernels, one call for every kind of mask."""
     query, key = (meta(1, heads, 1009, 128) for heads in (12, 2))
-    step, cache = meta(1, 12, 1, 128), meta(1, 2, 1013, 128)
-    masks = {
-        (query, key): [
-            (None, None, None, None, True),
-            (None, meta(7, dtype=torch.int32), None, None, True),
-            (None, None, meta(1009, dtype=torch.int32), meta(1009, 5, dtype=torch.bool), False),
-        ],
-        (step, cache): [(meta(1, 1013, dtype=torch.bool), None, None, None, True)],
-    }
-    attention = [(q, k, k, *mask, 0.1) for (q, k), of_shape in masks.items() for mask in of_shape]
+    masks = [
+        (None, None, None, None, True),
+        (None, meta(7, dtype=torch.int32), None, None, True),
+        (None, None, meta(1009, dtype=torch.int32), meta(1009, 5, dtype=torch.bool), False),
+    ]
+    attention = [(query, key, key, *mask, 0.1) for mask in masks]
     angle = meta(1, 1009, 64, dtype=torch.float32)
     return {
         "attention_auto": attention,
@@ -73,9 +68,6 @@ def test_sets():
         OPS.attention_triton.default,
     } == (ATTENTION)
     assert {torch.ops.aten.linear.default, OPS.linear_4bit.default, OPS.linear_8bit.default} == LINEAR
-    assert {OPS.attention_auto.default, OPS.mrope_rotate.default, torch.ops.aten.linear.default} == set(
-        WITHOUT_GRADIENTS
-    )
 
 
 def test_programs_call_what_the_rows_allow():

@@ -11,67 +11,41 @@ from typing import Any
 import torch
 
 import vlmbuild.ops.attention.lowered
+import vlmbuild.ops.linear
 import vlmbuild.ops.linear_4bit.op
 import vlmbuild.ops.linear_8bit.op
-import vlmbuild.ops.linear_onednn.op
-import vlmbuild.ops.linear_packed.op
-import vlmbuild.ops.lora.op  # noqa: F401
-from vlmbuild.ops import eager, workspace
+import vlmbuild.ops.lora.op
+import vlmbuild.ops.rope.op  # noqa: F401
+from vlmbuild.ops import workspace
 from vlmbuild.ops.operator import Operator
 
-__all__ = ["ATTENTION", "LINEAR", "OPERATORS", "PLAIN_LINEAR", "Operator"]
+__all__ = ["ATTENTION", "LINEAR", "OPERATORS", "PLAIN_LINEAR", "WORKSPACES", "Operator"]
 
 _ATTENTION_KERNELS = "vlmbuild.ops.attention.triton"
-_BOTH = ("cpu", "cuda")
 _ROWS = (
     Operator("attention", "attention"),
     Operator("attention_backward", "attention", "backward"),
-    Operator("attention_auto", "attention", eager=eager.attention, kernels=_ATTENTION_KERNELS),
-    Operator(
-        "attention_auto_forward", "attention", "forward", workspaces=dict.fromkeys(_BOTH, workspace.attention_parts)
-    ),
-    Operator(
-        "attention_auto_backward",
-        "attention",
-        "backward",
-        workspaces=dict.fromkeys(_BOTH, workspace.attention_gradient_parts),
-    ),
+    Operator("attention_auto", "attention", kernels=_ATTENTION_KERNELS),
+    Operator("attention_auto_forward", "attention", "forward", workspace=workspace.attention_parts),
+    Operator("attention_auto_backward", "attention", "backward", workspace=workspace.attention_gradient_parts),
     Operator("attention_sdpa", "attention"),
-    Operator(
-        "attention_sdpa_forward", "attention", "forward", workspaces=dict.fromkeys(_BOTH, workspace.attention_parts)
-    ),
-    Operator(
-        "attention_sdpa_backward",
-        "attention",
-        "backward",
-        workspaces=dict.fromkeys(_BOTH, workspace.attention_gradient_parts),
-    ),
+    Operator("attention_sdpa_forward", "attention", "forward", workspace=workspace.attention_parts),
+    Operator("attention_sdpa_backward", "attention", "backward", workspace=workspace.attention_gradient_parts),
     Operator("attention_triton", "attention", kernels=_ATTENTION_KERNELS),
     Operator("attention_triton_forward", "attention", "forward"),
     Operator("attention_triton_backward", "attention", "backward"),
-    Operator("linear_4bit", "linear", workspaces=dict.fromkeys(_BOTH, workspace.dense_4bit)),
-    Operator("linear_4bit_backward", "linear", "backward", workspaces=dict.fromkeys(_BOTH, workspace.dense_4bit)),
-    Operator("linear_8bit", "linear", workspaces={"cpu": workspace.integers_cpu, "cuda": workspace.integers_cuda}),
-    Operator(
-        "linear_8bit_backward",
-        "linear",
-        "backward",
-        workspaces={"cpu": workspace.dense_8bit_cpu, "cuda": workspace.dense_8bit},
-    ),
+    Operator("linear_4bit", "linear", workspace=workspace.dense_4bit),
+    Operator("linear_4bit_backward", "linear", "backward", workspace=workspace.dense_4bit),
+    Operator("linear_8bit", "linear", workspace=workspace.integers),
+    Operator("linear_8bit_backward", "linear", "backward", workspace=workspace.dense_8bit),
     Operator("linear_packed", "linear"),
     # The runtime and compiled code put it in the place of torch's.
     Operator("linear_onednn", "linear", in_programs=False),
-    Operator("lora", "adapter", workspaces=dict.fromkeys(_BOTH, workspace.float32_sum)),
-    Operator("lora_backward", "adapter", "backward", workspaces=dict.fromkeys(_BOTH, workspace.float32_gradients)),
+    Operator("lora", "adapter", workspace=workspace.float32_sum),
+    Operator("lora_backward", "adapter", "backward", workspace=workspace.float32_gradients),
     Operator("mrope_cos_sin", "rotary"),
-    Operator(
-        "mrope_rotate",
-        "rotary",
-        workspaces=dict.fromkeys(_BOTH, workspace.rolled),
-        eager=eager.rotate,
-        kernels="vlmbuild.ops.rope.triton",
-    ),
-    Operator("mrope_rotate_backward", "rotary", "backward", workspaces=dict.fromkeys(_BOTH, workspace.rolled)),
+    Operator("mrope_rotate", "rotary", workspace=workspace.rolled, kernels="vlmbuild.ops.rope.triton"),
+    Operator("mrope_rotate_backward", "rotary", "backward", workspace=workspace.rolled),
     # A function: losses are computed outside of graphs.
     Operator("cross_entropy", "loss", in_programs=False, kernels="vlmbuild.ops.cross_entropy.triton"),
 )
@@ -97,7 +71,8 @@ LINEAR: frozenset[Any] = frozenset(
 """The linear layers that can train, plain and quantized; the second argument is the weight."""
 
 
-def workspaces(device: str) -> dict[Any, workspace.Workspace]:
-    """Return the formulas for a device ("cpu" or "cuda") by operator, or by a tag that operators have."""
-    by_operator = {row.overload: row.workspaces[device] for row in _ROWS if device in row.workspaces}
-    return by_operator | ({torch.Tag.pointwise: workspace.promoted} if device == "cpu" else {})
+WORKSPACES: dict[Any, workspace.Workspace] = {
+    torch.Tag.pointwise: workspace.promoted,
+    **{row.overload: row.workspace for row in _ROWS if row.workspace is not None},
+}
+"""Formulas by operator, or by a tag that operators have."""

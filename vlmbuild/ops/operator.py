@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,8 +25,7 @@ class Operator:
         kind: Kind of computation.
         part: "forward" and "backward" are the halves of a whole operator, which gradients and compilers see.
         in_programs: True if a stored program may call it.
-        workspaces: Device -> formula of the bytes that a call needs beyond arguments and result; none where it needs nothing.
-        eager: Function of the same values for graphs that Python runs; it skips the dispatcher where no gradient is needed.
+        workspace: Formula of the bytes that a call needs beyond arguments and result; None where it needs nothing.
         kernels: Module with a function `launches(arguments, target, backward)`, for operators with Triton kernels.
     """
 
@@ -35,8 +33,7 @@ class Operator:
     kind: Kind
     part: Literal["whole", "forward", "backward"] = "whole"
     in_programs: bool = True
-    workspaces: Mapping[str, Workspace] = field(default_factory=dict)
-    eager: Callable[..., Any] | None = None
+    workspace: Workspace | None = None
     kernels: str | None = None
 
     @property
@@ -54,5 +51,5 @@ class Operator:
         """
         if self.kernels is None:
             return ()
-        found: tuple[Launch, ...] = import_module(self.kernels).launches(arguments, target, backward)
-        return found
+        launches: tuple[Launch, ...] = import_module(self.kernels).launches(arguments, target, backward)
+        return launches

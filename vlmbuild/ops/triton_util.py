@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from vlmbuild.errors import DeviceError
 
@@ -61,10 +60,8 @@ class Launch(NamedTuple):
     tile: dict[str, Any]
 
     def run(self) -> None:
-        """Launch it on the current device; or write it into the graph that a compiler traces (`ops.attention.visible`)."""
-        traced = isinstance(self.arguments[0], FunctionalTensor)
-        kernel = torch.library.wrap_triton(self.kernel) if traced else self.kernel
-        kernel[self.grid](*self.arguments, **self.constants, **self.tile)
+        """Launch it on the current device."""
+        self.kernel[self.grid](*self.arguments, **self.constants, **self.tile)
 
 
 def target_of(tensor: Tensor) -> int:

@@ -20,8 +20,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.families import Family, ImageCost, PackedBatch
 from vlmbuild.ir.dims import evaluate_shape
 from vlmbuild.ir.program import Input, Program
-from vlmbuild.ops import workspaces
-from vlmbuild.ops.workspace import Workspace
+from vlmbuild.ops import WORKSPACES
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.train.lora import add_lora
@@ -226,7 +225,7 @@ class _Step:
         """
         ids = torch.zeros(self.workload.batch, self.sizes["sequence"] // self.workload.batch, dtype=torch.int64)
         positions = torch.arange(ids.numel())
-        live = _LiveBytes(_tensors(self.model), workspaces(self.workload.device))
+        live = _LiveBytes(_tensors(self.model), self.workload.device)
         with live:
             # The host prologue needs data; its outputs have the same sizes.
             run(lambda: PackedBatch(self.variant, self._inputs(), positions), ids)
@@ -246,15 +245,15 @@ class _LiveBytes(TorchDispatchMode):
         peak: Greatest number of bytes at once, workspaces of operators included.
     """
 
-    def __init__(self, known: Iterable[Tensor], workspaces: Mapping[Any, Workspace]) -> None:
+    def __init__(self, known: Iterable[Tensor], device: str) -> None:
         """
         Args:
             known: Tensors that exist before, and do not count.
-            workspaces: Workspaces by operator, or by a tag of operators.
+            device: "cpu" or "cuda", for the workspaces of operators.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._workspaces = workspaces
+        self._device = device
         self._seen: dict[int, weakref.ref[Any]] = {}
         for tensor in known:
             self._watch(tensor.untyped_storage(), 0)
@@ -266,8 +265,8 @@ class _LiveBytes(TorchDispatchMode):
                 storage = value.untyped_storage()
                 if id(storage) not in self._seen:
                     self._watch(storage, storage.nbytes())
-        inside = (self._workspaces[key](args, result) for key in (function, *function.tags) if key in self._workspaces)
-        self.peak = max(self.peak, self.live + sum(inside))
+        formulas = (WORKSPACES[key] for key in (function, *function.tags) if key in WORKSPACES)
+        self.peak = max(self.peak, self.live + sum(formula(args, result, self._device) for formula in formulas))
         return result
 
     def _watch(self, storage: torch.UntypedStorage, nbytes: int) -> None:

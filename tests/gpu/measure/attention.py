@@ -62,20 +62,21 @@ class _Problem:
         self.bounds = torch.arange(shape.segments + 1, device=setting.device, dtype=torch.int32) * self.step
 
     def measure(self, part: str, row: Row) -> None:
+        from vlmbuild.ops.attention.op import Masks
         from vlmbuild.ops.attention.triton import attention_backward_triton, attention_forward_triton
 
         query, key, value = (leaf.detach() for leaf in self.leaves)
-        masks = (None, self.bounds, None, None)
+        masks = Masks(cu_seqlens=self.bounds)
         options = (self.shape.causal, 1 / math.sqrt(self.shape.dim))
         exact, peers = self._exact, dict(self._peers())
         if part == "forward":
-            ours: Run = lambda: attention_forward_triton(query, key, value, *masks, *options)[0]  # noqa: E731
+            ours: Run = lambda: attention_forward_triton(query, key, value, masks, *options)[0]  # noqa: E731
             calls = {name: torch.no_grad()(call) for name, call in peers.items()}
             compare(self.setting, row, ours, lambda: exact()[0], calls, LIMIT)
         else:
-            out, logsumexp = attention_forward_triton(query, key, value, *masks, *options)
+            out, logsumexp = attention_forward_triton(query, key, value, masks, *options)
             kept = (out, logsumexp, *options)
-            ours = lambda: attention_backward_triton(self.grad, query, key, value, *masks, *kept)  # noqa: E731
+            ours = lambda: attention_backward_triton(self.grad, query, key, value, masks, *kept)  # noqa: E731
             calls = {name: self._gradients(call) for name, call in peers.items()}
             compare(self.setting, row, ours, lambda: exact()[1], calls, LIMIT)
         flops = 4 * self.shape.length * self.step * self.shape.heads * self.shape.dim / (2 if self.shape.causal else 1)

@@ -77,7 +77,7 @@ def _launches() -> Iterator[Any]:
 
 def _attention(shape: Shape) -> Iterator[Any]:
     from vlmbuild.ops.attention.op import Masks
-    from vlmbuild.ops.attention.triton import backward_launches, forward_launches
+    from vlmbuild.ops.attention.triton import backward_launches, forward_launch
 
     sizes = (shape.heads, shape.key_heads, shape.key_heads)
     tensors = [_empty(1, shape.length, heads, shape.dim).transpose(1, 2) for heads in sizes]
@@ -85,7 +85,7 @@ def _attention(shape: Shape) -> Iterator[Any]:
     out = _empty(1, shape.length, shape.heads, shape.dim)
     logsumexp = _empty(1, shape.heads, shape.length, dtype=torch.float32)
     options = (shape.causal, shape.dim**-0.5, TARGET)
-    yield from forward_launches(*tensors, masks, out, logsumexp, *options)
+    yield forward_launch(*tensors, masks, out, logsumexp, *options)
     grads = tuple(_empty(*x.shape) for x in tensors)
     yield from backward_launches(
         torch.empty_like(out), *tensors, masks, out, logsumexp, torch.empty_like(logsumexp), grads, *options

@@ -180,9 +180,23 @@ def publish(record: Record, setting: Setting, kernel: str, prefixes: tuple[str, 
         row["slower_than_torch"] = 1 / min(torchs)
         row["correct"] = all(other.get("right") is True for other in rows)
         device = torch.cuda.get_device_name()
-        tiles.write_measurement(
-            kernel, 10 * major + minor, right=row["correct"], ratio=row["slower_than_torch"], device=device
-        )
+        entry = {"device": device, "right": row["correct"], "ratio": round(row["slower_than_torch"], 3)}
+        write_measurement(tiles.FILE, kernel, 10 * major + minor, entry)
+        tiles.tables.cache_clear()
+
+
+def write_measurement(file: Path, kernel: str, capability: int, entry: Mapping[str, Any]) -> None:
+    """Put a kernel's row into tiles.json, which has one line a kernel; see `vlmbuild.ops.tiles`."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["measured"].setdefault(f"sm_{capability}", {})[kernel] = entry
+    tables = []
+    for table, chips in content.items():
+        blocks = []
+        for chip, kernels in chips.items():
+            lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
+            blocks.append(f"    {json.dumps(chip)}: {{\n{lines}\n    }}")
+        tables.append(f"  {json.dumps(table)}: {{" + ("\n" + ",\n".join(blocks) + "\n  }" if blocks else "}"))
+    file.write_text("{\n" + ",\n".join(tables) + "\n}\n", encoding="utf-8")
 
 
 def distance(actual: Any, exact: Any) -> float:

@@ -76,20 +76,20 @@ def test_varlen_forward_and_backward(monkeypatch, causal, kv_heads):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", per_segment)
     q = torch.randn(1, 12, 4, 16).transpose(1, 2)
     k, v = (torch.randn(1, 12, kv_heads, 16).transpose(1, 2) for _ in range(2))
-    masks = (None, SEGMENTS, None, None)
-    out, sums = varlen.varlen_forward(q, k, v, *masks, causal, 0.3)
-    torch.testing.assert_close(out, attention_reference(q, k, v, *masks, causal, 0.3))
+    masks = Masks(cu_seqlens=SEGMENTS)
+    out, sums = varlen.varlen_forward(q, k, v, masks, causal, 0.3)
+    torch.testing.assert_close(out, attention_reference(q, k, v, masks, causal, 0.3))
     assert out[:, 9:].eq(0).all()
     grad = torch.randn_like(out)
-    grads = varlen.varlen_backward(grad, q, k, v, *masks, out, sums, causal, 0.3)
-    for one, other in zip(grads, attention_reference_backward(grad, q, k, v, *masks, causal, 0.3), strict=True):
+    grads = varlen.varlen_backward(grad, q, k, v, masks, out, sums, causal, 0.3)
+    for one, other in zip(grads, attention_reference_backward(grad, q, k, v, masks, causal, 0.3), strict=True):
         torch.testing.assert_close(one, other)
         assert one.is_contiguous()
 
 
 def test_varlen_without_rows(monkeypatch):
     x = torch.randn(1, 2, 3, 8)
-    masks = (None, torch.tensor([0, 0]), None, None)
-    out, sums = varlen.varlen_forward(x, x, x, *masks, True, 0.3)
+    masks = Masks(cu_seqlens=torch.tensor([0, 0]))
+    out, sums = varlen.varlen_forward(x, x, x, masks, True, 0.3)
     assert out.eq(0).all()
-    assert all(grad.eq(0).all() for grad in varlen.varlen_backward(out, x, x, x, *masks, out, sums, True, 0.3))
+    assert all(grad.eq(0).all() for grad in varlen.varlen_backward(out, x, x, x, masks, out, sums, True, 0.3))

@@ -13,7 +13,8 @@ from torch.library import opcheck
 
 import vlmbuild.ops  # noqa: F401
 from vlmbuild.errors import DeviceError, UsageError
-from vlmbuild.ops.attention.sdpa import runs
+from vlmbuild.ops.attention.op import Masks
+from vlmbuild.ops.attention.sdpa import runs, sdpa_backward, sdpa_forward
 
 OPS = torch.ops.vlmbuild
 NAMES = ("attention", "attention_sdpa", "attention_auto")
@@ -228,11 +229,10 @@ def test_packed_segments_never_make_a_dense_mask() -> None:
 
     query, key, value = (x.detach() for x in tensors(1, 1, 1, 128, 128, 8))
     cu_seqlens = torch.arange(0, 129, 8, dtype=torch.int32)
-    from vlmbuild.ops.attention.sdpa import sdpa_backward, sdpa_forward
-
     with Largest() as largest:
-        out, logsumexp = sdpa_forward(query, key, value, None, cu_seqlens, None, None, False, SCALE)
-        sdpa_backward(out, query, key, value, None, cu_seqlens, None, None, out, logsumexp, False, SCALE)
+        masks = Masks(cu_seqlens=cu_seqlens)
+        out, logsumexp = sdpa_forward(query, key, value, masks, False, SCALE)
+        sdpa_backward(out, query, key, value, masks, out, logsumexp, False, SCALE)
     assert largest.numel == query.numel()
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from vlmbuild.errors import PassError
-from vlmbuild.ops.attention.op import attention_reference
+from vlmbuild.ops.attention.op import attention_reference, flat
 from vlmbuild.targets.onnx.attention import ROWS, attention
 from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.translate import Site, Value
 
 HEADS, DIM, SCALE = 4, 8, 0.3
+reference = flat(attention_reference)
 
 
 def run(arguments, causal, dtype=torch.float32):
@@ -42,9 +43,7 @@ def states(queries, keys, batch=1, kv_heads=HEADS, dtype=torch.float32):
 def test_segments(lengths):
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     arguments = (*states(sum(lengths), sum(lengths)), None, bounds, None, None)
-    torch.testing.assert_close(
-        run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(run(arguments, False), reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("new", [1, 3, 9])
@@ -54,7 +53,7 @@ def test_cache_and_padding(new, past):
     mask = torch.ones(3, past + new, dtype=torch.int64)
     mask[1, : (past + new) // 2] = 0
     arguments = (query, key, value, mask, None, None, None)
-    found, expected = run(arguments, True), attention_reference(*arguments, True, SCALE)
+    found, expected = run(arguments, True), reference(*arguments, True, SCALE)
     shown = mask[:, past:].bool()  # padding sees nothing, and nobody reads what it gets
     torch.testing.assert_close(found[shown], expected[shown], rtol=1e-4, atol=1e-5)
     assert torch.isfinite(found).all()
@@ -68,9 +67,7 @@ def test_groups_of_keys(rows):
     visible[torch.arange(rows), torch.arange(rows) * 5 // max(rows, 1)] = True
     visible[::3, 2] = True
     arguments = (*states(rows, 20), None, None, groups, visible)
-    torch.testing.assert_close(
-        run(arguments, False), attention_reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(run(arguments, False), reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_see_no_group_stay_finite():
@@ -79,7 +76,7 @@ def test_rows_that_see_no_group_stay_finite():
     arguments = (*states(4, 3), None, None, groups, visible)
     found = run(arguments, False)
     assert torch.isfinite(found).all()
-    torch.testing.assert_close(found[:, 0], attention_reference(*arguments, False, SCALE)[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:, 0], reference(*arguments, False, SCALE)[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_float16_padding_is_no_nan():

@@ -7,6 +7,8 @@ place. Each is a thin composite over a forward that also returns the log-sum-exp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -27,13 +29,36 @@ BACKWARD_SCHEMA = (
 )
 
 
+Grads = tuple[Tensor, Tensor, Tensor]
+"""Gradients of query, key and value."""
+
+
 class Masks(NamedTuple):
-    """Which keys a query may see, besides causal order; see `attention_reference` for each."""
+    """Which keys a query may see, besides causal order.
+
+    Attributes:
+        key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
+        cu_seqlens: Integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
+            empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
+        key_groups: Integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
+        visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
+    """
 
     key_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     key_groups: Tensor | None = None
     visible_groups: Tensor | None = None
+
+
+def flat(function: Callable[..., Any], tensors: int = 3) -> Callable[..., Any]:
+    """Make a function that takes `Masks` after some tensors take the four masks one by one, as operators do."""
+
+    @wraps(function)
+    def with_masks(*arguments: Any) -> Any:
+        rest = tensors + len(Masks._fields)
+        return function(*arguments[:tensors], Masks(*arguments[tensors:rest]), *arguments[rest:])
+
+    return with_masks
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool) -> None:
@@ -124,28 +149,14 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, scale: float) -> Tensor:
     """Compute softmax attention in float32 with a dense mask: the meaning of the operator.
 
     Args:
         query: `[B, Hq, S, D]`.
         key: `[B, Hkv, T, D]` where Hkv divides Hq.
         value: Like `key`.
-        key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
-        cu_seqlens: Integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
-            empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
-        key_groups: Integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
-        visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
+        masks: Keys that a query may see.
         causal: Key j is seen by query i only where `j <= i + T - S`.
         scale: Factor on the scores.
 
@@ -155,7 +166,6 @@ def attention_reference(
     Raises:
         UsageError: Shapes do not fit.
     """
-    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)
     groups = query.shape[1] // key.shape[1]
     wide_key = _wide(key).repeat_interleave(groups, dim=1)
@@ -165,19 +175,9 @@ def attention_reference(
 
 
 def attention_reference_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute gradients for query, key and value, from the inputs alone: the probabilities are computed again."""
-    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, scale: float
+) -> Grads:
+    """Compute gradients for query, key and value, contiguous, from the inputs alone: the probabilities are computed again."""
     batch, heads, _, dim = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     groups = heads // kv_heads
@@ -191,68 +191,34 @@ def attention_reference_backward(
     grad_query = (grad_scores @ wide_key) * scale
     grad_key = (grad_scores.transpose(-1, -2) @ wide_query).view(per_group).sum(2) * scale
     grad_value = (p.transpose(-1, -2) @ wide_grad).view(per_group).sum(2)
-    return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    return (
+        grad_query.to(query.dtype).contiguous(),
+        grad_key.to(key.dtype).contiguous(),
+        grad_value.to(value.dtype).contiguous(),
+    )
 
 
-@torch.library.custom_op("vlmbuild::attention", mutates_args=(), schema=SCHEMA)
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """See `attention_reference`. Differentiable in query, key and value."""
-    return attention_reference(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
-
-
-@attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    check_attention(query, key, value, Masks(key_mask, cu_seqlens, key_groups, visible_groups), causal)
+def fake_output(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, scale: float) -> Tensor:
+    """Allocate the result after checking the arguments."""
+    check_attention(query, key, value, masks, causal)
     batch, heads, length, dim = query.shape
     return query.new_empty((batch, length, heads, dim))
 
 
-@torch.library.custom_op(
+def fake_grads(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Grads:
+    """Allocate the gradients."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+attention = torch.library.custom_op("vlmbuild::attention", flat(attention_reference), mutates_args=(), schema=SCHEMA)
+attention_backward = torch.library.custom_op(
     "vlmbuild::attention_backward",
+    flat(attention_reference_backward, 4),
     mutates_args=(),
     schema=f"(Tensor grad, {_INPUTS}, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
 )
-def attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `attention_reference_backward`."""
-    masks = (key_mask, cu_seqlens, key_groups, visible_groups)
-    grads = attention_reference_backward(grad, query, key, value, *masks, causal, scale)
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
-
-
-@attention_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+attention.register_fake(flat(fake_output))
+attention_backward.register_fake(fake_grads)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

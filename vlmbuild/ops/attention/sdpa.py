@@ -16,9 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.attention.op import Masks, allowed_keys, check_attention
-
-Grads = tuple[Tensor, Tensor, Tensor]
+from vlmbuild.ops.attention.op import Grads, Masks, allowed_keys, check_attention
 
 
 class _Run(NamedTuple):
@@ -156,23 +154,14 @@ def _lane_dense(x: Tensor) -> Tensor:
 
 
 def sdpa_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
-    causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention_reference` and the log-sum-exp `[B, Hq, S]` (zeros where the kernel keeps it to itself)."""
-    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     check_attention(query, key, value, masks, causal)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     if query.numel() == 0 or key.numel() == 0:
         return _rows_first(query).transpose(1, 2), logsumexp_like(query)
-    if cu_seqlens is None and key_groups is None:
+    if masks.cu_seqlens is None and masks.key_groups is None:
         (call,) = _calls(query, key, masks, causal)
         result, rows = _run_forward(query, key, value, call, scale)
         return result.transpose(1, 2).contiguous(), logsumexp_like(query) if rows is None else rows
@@ -207,23 +196,19 @@ def sdpa_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    key_groups: Tensor | None,
-    visible_groups: Tensor | None,
+    masks: Masks,
     out: Tensor,
     logsumexp: Tensor,
     causal: bool,
     scale: float,
 ) -> Grads:
     """Compute gradients for query, key and value, contiguous; `grad` and `out` are `[B, S, Hq, D]`."""
-    masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups)
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     grad, out = _lane_dense(grad).transpose(1, 2), out.transpose(1, 2)
     shapes = (query.shape, key.shape, value.shape)
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2])
-    if cu_seqlens is None and key_groups is None:
+    if masks.cu_seqlens is None and masks.key_groups is None:
         (call,) = _calls(query, key, masks, causal)
         grads = _run_backward(grad, query, key, value, out, logsumexp, call, scale)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()

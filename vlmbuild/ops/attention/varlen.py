@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlmbuild.ops.attention.op import Masks, check_attention
-from vlmbuild.ops.attention.sdpa import Grads, logsumexp_like, runs
+from vlmbuild.ops.attention.op import Grads, Masks, check_attention
+from vlmbuild.ops.attention.sdpa import logsumexp_like, runs
 
 _MOST_LANES = 256
 _LANE_MULTIPLE = 8
@@ -37,20 +37,12 @@ def takes(query: Tensor, masks: Masks) -> bool:
 
 
 def varlen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: None,
-    cu_seqlens: Tensor,
-    key_groups: None,
-    visible_groups: None,
-    causal: bool,
-    scale: float,
+    query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention_reference` for a call that `takes` accepts, and zeros for the log-sum-exp."""
-    check_attention(query, key, value, Masks(cu_seqlens=cu_seqlens), causal)
+    check_attention(query, key, value, masks, causal)
     out = query.new_zeros((1, query.shape[2], query.shape[1], query.shape[3]))
-    bounds, longest, last = _segments(cu_seqlens, query.shape[2])
+    bounds, longest, last = _segments(masks, query.shape[2])
     if longest:
         rows = [_rows(x, last) for x in (query, key, value)]
         out[0, :last] = _attend(rows, bounds, longest, causal, scale)
@@ -62,10 +54,7 @@ def varlen_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mask: None,
-    cu_seqlens: Tensor,
-    key_groups: None,
-    visible_groups: None,
+    masks: Masks,
     out: Tensor,
     logsumexp: Tensor,
     causal: bool,
@@ -73,7 +62,7 @@ def varlen_backward(
 ) -> Grads:
     """Compute the gradients for query, key and value, contiguous."""
     grads = (query.new_zeros(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape))
-    bounds, longest, last = _segments(cu_seqlens, query.shape[2])
+    bounds, longest, last = _segments(masks, query.shape[2])
     if longest:
         with torch.enable_grad():
             leaves = [_rows(x, last).detach().requires_grad_() for x in (query, key, value)]
@@ -83,8 +72,10 @@ def varlen_backward(
     return grads
 
 
-def _segments(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, int, int]:
+def _segments(masks: Masks, rows: int) -> tuple[Tensor, int, int]:
     """Return int32 bounds, the length of the longest segment, and the end of the last one."""
+    cu_seqlens = masks.cu_seqlens
+    assert cu_seqlens is not None  # `takes` saw to it
     found = runs(cu_seqlens, rows)
     last = found[-1].start + found[-1].length * found[-1].many if found else 0
     return cu_seqlens.to(torch.int32), max((run.length for run in found), default=0), last

@@ -21,14 +21,7 @@ _BLOCK = 64 if INTERPRET else 4096
 
 @triton.jit  # type: ignore[untyped-decorator]
 def cross_entropy_kernel(  # type: ignore[no-untyped-def]
-    logits,
-    targets,
-    losses,
-    gradient,
-    row_stride,
-    vocabulary,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, targets, losses, gradient, row_stride, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Compute one row a program; a negative target is ignored: its loss and gradient are zero."""
     row = tl.program_id(0).to(tl.int64)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vlmbuild.errors import UsageError
 from vlmbuild.ops import tiles
-from vlmbuild.ops.rope.check import check_rotate
 
 
 def cos_sin_reference(
@@ -59,6 +58,19 @@ def _check_sections(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[i
             f"mrope_cos_sin: sections {list(sections)} do not fit inv_freq of shape {tuple(inv_freq.shape)}; "
             + ("shared sections each have its length" if shared else "their sum must be its length")
         )
+
+
+def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise UsageError unless the tables fit query and key, as in `rotate_reference`."""
+    for name, x in (("query", query), ("key", key)):
+        rows = (x.shape[0], *x.shape[2:-1])
+        if x.dim() not in (3, 4) or cos.shape != sin.shape or tuple(cos.shape) != (*rows, x.shape[-1] // 2):
+            raise UsageError(
+                f"mrope_rotate: {name} of shape {tuple(x.shape)} does not fit cos {tuple(cos.shape)} and sin "
+                f"{tuple(sin.shape)}; wanted [B, H, S, D] with [B, S, D/2], or [N, H, D] with [N, D/2]"
+            )
+        if x.shape[-1] % 2:
+            raise UsageError(f"mrope_rotate: the head dimension of {name} is odd ({x.shape[-1]})")
 
 
 def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,6 +169,7 @@ def _on_cuda(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool
         return rotate_cpu(query, key, cos, -sin if back else sin)
     from vlmbuild.ops.rope.triton import rotate_triton
 
+    check_rotate(query, key, cos, sin)
     return rotate_triton(query, key, cos, sin, back=back)
 
 

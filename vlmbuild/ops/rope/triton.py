@@ -9,7 +9,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from vlmbuild.ops.rope.check import check_rotate
 from vlmbuild.ops.triton_util import Launch, power_of_two, require_device
 
 _TILE = 1024
@@ -91,34 +90,14 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     s = tl.load(sin + batch * sin_batch + position * sin_row + lanes * sin_lane, mask=lane_ok, other=0.0)[None, :]
     if BACK:
         s = -s
+    source = query + batch * query_batch + position * query_row
+    target = out_query + batch * outq_batch + position * outq_row
     _turn_heads(
-        query + batch * query_batch + position * query_row,
-        out_query + batch * outq_batch + position * outq_row,
-        query_head,
-        query_lane,
-        outq_head,
-        outq_lane,
-        c,
-        s,
-        lanes,
-        QUERY_HEADS,
-        HALF,
-        QUERY_TILE,
+        source, target, query_head, query_lane, outq_head, outq_lane, c, s, lanes, QUERY_HEADS, HALF, QUERY_TILE
     )
-    _turn_heads(
-        key + batch * key_batch + position * key_row,
-        out_key + batch * outk_batch + position * outk_row,
-        key_head,
-        key_lane,
-        outk_head,
-        outk_lane,
-        c,
-        s,
-        lanes,
-        KEY_HEADS,
-        HALF,
-        KEY_TILE,
-    )
+    source = key + batch * key_batch + position * key_row
+    target = out_key + batch * outk_batch + position * outk_row
+    _turn_heads(source, target, key_head, key_lane, outk_head, outk_lane, c, s, lanes, KEY_HEADS, HALF, KEY_TILE)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -133,13 +112,11 @@ def _table_strides(x: Tensor) -> tuple[int, ...]:
 def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
     """Compute `vlmbuild.ops.rope.op.rotate_reference` on the GPU (or in Triton's interpreter), without copying strided inputs.
 
-    `back` rotates the other way.
+    The shapes must fit; `back` rotates the other way.
 
     Raises:
-        UsageError: Shapes do not fit.
         DeviceError: The tensors are not where Triton runs.
     """
-    check_rotate(query, key, cos, sin)
     require_device("mrope_rotate", query)
     out_query, out_key = torch.empty_like(query), torch.empty_like(key)
     if cos.numel():

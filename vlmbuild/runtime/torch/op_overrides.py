@@ -1,8 +1,7 @@
 """Faster functions of the same values that replace operators in a bound region's graph.
 
-Where no gradient is needed, Python runs graphs that call an operator's kernel directly (`vlmbuild.ops.eager`). Compilers get
-aten's operators, and for steps of one token per row functions that they trace through and fuse; `targets/aoti/lowering.py` has
-more for AOTInductor alone.
+Where no gradient is needed, Python runs float32 linear layers by oneDNN. Compilers get aten's operators, and for steps of one
+token per row functions that they trace through and fuse; `targets/aoti/lowering.py` has more for AOTInductor alone.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmbuild.ops import OPERATORS
-from vlmbuild.ops.eager import needs_dispatcher
-from vlmbuild.ops.linear_onednn.op import linear_onednn, suits_onednn
+from vlmbuild.ops.linear import linear_onednn, suits_onednn
 from vlmbuild.ops.rope.op import rotate_reference
 
 _ROTATE = torch.ops.vlmbuild.mrope_rotate.default
@@ -41,15 +38,13 @@ def _rotate(query: Tensor, *rest: Any) -> Any:
 
 
 def _linear_kernel(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if needs_dispatcher(states) or not suits_onednn(states, weight):
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(states) is not Tensor
+    if plain or not suits_onednn(states, weight):
         return F.linear(states, weight, bias)
     return linear_onednn(states, weight, bias)
 
 
-WITHOUT_GRADIENTS: dict[object, Callable[..., Any]] = {
-    _LINEAR: _linear_kernel,
-    **{row.overload: row.eager for row in OPERATORS.values() if row.eager is not None},
-}
+WITHOUT_GRADIENTS: dict[object, Callable[..., Any]] = {_LINEAR: _linear_kernel}
 """Overrides for graphs that Python runs. With gradients each calls its operator, so that one graph serves both."""
 
 FOR_COMPILERS_OF_ONE_TOKEN: dict[object, Callable[..., Any]] = {_LINEAR: _linear, _ROTATE: _rotate}

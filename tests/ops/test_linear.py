@@ -1,4 +1,4 @@
-"""oneDNN's linear layer: torch's values, for large float32 weights on a CPU and without gradients alone."""
+"""oneDNN's linear layer: torch's values, for large float32 weights on a CPU and without gradients alone; and the packed one."""
 
 import zipfile
 
@@ -9,15 +9,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from vlmbuild.ops.linear_onednn.op import linear_onednn, suits_onednn
+from vlmbuild.ops.linear import linear_onednn, linear_packed, suits_onednn
 from vlmbuild.runtime.torch import graphs, op_overrides
 from vlmbuild.targets.aoti.compile import compile_region, platform_compiled_for
 from vlmbuild.targets.aoti.lowering import lower
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+has_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 LARGE = (512, 512)
 
 
+@has_onednn
 @pytest.mark.parametrize("shape", [(7, 512), (2, 3, 512), (1, 1, 512), (0, 512)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_values_are_those_of_torch(shape, with_bias):
@@ -26,6 +27,7 @@ def test_values_are_those_of_torch(shape, with_bias):
     torch.library.opcheck(torch.ops.vlmbuild.linear_onednn.default, (x, weight, bias))
 
 
+@has_onednn
 @pytest.mark.parametrize(
     ("states", "weight", "suits"),
     [
@@ -39,6 +41,7 @@ def test_what_it_is_for(states, weight, suits):
     assert suits_onednn(states, weight) is suits
 
 
+@has_onednn
 def test_graphs_use_it_without_gradients(monkeypatch):
     graph = Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
@@ -56,6 +59,8 @@ def test_graphs_use_it_without_gradients(monkeypatch):
     torch.testing.assert_close(found, trained.detach(), rtol=1e-4, atol=1e-4)
 
 
+@has_onednn
+@pytest.mark.slow
 def test_compiled_code_uses_it(tmp_path):
     """As AOTInductor gets a linear layer: weights are inputs of the code, and C++ calls oneDNN."""
     graph = Graph()
@@ -73,3 +78,10 @@ def test_compiled_code_uses_it(tmp_path):
     with zipfile.ZipFile(package) as files:
         code = b"".join(files.read(name) for name in files.namelist() if name.endswith(".so"))
     assert b"aoti_torch_cpu__linear_pointwise" in code
+
+
+def test_a_packed_layer_is_a_linear_layer_on_the_values_that_are_stored():
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    assert linear_packed(x, weight, bias, "int4").equal(F.linear(x, weight, bias))
+    assert torch.ops.vlmbuild.linear_packed(x, weight, None, "int4").equal(F.linear(x, weight))
+    assert torch.ops.vlmbuild.linear_packed(x.to("meta"), weight.to("meta"), None, "int4").shape == (2, 3, 5)

@@ -1,1 +1,0 @@
-"""float32 linear layers through oneDNN on CPUs."""

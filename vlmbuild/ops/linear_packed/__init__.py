@@ -1,1 +1,0 @@
-"""Linear layers on blocks of 4-bit integers (ONNX Runtime)."""

@@ -173,7 +173,7 @@ class Recipe:
             options = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"Recipe {path} cannot be read: {error.strerror}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also of bytes, long numbers and nesting
             raise UsageError(f"Recipe {path} is not valid TOML: {error}.") from error
         return cls.from_mapping({**options, **overrides}, where=str(path))
 

@@ -150,10 +150,8 @@ def read_index(read: Read, where: str) -> CodeIndex:
     """Read the index of compiled code. Raises IncompatibleError if this vlmbuild cannot read it."""
     try:
         return CodeIndex.from_record(json.loads(read(CODE_INDEX)))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise IncompatibleError(
-            f"{where}: {CODE_INDEX} cannot be read: {error!r}. Build the artifact again."
-        ) from error
+    except (UsageError, ValueError, RecursionError) as error:
+        raise IncompatibleError(f"{where}: {CODE_INDEX} cannot be read: {error}. Build the artifact again.") from error
 
 
 def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str) -> CodeEntry:

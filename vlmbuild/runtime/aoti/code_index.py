@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
+
+from vlmbuild.errors import UsageError
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.runtime.aoti.platform import CodePlatform
+from vlmbuild.util.records import read_as
 from vlmbuild.util.renamed import CACHE_FORMS, current_names
 
 CODE_INDEX = "code/index.json"
@@ -35,13 +39,11 @@ class CodeFile:
         """Return JSON values."""
         return {"file": self.file, "inputs": [list(entry) for entry in self.inputs]}
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read JSON values. Raises the errors of `CodeIndex.from_record`."""
-        file = str(record["file"])
-        if not file.endswith(".pt2"):  # a manifest calls such files code, whoever wrote it
-            raise ValueError(f"{file} is no package")
-        return cls(file, tuple((int(index), str(dtype)) for index, dtype in record["inputs"]))
+    def __post_init__(self) -> None:
+        if not self.file.endswith(".pt2"):  # a manifest calls such files code, whoever wrote it
+            raise UsageError(f"{self.file} is no package")
+        if any(not isinstance(getattr(torch, dtype, None), torch.dtype) for _, dtype in self.inputs):
+            raise UsageError(f"{self.file} reads inputs of an unknown dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +74,6 @@ class CodeEntry:
             record |= {"token": self.token.record(), "token_axis": list(self.token_axis)}
         return record
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read JSON values. Raises the errors of `CodeIndex.from_record`."""
-        graph, code = str(record["graph"]), CodeFile.from_record(record["code"])
-        if "token" not in record:
-            return cls(graph, code)
-        index, axis = record["token_axis"]
-        return cls(graph, code, CodeFile.from_record(record["token"]), (int(index), int(axis)))
-
 
 @dataclass(frozen=True, slots=True)
 class CodeIndex:
@@ -108,10 +101,7 @@ class CodeIndex:
         }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read JSON values. Raises LookupError, TypeError, ValueError or AttributeError for anything but an index."""
-        regions = {
-            form: {name: CodeEntry.from_record(entry) for name, entry in entries.items()}
-            for form, entries in current_names(record["regions"], CACHE_FORMS).items()
-        }
-        return cls(CodePlatform.from_record(record["platform"]), str(record["dtype"]), regions)
+    def from_record(cls, record: Any) -> Self:
+        """Read JSON values. Raises UsageError for anything but an index."""
+        index: Self = read_as(cls, record, CODE_INDEX)
+        return replace(index, regions=current_names(index.regions, CACHE_FORMS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import torch
 
 from vlmbuild.errors import IncompatibleError
+from vlmbuild.util.records import read_as
 
 _CPUINFO = Path("/proc/cpuinfo")
 _LEVELS: dict[str, tuple[str, ...]] = {
@@ -55,9 +55,10 @@ class CodePlatform:
         return asdict(self) | {"features": list(self.features)}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Read JSON values. Raises LookupError or TypeError for anything but a platform."""
-        return cls(**{**record, "features": tuple(record["features"])})
+    def from_record(cls, record: Any) -> Self:
+        """Read JSON values. Raises UsageError for anything but a platform."""
+        platform: Self = read_as(cls, record, "platform")
+        return platform
 
 
 def this_platform(features: tuple[str, ...] = (), *, levels: bool = True) -> CodePlatform:

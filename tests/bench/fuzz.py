@@ -1,0 +1,318 @@
+"""Change the files that vlmbuild reads at random, and report every error that is not one of its own.
+
+python -m tests.bench.fuzz [PARSER ...] [--seed N] [--seconds N]
+
+A change is of bytes, or of values: another type, a number out of range, a name that is missing, new or twice, a value from
+elsewhere in the file. `tests/test_fuzz.py` runs a few with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmbuild.errors import VlmbuildError
+
+ROOT = Path(__file__).parents[2]
+VALUES = (
+    *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, 1e308, float("inf"), float("nan")),
+    *("", "\0", "\ud800", "9" * 5000, "nan", "../x", "a.b", "__class__", "vlmbuild", "float32"),
+    *([], {}, [[]], [0], [None], ["a"], {"": 0}, {"node": 0}, {"float": "x"}, [1, 2, 3, 4]),
+)
+TOML_VALUES = (
+    *(
+        "1",
+        "-1",
+        "1.5",
+        "inf",
+        "nan",
+        "true",
+        '""',
+        '"x"',
+        "1979-05-27",
+        "07:32:00",
+        "1979-05-27T07:32:00Z",
+        "[]",
+        "{}",
+    ),
+    *("[1, 2]", '["a"]', "{ a = 1 }", "[{}]", "9" * 5000, "[" * 2000, "'''", "0xff", '"\\u0000"'),
+)
+
+
+class Parser(NamedTuple):
+    """A file's format, and the function that reads it.
+
+    Attributes:
+        seeds: Makes valid contents.
+        read: Reads the file at a path; raises VlmbuildError for what it refuses.
+    """
+
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[Path], object]
+
+
+class Finding(NamedTuple):
+    """An error that is not vlmbuild's own."""
+
+    parser: str
+    error: str
+    data: bytes
+
+
+def change(data: bytes, random: random.Random) -> bytes:
+    """Change contents once or twice, by bytes or by values."""
+    for _ in range(random.choice((1, 1, 2))):
+        if random.random() < 0.3:
+            data = _change_bytes(data, random)
+        elif data.lstrip()[:1] == b"{":
+            data = _change_json(data, random)
+        else:
+            data = _change_toml(data, random)
+    return data
+
+
+def _change_bytes(data: bytes, random: random.Random) -> bytes:
+    start, end = sorted(random.choices(range(len(data) + 1), k=2))
+    end = min(end, start + 40)
+    new = random.choice(
+        (b"", bytes([random.randrange(256)]), data[start:end] * 2, b"\xff\xfe", b"\0", b'"', b"[" * 3000)
+    )
+    return data[:start] + new + data[end:]
+
+
+def _change_json(data: bytes, random: random.Random) -> bytes:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    places = list(_places(value))
+    if not places:
+        return data
+    container, key = random.choice(places)
+    action = random.randrange(4)
+    if action == 0:
+        del container[key]
+    elif action == 1:
+        container[key] = copy.deepcopy(random.choice(places)[0])
+    elif action == 2 and isinstance(container, dict):
+        container[random.choice(("", "x", "schema", f"{key} "))] = container.pop(key)
+    else:
+        container[key] = random.choice(VALUES)
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode(errors="surrogatepass") + b"\n"  # canonical form, so that readers look at the values
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield (container, key) of every value."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield value, key
+        if isinstance(item, dict | list):
+            yield from _places(item)
+
+
+def _change_toml(data: bytes, random: random.Random) -> bytes:
+    lines = data.split(b"\n")
+    index = random.randrange(len(lines))
+    name, equals, _ = lines[index].partition(b" = ")
+    action = random.randrange(4)
+    if equals and action < 2:
+        lines[index] = name + equals + random.choice(TOML_VALUES).encode()
+    elif action == 2:
+        del lines[index]
+    else:
+        lines.insert(random.randrange(len(lines)), lines[index])
+    return b"\n".join(lines)
+
+
+def _locks() -> list[bytes]:
+    text = (ROOT / "artifacts" / "locks" / "qwen2-vl-2b-none-sdpa.lock").read_text(encoding="utf-8")
+    text = re.sub(r"(graph = '''\n).*?'''", r"\1  in0: f32[1]\n'''", text, flags=re.DOTALL)  # listings are not parsed
+    return [text.encode()]
+
+
+def _read_lock(path: Path) -> object:
+    from vlmbuild.locks.document import read_lock
+
+    return read_lock(path).to_text()
+
+
+def _recipes() -> list[bytes]:
+    return [
+        (
+            b'target = "trainable"\nattention = "sdpa"\ndtype = "float32"\nrequire = ["fuse_rope"]\n\n[quantize]\nformat = "nf4"\n'
+            b'blocksize = 64\ndouble_quant = true\nskip = ["*.o_proj"]\nroles = ["language"]\n\n[[quantize.overrides]]\n'
+            b'pattern = "*.down_proj"\nformat = "fp4"\nblocksize = 128\n'
+        ),
+        b'quantize = "int8"\n',
+        b'[quantize]\nformat = "auto"\nbudget = 4.5\n',
+    ]
+
+
+def _read_recipe(path: Path) -> object:
+    from vlmbuild.recipe import Recipe
+
+    return Recipe.from_toml(path).fingerprint()
+
+
+def _manifests() -> list[bytes]:
+    from vlmbuild.artifact.manifest import FileEntry, Manifest
+
+    files = tuple(FileEntry(path, 5, "ab" * 32, role) for path, role in (("config.json", "config"), ("x.pt2", "code")))
+    passes = ({"name": "fuse_rope", "matches": 3, "refusals": ["a: b"], "decisions": {"x": 1}},)
+    recipe = {"target": "trainable", "quantize": {"format": "nf4"}}
+    manifest = Manifest(
+        "n", "trainable", files, ({"uri": "zoo:x"},), recipe, passes, {"torch": "2.13"}, ({"a": "0x1p-3"},)
+    )
+    return [manifest.to_bytes()]
+
+
+def _read_manifest(path: Path) -> object:
+    from vlmbuild.artifact.manifest import Manifest
+
+    return Manifest.from_bytes(path.read_bytes()).id
+
+
+def _programs() -> list[bytes]:
+    from vlmbuild.artifact.canonical import canonical_json
+    from vlmbuild.ir.serialize import SCHEMA
+
+    slot = {"name": "head.weight", "shape": [8, 4], "dtype": "compute", "kind": "parameter", "role": "head"}
+    nodes = [
+        {"op": "aten.view.default", "args": [{"node": 1}, [-1, 4]]},
+        {"op": "aten.linear.default", "args": [{"node": 2}, {"node": 0}]},
+        {"op": "aten.mul.Tensor", "args": [{"node": 3}, {"float": "0x1p-1"}]},
+        {"op": "aten.to.dtype", "args": [{"node": 4}, {"dtype": "float32"}]},
+    ]
+    region = {
+        "name": "head",
+        "instances": [""],
+        "slots": [slot],
+        "recipes": [],
+        "activations": [["sequence", 4]],
+        "nodes": nodes,
+        "results": [{"node": 5}],
+    }
+    call = {"region": "head", "instance": "", "inputs": ["x"], "outputs": ["y"]}
+    entry = {"name": "x", "dtype": "compute", "shape": ["sequence", 4]}
+    program = {
+        "schema": SCHEMA,
+        "family": "qwen2_vl",
+        "ties": {"lm_head.weight": "head.weight"},
+        "regions": [region],
+        "rotary": [{"head_dim": 8, "sections": [1, 1, 2], "shared": False, "scaling": "0x1p+0"}],
+        "variants": {"text": {"inputs": [entry], "calls": [call], "output": "y"}},
+    }
+    return [canonical_json(program)]
+
+
+def _read_program(path: Path) -> object:
+    from vlmbuild.artifact.canonical import parse_canonical
+    from vlmbuild.ir.serialize import from_json
+
+    return from_json(parse_canonical(path.read_bytes(), where=path.name))
+
+
+def _code_indices() -> list[bytes]:
+    from vlmbuild.runtime.aoti.platform import this_platform
+
+    file = {"file": "code/x/a.pt2", "inputs": [[0, "float32"], [1, "int64"]]}
+    entry = {"graph": "ab" * 32, "code": file, "token": {**file, "file": "code/x/b.pt2"}, "token_axis": [0, 1]}
+    regions = {form: {"layers": entry} for form in ("dynamic", "static")}
+    platform = this_platform().record()
+    return [json.dumps({"platform": platform, "dtype": "float32", "regions": regions}).encode()]
+
+
+def _read_code_index(path: Path) -> object:
+    from vlmbuild.runtime.aoti.code import read_index
+    from vlmbuild.runtime.aoti.platform import check_platform
+
+    index = read_index(lambda _: path.read_bytes(), "artifact")
+    check_platform(index.platform, "artifact")
+    return index.record()
+
+
+def _configs() -> list[bytes]:
+    from vlmbuild.zoo import ZOO
+
+    return [(ZOO[name] / "config.json").read_bytes() for name in sorted(ZOO)]
+
+
+def _read_config(path: Path) -> object:
+    from vlmbuild.checkpoint.checkpoint import Checkpoint
+    from vlmbuild.checkpoint.source import Source
+
+    checkpoint = Checkpoint(Source(path.parent, "fuzz"))
+    family, config = checkpoint.family, checkpoint.config
+    return family.geometry(config), family.ties(config), family.variants(config)
+
+
+PARSERS: dict[str, tuple[str, Parser]] = {
+    "lock": ("x.lock", Parser(_locks, _read_lock)),
+    "recipe": ("recipe.toml", Parser(_recipes, _read_recipe)),
+    "manifest": ("manifest.json", Parser(_manifests, _read_manifest)),
+    "program": ("program.json", Parser(_programs, _read_program)),
+    "code": ("index.json", Parser(_code_indices, _read_code_index)),
+    "config": ("config.json", Parser(_configs, _read_config)),
+}
+"""Name -> file name, parser."""
+
+
+def fuzz(name: str, seed: int, cases: int | None, seconds: float = float("inf")) -> Iterator[Finding]:
+    """Yield findings of one parser, each kind of error once; stop after a number of cases or seconds."""
+    file, parser = PARSERS[name]
+    generator, seeds, seen = random.Random(f"{name} {seed}"), parser.seeds(), Counter[str]()
+    started, count = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file
+        for content in seeds:
+            path.write_bytes(content)
+            parser.read(path)
+        while (cases is None or count < cases) and time.monotonic() - started < seconds:
+            count += 1
+            data = change(generator.choice(seeds), generator)
+            path.write_bytes(data)
+            try:
+                parser.read(path)
+            except VlmbuildError:
+                continue
+            except Exception as error:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+                seen[where] += 1
+                if seen[where] == 1:
+                    yield Finding(name, f"{where}: {str(error)[:200]}", data)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("parsers", nargs="*", choices=[*PARSERS, []], help="default: all")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time")
+    parser.add_argument("--seconds", type=float, default=60, help="for each parser, default 60")
+    parser.add_argument("--keep", type=Path, help="folder for the files that were not understood")
+    options = parser.parse_args(arguments)
+    found = 0
+    for name in options.parsers or PARSERS:
+        print(f"{name}: seed {options.seed}", flush=True)
+        for finding in fuzz(name, options.seed, None, options.seconds):
+            found += 1
+            print(f"  {finding.error}", flush=True)
+            if options.keep:
+                options.keep.mkdir(parents=True, exist_ok=True)
+                (options.keep / f"{name}-{found}").write_bytes(finding.data)
+    print(f"{found} errors that are not vlmbuild's own")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -13,18 +13,25 @@ import copy
 import json
 import random
 import re
+import resource
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from vlmbuild.errors import VlmbuildError
 
 ROOT = Path(__file__).parents[2]
+LIMIT = 30.0
+"""Seconds in which every file is read or refused."""
+MEMORY = 12 << 30
+"""Address space of the command, in bytes, so that a large number is a MemoryError."""
 VALUES = (
     *(None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, 1e308, float("inf"), float("nan")),
     *("", "\0", "\ud800", "9" * 5000, "nan", "../x", "a.b", "__class__", "vlmbuild", "float32"),
@@ -252,9 +259,7 @@ def _read_config(path: Path) -> object:
     from vlmbuild.checkpoint.checkpoint import Checkpoint
     from vlmbuild.checkpoint.source import Source
 
-    checkpoint = Checkpoint(Source(path.parent, "fuzz"))
-    family, config = checkpoint.family, checkpoint.config
-    return family.geometry(config), family.ties(config), family.variants(config)
+    return Checkpoint(Source(path.parent, "fuzz")).config
 
 
 PARSERS: dict[str, tuple[str, Parser]] = {
@@ -283,7 +288,8 @@ def fuzz(name: str, seed: int, cases: int | None, seconds: float = float("inf"))
             data = change(generator.choice(seeds), generator)
             path.write_bytes(data)
             try:
-                parser.read(path)
+                with _limited(LIMIT):
+                    parser.read(path)
             except VlmbuildError:
                 continue
             except Exception as error:
@@ -294,6 +300,22 @@ def fuzz(name: str, seed: int, cases: int | None, seconds: float = float("inf"))
                     yield Finding(name, f"{where}: {str(error)[:200]}", data)
 
 
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a call that takes longer."""
+
+    def stop(*_: Any) -> NoReturn:
+        raise TimeoutError(f"not read within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("parsers", nargs="*", choices=[*PARSERS, []], help="default: all")
@@ -301,6 +323,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="for each parser, default 60")
     parser.add_argument("--keep", type=Path, help="folder for the files that were not understood")
     options = parser.parse_args(arguments)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     found = 0
     for name in options.parsers or PARSERS:
         print(f"{name}: seed {options.seed}", flush=True)

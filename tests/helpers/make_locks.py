@@ -1,4 +1,4 @@
-"""Write artifacts/locks: every published config, unquantized and in NF4, with SDPA and with Triton; one in int8, for its kernels.
+"""Write artifacts/locks: every published config in NF4 with Triton; the smallest of each family unquantized with SDPA too.
 
 python tests/helpers/make_locks.py
 """
@@ -13,13 +13,14 @@ from vlmbuild.cli.output import quiet_libraries
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LOCKS = Path(__file__).parents[2] / "artifacts" / "locks"
-_RECIPES = [(quantize, attention) for quantize in ("none", "nf4") for attention in ("sdpa", "triton")]
-_INT8 = "qwen2-vl-2b"
+SMALLEST = ("qwen2-vl-2b", "llama-3.2-11b-vision", "pixtral-12b")
+WITH_KERNELS = SMALLEST[:2]
+"""Configs whose locks have kernel tables: between them they launch every kernel."""
 
 
 def recipes(config: str) -> list[tuple[str, str]]:
     """Formats and attention that a config is locked with."""
-    return _RECIPES + [("int8", "triton")] * (config == _INT8)
+    return [("none", "sdpa")] * (config in SMALLEST) + [("nf4", "triton")]
 
 
 def main() -> None:
@@ -33,7 +34,11 @@ def main() -> None:
         values = json.loads((folder / "config.json").read_text())
         traced = trace(values, f"tests/configs/{folder.name}")
         for form, attention in recipes(folder.name):
-            lock = lock_traced(traced, Recipe(quantize=QuantSpec(format=form), attention=attention))
+            lock = lock_traced(
+                traced,
+                Recipe(quantize=QuantSpec(format=form), attention=attention),
+                kernels=folder.name in WITH_KERNELS,
+            )
             path = LOCKS / f"{folder.name}-{form}-{attention}.lock"
             write_lock(path, lock)
             print(f"{path.name}: {len(lock.regions)} regions, {len(lock.kernels.table)} kernels", file=sys.stderr)

@@ -64,8 +64,7 @@ def command(
             junit.touch()
     with StageProgress(lines=False) as progress:
         from vlmbuild.locks import render
-        from vlmbuild.locks.check import check
-        from vlmbuild.locks.parity import lock_parities
+        from vlmbuild.locks.check import check, lock_parities
 
         results = check(files, kernels=kernels, processes=processes, progress=progress)
     parities = lock_parities(files) if bisect else {}

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vlmbuild.builder.tracing import trace
+from vlmbuild.builder.passes import exact_passes
+from vlmbuild.builder.tracing import Traced, trace
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.difference import Difference, Severity, compare
-from vlmbuild.locks.document import Lock, lock_files, read_lock
+from vlmbuild.locks.document import NO_KERNELS, Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
+from vlmbuild.measure.pass_parity import Parity, pass_parity
 from vlmbuild.util.cpu import available_cores
 from vlmbuild.util.progress import Progress, silent
 
@@ -108,14 +110,14 @@ def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:
         return [_failed(file, error, time.perf_counter() - started) for file in files]
     results = []
     for file, lock in zip(files, locks, strict=True):
-        results.append(_checked(file, lock, lambda recipe: lock_traced(traced, recipe, kernels=kernels), started))
+        results.append(_checked(file, lock, traced, kernels and lock.kernels != NO_KERNELS, started))
         started = time.perf_counter()
     return results
 
 
-def _checked(file: Path, lock: Lock, make: Callable[..., Lock], started: float) -> Checked:
+def _checked(file: Path, lock: Lock, traced: Traced, kernels: bool, started: float) -> Checked:
     try:
-        now = make(lock.recipe)
+        now = lock_traced(traced, lock.recipe, kernels=kernels)
     except VlmbuildError as error:
         return _failed(file, error, time.perf_counter() - started)
     difference = compare(lock, now)
@@ -129,3 +131,26 @@ def _failed(file: Path, error: VlmbuildError, seconds: float) -> Checked:
 def keep_kernels(now: Lock, old: Lock | None) -> Lock:
     """Copy the kernel table of the old lock if the new one was made without kernels."""
     return replace(now, kernels=old.kernels) if old is not None and now.kernels.skipped else now
+
+
+def lock_parities(paths: Iterable[str | Path]) -> dict[Path, Parity]:
+    """Compute `pass_parity` for the model and recipe of each lock; equal passes are computed once.
+
+    Raises:
+        UsageError: A path contains no lock.
+    """
+    known: dict[str, Parity] = {}
+    return {file: _parity(file, known) for file in lock_files(paths)}
+
+
+def _parity(file: Path, known: dict[str, Parity]) -> Parity:
+    try:
+        lock = read_lock(file)
+        passes = exact_passes(replace(lock.recipe, attention="auto"))  # Triton's kernels need a GPU; "auto" runs here
+        key = f"{sorted(lock.config.items(), key=str)}{passes}"
+        if key not in known:
+            traced = trace(lock.config, lock.source)
+            known[key] = pass_parity(traced.program, traced.family, traced.config, passes)
+        return known[key]
+    except VlmbuildError as error:
+        return Parity((), str(error))

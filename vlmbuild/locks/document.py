@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from vlmbuild.artifact.output import output_errors
 from vlmbuild.errors import UsageError
 from vlmbuild.locks.toml_text import Row, to_toml
 from vlmbuild.recipe import Recipe
+from vlmbuild.util.records import read_as
 from vlmbuild.util.renamed import PASSES, current_names
 
 SCHEMA = "vlmbuild.lock/2"
@@ -27,11 +28,13 @@ _HEAD = """\
 # What vlmbuild compiles from a model and a recipe. Written by `vlmbuild lock`, compared with the code by `vlmbuild check`.
 # FLOPs and bytes are those of one instance, as formulas of the dimensions; attention counts a packed row as one segment.
 """
-TENSOR_CORES = ("none", "mma", "wgmma", "tcgen05")
+TensorCore = Literal["none", "mma", "wgmma", "tcgen05"]
+TENSOR_CORES: tuple[TensorCore, ...] = get_args(TensorCore)
 """Instructions for products of tiles, the slowest first."""
 
-_KERNEL_ROW = {"tile": str, "registers": int, "spilled": int, "shared": int, "tensor_core": str, "cubin": int}
 _TABLES = ("versions", "interface", "dimensions", "prologue", "variants")
+_READ = ("source", "family", *_TABLES, "regions", "passes")
+"""Fields that the file holds as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +44,17 @@ class LockedRegion:
     Attributes:
         instances: Number of instances.
         flops, bytes: Cost of one instance, as formulas of the dimensions (`vlmbuild.ir.cost`).
+        graph: Listing (`vlmbuild.ir.printer.region_text`) in canonical order.
         operators: Name -> number in the graph.
         weights: Source tensor -> format, for quantized tensors.
-        graph: Listing (`vlmbuild.ir.printer.region_text`) in canonical order.
     """
 
     instances: int
     flops: str
     bytes: str
-    operators: dict[str, int]
-    weights: dict[str, str]
     graph: str
+    operators: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,28 @@ class LockedPass:
         exact: True if it preserves values.
         fuses: True if it replaces patterns by fused operators, so that fewer matches are a loss.
         matches: Sites in the whole model.
-        sites: Region -> sites of its graph; None if only the sum is known, as for artifacts.
         refusals: "region: reason" for each unchanged site.
+        sites: Region -> sites of its graph; None if only the sum is known, as for artifacts.
         misses: Region without matches -> difference between the pattern and its nearest candidate.
     """
 
     exact: bool
     fuses: bool
     matches: int
-    sites: dict[str, int] | None
     refusals: tuple[str, ...]
-    misses: dict[str, str]
+    sites: dict[str, int] | None = field(default_factory=dict)
+    misses: dict[str, str] = field(default_factory=dict)
+
+
+class KernelRow(TypedDict):
+    """Figures of a kernel on a target; memory in bytes."""
+
+    tile: str
+    registers: int
+    spilled: int
+    shared: int
+    tensor_core: TensorCore
+    cubin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +95,11 @@ class LockedKernel:
 
     Attributes:
         regions: Regions that launch it.
-        targets: Target ("sm_90") -> tile, registers, spilled, shared, tensor_core, cubin; memory in bytes.
+        targets: Target ("sm_90") -> figures.
     """
 
     regions: tuple[str, ...]
-    targets: dict[str, dict[str, Any]]
+    targets: dict[str, KernelRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +113,10 @@ class Kernels:
 
     skipped: str = ""
     table: dict[str, LockedKernel] = field(default_factory=dict)
+
+
+NO_KERNELS = Kernels("not asked for")
+"""The table of a lock that was made without kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +142,10 @@ class Lock:
             "schema": SCHEMA,
             "source": self.source,
             "family": self.family,
-            "recipe": _without_none(self.recipe.to_mapping()),
+            "recipe": self.recipe.to_mapping(),
             **{name: getattr(self, name) for name in _TABLES},
-            "passes": {name: _pass_values(entry) for name, entry in self.passes.items()},
-            "regions": {name: _record(entry) for name, entry in self.regions.items()},
+            "passes": {name: asdict(entry) for name, entry in self.passes.items()},
+            "regions": {name: asdict(entry) for name, entry in self.regions.items()},
             "kernels": _kernel_values(self.kernels),
             "model": {"config": json.dumps(self.config, indent=1, sort_keys=True, ensure_ascii=False)},
         }
@@ -142,33 +160,24 @@ class Lock:
         """
         try:
             values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{where} is not a lock: {error}. Create it again with `vlmbuild lock`.") from error
-        if values.get("schema") not in _READABLE:
-            raise UsageError(
-                f"{where} has schema {values.get('schema')!r}, but this version reads "
-                f"{' and '.join(_READABLE)}. Create it again with `vlmbuild lock`."
-            )
-        try:
+            if values.get("schema") not in _READABLE:
+                raise UsageError(
+                    f"it has schema {values.get('schema')!r}, but this version reads {' and '.join(_READABLE)}"
+                )
+            if missing := [name for name in (*_READ, "recipe", "kernels", "model") if name not in values]:
+                raise UsageError(f"{', '.join(map(repr, missing))} is missing")
+            values["passes"] = current_names(read_as(dict[str, Any], values["passes"], "passes"), PASSES)
+            types, model = get_type_hints(cls), read_as(dict[str, str], values["model"], "model")
             return cls(
-                source=_typed("source", values["source"], str),
-                family=_typed("family", values["family"], str),
-                recipe=Recipe.from_mapping(values["recipe"], where),
-                **{name: _typed(name, values[name], dict) for name in _TABLES},
-                regions={name: _region(name, entry) for name, entry in values["regions"].items()},
-                passes={name: _pass(name, entry) for name, entry in current_names(values["passes"], PASSES).items()},
-                kernels=_kernels(values["kernels"]),
-                config=_typed("model.config", json.loads(values["model"]["config"]), dict),
+                recipe=Recipe.from_mapping(read_as(dict[str, Any], values["recipe"], "recipe"), where),
+                kernels=_kernels(read_as(dict[str, Any], values["kernels"], "kernels")),
+                config=read_as(dict[str, Any], json.loads(model.get("config", "null")), "model.config"),
+                **{name: read_as(types[name], values[name], name) for name in _READ},
             )
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from error
-        except KeyError as error:
+        except (UsageError, ValueError, RecursionError) as error:
+            reason = str(error).rstrip(".")
             raise UsageError(
-                f"{where} is not a complete lock: {error} is missing. Create it again with `vlmbuild lock`."
-            ) from error
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(
-                f"{where} is not a complete lock: {error}. Create it again with `vlmbuild lock`."
+                f"{where} cannot be read as a lock: {reason}. Create it again with `vlmbuild lock`."
             ) from error
 
 
@@ -215,72 +224,22 @@ def write_lock(path: Path, lock: Lock) -> None:
             beside.unlink(missing_ok=True)
 
 
-def _without_none(values: Any) -> Any:
-    """Drop None, which TOML cannot represent."""
-    if isinstance(values, Mapping):
-        return {key: _without_none(value) for key, value in values.items() if value is not None}
-    return [_row(item) for item in values] if isinstance(values, list) else values
-
-
-def _row(item: Any) -> Any:
-    return Row(_without_none(item)) if isinstance(item, Mapping) else item
-
-
-def _record(entry: Any) -> dict[str, Any]:
-    return {item.name: getattr(entry, item.name) for item in fields(entry)}
-
-
-def _pass_values(entry: LockedPass) -> dict[str, Any]:
-    values = _record(entry)
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if value is not None
-    }
-
-
 def _kernel_values(kernels: Kernels) -> dict[str, Any]:
     if kernels.skipped:
         return {"skipped": kernels.skipped}
     return {
-        label: {"regions": list(kernel.regions), **{target: Row(row) for target, row in kernel.targets.items()}}
+        label: {"regions": kernel.regions, **{target: Row(row) for target, row in kernel.targets.items()}}
         for label, kernel in kernels.table.items()
     }
 
 
-def _region(name: str, values: Mapping[str, Any]) -> LockedRegion:
-    known = {"operators": {}, "weights": {}, **values}
-    types = {"instances": int, "flops": str, "bytes": str, "operators": dict, "weights": dict, "graph": str}
-    return LockedRegion(**_fields(f"regions.{name}", known, types))
-
-
-def _pass(name: str, values: Mapping[str, Any]) -> LockedPass:
-    known = {"sites": {}, "misses": {}, **values}
-    types = {"exact": bool, "fuses": bool, "matches": int, "sites": dict, "refusals": list, "misses": dict}
-    checked = _fields(f"passes.{name}", known, types)
-    return LockedPass(**{**checked, "refusals": tuple(checked["refusals"])})
-
-
-def _kernels(values: Mapping[str, Any]) -> Kernels:
+def _kernels(values: dict[str, Any]) -> Kernels:
     if "skipped" in values:
-        return Kernels(_typed("kernels.skipped", values["skipped"], str))
-    return Kernels(table={label: _kernel(f"kernels.{label}", entry) for label, entry in values.items()})
-
-
-def _kernel(name: str, values: Mapping[str, Any]) -> LockedKernel:
-    rows = {key: row for key, row in values.items() if key != "regions"}
-    for target, row in rows.items():
-        if _fields(f"{name}.{target}", row, _KERNEL_ROW)["tensor_core"] not in TENSOR_CORES:
-            raise TypeError(f"{name}.{target}.tensor_core is {row['tensor_core']!r}")
-    return LockedKernel(tuple(_typed(f"{name}.regions", values["regions"], list)), rows)
-
-
-def _fields(name: str, values: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:
-    """Return the values after checking their names and types."""
-    if unknown := sorted(values.keys() - types.keys()):
-        raise TypeError(f"{name} has {', '.join(unknown)}, which no lock has")
-    return {key: _typed(f"{name}.{key}", values[key], kind) for key, kind in types.items()}
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{name} is {value!r}, and not a {kind.__name__}")
-    return value
+        return Kernels(read_as(str, values["skipped"], "kernels.skipped"))
+    table = {}
+    for label, entry in values.items():
+        where = f"kernels.{label}"
+        targets = read_as(dict[str, Any], entry, where)
+        regions = read_as(tuple[str, ...], targets.pop("regions", None), f"{where}.regions")
+        table[label] = LockedKernel(regions, read_as(dict[str, KernelRow], targets, where))
+    return Kernels(table=table)

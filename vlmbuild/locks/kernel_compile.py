@@ -6,59 +6,63 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from vlmbuild.locks.document import TENSOR_CORES, KernelRow
 
 if TYPE_CHECKING:
     from vlmbuild.ops.triton_util import Launch
 
-_TENSOR_CORE = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma": r"\bmma\.sync"}
+_TENSOR_CORE = {"mma": r"\bmma\.sync", "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 _FRONT_END = threading.Lock()
-_ALIGNMENT = 16
-
-Row = dict[str, Any]
 
 
-def meaning(launch: Launch) -> tuple[Any, ...]:
+class Specialized(NamedTuple):
+    """A launch as Triton's launcher specializes it for its arguments' types, alignment and values.
+
+    Attributes:
+        signature: Parameter -> type.
+        constants, attributes: Values of constant parameters, and alignment of others, by index.
+        arguments: The specialization of each argument.
+    """
+
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    arguments: tuple[str, ...]
+
+
+@cache
+def _binder(kernel: Any, target: int) -> tuple[Any, Callable[..., Any]]:
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.compiler import make_backend  # type: ignore[import-untyped]
+    from triton.runtime.jit import create_function_from_signature  # type: ignore[import-untyped]
+
+    backend = make_backend(GPUTarget("cuda", target, 32))
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def specialize(launch: Launch, target: int) -> Specialized:
+    """Specialize a launch by Triton's own binder."""
+    kernel = launch.kernel
+    backend, binder = _binder(kernel, target)
+    bound, known, options = binder(*launch.arguments, **launch.constants, **launch.tile, debug=False)
+    _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, known, options)
+    aligned = {index: value for index, value in attributes.items() if value}
+    return Specialized(signature, constants, aligned, tuple(map(str, known[: len(launch.arguments)])))
+
+
+def meaning(launch: Launch, target: int) -> tuple[Any, ...]:
     """Return all that decides the machine code, but for the tile: source, constants, and specialization of arguments."""
-    known = map(_specialized, launch.arguments, _may_specialize(launch))
-    return (launch.kernel.cache_key, *known, *sorted(launch.constants.items()))
+    return (launch.kernel.cache_key, *specialize(launch, target).arguments, *sorted(launch.constants.items()))
 
 
-def _may_specialize(launch: Launch) -> Iterator[bool]:
-    """Yield for each argument whether Triton compiles a kernel for its value."""
-    return (not parameter.do_not_specialize for parameter in launch.kernel.params)
-
-
-def _specialized(argument: Any, may: bool) -> str:
-    """Return an argument's type as Triton's launcher specializes it: integers that are 1 or multiples of 16."""
-    if isinstance(argument, torch.Tensor):
-        return POINTERS[argument.dtype]
-    if isinstance(argument, float):
-        return "fp32"
-    kind = "i32" if argument < 2**31 else "i64"
-    if argument == 1 and may:
-        return "1"
-    return f"{kind} aligned" if argument % _ALIGNMENT == 0 and may else kind
-
-
-def compile_launch(launch: Launch, target: int) -> Row:
+def compile_launch(launch: Launch, target: int) -> KernelRow:
     """Compile a launch's kernel ahead of time.
 
     Args:
@@ -66,21 +70,22 @@ def compile_launch(launch: Launch, target: int) -> Row:
         target: Compute capability, 90 for sm_90.
     """
     import triton  # type: ignore[import-untyped]
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget
 
-    source = triton.compiler.ASTSource(launch.kernel, *_signature(launch))
+    known = specialize(launch, target)
+    source = triton.compiler.ASTSource(launch.kernel, known.signature, known.constants, known.attributes)
     source.make_ir = _one_at_a_time(source.make_ir)
     options = {name: value for name, value in (launch.constants | launch.tile).items() if name in OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, spilled = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
-    units = [name for name, pattern in _TENSOR_CORE.items() if re.search(pattern, ptx)]
+    units = [name for name in TENSOR_CORES[1:] if re.search(_TENSOR_CORE[name], ptx)]
     return {
         "tile": _tile_text(launch),
         "registers": registers,
         "spilled": spilled,
         "shared": compiled.metadata.shared,
-        "tensor_core": units[0] if units else "none",
+        "tensor_core": units[-1] if units else "none",
         "cubin": len(compiled.asm["cubin"]),
     }
 
@@ -104,26 +109,6 @@ def _tile_text(launch: Launch) -> str:
     sides = " ".join(f"{name}={value}" for name, value in launch.tile.items() if name not in OPTIONS)
     options = f"{launch.tile['num_warps']} warps, {launch.tile['num_stages']} stages"
     return f"{sides}, {options}" if sides else options
-
-
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """Return types of all parameters, values of the constant ones, and alignment, as Triton's launcher has them."""
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    fixed = launch.constants | launch.tile
-    for index, (name, may) in enumerate(zip(launch.kernel.arg_names, _may_specialize(launch), strict=True)):
-        if index >= len(launch.arguments):
-            signature[name], constants[index,] = "constexpr", fixed[name]
-            continue
-        known = _specialized(launch.arguments[index], may)
-        if known == "1":
-            signature[name], constants[index,] = "constexpr", 1
-            continue
-        signature[name] = known.removesuffix(" aligned")
-        if known.startswith("*") or known.endswith(" aligned"):
-            attributes[index,] = [["tt.divisibility", _ALIGNMENT]]
-    return signature, constants, attributes
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

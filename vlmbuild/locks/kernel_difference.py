@@ -22,6 +22,8 @@ _FIGURES = {
 
 def kernel_findings(old: Kernels, new: Kernels) -> tuple[list[Found], list[str]]:
     """Compare two kernel tables; return findings, and notes on kernels that were not compared."""
+    if old == new:
+        return [], []
     for kernels, which in ((old, "the old"), (new, "the new")):
         if kernels.skipped:
             return [], [f"Kernels were not compared: {which} lock has no table, since: {kernels.skipped}."]

@@ -1,9 +1,8 @@
 """The kernel table of a lock: every Triton kernel that a program launches, compiled for GPUs that are not there.
 
-A program's regions run on tensors without data, and each operator names its launches (`vlmbuild.ops.operator.Operator`):
-training, forward and backward; and generation, a prompt's attention on a key-value cache and that of steps after it. Sizes
-that change from batch to batch are primes, so that no kernel is compiled for a divisible size. They are large and small once,
-because a launcher may choose its blocks by them.
+Each operator names its launches for a call (`vlmbuild.ops.operator.Operator`): training, forward and backward, and attention
+on a key-value cache, whose mask replaces the bounds of samples. Sizes that change from batch to batch are primes, so that no
+kernel is compiled for a divisible size.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
+from torch.fx.node import map_arg
 
 from vlmbuild.ir.program import Program, Region
-from vlmbuild.kv_cache.block import CachedBlock, cached_block, self_attention
-from vlmbuild.locks.document import Kernels, LockedKernel
-from vlmbuild.locks.kernel_compile import OPTIONS, POINTERS, Row, compile_launch, meaning
+from vlmbuild.kv_cache.block import self_attention
+from vlmbuild.locks.document import KernelRow, Kernels, LockedKernel
+from vlmbuild.locks.kernel_compile import OPTIONS, compile_launch, meaning, specialize
 from vlmbuild.ops import OPERATORS, Operator
-from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
 from vlmbuild.util.cpu import available_cores
 
 if TYPE_CHECKING:
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
 
 TARGETS = (80, 90, 100)
 """Compute capabilities: A100, H100, B200."""
-_LARGE, _SMALL = (1009, 1013, 1019, 1021, 1031, 1033), (101, 103, 107, 109, 113, 127)
-_CACHED = ((3, 1013, 0), (3, 1, 1013), (3, 1, 1023), (3, 1, 101))
-"""Batch, new and past tokens: a prompt, a step on a long cache, on one whose length is a multiple of 16, on a short one."""
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033)
+"""Sizes of a program's dimensions."""
 _WITH_KERNELS = {row.overload: row for row in OPERATORS.values() if row.kernels is not None and row.in_programs}
-_compiled: dict[tuple[Any, ...], Row] = {}
+_compiled: dict[tuple[Any, ...], KernelRow] = {}
 
 
 def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
@@ -58,7 +56,10 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
     regions: dict[str, dict[str, None]] = {}
     chosen: dict[tuple[str, int], Launch] = {}
     for region, target, launch in launches(program, dtype, TARGETS):
-        label = labels.setdefault(meaning(launch), _label(launch, labels.values()))
+        key = meaning(launch, target)
+        if key not in labels:
+            labels[key] = _label(launch, target, labels.values())
+        label = labels[key]
         regions.setdefault(label, {})[region] = None
         chosen.setdefault((label, target), launch)
     rows = _compile_all({key: (launch, key[1]) for key, launch in chosen.items()})
@@ -70,7 +71,7 @@ def kernel_table(program: Program, dtype: torch.dtype) -> Kernels:
     )
 
 
-def _compile_all(tasks: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], Row]:
+def _compile_all(tasks: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple[str, int], KernelRow]:
     """Compile what this process has not compiled yet, on all cores: recipes and models share most of their kernels.
 
     Processes that check other models at the same time compile many of the same. Each takes them in its own order, so that it
@@ -87,10 +88,10 @@ def _compile_all(tasks: dict[tuple[str, int], tuple[Launch, int]]) -> dict[tuple
     return {label: _compiled[key] for label, key in keys.items()}
 
 
-def _label(launch: Launch, taken: Iterable[str]) -> str:
+def _label(launch: Launch, target: int, taken: Iterable[str]) -> str:
     """Label a launch: "forward_kernel bf16 GQA=6 DIM=128 ... CAUSAL", numbered where only strides differ."""
-    dtype = POINTERS[launch.arguments[0].dtype].removeprefix("*")
-    parts = [launch.kernel.__name__.strip("_"), dtype]
+    dtype = next(iter(specialize(launch, target).signature.values()))
+    parts = [launch.kernel.__name__.strip("_"), dtype.removeprefix("*")]
     for name, value in launch.constants.items():
         if isinstance(value, bool):
             parts += [name] if value and name not in OPTIONS else []
@@ -102,7 +103,7 @@ def _label(launch: Launch, taken: Iterable[str]) -> str:
 
 
 def _key(launch: Launch, target: int) -> tuple[Any, ...]:
-    return (*meaning(launch), *sorted(launch.tile.items()), target)
+    return (*meaning(launch, target), *sorted(launch.tile.items()), target)
 
 
 def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> Iterator[tuple[str, int, Launch]]:
@@ -113,94 +114,51 @@ def launches(program: Program, dtype: torch.dtype, targets: Sequence[int]) -> It
         dtype: The compute dtype.
         targets: Compute capabilities, 90 for sm_90: tiles depend on them.
     """
+    for region, operator, arguments, backward in _calls(program, dtype):
+        for target in targets:
+            for launch in operator.launches(arguments, target, backward=backward):
+                yield region, target, launch
+
+
+def _calls(program: Program, dtype: torch.dtype) -> Iterator[tuple[str, Operator, tuple[Any, ...], bool]]:
+    """Yield (region, operator, arguments, whether it is trained)."""
     for name, region in program.regions.items():
-        for sizes in (_LARGE, _SMALL):
-            for target, launch in _region_launches(region, sizes, dtype, targets):
-                yield name, target, launch
-        if (block := cached_block(region, "dynamic")) is not None:
-            yield from _cached_launches(region, block, dtype, targets)
+        cached = self_attention(region)
+        for node in region.graph.graph.nodes:
+            if (operator := _WITH_KERNELS.get(node.target)) is not None:
+                arguments = _arguments(node, region, dtype)
+                yield name, operator, arguments, True
+                if node is cached:
+                    yield name, operator, _masked(arguments), False
     for head in dict.fromkeys(variant.calls[-1].region for variant in program.variants.values()):
-        logits = torch.empty((_LARGE[0], _vocabulary(program.regions[head])), dtype=dtype, device="meta")
-        arguments = (logits, logits.new_empty(logits.shape[:1], dtype=torch.int64))
-        for target in targets:
-            for launch in OPERATORS["cross_entropy"].launches(arguments, target):
-                yield head, target, launch
+        vocabulary = int(program.regions[head].results()[0].meta["val"].shape[-1])
+        logits = torch.empty((_PRIMES[0], vocabulary), dtype=dtype, device="meta")
+        yield head, OPERATORS["cross_entropy"], (logits, logits.new_empty(_PRIMES[0], dtype=torch.int64)), True
 
 
-def _vocabulary(head: Region) -> int:
-    return int(head.results()[0].meta["val"].shape[-1])
-
-
-def _region_launches(
-    region: Region, sizes: tuple[int, ...], dtype: torch.dtype, targets: Sequence[int]
-) -> Iterator[tuple[int, Launch]]:
-    """Yield (target, launch) of a region's graph, for these sizes of the program's dimensions."""
-    recorder = _Recorder(BoundRegion(region, dtype, ()).graph)
+def _arguments(node: Node, region: Region, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Return a call's arguments, tensors without data in place of nodes."""
     names = sorted(set(region.dimensions.values()))
-    with torch.no_grad():
-        recorder.run(*_tensors(region, dict(zip(names, sizes, strict=False)), dtype))
-    for operator, arguments in recorder.calls:
-        for target in targets:
-            for launch in operator.launches(arguments, target):
-                yield target, launch
+    sizes = {symbol: _PRIMES[names.index(name)] for symbol, name in region.dimensions.items()}
+    arguments: tuple[Any, ...] = map_arg(node.args, lambda argument: _concrete(argument.meta["val"], sizes, dtype))
+    return arguments
 
 
-def _cached_launches(
-    region: Region, block: CachedBlock, dtype: torch.dtype, targets: Sequence[int]
-) -> Iterator[tuple[str, int, Launch]]:
-    """Yield launches of a block's attention on a cache. Its other operators launch the same kernels as without one."""
-    graph = BoundRegion(block.region, dtype, ()).graph
-    for batch, new, past in _CACHED:
-        recorder = _Recorder(graph)
-        with torch.no_grad():
-            recorder.run(*_cached_tensors(region, block, (batch, new, past), dtype))
-        for operator, arguments in recorder.calls:
-            for target in targets if operator.kind == "attention" else ():
-                for launch in operator.launches(arguments, target, backward=False):
-                    yield block.region.name, target, launch
+def _masked(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of attention with a mask of keys in place of bounds."""
+    query, key, value, _mask, _bounds, *rest = arguments
+    mask = torch.empty((key.shape[0], key.shape[2]), dtype=torch.int64, device="meta")
+    return (query, key, value, mask, None, *rest)
 
 
-def _cached_tensors(
-    region: Region, block: CachedBlock, counts: tuple[int, int, int], dtype: torch.dtype
-) -> list[Tensor]:
-    """Return the block's tensors, with a mask instead of the bounds, and cached keys and values at the end."""
-    batch, new, past = counts
-    site = self_attention(region)
-    assert site is not None
-    heads, dim = (int(site.args[1].meta["val"].shape[axis]) for axis in (1, 3))  # type: ignore[union-attr]
-    names = sorted(set(region.dimensions.values()))
-    tensors = _tensors(region, dict(zip(names, _LARGE, strict=False)) | {"sequence": batch * new}, dtype)
-    tensors[len(region.slots) + block.bounds] = torch.empty((batch, past + new), dtype=torch.int64, device="meta")
-    return tensors + [torch.empty((batch, heads, past, dim), dtype=dtype, device="meta") for _ in range(2)]
+def _concrete(value: Tensor, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
+    """Make a tensor of given sizes; bfloat16 stands for the compute dtype."""
+    shape, strides = ([_evaluated(size, sizes) for size in numbers] for numbers in (value.shape, value.stride()))
+    kind = dtype if value.dtype == torch.bfloat16 else value.dtype
+    return torch.empty_strided(shape, strides, dtype=kind, device="meta")
 
 
-class _Recorder(Interpreter):
-    """Runs a graph and records the calls of operators that have Triton kernels."""
-
-    def __init__(self, graph: Any) -> None:
-        super().__init__(graph)
-        self.calls: list[tuple[Operator, tuple[Any, ...]]] = []
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (operator := _WITH_KERNELS.get(target)) is not None:
-            self.calls.append((operator, args))
-        return super().call_function(target, args, kwargs)
-
-
-def _tensors(region: Region, sizes: dict[str, int], dtype: torch.dtype) -> list[Tensor]:
-    """Return slots, then activations, for these sizes of the program's dimensions."""
-    chosen = {symbol: sizes[name] for symbol, name in region.dimensions.items()}
-    slots = [
-        torch.empty(slot.shape, dtype=dtype if is_compute(slot) else slot.dtype, device="meta") for slot in region.slots
-    ]
-    return slots + [_activation(node, chosen, dtype) for node in region.placeholders()[len(region.slots) :]]
-
-
-def _activation(node: Node, sizes: dict[str, int], dtype: torch.dtype) -> Tensor:
-    value = node.meta["val"]
-    shape = [size if isinstance(size, int) else _evaluated(size, sizes) for size in value.shape]
-    return torch.empty(shape, dtype=dtype if value.dtype == torch.bfloat16 else value.dtype, device="meta")
-
-
-def _evaluated(size: torch.SymInt, sizes: dict[str, int]) -> int:
+def _evaluated(size: int | torch.SymInt, sizes: dict[str, int]) -> int:
+    if isinstance(size, int):
+        return size
     return int(size.node.expr.subs({symbol: sizes[str(symbol)] for symbol in size.node.expr.free_symbols}))

@@ -32,11 +32,10 @@ class ListingDifference:
 def compare_listings(before: str, after: str) -> ListingDifference:
     """Compare two listings with one node per line."""
     old, new = before.splitlines(), after.splitlines()
-    matcher = SequenceMatcher(None, [_plain(line) for line in old], [_plain(line) for line in new], autojunk=False)
     lines: list[str] = []
     widened: dict[str, None] = {}
     changed: dict[str, None] = {}
-    for group in matcher.get_grouped_opcodes(_CONTEXT):
+    for group in _changed_groups(old, new):
         lines.append("@@")
         for tag, i1, i2, j1, j2 in group:
             if tag == "equal":
@@ -51,8 +50,7 @@ def compare_listings(before: str, after: str) -> ListingDifference:
 def side_by_side(before: str, after: str) -> Iterator[tuple[str | None, str | None] | None]:
     """Yield pairs of lines, None where a side has no line, with two lines of context; None between distant parts."""
     old, new = before.splitlines(), after.splitlines()
-    matcher = SequenceMatcher(None, [_plain(line) for line in old], [_plain(line) for line in new], autojunk=False)
-    for number, group in enumerate(matcher.get_grouped_opcodes(_CONTEXT)):
+    for number, group in enumerate(_changed_groups(old, new)):
         if number:
             yield None
         for _, i1, i2, j1, j2 in group:
@@ -62,6 +60,11 @@ def side_by_side(before: str, after: str) -> Iterator[tuple[str | None, str | No
 def is_equal(before: str | None, after: str | None) -> bool:
     """Return whether two lines differ at most in the numbers of nodes."""
     return before is not None and after is not None and _plain(before) == _plain(after)
+
+
+def _changed_groups(old: list[str], new: list[str]) -> Iterator[list[tuple[str, int, int, int, int]]]:
+    matcher = SequenceMatcher(None, [_plain(line) for line in old], [_plain(line) for line in new], autojunk=False)
+    yield from matcher.get_grouped_opcodes(_CONTEXT)
 
 
 def _plain(line: str) -> str:

@@ -21,7 +21,7 @@ from vlmbuild.ir.printer import region_text, short_dtype, variant_text
 from vlmbuild.ir.program import Program, Region, Variant, returned_nodes
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.locks.canonical_order import canonical
-from vlmbuild.locks.document import Kernels, Lock, LockedPass, LockedRegion
+from vlmbuild.locks.document import NO_KERNELS, Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_table import kernel_table
 from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.bind import read_program
@@ -55,8 +55,8 @@ def lock_traced(traced: Traced, recipe: Recipe, *, kernels: bool = True) -> Lock
             report.exact,
             report.name in fusing,
             report.matches,
-            dict(sorted(report.sites.items())),
             report.refusals,
+            dict(sorted(report.sites.items())),
             misses.get(report.name, {}),
         )
         for report in reports
@@ -78,7 +78,7 @@ def lock_artifact(path: Path, *, kernels: bool = True) -> Lock:
     recipe = Recipe.from_mapping(manifest.recipe, str(path))
     fusing, exact = fusing_passes(recipe), {step.name for step in exact_passes(recipe)}
     passes = {
-        name: LockedPass(name in exact, name in fusing, record["matches"], None, tuple(record["refusals"]), {})
+        name: LockedPass(name in exact, name in fusing, record["matches"], tuple(record["refusals"]), None)
         for record in manifest.passes
         for name in [PASSES.get(record["name"], record["name"])]
     }
@@ -113,7 +113,7 @@ def lock_program(
         variants={name: _calls_text(variant) for name, variant in ordered.variants.items()},
         regions={name: _locked_region(region, dtype.itemsize) for name, region in ordered.regions.items()},
         passes=passes,
-        kernels=kernel_table(program, dtype) if kernels else Kernels("not asked for"),
+        kernels=kernel_table(program, dtype) if kernels else NO_KERNELS,
         config=values,
     )
 

@@ -29,22 +29,11 @@ _MAX_SUMMARY = 8
 _WIDTH = 100
 
 
-def summary(name: str, difference: Difference) -> list[str]:
-    """Summarize a difference in at most ten lines: the places of each severity, and the number of notes."""
+def text(name: str, difference: Difference) -> list[str]:
+    """Render a difference with ANSI colours (`click.echo` drops them outside terminals)."""
     count = len(difference.findings)
     title = _wrapped(f"{name}: {count or 'no'} difference{'s' * (count != 1)}", "", "  ")
-    lines = [click.style(line, bold=True) for line in title]
-    for severity in SEVERITIES:
-        if findings := difference.of(severity):
-            places = list(dict.fromkeys(finding.place for finding in findings))
-            lines.append(click.style(f"  {TITLES[severity]} ({len(findings)})", fg=_COLOURS[severity]))
-            lines[-1] += f": {places[0]}" + (f" and {len(places) - 1} more" if len(places) > 1 else "")
-    return [*lines, *([f"  notes: {len(difference.notes)}"] if difference.notes else [])]
-
-
-def text(name: str, difference: Difference) -> list[str]:
-    """Render a difference as a summary and its findings, with ANSI colours (`click.echo` drops them outside terminals)."""
-    lines = summary(name, difference) if difference.findings else [f"{name}: no difference"]
+    lines = [click.style(line, bold=True) for line in title] if count else title
     for severity in SEVERITIES:
         if findings := difference.of(severity):
             lines += ["", click.style(TITLES[severity], fg=_COLOURS[severity], bold=True)]

@@ -18,12 +18,15 @@ class Row(dict[str, Any]):
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """Write tables, `Row`s, strings, integers, booleans and lists of strings. Nested empty tables are dropped."""
+    """Write tables, `Row`s, strings, integers, booleans, and lists of strings or of tables, which become rows.
+
+    None is dropped, and so are nested empty tables.
+    """
     return "\n".join(_table(values, ())).strip() + "\n"
 
 
 def _table(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    plain = {key: value for key, value in values.items() if not _is_table(value)}
+    plain = {key: value for key, value in values.items() if value is not None and not _is_table(value)}
     if path and (plain or (len(path) == 1 and not values)):
         yield ""
         yield f"[{'.'.join(map(_key, path))}]"
@@ -43,8 +46,9 @@ def _key(key: str) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, Row):
-        return f"{{ {', '.join(f'{_key(key)} = {_value(item)}' for key, item in value.items())} }}"
+    if isinstance(value, Mapping):
+        items = (f"{_key(key)} = {_value(item)}" for key, item in value.items() if item is not None)
+        return f"{{ {', '.join(items)} }}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):

@@ -55,7 +55,7 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     types = get_type_hints(kind)
     if unknown := sorted(map(str, value.keys() - types.keys())):
         raise UsageError(f"{where} has {', '.join(unknown)}, which is unknown. Known: {', '.join(types)}.")
-    required = types.keys()
+    required = set(types)
     if is_dataclass(kind):
         required = {item.name for item in fields(kind) if item.default is item.default_factory is MISSING}
     if missing := [name for name in types if name in required and name not in value]:

@@ -116,12 +116,17 @@ def _check_buffer(name: str, buffer: Tensor, dtype: torch.dtype, size: int) -> N
         )
 
 
+def scales_reference(absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Tensor:
+    """Compute the float32 scale of every block, in plain torch."""
+    if nested_absmax is None or nested_offset is None:
+        return absmax
+    outer = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return code_8bit(absmax.device)[absmax.long()] * outer + nested_offset
+
+
 def dequantize_reference(packed: Packed4bit) -> Tensor:
     """Compute `dequantize_4bit` in plain torch."""
-    scales = packed.absmax
-    if packed.nested_absmax is not None and packed.nested_offset is not None:
-        outer = packed.nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: scales.numel()]
-        scales = code_8bit(scales.device)[scales.long()] * outer + packed.nested_offset
+    scales = scales_reference(packed.absmax, packed.nested_absmax, packed.nested_offset)
     flat = packed.weight.flatten()
     count = packed.in_features * packed.out_features
     nibbles = torch.stack((flat >> 4, flat & 15), dim=-1).flatten()[:count]

@@ -33,7 +33,8 @@ def test_zoo_checkpoints_open_and_stay_so_when_saved_again(name, tmp_path):
     Checkpoint.open(name).processor.save_pretrained(tmp_path)
     opens(tmp_path)
     saved, own = (json.loads((path / "processor_config.json").read_text()) for path in (tmp_path, ZOO[name]))
-    assert saved.get(VIDEO) == own.get(VIDEO)
+    assert (VIDEO in saved) == (VIDEO in own)
+    assert {**saved.get(VIDEO, {}), **own.get(VIDEO, {})} == saved.get(VIDEO, {})  # the stock class adds its defaults
 
 
 def test_a_processor_that_was_saved_without_torchvision_is_completed(tmp_path):
@@ -49,6 +50,37 @@ def test_a_processor_that_was_saved_without_torchvision_is_completed(tmp_path):
     assert not family.stock_files({file.name: completed})
     # The stock class finds the settings there too.
     assert not family.stock_files({file.name: bare, "preprocessor_config.json": b"{}"})
+
+
+PUBLISHED = {"min_pixels": 3136, "max_pixels": 12845056}
+
+
+@pytest.mark.parametrize(
+    ("files", "size"),
+    [
+        ({}, (100352, 602112)),
+        ({"preprocessor_config.json": PUBLISHED}, (3136, 12845056)),  # transformers takes an image's limits for frames
+        ({"video_preprocessor_config.json": {"size": {"shortest_edge": 1, "longest_edge": 2}}}, (1, 2)),
+        ({"video_preprocessor_config.json": {"max_pixels": 5}, "preprocessor_config.json": PUBLISHED}, (100352, 5)),
+        ({"preprocessor_config.json": PUBLISHED, VIDEO: {"size": {"shortest_edge": 3, "longest_edge": 4}}}, (3, 4)),
+    ],
+)
+def test_frames_have_the_size_that_the_stock_class_reads(files, size, tmp_path):
+    source = copied(ZOO["qwen2-vl-digits"], tmp_path / "source")
+    combined = json.loads((source / "processor_config.json").read_text())
+    settings = {name: {**combined["image_processor"], **values} for name, values in files.items()}
+    for values in settings.values():
+        if "max_pixels" in values:
+            values.pop("size")
+    combined.pop(VIDEO)
+    section = settings.pop(VIDEO, None)
+    (source / "processor_config.json").write_text(json.dumps({**combined, **({VIDEO: section} if section else {})}))
+    for name, values in settings.items():
+        (source / name).write_text(json.dumps(values))
+    processor = Checkpoint.open(source).processor
+    assert (processor.video_processor.size["shortest_edge"], processor.video_processor.size["longest_edge"]) == size
+    processor.save_pretrained(tmp_path / "saved")
+    assert FAMILIES["qwen2_vl"].processor(tmp_path / "saved").video_processor.size == processor.video_processor.size
 
 
 def test_what_was_skipped():

@@ -41,11 +41,26 @@ _SHARED = (
 )
 """Settings that videos have in common with images."""
 
+_VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+"""Files in which the stock class finds the video processor's settings, if processor_config.json has none."""
 
-def video_settings(image: Mapping[str, Any]) -> dict[str, Any]:
+
+def video_settings(image: Mapping[str, Any], size: Mapping[str, int] = _SIZE) -> dict[str, Any]:
     """Return the settings of the stock video processor that go with an image processor's."""
     shared = {key: image[key] for key in _SHARED if key in image}
-    return {**shared, "size": dict(_SIZE), "video_processor_type": "Qwen2VLVideoProcessor"}
+    return {**shared, "size": dict(size), "video_processor_type": "Qwen2VLVideoProcessor"}
+
+
+def frame_size(directory: Path) -> dict[str, int]:
+    """Read the pixels of a frame, as the stock video processor does: also from an image processor's file."""
+    files = [directory / name for name in ("processor_config.json", *_VIDEO_FILES)]
+    found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
+    settings: Mapping[str, Any] = next(filter(None, (found[0].get("video_processor"), *found[1:])), {})
+    size = dict(settings.get("size") or _SIZE)
+    for limit, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if settings.get(limit) is not None:
+            size[edge] = settings[limit]
+    return {edge: size[edge] for edge in _SIZE}
 
 
 class FrameProcessor:
@@ -54,10 +69,10 @@ class FrameProcessor:
     Frames are not sampled: all of them are used, the last one twice if their number is odd.
     """
 
-    def __init__(self, image_processor: Any) -> None:
+    def __init__(self, image_processor: Any, size: Mapping[str, int] = _SIZE) -> None:
         self.image_processor = image_processor
         self.merge_size: int = image_processor.merge_size
-        self.size = dict(_SIZE)
+        self.size = dict(size)
 
     def __call__(
         self, videos: Any, return_tensors: str | None = None, size: Any = None, **_unused: Any
@@ -100,24 +115,23 @@ class FrameProcessor:
         return [*frames, *[frames[-1]] * missing]
 
 
-_VIDEO_FILES = frozenset({"preprocessor_config.json", "video_preprocessor_config.json"})
-"""Files in which the stock class finds the video processor's settings, besides processor_config.json."""
-
-
 class ImageTextProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor where torchvision is missing."""
+
+    frame_size: Mapping[str, int] = _SIZE
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
     @property  # an attribute would be saved, as a class that no other reader knows
     def video_processor(self) -> FrameProcessor:
-        return FrameProcessor(self.image_processor)
+        return FrameProcessor(self.image_processor, self.frame_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved, with the video processor's section, without which `AutoProcessor` fails."""
         values: dict[str, Any] = super().to_dict()
-        return {**values, "video_processor": video_settings(self.image_processor.to_dict())}
+        values.pop("frame_size", None)
+        return {**values, "video_processor": video_settings(self.image_processor.to_dict(), self.frame_size)}
 
 
 ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # `save_pretrained` writes it, and every reader knows it
@@ -131,13 +145,16 @@ class Qwen2VLProcessing(MropeFamily):
     def load_processor(self, directory: Path) -> Any:
         stock = is_torchvision_available() and _has_video_processor(directory)
         processor_class: Any = Qwen2VLProcessor if stock else ImageTextProcessor
-        return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        processor = processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if not stock:
+            processor.frame_size = frame_size(directory)
+        return processor
 
     def stock_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """Add the section of the video processor, which a processor saved without torchvision lacks."""
         values = json.loads(files.get("processor_config.json", b"{}"))
         image = values.get("image_processor")
-        if image is None or "video_processor" in values or not _VIDEO_FILES.isdisjoint(files):
+        if image is None or "video_processor" in values or any(name in files for name in _VIDEO_FILES):
             return {}
         completed = {**values, "video_processor": video_settings(image)}
         return {"processor_config.json": (json.dumps(completed, indent=2, sort_keys=True) + "\n").encode()}

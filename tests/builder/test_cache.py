@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 from checkpoints import copied
 
 import vlmbuild
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import SourceError, UsageError
 
 SCRIPT = """
 import os, sys
@@ -53,3 +54,16 @@ def test_two_processes_share_one_build_and_a_damaged_one_is_rebuilt(checkpoint, 
 def test_unknown_options_are_refused(checkpoint, tmp_path):
     with pytest.raises(UsageError, match="from_pretrained: unknown option 'load_in_4bit'"):
         vlmbuild.from_pretrained(checkpoint, cache_dir=tmp_path, load_in_4bit=True)
+
+
+def test_the_processor_may_come_from_elsewhere(checkpoint, tmp_path):
+    source, options = tmp_path / "source", {"cache_dir": tmp_path / "cache", "dtype": "float32"}
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint / name, source)
+    with pytest.raises(SourceError, match="no tokenizer"):
+        vlmbuild.from_pretrained(source, **options)
+    _, processor = vlmbuild.from_pretrained(source, processor="qwen2-vl-digits", **options)
+    assert processor.tokenizer.convert_tokens_to_ids("<|image_pad|>") > 0
+    vlmbuild.from_pretrained(source, processor=checkpoint, **options)
+    assert len(entries(tmp_path / "cache")) == 2

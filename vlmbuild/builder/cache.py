@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
+    processor: str | Path | None = None,
     **recipe: Any,
 ) -> tuple[Model, Any]:
     """Build on first use into a cache, load from then on. Safe when several processes start at once.
@@ -40,6 +42,7 @@ def from_pretrained(
         revision: Revision of a hub id.
         cache_dir: Where builds are kept; $VLMBUILD_CACHE or ~/.cache/vlmbuild by default.
         device: Device of `vlmbuild.load`.
+        processor: Source of the processor's files, as for `build`.
         **recipe: Fields of `Recipe`, for example quantize="nf4".
 
     Raises:
@@ -52,9 +55,11 @@ def from_pretrained(
             "from_pretrained: code belongs to one kind of machine, and is loaded with trust. Use build with that "
             'target, then load(path, trust=("code",)).'
         )
-    found = resolve(source, revision=revision)
+    sources = [resolve(source, revision=revision)]
+    if processor is not None:
+        sources.append(resolve(processor, weights=False))
     cache = Path(cache_dir or os.environ.get("VLMBUILD_CACHE") or Path.home() / ".cache" / "vlmbuild")
-    path = cache / _cache_key(found, chosen)
+    path = cache / _cache_key(sources, chosen)
     with output_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -62,7 +67,7 @@ def from_pretrained(
     try:
         if not _is_sound(path):
             shutil.rmtree(path, ignore_errors=True)  # ours, whatever became of it; nothing of the user's is here
-            build(source, path, chosen, revision=revision)
+            build(source, path, chosen, revision=revision, processor=processor)
     finally:
         lock.release()
     model, processor = load(path, device=device, verify=False)
@@ -71,15 +76,14 @@ def from_pretrained(
     return model, processor
 
 
-def _cache_key(source: Source, recipe: Recipe) -> str:
-    """Hash the source's files (name, size, time), the recipe, and the versions that decide the artifact."""
-    stats = [(file.name, file.stat()) for file in sorted(source.directory.iterdir()) if file.is_file()]
-    parts = [
-        source.uri if "@" in source.uri else str(source.directory.resolve()),
-        *(f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats),
-        recipe.fingerprint(),
-        *(importlib.metadata.version(tool) for tool in BUILD_TOOLS),
-    ]
+def _cache_key(sources: Iterable[Source], recipe: Recipe) -> str:
+    """Hash the sources' files (name, size, time), the recipe, and the versions that decide the artifact."""
+    parts = []
+    for source in sources:
+        parts.append(source.uri if "@" in source.uri else str(source.directory.resolve()))
+        stats = [(file.name, file.stat()) for file in sorted(source.directory.iterdir()) if file.is_file()]
+        parts += [f"{name} {status.st_size} {status.st_mtime_ns}" for name, status in stats]
+    parts += [recipe.fingerprint(), *(importlib.metadata.version(tool) for tool in BUILD_TOOLS)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

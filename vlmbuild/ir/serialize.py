@@ -148,7 +148,9 @@ def from_json(values: Mapping[str, Any]) -> Program:
         program = Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))
         _check_names(program)
         return program
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
+    except IncompatibleError:
+        raise
+    except Exception as error:  # fx compiles graphs: even SyntaxError, where warnings are errors
         raise IncompatibleError(
             f"The stored program is malformed: {type(error).__name__} {error}. Build the artifact again."
         ) from error

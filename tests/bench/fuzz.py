@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import random
-import re
 import resource
 import signal
 import sys
@@ -20,14 +19,14 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from tests.bench.fuzz_parsers import PARSERS
 from vlmbuild.errors import VlmbuildError
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 30.0
 """Seconds in which every file is read or refused."""
 MEMORY = 12 << 30
@@ -57,18 +56,6 @@ TOML_VALUES = (
 )
 
 
-class Parser(NamedTuple):
-    """A file's format, and the function that reads it.
-
-    Attributes:
-        seeds: Makes valid contents.
-        read: Reads the file at a path; raises VlmbuildError for what it refuses.
-    """
-
-    seeds: Callable[[], list[bytes]]
-    read: Callable[[Path], object]
-
-
 class Finding(NamedTuple):
     """An error that is not vlmbuild's own."""
 
@@ -84,6 +71,10 @@ def change(data: bytes, random: random.Random) -> bytes:
             data = _change_bytes(data, random)
         elif data.lstrip()[:1] == b"{":
             data = _change_json(data, random)
+        elif data[8:9] == b"{":  # safetensors
+            length = int.from_bytes(data[:8], "little")
+            header = _change_json(data[8 : 8 + length], random)
+            data = len(header).to_bytes(8, "little") + header + data[8 + length :]
         else:
             data = _change_toml(data, random)
     return data
@@ -140,137 +131,6 @@ def _change_toml(data: bytes, random: random.Random) -> bytes:
     else:
         lines.insert(random.randrange(len(lines)), lines[index])
     return b"\n".join(lines)
-
-
-def _locks() -> list[bytes]:
-    text = (ROOT / "artifacts" / "locks" / "qwen2-vl-2b-none-sdpa.lock").read_text(encoding="utf-8")
-    text = re.sub(r"(graph = '''\n).*?'''", r"\1  in0: f32[1]\n'''", text, flags=re.DOTALL)  # listings are not parsed
-    return [text.encode()]
-
-
-def _read_lock(path: Path) -> object:
-    from vlmbuild.locks.document import read_lock
-
-    return read_lock(path).to_text()
-
-
-def _recipes() -> list[bytes]:
-    return [
-        (
-            b'target = "trainable"\nattention = "sdpa"\ndtype = "float32"\nrequire = ["fuse_rope"]\n\n[quantize]\nformat = "nf4"\n'
-            b'blocksize = 64\ndouble_quant = true\nskip = ["*.o_proj"]\nroles = ["language"]\n\n[[quantize.overrides]]\n'
-            b'pattern = "*.down_proj"\nformat = "fp4"\nblocksize = 128\n'
-        ),
-        b'quantize = "int8"\n',
-        b'[quantize]\nformat = "auto"\nbudget = 4.5\n',
-    ]
-
-
-def _read_recipe(path: Path) -> object:
-    from vlmbuild.recipe import Recipe
-
-    return Recipe.from_toml(path).fingerprint()
-
-
-def _manifests() -> list[bytes]:
-    from vlmbuild.artifact.manifest import FileEntry, Manifest
-
-    files = tuple(FileEntry(path, 5, "ab" * 32, role) for path, role in (("config.json", "config"), ("x.pt2", "code")))
-    passes = ({"name": "fuse_rope", "matches": 3, "refusals": ["a: b"], "decisions": {"x": 1}},)
-    recipe = {"target": "trainable", "quantize": {"format": "nf4"}}
-    manifest = Manifest(
-        "n", "trainable", files, ({"uri": "zoo:x"},), recipe, passes, {"torch": "2.13"}, ({"a": "0x1p-3"},)
-    )
-    return [manifest.to_bytes()]
-
-
-def _read_manifest(path: Path) -> object:
-    from vlmbuild.artifact.manifest import Manifest
-
-    return Manifest.from_bytes(path.read_bytes()).id
-
-
-def _programs() -> list[bytes]:
-    from vlmbuild.artifact.canonical import canonical_json
-    from vlmbuild.ir.serialize import SCHEMA
-
-    slot = {"name": "head.weight", "shape": [8, 4], "dtype": "compute", "kind": "parameter", "role": "head"}
-    nodes = [
-        {"op": "aten.view.default", "args": [{"node": 1}, [-1, 4]]},
-        {"op": "aten.linear.default", "args": [{"node": 2}, {"node": 0}]},
-        {"op": "aten.mul.Tensor", "args": [{"node": 3}, {"float": "0x1p-1"}]},
-        {"op": "aten.to.dtype", "args": [{"node": 4}, {"dtype": "float32"}]},
-    ]
-    region = {
-        "name": "head",
-        "instances": [""],
-        "slots": [slot],
-        "recipes": [],
-        "activations": [["sequence", 4]],
-        "nodes": nodes,
-        "results": [{"node": 5}],
-    }
-    call = {"region": "head", "instance": "", "inputs": ["x"], "outputs": ["y"]}
-    entry = {"name": "x", "dtype": "compute", "shape": ["sequence", 4]}
-    program = {
-        "schema": SCHEMA,
-        "family": "qwen2_vl",
-        "ties": {"lm_head.weight": "head.weight"},
-        "regions": [region],
-        "rotary": [{"head_dim": 8, "sections": [1, 1, 2], "shared": False, "scaling": "0x1p+0"}],
-        "variants": {"text": {"inputs": [entry], "calls": [call], "output": "y"}},
-    }
-    return [canonical_json(program)]
-
-
-def _read_program(path: Path) -> object:
-    from vlmbuild.artifact.canonical import parse_canonical
-    from vlmbuild.ir.serialize import from_json
-
-    return from_json(parse_canonical(path.read_bytes(), where=path.name))
-
-
-def _code_indices() -> list[bytes]:
-    from vlmbuild.runtime.aoti.platform import this_platform
-
-    file = {"file": "code/x/a.pt2", "inputs": [[0, "float32"], [1, "int64"]]}
-    entry = {"graph": "ab" * 32, "code": file, "token": {**file, "file": "code/x/b.pt2"}, "token_axis": [0, 1]}
-    regions = {form: {"layers": entry} for form in ("dynamic", "static")}
-    platform = this_platform().record()
-    return [json.dumps({"platform": platform, "dtype": "float32", "regions": regions}).encode()]
-
-
-def _read_code_index(path: Path) -> object:
-    from vlmbuild.runtime.aoti.code import read_index
-    from vlmbuild.runtime.aoti.platform import check_platform
-
-    index = read_index(lambda _: path.read_bytes(), "artifact")
-    check_platform(index.platform, "artifact")
-    return index.record()
-
-
-def _configs() -> list[bytes]:
-    from vlmbuild.zoo import ZOO
-
-    return [(ZOO[name] / "config.json").read_bytes() for name in sorted(ZOO)]
-
-
-def _read_config(path: Path) -> object:
-    from vlmbuild.checkpoint.checkpoint import Checkpoint
-    from vlmbuild.checkpoint.source import Source
-
-    return Checkpoint(Source(path.parent, "fuzz")).config
-
-
-PARSERS: dict[str, tuple[str, Parser]] = {
-    "lock": ("x.lock", Parser(_locks, _read_lock)),
-    "recipe": ("recipe.toml", Parser(_recipes, _read_recipe)),
-    "manifest": ("manifest.json", Parser(_manifests, _read_manifest)),
-    "program": ("program.json", Parser(_programs, _read_program)),
-    "code": ("index.json", Parser(_code_indices, _read_code_index)),
-    "config": ("config.json", Parser(_configs, _read_config)),
-}
-"""Name -> file name, parser."""
 
 
 def fuzz(name: str, seed: int, cases: int | None, seconds: float = float("inf")) -> Iterator[Finding]:

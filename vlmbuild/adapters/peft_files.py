@@ -17,10 +17,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
-from vlmbuild.errors import OutputError, SourceError
+from vlmbuild.errors import OutputError, SourceError, UsageError
+from vlmbuild.util.records import read_as
+from vlmbuild.util.validation import number
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_UNREADABLE = (
+    *(UsageError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError),
+    *(SafetensorError, re.error),
+)
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     "use_dora",
@@ -139,15 +145,15 @@ def read_adapter(directory: str | Path) -> Adapter:
         stored = load_file(path / WEIGHTS_FILE)
         _check_config(config, path)
         lora = Lora(
-            int(config["r"]),
-            float(config["lora_alpha"]),
-            float(config.get("lora_dropout") or 0),
-            bool(config.get("use_rslora")),
+            config["r"],
+            number(config["lora_alpha"], "lora_alpha"),
+            number(config.get("lora_dropout") or 0, "lora_dropout"),
+            read_as(bool, config.get("use_rslora") or False, "use_rslora"),
         )
         ranks, alphas = (dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
         modules = tuple(config.get("modules_to_save") or ())
         return _adapter(stored, lora, ranks, alphas, modules, path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise SourceError(
             f"{path} is not a readable adapter ({type(error).__name__}: {error}). It must hold {CONFIG_FILE} and "
             f"{WEIGHTS_FILE} as PEFT writes them."

@@ -167,7 +167,7 @@ def _generation_config(reader: ArtifactReader) -> GenerationConfig:
     """Read the checkpoint's own ends and defaults of generation."""
     try:
         return GenerationConfig.from_dict(json.loads(reader.read(GENERATION_CONFIG)))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
         raise IncompatibleError(
             f"{GENERATION_CONFIG} of {reader.path} cannot be used: {error}. Build it again."
         ) from error

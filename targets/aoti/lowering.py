@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -16,12 +17,15 @@ from vlmbuild.ops.rope.op import cos_sin_reference, rotate_reference
 from vlmbuild.targets.aoti.onednn import linear
 
 _OPS = torch.ops.vlmbuild
+_LINEAR = torch.ops.aten.linear.default
+_FEW_ROWS = 4
 
 
-def lower(graph: GraphModule) -> None:
-    """Replace operators in place by functions that are traced through."""
+def lower(graph: GraphModule, *, one_token: bool = False) -> None:
+    """Replace operators in place by functions that are traced through, those of few rows or of any number."""
+    forms = _LOWERED | ({_LINEAR: linear_of_few_rows} if one_token else {})
     for node in graph.graph.nodes:
-        if node.op == "call_function" and (form := _LOWERED.get(node.target)) is not None:
+        if node.op == "call_function" and (form := forms.get(node.target)) is not None:
             node.target = form
     graph.recompile()
 
@@ -52,6 +56,16 @@ def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attend
 
 
+def linear_of_few_rows(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a linear layer; on a CPU a few rows are multiplied one by one. Inductor fuses these products into one loop that
+    reads weights at the speed of memory, where BLAS libraries are optimized for more rows."""
+    rows = states.flatten(0, -2)
+    if states.device.type != "cpu" or len(rows) > _FEW_ROWS:
+        return F.linear(states, weight, bias)
+    products = torch.stack([torch.mv(weight, row) for row in rows]).view(*states.shape[:-1], -1)
+    return products if bias is None else products + bias
+
+
 def _refusal(name: str, remedy: str) -> Callable[..., Any]:
     def refuse(*_: Any) -> NoReturn:
         raise PassError(f"vlmbuild::{name} cannot be compiled ahead of time. {remedy}")
@@ -73,4 +87,4 @@ FORMS: dict[str, Callable[..., Any] | None] = {
 }
 """Operator of a program -> function that is traced instead of it, or refuses it; None: compiled code calls the
 operator."""
-_LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {torch.ops.aten.linear.default: linear}
+_LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {_LINEAR: linear}

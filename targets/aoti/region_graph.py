@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from vlmbuild.ir.dims import Dim, Shape, shape_names
 from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, Region, Variant
 from vlmbuild.ir.shapes import Shapes
-from vlmbuild.runtime.torch.graphs import aten_module, one_token_module
+from vlmbuild.runtime.torch.region import with_dtype
 from vlmbuild.targets.aoti.lowering import lower
 from vlmbuild.targets.aoti.units import of_one_token
 
@@ -34,15 +34,14 @@ def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -
     order = solvable_order(activations)
     shapes = activations if order is not None else with_names(activations)
     order = order or tuple(range(len(shapes)))
-    graph = aten_module(region, dtype, dropout=False)
-    graph = one_token_module(graph) if one_token else graph  # before `lower`, which has other linear layers
+    graph = with_dtype(region, dtype, dropout=False)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     first = len(region.slots)
     for index in order:  # each behind all others
         graph.graph.output_node().prepend(placeholders[first + index])
     _placeholders_first(graph)
     _give_values(graph, region, [shapes[index] for index in order], order, dtype)
-    lower(graph)
+    lower(graph, one_token=one_token)
     return graph, order
 
 

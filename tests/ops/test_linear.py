@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from vlmbuild.ops.linear import linear_onednn, linear_packed, suits_onednn
-from vlmbuild.runtime.torch import graphs, op_overrides
 from vlmbuild.targets.aoti.compile import compile_region, platform_compiled_for
 from vlmbuild.targets.aoti.lowering import lower
 
@@ -39,24 +38,6 @@ def test_values_are_those_of_torch(shape, with_bias):
 )
 def test_what_it_is_for(states, weight, suits):
     assert suits_onednn(states, weight) is suits
-
-
-@has_onednn
-def test_graphs_use_it_without_gradients(monkeypatch):
-    graph = Graph()
-    x, weight = graph.placeholder("x"), graph.placeholder("weight")
-    graph.output((graph.call_function(torch.ops.aten.linear.default, (x, weight)),))
-    eager = graphs.eager_module(GraphModule(nn.Module(), graph))
-    taken = []
-    monkeypatch.setattr(op_overrides, "linear_onednn", lambda *arguments: taken.append(1) or linear_onednn(*arguments))
-    states, matrix = torch.randn(3, 512), torch.randn(LARGE, requires_grad=True)
-    (trained,) = eager(states, matrix)
-    assert trained.requires_grad
-    assert not taken
-    with torch.no_grad():
-        (found,) = eager(states, matrix)
-    assert taken
-    torch.testing.assert_close(found, trained.detach(), rtol=1e-4, atol=1e-4)
 
 
 @has_onednn

@@ -15,7 +15,7 @@ from vlmbuild.passes import AddLora, QuantizeLinear
 from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import QuantSpec
 from vlmbuild.rewrite.pass_manager import run
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 from vlmbuild.train.lora import add_lora
 
 

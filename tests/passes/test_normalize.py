@@ -11,7 +11,7 @@ from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import COMPUTE_DTYPE, Slot
 from vlmbuild.passes import Normalize
 from vlmbuild.rewrite.pass_manager import run
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 
 
 def test_leftovers_of_tracing_go(program):

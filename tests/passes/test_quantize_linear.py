@@ -21,7 +21,7 @@ from vlmbuild.quant.int8 import Int8, quantize_rows
 from vlmbuild.quant.nf4 import NF4
 from vlmbuild.quant.spec import Override, QuantSpec
 from vlmbuild.rewrite.pass_manager import run
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 
 
 def quantize_program(program, **options):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import matrix
 import pytest
 import torch
 from parity import relative
+from tiny import END, IMAGE, START, VIDEO, make_batch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vlmbuild import add_lora, load
-from vlmbuild.builder.build import build
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.recipe import QuantSpec, Recipe
 
-CASES = ("one image", "several sizes", "counts differ, left", "text only", "very wide", "smallest")
+CASES = ("one image", "several sizes", "counts differ, left", "text only")
 # Relative norm of a step's logits, float32; measured below 1e-6.
 LOGITS = 1e-5
 # Random weights would say one token for ever.
-GREEDY = {"max_new_tokens": 32, "do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, "eos_token_id": None}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 2, "pad_token_id": 0, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
@@ -62,6 +63,14 @@ def words(model, count):
     return torch.tensor([token for token in range(2, model.vocabulary) if token not in media][:count])
 
 
+def followed_by(more, batch, family):
+    """The batch with more text, which sees the images that its last token sees."""
+    names = [name for name, row in family.input_layout.items() if row == "token" and name in batch]
+    last = {name: batch[name][:, -1:].expand(-1, more.shape[1], *[-1] * (batch[name].ndim - 2)) for name in names}
+    added = {"input_ids": more, "attention_mask": torch.ones_like(more)} | last
+    return batch | {name: torch.cat([batch[name], tensor], 1) for name, tensor in added.items()}
+
+
 def answers(batch, options, *models):
     found = []
     for model in models:
@@ -79,31 +88,28 @@ def assert_same(one, other):
 WITH_LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES[1:])
 def test_greedy_tokens_and_the_logits_of_every_step_equal_transformers(case, batches, ours, theirs):
     mine, reference = answers(batches[case], WITH_LOGITS, ours, theirs)
-    assert len(mine.logits) == 32
+    assert len(mine.logits) == GREEDY["max_new_tokens"]
     assert_same(mine, reference)
 
 
-@pytest.mark.parametrize("case", ["counts differ, left", "text only"])
 @pytest.mark.parametrize(
     "options",
-    [{"num_beams": 3}, {"do_sample": True, "temperature": 1.3}, {"do_sample": True, "num_return_sequences": 3}],
-    ids=["beams", "sampling", "answers"],
+    [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3, "temperature": 1.3}],
+    ids=["beams", "sampled answers"],
 )
-def test_beams_and_sampling_equal_transformers(case, options, batches, ours, theirs):
-    mine, reference = answers(batches[case], options | {"max_new_tokens": 12}, ours, theirs)
+def test_beams_and_sampling_equal_transformers(options, batches, ours, theirs):
+    mine, reference = answers(batches["counts differ, left"], options | {"max_new_tokens": 6}, ours, theirs)
     assert torch.equal(mine, reference)
 
 
-@pytest.mark.parametrize("case", ["several sizes", "counts differ, left", "text only"])
-def test_without_a_cache_it_is_the_same(case, batches, ours):
-    options = WITH_LOGITS | {"max_new_tokens": 6}
-    assert_same(*(ours.generate(**batches[case], **GREEDY | options, use_cache=use) for use in (True, False)))
-    if case != "counts differ, left":
-        options = GREEDY | {"max_new_tokens": 4, "num_beams": 2}
-        assert torch.equal(*(ours.generate(**batches[case], **options, use_cache=use) for use in (True, False)))
+def test_there_is_a_cache_even_if_none_is_asked_for(batches, ours):
+    batch, options = batches["one image"], GREEDY | {"max_new_tokens": 3, "return_dict_in_generate": True}
+    found = [ours.generate(**batch, **options, use_cache=use) for use in (True, False)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert found[1].past_key_values.get_seq_length() == batch["input_ids"].shape[1] + 2
 
 
 def test_images_must_matter(batches, ours):
@@ -113,7 +119,7 @@ def test_images_must_matter(batches, ours):
     batch["pixel_values"] = -batch["pixel_values"]
     other = ours.generate(**batch, **GREEDY | WITH_LOGITS)
     assert min(relative(a, b) for a, b in zip(first.logits, other.logits, strict=True)) > 1e-3
-    assert len(first.sequences[0, -32:].unique()) > 8
+    assert len(first.sequences[0, -12:].unique()) > 3
 
 
 @pytest.fixture
@@ -162,36 +168,26 @@ def test_the_head_reads_the_last_token_alone(batches, ours):
     assert relative(ours(**batch, past_key_values=ours.new_cache()).logits, whole) <= LOGITS
 
 
-@pytest.mark.parametrize("case", ["one image", "counts differ, left"])
-def test_an_answer_is_the_prompt_of_the_next_turn(case, batches, ours):
+def test_an_answer_is_the_prompt_of_the_next_turn(batches, ours):
     """Several tokens at once on what a cache holds, padding among the new ones included."""
-    batch = batches[case]
+    batch = batches["counts differ, left"]
     cache = ours.new_cache()
     ours(**batch, past_key_values=cache)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more = words(ours, 6).expand(len(ids), -1)
     added = torch.ones(more.shape, dtype=torch.long)
     added[0, :2] = 0
-    whole = {"input_ids": torch.cat([ids, more], 1), "attention_mask": torch.cat([mask, added], 1)}
+    whole = followed_by(more, batch, ours.family) | {"attention_mask": torch.cat([mask, added], 1)}
     logits = ours(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache).logits
-    tokens = {
-        name: torch.cat([batch[name], batch[name][:, -1:].expand(-1, 6, *[-1] * (batch[name].ndim - 2))], 1)
-        for name, row in ours.family.input_layout.items()
-        if row == "token" and name in batch
-    }
-    expected = ours(**batch | whole | tokens).logits[:, -6:]
+    expected = ours(**whole).logits[:, -6:]
     assert relative(logits[added.bool()], expected[added.bool()]) <= LOGITS
 
 
 def test_a_returned_cache_goes_on(batches, ours, theirs):
     batch = batches["one image"]
     (first,) = answers(batch, {"max_new_tokens": 8, "return_dict_in_generate": True}, ours)
-    text = torch.cat([first.sequences, words(ours, 3)[None]], 1)
-    longer = batch | {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    for name, row in ours.family.input_layout.items():
-        if row == "token" and name in batch:
-            last = batch[name][:, -1:]
-            longer[name] = torch.cat([batch[name], last.repeat(1, 11, *[1] * (last.ndim - 2))], 1)
+    said = first.sequences[:, batch["input_ids"].shape[1] :]
+    longer = followed_by(torch.cat([said, words(ours, 3)[None]], 1), batch, ours.family)
     going_on = ours.generate(**longer, **GREEDY | {"max_new_tokens": 8}, past_key_values=first.past_key_values)
     again = answers(longer, {"max_new_tokens": 8}, ours, theirs)
     assert torch.equal(going_on, again[0]) and torch.equal(going_on, again[1])
@@ -205,13 +201,11 @@ def test_a_cache_does_not_go_on_with_other_images(batches, ours):
 
 def test_assisted_decoding_equals_greedy(batches, ours):
     """Candidates from the prompt itself: many tokens in one step, and a cache that is cropped."""
-    for case in ("text only", "one image"):
-        batch = {name: tensor[:1] if case == "text only" else tensor for name, tensor in batches[case].items()}
-        plain, assisted = (
-            ours.generate(**batch, **GREEDY | {"max_new_tokens": 16} | options)
-            for options in ({}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1})
-        )
-        assert torch.equal(plain, assisted)
+    plain, assisted = (
+        ours.generate(**batches["one image"], **GREEDY | options)
+        for options in ({}, {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1})
+    )
+    assert torch.equal(plain, assisted)
 
 
 class Tokens(BaseStreamer):
@@ -250,46 +244,73 @@ def test_rows_that_have_ended_do_not_disturb_others(batches, ours, theirs):
     assert torch.equal(*answers(batch, {"eos_token_id": end}, ours, theirs))
 
 
+def assert_steps_are_those_of_the_whole_text(model, batch, **options):
+    found = model.generate(**batch, **GREEDY | WITH_LOGITS | {"max_new_tokens": 3} | options)
+    said = found.sequences[:, batch["input_ids"].shape[1] :]
+    with torch.no_grad():
+        whole = model(**followed_by(said, batch, model.family), logits_to_keep=4).logits
+    for step, logits in enumerate(found.logits):
+        assert relative(logits, whole[:, step]) <= LOGITS
+    return found.logits[2]
+
+
 def test_an_adapter_and_its_dropout(batches, ours):
-    """The cached program is derived again, with the adapter; as if its weights were merged."""
+    """The cached program is derived again, with the adapter, and reads the weights as training has left them."""
     model = copy.deepcopy(ours)
     batch = batches["several sizes"]
-    model.generate(**batch, **GREEDY | {"max_new_tokens": 2})
+    before = assert_steps_are_those_of_the_whole_text(model, batch)
     add_lora(model, r=4, dropout=0.5, vision=True, target=["language", "vision", "projector"])
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    found = [model.eval().generate(**batch, **GREEDY | WITH_LOGITS, use_cache=use) for use in (True, False)]
-    assert_same(*found)
-    assert relative(found[0].logits[0], ours.generate(**batch, **GREEDY | WITH_LOGITS).logits[0]) > 1e-3
+    for _ in range(2):
+        with torch.no_grad():
+            for name, parameter in model.trainable_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+        after = assert_steps_are_those_of_the_whole_text(model.eval(), batch)
+        assert relative(after, before) > 1e-3
+        before = after
 
 
-def test_a_model_that_trains_generates_between_steps(setup, batches, theirs):
-    model = never_saying_media(matrix.bind(setup, matrix.program(setup), theirs), setup)
-    batch = batches["one image"]
-    before = model.eval().generate(**batch, **GREEDY | WITH_LOGITS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.01)
-    after = model.generate(**batch, **GREEDY | WITH_LOGITS)
-    assert relative(after.logits[5], before.logits[5]) > 1e-3
-    assert relative(after.logits[0], model(**batch).logits[:, -1]) <= LOGITS
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_autocast(form, batches, ours, theirs):
+    """Keys and values have autocast's dtype, and another one where it ends."""
+    batch, options = batches["several sizes"], GREEDY | WITH_LOGITS | {"max_new_tokens": 3}
+    exact = theirs.generate(**batch, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = ours.generate(**batch, **options, cache_implementation=form)
+        reference = theirs.generate(**batch, **options)
+        whole = ours(**batch).logits[:, -1]
+    assert mine.past_key_values.blocks[0].keys.dtype == torch.bfloat16
+    for logits in (mine.logits[0], whole):
+        assert 0 < relative(logits, exact.logits[0]) <= 1.5 * relative(reference.logits[0], exact.logits[0])
+    step = {"input_ids": words(ours, 1)[None], "past_key_values": mine.past_key_values}
+    outside = ours(**step).logits
+    mine.past_key_values.crop(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(ours(**step).logits, outside) < 0.05
 
 
-@pytest.mark.slow
-def test_nf4_artifact(setup, batches, theirs, tmp_path):
-    theirs.save_pretrained(tmp_path / "checkpoint")
-    setup.processor.save_pretrained(tmp_path / "checkpoint")
-    build(tmp_path / "checkpoint", tmp_path / "nf4", Recipe(quantize=QuantSpec(), dtype="float32"))
-    model = never_saying_media(load(tmp_path / "nf4")[0], setup)
-    for case in ("several sizes", "counts differ, left"):
-        options = GREEDY | WITH_LOGITS | {"max_new_tokens": 6}
-        assert_same(*(model.generate(**batches[case], **options, use_cache=use) for use in (True, False)))
-    half, _ = load(tmp_path / "nf4", dtype="bfloat16")
-    logits = half.generate(**batches["several sizes"], **GREEDY | WITH_LOGITS).logits
-    expected = model.generate(**batches["several sizes"], **GREEDY | WITH_LOGITS).logits
-    assert relative(logits[0].float(), expected[0]) < 0.05
+def test_the_first_generations_may_be_at_once(setup, theirs, batches):
+    model = never_saying_media(matrix.bind(setup, matrix.program(setup), theirs).eval(), setup)
+    batch, options = batches["text only"], GREEDY | {"max_new_tokens": 2}
+    start = Barrier(3)
+
+    def generate(form):
+        start.wait()
+        return model.generate(**batch, **options, cache_implementation=form)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(generate, [None, None, "static"]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_four_bit_weights(nf4):
+    batch, _ = make_batch([[5, (1, 4, 6), 7]])
+    exact, _ = load(nf4.path)
+    options = {"suppress_tokens": [START, END, IMAGE, VIDEO]}
+    assert_steps_are_those_of_the_whole_text(exact, batch, **options)
+    half, _ = load(nf4.path, dtype="bfloat16")
+    found, expected = (model.generate(**batch, **GREEDY | WITH_LOGITS | options) for model in (half, exact))
+    assert relative(found.logits[0].float(), expected.logits[0]) < 0.05
 
 
 def test_what_is_no_cache_of_ours_is_refused(batches, ours):

@@ -148,7 +148,7 @@ def test_log_and_adapters_beside_checkpoints(adapted, nf4, tmp_path, capsys):
     again, _ = vlmbuild.load(nf4.path)
     vlmbuild.load_adapter(again, tmp_path / "checkpoint-2")
     for name, tensor in found.model.state_dict().items():
-        assert torch.equal(again.tensor(name), tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def sft(model, processor, path, **options):

@@ -19,7 +19,8 @@ from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import ArtifactError, UsageError
 from vlmbuild.recipe import BUILD_TOOLS, Recipe
-from vlmbuild.runtime.load import OPENERS, Model, load
+from vlmbuild.runtime.hf import Model
+from vlmbuild.runtime.load import OPENERS, load
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
 

@@ -23,7 +23,8 @@ from vlmbuild.builder.cache import from_pretrained
 from vlmbuild.compat.unsloth_arguments import base_of, check_formats, check_others, device_name, quantize_format
 from vlmbuild.errors import UsageError
 from vlmbuild.recipe import DTYPES, Recipe
-from vlmbuild.runtime.load import Model, load
+from vlmbuild.runtime.hf import Model
+from vlmbuild.runtime.load import load
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
 from vlmbuild.train.collator import VisionDataCollator
 from vlmbuild.train.lora import add_lora, load_adapter, save_adapter

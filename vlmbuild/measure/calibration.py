@@ -21,7 +21,7 @@ from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.linear_layers import LinearLayer
 from vlmbuild.ir.program import Call, Program, Region, join
 from vlmbuild.measure.sensitivity import Loss
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 from vlmbuild.util.progress import Progress
 
 Batch = Mapping[str, Tensor]

@@ -32,7 +32,7 @@ from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.bind import instance_tensors
 from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.runtime.onnx.weights import OnnxWeights
-from vlmbuild.runtime.torch.region_instance import BoundRegion, is_compute
+from vlmbuild.runtime.torch.region import BoundRegion, is_compute
 from vlmbuild.util.cpu import single_threaded
 from vlmbuild.util.progress import Progress
 

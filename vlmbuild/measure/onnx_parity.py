@@ -27,7 +27,7 @@ from vlmbuild.runtime.decode_steps import unpack_to_padded, whole_mask
 from vlmbuild.runtime.onnx.decoding import FEATURES, OnnxDecoding, OnnxModels
 from vlmbuild.runtime.onnx.model import OnnxVisionLanguageModel
 from vlmbuild.runtime.onnx.weights import OnnxWeights
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2}
 """The relative error of each output up to which models are published, by compute dtype; both multiply by the same weights.

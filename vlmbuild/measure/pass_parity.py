@@ -25,7 +25,7 @@ from vlmbuild.ir.dims import evaluate_shape, shape_names
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Input, Program, Region, Slot, Variant, join
 from vlmbuild.rewrite.pass_manager import Pass, run
-from vlmbuild.runtime.torch.region_instance import BoundRegion
+from vlmbuild.runtime.torch.region import BoundRegion
 
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 """Relative norms, float32: exact passes change the order of summation at most. With random weights the gradients of queries

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vlmbuild.errors import BatchError
 from vlmbuild.families import Family, PackedBatch, check_ids
 from vlmbuild.ir.program import Variant
 from vlmbuild.kv_cache.program import MASK, TOKENS
-from vlmbuild.runtime.generation import media_shapes
+from vlmbuild.runtime.hf import Model, media_shapes
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 
 _PROMPT_ONLY = {"position_ids", "inputs_embeds"}
@@ -38,23 +38,11 @@ class PromptResult:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Decodable(Protocol):
-    """A model that prompts and steps run on."""
-
-    family: Family
-    config: Any
-    processor: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model's inputs."""
-
-
-Model = TypeVar("Model", bound=Decodable)
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True)
-class DecodeSteps(ABC, Generic[Model]):
+class DecodeSteps(ABC, Generic[M]):
     """Runs tokens on one model and cache.
 
     Attributes:
@@ -63,7 +51,7 @@ class DecodeSteps(ABC, Generic[Model]):
         keep: Number of last tokens per row that get logits; 0 is all.
     """
 
-    model: Model
+    model: M
     cache: KeyValueCache
     keep: int = 0
 

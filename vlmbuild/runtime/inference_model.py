@@ -11,12 +11,11 @@ from transformers import GenerationConfig
 
 from vlmbuild.errors import UsageError
 from vlmbuild.families import Family
-from vlmbuild.runtime.generation import check_names
-from vlmbuild.runtime.hf import CausalLMOutputWithPast, GenerationHooks
+from vlmbuild.runtime.hf import CausalLMOutputWithPast, Model, check_names
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 
 
-class InferenceModel(GenerationHooks):
+class InferenceModel(Model):
     """A model of an artifact that cannot be trained."""
 
     training = False
@@ -28,18 +27,7 @@ class InferenceModel(GenerationHooks):
         self.config = config
         self.processor = processor
         self.path = path
-        """Directory of its artifact."""
         self.generation_config = GenerationConfig.from_model_config(config)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of inputs and outputs."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of embeddings and logits."""
-        raise NotImplementedError
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:
         """Return logits (batch, kept tokens, vocabulary) of a prompt, or of the tokens after one."""

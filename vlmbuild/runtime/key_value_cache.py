@@ -113,6 +113,7 @@ class KeyValueCache(Cache):
 
     def past(self, batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Return keys and values so far, by input name: (batch, heads, tokens, head dim); empty ones before the prompt."""
+        self.convert(dtype)
         tensors: dict[str, Tensor] = {}
         for block, key, value in self._blocks():
             if block.is_initialized:
@@ -121,6 +122,12 @@ class KeyValueCache(Cache):
                 sizes = (batch, key.fixed_size(1), 0, key.fixed_size(3))
                 tensors[key.name] = tensors[value.name] = torch.empty(sizes, dtype=dtype, device=device)
         return tensors
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Convert keys and values to another dtype: autocast may have been on when they were computed, and be off now."""
+        for block in self.blocks:
+            if block.is_initialized and block.keys.dtype != dtype:
+                block.keys, block.values, block.dtype = block.keys.to(dtype), block.values.to(dtype), dtype
 
     def keep(self, presents: dict[str, Tensor]) -> None:
         """Replace keys and values by these, by input name."""

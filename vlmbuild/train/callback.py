@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -43,8 +44,9 @@ class TrainingCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the adapter into the checkpoint; in all processes, since its parameters may be sharded."""
-        if unwrap(kwargs["model"]).adapter is not None:
+        """Write the adapter of a sharded model into the checkpoint, in all processes; the trainer writes others itself."""
+        model = unwrap(kwargs["model"])
+        if model.adapter is not None and isinstance(model, FSDPModule):
             save_adapter(kwargs["model"], Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 

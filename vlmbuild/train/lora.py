@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -97,13 +98,17 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         UsageError: The model has no adapter, or is not one from `vlmbuild.load`.
         OutputError: The directory cannot be written.
     """
-    unwrap(model).save_pretrained(directory)
+    model = unwrap(model)
+    if model.adapter is None:
+        raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
+    model.save_pretrained(directory)
 
 
 def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
+    base = copy.deepcopy(model.program)
     adapt(model.program, spec.loras, spec.trained)
     model.requires_grad_(False)
-    model.attach_adapter(spec)
+    model.attach_adapter(spec, base)
 
 
 def _check_free(model: VisionLanguageModel) -> None:

@@ -6,7 +6,7 @@ import torch
 from vlmbuild.ir.dims import evaluate_shape, parse_shape
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.kv_cache.program import with_cache
-from vlmbuild.runtime.torch.graphs import aten_module
+from vlmbuild.runtime.torch.region import with_dtype
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
 from vlmbuild.targets.aoti.units import token_axis
 
@@ -38,7 +38,7 @@ def test_graphs_compute_what_regions_do(built, form):
     annotate_shapes(program)
     for region in program.regions.values():
         graph, order = compilable(region, torch.float32)
-        plain = aten_module(region, torch.float32, dropout=False)
+        plain = with_dtype(region, torch.float32, dropout=False)
         for sizes in ({}, {"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1}):
             slots, activations = example(region, sizes)
             expected = plain(*slots, *(x.clone() for x in activations))
@@ -57,7 +57,7 @@ def test_graphs_for_one_token_compute_what_regions_do(built, form):
     place, axis = token_axis(region, form)
     assert values[order.index(place)].shape[axis] == 1
     slots, activations = example(region, {"batch": 1, "new": 1})
-    expected = aten_module(region, torch.float32, dropout=False)(*slots, *(x.clone() for x in activations))
+    expected = with_dtype(region, torch.float32, dropout=False)(*slots, *(x.clone() for x in activations))
     found = graph(*slots, *(activations[place].clone() for place in order))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

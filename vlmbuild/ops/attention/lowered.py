@@ -82,6 +82,14 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(*tensors, *output)
 
 
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Convert query, key and value of several dtypes (where some have a norm) as autocast does for torch's attention."""
+    kind = query.device.type
+    if len({query.dtype, key.dtype, value.dtype}) > 1 and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    return query, key, value, *rest
+
+
 def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forward, Backward] | None = None) -> None:
     """Define `vlmbuild::{name}`, its forward and backward, and the kernels that CUDA tensors get instead."""
     full = f"vlmbuild::{name}"
@@ -104,7 +112,7 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
     forward_op.register_autograd(gradient, setup_context=_context)
 
     def composite(*args: Any) -> Tensor:
-        out: Tensor = forward_overload(*args)[0]
+        out: Tensor = forward_overload(*_as_autocast(*args))[0]
         return out
 
     torch.library.define(full, SCHEMA)

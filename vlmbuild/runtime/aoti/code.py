@@ -24,7 +24,7 @@ from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.runtime.torch.program_model import CachedProgram
-from vlmbuild.runtime.torch.region_instance import slots_getter
+from vlmbuild.runtime.torch.region import slots_getter
 
 Read = Callable[[str], bytes]
 """The content of a file of an artifact, checked against its manifest."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from vlmbuild.errors import UsageError
+from vlmbuild.runtime.compiler import Compiler
+from vlmbuild.runtime.torch.region import BoundRegion
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class Checkpointing:
         leaf = instance.rpartition(".")[2]
         return bool(instance) and (not leaf.isdigit() or int(leaf) % self.every == 0)
 
-    def run(self, block: Callable[..., Any], compiler: Any, tensors: tuple[Tensor, ...], *, random: bool) -> Any:
-        """Call a block, and again in backward, with the same random numbers if it is `random`.
+    def run(self, block: nn.Module, runner: BoundRegion, compiler: Compiler, tensors: tuple[Tensor, ...]) -> Any:
+        """Call a block, and again in backward, with the same random numbers if it draws any.
 
         Checkpointing itself saves only the block's inputs, so that hooks on saved tensors move just these.
         """
@@ -46,4 +47,5 @@ class Checkpointing:
         if self.offload:
             storage = save_on_cpu(pin_memory=torch.cuda.is_available() and tensors[0].is_cuda)
         with storage:
-            return checkpoint(block, compiler, *tensors, use_reentrant=False, preserve_rng_state=random)
+            options = {"runner": runner, "compiler": compiler}
+            return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=runner.random, **options)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from vlmbuild.adapters.lora import AdapterSpec
 from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
-from vlmbuild.families import Family
-from vlmbuild.runtime.hf import BaseModelOutputWithPast, TrainerHooks
+from vlmbuild.runtime.hf import BaseModelOutputWithPast
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
-from vlmbuild.runtime.torch.state import TrainedState
+from vlmbuild.runtime.torch.modules import EMBEDDINGS
+from vlmbuild.runtime.torch.program_model import ProgramModel
+from vlmbuild.runtime.torch.save import link_weights, write_checkpoint
 
 _TORCH_OPTIONS = {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 """Options of `torch.utils.checkpoint.checkpoint`."""
 
 
-class TrainerConventions(TrainerHooks, TrainedState):
-    """Gradient checkpointing, saving and embeddings under transformers' names."""
+class TrainerConventions(ProgramModel):
+    """Gradient checkpointing, saving, counting and adapters under transformers' and PEFT's names."""
 
-    config: Any
-    family: Family
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.checkpointing: Checkpointing | None = None
-        self.adapter: AdapterSpec | None = None
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
         self.source: str | None = None
         """Artifact as its user named it: a path or hub id."""
         self.merged_writer: Callable[..., None] | None = None
@@ -78,34 +75,38 @@ class TrainerConventions(TrainerHooks, TrainedState):
         """True if blocks are recomputed in backward."""
         return self.checkpointing is not None
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the module that holds the table of token embeddings."""
-        return self.get_submodule("model.language_model.embed_tokens")
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "50GB",
+    ) -> None:
+        """Write what was trained: an adapter in PEFT's format, or else a checkpoint that transformers and vlmbuild open.
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head: `weight` (vocabulary, hidden) and `bias`."""
-        head = self.get_submodule("lm_head")
-        if not hasattr(head, "bias"):
-            head.register_parameter("bias", None)
-        return head
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the adapter, in PEFT's format, as `vlmbuild.save_adapter` does; the weights below it are the artifact's.
+        Args:
+            save_directory: Created if missing.
+            is_main_process: Passed by trainers, whose checkpoints hold `model.safetensors` too: another name of the adapter's
+                file, for resuming. False writes nothing.
+            state_dict: The tensors, where they were gathered from several processes.
+            max_shard_size: Most bytes of a file of a checkpoint.
 
         Raises:
-            UsageError: The model has no adapter.
+            UsageError: It is the directory of the model's own artifact, or the model has none.
             OutputError: The directory cannot be written.
         """
+        directory = Path(save_directory)
+        if self.path is not None and directory.resolve() == self.path.resolve():
+            raise UsageError(f"{directory} holds the artifact that this model reads. Save into another directory.")
+        if is_main_process is False:
+            return
+        tensors = dict(self.named_parameters()) if state_dict is None else state_dict
         if self.adapter is None:
-            raise UsageError("The model has no adapter to save. Call vlmbuild.add_lora(model, r=16) first.")
-        write_adapter(
-            save_directory,
-            self.adapter,
-            dict(self.named_parameters()),
-            self.program.ties,
-            self.source,
-            self.family.model_class,
-        )
+            write_checkpoint(self, directory, tensors, max_shard_size)
+            return
+        write_adapter(directory, self.adapter, tensors, self.program.ties, self.source, self.family.model_class)
+        if is_main_process:
+            link_weights(directory)
 
     def save_pretrained_merged(self, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         """Write an artifact with the adapter merged, by the function that `FastVisionModel` has set.
@@ -120,9 +121,46 @@ class TrainerConventions(TrainerHooks, TrainedState):
             )
         self.merged_writer(self, save_directory, *arguments, **options)
 
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (name, parameter) of all parameters that take a gradient."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+    # Adapters, as in PEFT ---------------------------------------------------------------------------------------------
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters, quantized ones by their shape before quantization."""
+        trainable = {name for name, _ in self.trainable_parameters()}
+        return sum(
+            math.prod(weight.shape)
+            for weight in self.program.source_weights()
+            if (weight.name in trainable or not only_trainable)
+            and not (exclude_embeddings and weight.name == f"{EMBEDDINGS}.weight")
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of trainable parameters and of all."""
+        return self.num_parameters(only_trainable=True), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Print these numbers as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute without the adapter while the context is open.
+
+        Raises:
+            UsageError: Modules were trained whole, whose values before training are not kept.
+        """
+        if self.adapter is not None and self.adapter.modules:
+            raise UsageError(
+                f"{self.adapter.modules[0]} was trained whole, and its values before are not kept. Load the artifact a second "
+                "time for a model without the adapter."
+            )
+        self.set_adapter_disabled(True)
+        try:
+            yield
+        finally:
+            self.set_adapter_disabled(False)
 
 
 class Backbone:

@@ -14,13 +14,12 @@ from vlmbuild.families import PackedBatch
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.program import Call, Input
 from vlmbuild.kv_cache.block import CacheForm
-from vlmbuild.kv_cache.program import MASK, PAST, POSITION, STEP, TOKENS, present_name
+from vlmbuild.kv_cache.program import CROSS, MASK, PAST, POSITION, STEP, TOKENS, present_name
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, unpack_to_padded
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
-from vlmbuild.runtime.torch.state import module_at
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Decoding(DecodeSteps[ProgramModel]):
         logits, crossing = self._append(prepared.variant, dict(values))
         values |= crossing
         step = STEP if crossing else "text"
-        images, tokens = {}, {}
+        images: dict[str, Tensor] = {}
+        tokens: dict[str, Tensor] = {}
         for entry in variants[step].inputs:
             if TOKENS not in entry.shape and not entry.name.startswith((PAST, MASK)):
                 images[entry.name] = values[entry.name]
@@ -50,7 +50,11 @@ class Decoding(DecodeSteps[ProgramModel]):
 
     def run_step(self, variant: str, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         cache, new = self.cache, ids.shape[1]
-        values = {name: tensor.repeat_interleave(new, 0) for name, tensor in cache.rows.items()} | cache.images
+        images = {
+            name: tensor.to(self._dtype()) if name.startswith(CROSS) else tensor
+            for name, tensor in cache.images.items()
+        }
+        values = {name: tensor.repeat_interleave(new, 0) for name, tensor in cache.rows.items()} | images
         values |= {"input_ids": ids.reshape(1, -1), "position_ids": positions.reshape(1, -1), MASK: mask}
         if cache.in_place and new == 1:
             return self._write(variant, values)
@@ -58,10 +62,10 @@ class Decoding(DecodeSteps[ProgramModel]):
 
     def _append(self, name: str, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Run tokens with the cache so far as an input; return logits, and results other than keys and values."""
-        model, cache = self.model, self.cache
+        cache = self.cache
         batch, tokens = values[MASK].shape
         _check_room(cache, tokens)
-        past = cache.past(batch, model.dtype, values[MASK].device)
+        past = cache.past(batch, self._dtype(), values[MASK].device)
         logits, presents = self._run("dynamic", name, values | past)
         cache.keep({name: presents.pop(present_name(name)) for name in past})
         return logits, presents
@@ -70,6 +74,7 @@ class Decoding(DecodeSteps[ProgramModel]):
         """Run one token per row, writing into the cache's buffers."""
         past = self.cache.get_seq_length()
         _check_room(self.cache, past + 1)
+        self.cache.convert(self._dtype())
         buffers = self.cache.buffers()
         length = next(iter(buffers.values())).shape[2]
         mask = torch.nn.functional.pad(values[MASK], (0, length - past - 1))
@@ -77,6 +82,11 @@ class Decoding(DecodeSteps[ProgramModel]):
         logits, _ = self._run("static", name, values | buffers | {MASK: mask, POSITION: position})
         self.cache.advance()
         return logits
+
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype of keys and values: autocast's, where a model in float32 runs under it."""
+        kind = self.model.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
 
     def _run(self, form: CacheForm, name: str, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return logits and a variant's other results."""
@@ -88,18 +98,24 @@ class Decoding(DecodeSteps[ProgramModel]):
         values = {entry.name: _as_input(values[entry.name], entry) for entry in variant.inputs}
         *calls, head = variant.calls
 
+        def embed(ids: Tensor, padding_idx: int) -> Tensor:
+            embeddings: Tensor = model.get_input_embeddings()(ids.view(rows, -1), padding_idx=padding_idx)
+            return embeddings.flatten(0, 1).unsqueeze(0)
+
         def run(call: Call, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            bound = cached.bound[call.region]
-            if not call.instance:
-                return bound(model, self.compiler, arguments)
-            results: tuple[Tensor, ...] = module_at(model, call.instance)(self.compiler, *arguments, bound=bound)
-            return results
+            return model.run_call(call, cached.bound[call.region], self.compiler, arguments, embed)
 
         run_calls(calls, values, run, keep=variant.presents)
         hidden = values[head.inputs[0]]
         hidden = hidden.view(rows, -1, hidden.shape[-1])[:, -self.keep :]
-        (logits,) = run(head, (hidden.reshape(1, -1, hidden.shape[-1]),))
-        return logits.view(*hidden.shape[:2], -1), {name: values[name] for name in variant.presents}
+
+        def logits_of(states: Tensor) -> Tensor:
+            (logits,) = run(head, (states.reshape(1, -1, states.shape[-1]),))
+            return logits.view(*states.shape[:2], -1)
+
+        module = model.get_output_embeddings()
+        logits = module(hidden, run=logits_of) if module.has_hooks else logits_of(hidden)
+        return logits, {name: values[name] for name in variant.presents}
 
 
 def _check_room(cache: KeyValueCache, tokens: int) -> None:

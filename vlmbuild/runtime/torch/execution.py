@@ -10,13 +10,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from vlmbuild.families import PackedBatch
 from vlmbuild.ir.interpret import run_calls
-from vlmbuild.ir.program import Call, Program, join
+from vlmbuild.ir.program import Call, join
 from vlmbuild.runtime.compiler import Compiler
 from vlmbuild.runtime.decode_steps import padded_rows
 from vlmbuild.runtime.torch.loss import IGNORED, labelled_rows, summed_cross_entropy
 from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.sharding import check_same_variant, gather_unreached
-from vlmbuild.runtime.torch.state import module_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,8 @@ class Execution:
 
     def logits(self, hidden: Tensor, keep: int = 0) -> Tensor:
         """Return logits (batch, sequence, vocabulary) of packed hidden states; only of the last `keep` positions if not 0."""
+        if self.model.get_output_embeddings().has_hooks:
+            return self._hooked_logits(self.unpack(hidden)[:, -keep:])
         if not keep:
             (logits,) = self._call(self._head(), (hidden.unsqueeze(0),))
             return self.unpack(logits.squeeze(0))
@@ -58,15 +59,20 @@ class Execution:
 
         Padding predicts nothing here, where in transformers the last position of left padding predicts the first token.
         """
-        rows, targets = labelled_rows(labels, self.prepared.index)
+        rows, targets = (x.to(hidden.device) for x in labelled_rows(labels, self.prepared.index))
         region = self.model.bound[self._head().region]
-        total = summed_cross_entropy(
-            lambda tensors, states: region.run(tensors, self.compiler, (states,), self.model.training)[0],
-            region.tensors_of(self.model),
-            hidden[rows.to(hidden.device)],
-            targets.to(hidden.device),
-            self.model.vocabulary,
-        )
+        if self.model.get_output_embeddings().has_hooks:
+            whole = self._hooked_logits(self.unpack(hidden)).flatten(0, 1)
+            logits = whole[self.prepared.index.to(hidden.device)[rows]]
+            total = summed_cross_entropy(lambda _, states: states, (), logits, targets, self.model.vocabulary)
+        else:
+            total = summed_cross_entropy(
+                lambda tensors, states: region.run(tensors, self.compiler, (states,), self.model.training)[0],
+                region.tensors_of(self.model),
+                hidden[rows],
+                targets,
+                self.model.vocabulary,
+            )
         total = total + self._unused()
         count = (targets != IGNORED).sum().clamp(min=1) if items is None else items
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
@@ -76,25 +82,29 @@ class Execution:
         return padded_rows(rows, self.prepared, 0, self.shape).view(*self.shape, -1)
 
     def _calls(self) -> tuple[Call, ...]:
-        program: Program = self.model.program
-        return program.variants[self.prepared.variant].calls
+        return self.model.program.variants[self.prepared.variant].calls
 
     def _head(self) -> Call:
         return self._calls()[-1]
 
     def _call(self, call: Call, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        model = self.model
-        bound = model.bound[call.region]
-        if not call.instance:
-            return bound(model, self.compiler, arguments)
-        instance = module_at(model, call.instance)
-        checkpointing = model.checkpointing if model.training and torch.is_grad_enabled() else None
-        results: tuple[Tensor, ...]
-        if checkpointing is not None and checkpointing.covers(call.instance):
-            results = checkpointing.run(instance, self.compiler, arguments, random=bound.random)
-        else:
-            results = instance(self.compiler, *arguments)
-        return results
+        return self.model.run_call(call, self.model.bound[call.region], self.compiler, arguments, self._embed)
+
+    def _embed(self, ids: Tensor, padding_idx: int) -> Tensor:
+        """Call the module of embeddings as transformers does, with rows of ids; ids of padding are zero."""
+        rows = self.unpack(ids.flatten().unsqueeze(1)).squeeze(-1)
+        embeddings: Tensor = self.model.get_input_embeddings()(rows, padding_idx=padding_idx)
+        return embeddings.flatten(0, 1)[self.prepared.index.to(ids.device)].unsqueeze(0)
+
+    def _hooked_logits(self, hidden: Tensor) -> Tensor:
+        """Call the head's module as transformers does, with rows of hidden states (batch, sequence, hidden)."""
+
+        def run(states: Tensor) -> Tensor:
+            (logits,) = self._call(self._head(), (states.flatten(0, 1).unsqueeze(0),))
+            return logits.view(*states.shape[:-1], -1)
+
+        logits: Tensor = self.model.get_output_embeddings()(hidden, run=run)
+        return logits
 
     def _unused(self) -> Tensor | float:
         """Return zero as a function of every trainable parameter that this variant does not use.

@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch.distributed.fsdp import FSDPModule
 
 from vlmbuild.adapters.lora import AdapterSpec
 from vlmbuild.errors import IncompatibleError, UsageError
@@ -21,19 +20,17 @@ from vlmbuild.ir.program import Program, Slot
 from vlmbuild.kv_cache.program import cached_inputs
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
-from vlmbuild.runtime.generation import check_names
-from vlmbuild.runtime.hf import CausalLMOutputWithPast, TrainingOutput
+from vlmbuild.runtime.hf import CausalLMOutputWithPast, TrainingOutput, check_names
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.conventions import Backbone
+from vlmbuild.runtime.torch.conventions import Backbone, TrainerConventions
 from vlmbuild.runtime.torch.decoding import Decoding
 from vlmbuild.runtime.torch.execution import Execution
-from vlmbuild.runtime.torch.program_model import ProgramModel
-from vlmbuild.runtime.torch.region_instance import BoundRegion, RegionInstance, carried_activations, is_compute
-from vlmbuild.runtime.torch.state import module_at
+from vlmbuild.runtime.torch.modules import module_at, tensor_at
+from vlmbuild.runtime.torch.region import BoundRegion, RegionInstance, carried_activations, is_compute
 from vlmbuild.util.validation import cast_finite
 
 
-class VisionLanguageModel(ProgramModel):
+class VisionLanguageModel(TrainerConventions):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -52,16 +49,14 @@ class VisionLanguageModel(ProgramModel):
             tensors: Every slot of kind "parameter" or "buffer" by module name; constants come from the family.
             dtype: The compute dtype.
         """
-        super().__init__()
+        super().__init__(config)
         self.program = program
         self.family = family
-        self.config = config
-        self.generation_config = GenerationConfig.from_model_config(config)
         self.processor = None
-        self.path: Path | None = None
-        """Directory of its artifact."""
+        self.path = None
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
+        self._base: Program | None = None
         self.bound = {}
         self._cached = {}
         self._bind_regions()
@@ -84,8 +79,8 @@ class VisionLanguageModel(ProgramModel):
         else:
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
 
-    def attach_adapter(self, spec: AdapterSpec) -> None:
-        """Register the slots that passes have added to the program for an adapter.
+    def attach_adapter(self, spec: AdapterSpec, base: Program) -> None:
+        """Register the slots that passes have added to the program for an adapter; `base` is the program without it.
 
         LoRA matrices start as PEFT's do (A uniform by He et al., arXiv:1502.01852; B zero); parameters that are trained whole
         are float32.
@@ -100,25 +95,61 @@ class VisionLanguageModel(ProgramModel):
                 self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
         self.tie_weights()
         self._bind_regions()
-        self.adapter = spec
+        self.adapter, self._base = spec, base
+
+    def merge_and_unload(self) -> Self:
+        """Add the adapter to the weights, and remove it. Returns the model.
+
+        Raises:
+            UsageError: There is no adapter, or a layer below it is quantized, where merging needs the source's weights.
+        """
+        if self.adapter is None or self._base is None:
+            raise UsageError("The model has no adapter to merge. Call vlmbuild.load_adapter(model, DIRECTORY) first.")
+        loras, trained = self.adapter.loras, self.adapter.trained
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        if quantized := [module for module in loras if f"{module}.weight" not in parameters]:
+            raise UsageError(
+                f"{quantized[0]} is quantized, and merging into it would round it again. Save the adapter, and merge it "
+                "with vlmbuild build SOURCE --adapter DIRECTORY -o OUTPUT."
+            )
+        with torch.no_grad():
+            for module, lora in loras.items():
+                layer, weight = self.get_submodule(module), parameters[f"{module}.weight"]
+                down, up = (tensor_at(layer, f"{part}.default.weight").float() for part in ("lora_A", "lora_B"))
+                weight.copy_(weight.float() + lora.scaling * (up @ down))
+                del layer.lora_A, layer.lora_B
+        self.program, self._base, self.adapter = self._base, None, None
+        for name, slot in self.program.slots():
+            if name in trained:
+                self.set_tensor(name, slot, self.get_parameter(name).detach())
+        self.tie_weights()
+        self._bind_regions()
+        return self
 
     def _bind_regions(self) -> None:
-        """Bind every region of the program, and set it on the region's instances."""
+        """Bind every region of the program, and make modules for the instances that have none."""
         self._cached.clear()
+        self.bound.clear()
         for name, region in self.program.regions.items():
             carried = carried_activations(region, self.program.variants)
             self.bound[name] = BoundRegion(region, self._dtype, carried)
             for instance in region.instances:
-                if instance:
-                    path, _, leaf = instance.rpartition(".")
-                    parent = module_at(self, path)
-                    if leaf not in parent._modules:
-                        parent.add_module(leaf, RegionInstance(self.bound[name]))
-                    self.get_submodule(instance).bound = self.bound[name]  # type: ignore[assignment]
+                path, _, leaf = instance.rpartition(".")
+                parent = module_at(self, path)
+                if leaf and leaf not in parent._modules:
+                    parent.add_module(leaf, RegionInstance())
+                if leaf:
+                    parent.get_submodule(leaf).region = name  # type: ignore[assignment]
+        self._weights = [
+            (name, module_at(self, name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name, slot in self.program.slots()
+            if is_compute(slot)
+        ]
+        self.set_adapter_disabled(self._adapter_disabled)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert for `.to`, `.half`, `.cuda`, ...; tensors with their own dtype (frequencies, scales, adapters) keep it."""
-        fixed = {self.tensor(name) for name, slot in self.program.slots() if not is_compute(slot)}
+        fixed = {tensor_at(self, name) for name, slot in self.program.slots() if not is_compute(slot)}
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -130,9 +161,7 @@ class VisionLanguageModel(ProgramModel):
         dtype = next(self.get_parameter(name).dtype for name, slot in self.program.slots() if is_compute(slot))
         if dtype != self._dtype:
             self._dtype = dtype
-            self._cached.clear()
-            for bound in self.bound.values():
-                bound.rebind(dtype)
+            self._bind_regions()
         return self
 
     # Running ------------------------------------------------------------------------------------------------------
@@ -192,9 +221,31 @@ class VisionLanguageModel(ProgramModel):
         off: AbstractContextManager[None] = torch.autocast(self.device.type, enabled=False)
         return off
 
+    def follow_weights(self) -> None:
+        """Compute in the dtype that others have given to all weights (`peft.prepare_model_for_kbit_training`).
+
+        Raises:
+            UsageError: They have given it to some.
+        """
+        if isinstance(self, FSDPModule):
+            return  # its mixed precision keeps weights in another dtype than it gathers
+        dtypes: dict[torch.dtype, str] = {}
+        for name, owner, leaf in self._weights:
+            tensor = owner._parameters.get(leaf)
+            dtypes.setdefault((owner._buffers[leaf] if tensor is None else tensor).dtype, name)  # type: ignore[union-attr]
+        if len(dtypes) > 1:
+            (one, name), (other, second) = list(dtypes.items())[:2]
+            raise UsageError(
+                f"{name} is {one} and {second} is {other}, but a graph computes in one dtype. Convert the whole model with "
+                "model.to(dtype)."
+            )
+        if (dtype := next(iter(dtypes))) != self._dtype:
+            self.to(dtype)
+
     def _execution(self, batch: dict[str, Any], labels: Tensor | None, compiler: Compiler) -> Execution:
         """Check a trainer's batch, and run the host prologue."""
         check_names(self.family, "model", batch)
+        self.follow_weights()
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
@@ -220,7 +271,7 @@ class VisionLanguageModel(ProgramModel):
         return [name for name, _ in self.named_buffers()]
 
     @property
-    def base_model(self) -> Backbone:
+    def base_model(self) -> Backbone:  # type: ignore[override]
         """The model without its head: called with a batch, it returns `.last_hidden_state` (batch, sequence, hidden)."""
 
         def hidden_states(batch: dict[str, Any]) -> Tensor:
@@ -233,8 +284,6 @@ class VisionLanguageModel(ProgramModel):
                 swap_compiler(compiler)
 
         return Backbone(hidden_states, self.get_output_embeddings())
-
-    # transformers' conventions --------------------------------------------------------------------------------------
 
 
 def unwrap(model: nn.Module) -> VisionLanguageModel:

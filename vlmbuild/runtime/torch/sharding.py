@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.runtime.torch.region_instance import RegionInstance
+from vlmbuild.runtime.torch.region import RegionInstance
 
 
 def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> None:

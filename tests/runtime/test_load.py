@@ -15,6 +15,7 @@ from vlmbuild import load
 from vlmbuild.artifact.manifest import canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import DeviceError, IncompatibleError, IntegrityError, UsageError
+from vlmbuild.runtime import load as loading
 
 
 @pytest.fixture
@@ -39,6 +40,29 @@ def test_changed_artifacts_are_refused(spoilt, spoil, message):
     spoil(spoilt)
     with pytest.raises(IntegrityError, match=message):
         load(spoilt)
+
+
+def test_a_directory_that_is_replaced_is_read_again(spoilt, plain, tmp_path, monkeypatch):
+    """Another artifact takes its place between the manifest and the files."""
+    other, opened = shutil.copytree(plain.path, tmp_path / "other"), []
+
+    def replaced(path, **options):
+        found = reader(path, **options)
+        if not opened:
+            spoilt.rename(tmp_path / "old")
+            other.rename(spoilt)
+        opened.append(path)
+        return found
+
+    reader = loading.ArtifactReader
+    monkeypatch.setattr(loading, "ArtifactReader", replaced)
+    model, _ = load(spoilt)
+    assert len(opened) == 2
+    assert not any("absmax" in name for name in model.state_dict())
+    flip(spoilt / "model.safetensors")
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        load(spoilt)
+    assert len(opened) == 3  # it stayed where it was
 
 
 def test_not_a_directory(tmp_path):

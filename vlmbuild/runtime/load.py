@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -15,51 +15,18 @@ from transformers import GenerationConfig
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.errors import IncompatibleError, TrustError, UsageError
-from vlmbuild.families import Family
+from vlmbuild.errors import IncompatibleError, TrustError, UsageError, VlmbuildError
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.bind import bind_artifact
-from vlmbuild.runtime.hf import CausalLMOutputWithPast
+from vlmbuild.runtime.hf import Model
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.devices import available_device, named_device
 from vlmbuild.util.dtypes import dtype_name
 from vlmbuild.util.validation import one_of
 
 Device = str | torch.device | None
-
-
-class Model(Protocol):
-    """An opened artifact of any target, in evaluation mode.
-
-    Attributes:
-        family: The model family.
-        config: The transformers config.
-        generation_config: Defaults and ends of generation, the checkpoint's own where it has them.
-        processor: Makes the batches that the model is called with.
-    """
-
-    family: Family
-    config: Any
-    generation_config: GenerationConfig
-    processor: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors go in and come out."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of embeddings and logits."""
-
-    @property
-    def path(self) -> Path | None:
-        """The artifact's directory."""
-
-    def __call__(self, **batch: Any) -> CausalLMOutputWithPast:
-        """Compute `.logits` (batch, sequence, vocabulary) of a processor's batch."""
-
-    def generate(self, **batch: Any) -> Any:
-        """Generate tokens after a processor's batch, as transformers does."""
+_RETRIES = 4
+"""Times that a directory is read again because another one took its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +62,8 @@ def load(
     """Open an artifact.
 
     Weights on a CPU stay mapped from the artifact's files while the model lives. To replace an artifact in use, build with
-    `overwrite`, which leaves the old files to those who have them open; never write into its files.
+    `overwrite`, which leaves the old files to those who have them open; never write into its files. A directory that is
+    replaced while it is read is read again from the start, a few times.
 
     Args:
         path: The artifact's directory.
@@ -117,6 +85,28 @@ def load(
     """
     if dtype is not None:
         one_of("dtype", dtype_name(dtype), DTYPES)
+    for _ in range(_RETRIES):
+        before = _identity(path)
+        try:
+            return _load(path, device, dtype, verify, trust)
+        except VlmbuildError:
+            if _identity(path) == before:
+                raise
+    return _load(path, device, dtype, verify, trust)
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """Return what tells a directory from another one that is renamed to its path."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _load(
+    path: str | Path, device: Device, dtype: str | torch.dtype | None, verify: bool, trust: Collection[str]
+) -> tuple[Model, Any]:
     reader = ArtifactReader(path, verify=False)
     opener = OPENERS.get(reader.manifest.target)
     if opener is None:
@@ -176,6 +166,9 @@ def _generation_config(reader: ArtifactReader) -> GenerationConfig:
 def _open_trainable(reader: ArtifactReader, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
     model = bind_artifact(reader, dtype)
     model.path, model.source = reader.path, str(reader.path)
+    model.name_or_path = model.config._name_or_path = str(
+        reader.path
+    )  # trainers load processors and references from it
     return model.eval().to(device)
 
 

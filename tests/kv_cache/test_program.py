@@ -19,7 +19,7 @@ from vlmbuild.kv_cache.program import STEP, cached_inputs, present_name, with_ca
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    return matrix.SETUPS[request.param](False)
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,11 @@ def traced(setup):
 @pytest.fixture(scope="module")
 def dynamic(traced):
     return with_cache(traced)
+
+
+@pytest.fixture(scope="module")
+def static(traced):
+    return with_cache(traced, "static")
 
 
 def shapes(variant):
@@ -59,9 +64,8 @@ def test_the_interface_is_explicit(setup, dynamic):
         assert "pixel_values" not in shapes(dynamic.variants[STEP])
 
 
-def test_static_has_buffers_and_steps_of_one_token(traced):
-    static = with_cache(traced, "static")
-    assert set(static.variants) == {"text", STEP} & {"text", *with_cache(traced).variants}
+def test_static_has_buffers_and_steps_of_one_token(static, dynamic):
+    assert set(static.variants) == {"text", STEP} & {"text", *dynamic.variants}
     for variant in static.variants.values():
         found = shapes(variant)
         assert found["input_ids"] == (1, "batch") and found["cache_position"] == (1,)
@@ -75,14 +79,14 @@ def test_it_is_stored_printed_and_read_again(traced, dynamic):
     again = from_json(stored)
     assert to_json(again) == stored
     text = program_text(dynamic)
-    assert "present.0.key" in text and "past + new" in text and text == program_text(with_cache(traced))
+    assert "present.0.key" in text and "past + new" in text
     loaded = with_cache(from_json(json.loads(json.dumps(to_json(traced)))))  # has no shapes before
     assert to_json(loaded) == stored
 
 
-def test_what_writes_into_its_inputs_is_derived_and_never_stored(traced):
+def test_what_writes_into_its_inputs_is_derived_and_never_stored(static):
     with pytest.raises(IncompatibleError, match="index_copy_"):
-        to_json(with_cache(traced, "static"))
+        to_json(static)
 
 
 def test_a_program_that_lacks_what_it_returns_is_refused(dynamic):

@@ -12,6 +12,7 @@ import torch
 import vlmbuild
 from vlmbuild.errors import DeviceError, IncompatibleError, IntegrityError
 from vlmbuild.runtime.onnx.session import check_provider, open_session
+from vlmbuild.zoo import ZOO
 
 STEM = "embed_tokens"
 
@@ -109,9 +110,8 @@ def test_a_provider_that_is_not_there(copy, monkeypatch):
     assert check_provider("cpu") == "CPUExecutionProvider"
 
 
-def test_one_that_belongs_to_another_model(copy, onnx_artifact):
-    config = onnx_artifact("pixtral-digits").path / "config.json"
-    shutil.copy(config, copy)
+def test_one_that_belongs_to_another_model(copy):
+    shutil.copy(ZOO["pixtral-digits"] / "config.json", copy)
     with pytest.raises(IncompatibleError, match="do not belong together"):
         from vlmbuild.runtime.onnx.model import open_model
 

@@ -19,7 +19,7 @@ def step(model):
     return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{"every_n_layers": 2}, {"offload": True}, {"every_n_layers": 3, "offload": True}])
+@pytest.mark.parametrize("options", [{"offload": True}, {"every_n_layers": 2, "offload": True}])
 def test_loss_and_gradients_stay_the_same(model, options):
     loss, gradients = step(model)
     model.activation_checkpointing_enable(**options)

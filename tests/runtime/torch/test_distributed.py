@@ -20,7 +20,7 @@ SAME = 1e-5
 @pytest.fixture(scope="module")
 def loops(nf4, tmp_path_factory):
     output = tmp_path_factory.mktemp("loops")
-    distributed.torchrun(nf4.path, output, *distributed.LOOPS)
+    distributed.torchrun(nf4.path, output, *distributed.LOOPS, "trainer")
     return output
 
 
@@ -56,13 +56,12 @@ def test_processes_with_different_kinds_of_batches_are_refused_on_all_of_them(lo
         assert "{'image': [0], 'text': [1]}" in distributed.record(loops / case)["refusal"]
 
 
-def test_trainer_in_two_processes(nf4, tmp_path):
-    distributed.torchrun(nf4.path, tmp_path / "two", "trainer")
-    expected = distributed.train(nf4.path, tmp_path / "one", 1)
-    found = distributed.record(tmp_path / "two" / "trainer")
+def test_trainer_in_two_processes(loops, nf4, tmp_path):
+    expected = distributed.train(nf4.path, tmp_path, 1)
+    found = distributed.record(loops / "trainer")
     assert found["losses"] == pytest.approx(expected["losses"], rel=SAME)
     assert found["tokens"] == expected["tokens"]
-    assert_same_adapter(tmp_path / "two" / "trainer" / "checkpoint-3", tmp_path / "one" / "checkpoint-3")
+    assert_same_adapter(loops / "trainer" / "checkpoint-3", tmp_path / "checkpoint-3")
 
 
 def test_shard_says_what_is_missing(model):

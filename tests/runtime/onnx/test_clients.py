@@ -1,6 +1,13 @@
-"""A client that does what transformers.js does, and knows nothing of ours: names, shapes, files and the loop of generation."""
+"""Clients that know nothing of ours on our artifacts, beside ours and transformers': one that does what transformers.js does,
+names, shapes, files and the loop of generation; and transformers.js itself, in Node.
+
+Installing the latter (470 MB) takes seven seconds; skipped where npm or its registry is out of reach.
+"""
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -8,11 +15,86 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+import vlmbuild
+from vlmbuild.demo.digits import Digits
+from vlmbuild.demo.task import READ, prompt
 from vlmbuild.families import FAMILIES
 from vlmbuild.measure.batches import cases
+from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
 
+pytestmark = pytest.mark.slow  # exports models and runs them in Node
+
+RECIPES = {"qwen2-vl-digits": {"quantize": vlmbuild.QuantSpec("int4")}, "pixtral-digits": {"dtype": "float16"}}
 STEPS = 5
+CLIENT = "@huggingface/transformers@4.3.1"
+SCRIPT = Path(__file__).parents[2] / "helpers" / "onnx_client.mjs"
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+UNITS = {"qwen2-vl-digits": 28, "pixtral-digits": 20}
+"""Sides of images are multiples of it: the client resizes by other filters than Pillow, so images are passed that it leaves."""
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory):
+    """(request) -> what the client answers."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--fetch-timeout=20000")
+    done = subprocess.run([npm, "install", *quiet, CLIENT], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"npm cannot install {CLIENT}: {' '.join(done.stderr.split())[:300]}")
+    shutil.copy(SCRIPT, folder)
+
+    def ask(request):
+        (folder / "request.json").write_text(json.dumps(request, default=str))
+        answer = subprocess.run(
+            ["node", SCRIPT.name, "request.json"], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert answer.returncode == 0, answer.stderr[-2000:]
+        return json.loads(answer.stdout.splitlines()[-1])
+
+    return ask
+
+
+def canvases(zoo):
+    """Three of different sizes and numbers of digits, in sizes that the client leaves."""
+    unit = UNITS[zoo]
+    images = [sample.image for sample in Digits("held_out", 5).take(3)]
+    return [image.resize(tuple(max(2, round(side / unit)) * unit for side in image.size)) for image in images]
+
+
+def reference(zoo, artifact):
+    """Make transformers' model in float32, with the weights that the artifact's stand for."""
+    model = AutoModelForImageTextToText.from_pretrained(ZOO[zoo], dtype=torch.float32).eval()
+    weights, state = OnnxWeights(artifact), model.state_dict()
+    for name in weights.packed:
+        state[name].copy_(weights.tensor(name))
+    return model
+
+
+@pytest.mark.parametrize("zoo", RECIPES)
+def test_says_what_transformers_and_ours_say(node, onnx_artifact, tmp_path, zoo):
+    directory = onnx_artifact(zoo, **RECIPES[zoo]).path
+    images = canvases(zoo)
+    files = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    found = node(
+        {"directory": directory, "question": READ.question, "images": files, "steps": GREEDY["max_new_tokens"]}
+    )
+    ours, processor = vlmbuild.load(directory)
+    theirs, text = reference(zoo, directory), prompt(processor, READ)
+    for image, answer in zip(images, found, strict=True):
+        batch = processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
+        assert (answer["prompt"], answer["ids"]) == (text, batch["input_ids"][0].tolist())
+        pixels = torch.tensor(answer["pixels"]).view_as(batch["pixel_values"])
+        torch.testing.assert_close(pixels, batch["pixel_values"], rtol=0, atol=1e-5)
+        for model in (ours, theirs):
+            generated = model.generate(**batch, **GREEDY)[0, len(answer["ids"]) :].tolist()
+            assert answer["tokens"] == generated, type(model).__name__
+        assert len(answer["tokens"]) > 1
 
 
 class Client:
@@ -26,6 +108,9 @@ class Client:
             onnxruntime.InferenceSession(directory / f"onnx/{stem}.onnx", options, providers=["CPUExecutionProvider"])
             for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         )
+
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        self.dtype = kinds[next(entry.type for entry in self.decoder.get_inputs() if entry.name == "inputs_embeds")]
 
     def run(self, session, values):
         """What a session does not declare is dropped; what it declares must be there."""
@@ -42,7 +127,7 @@ class Client:
         return {
             name: np.zeros(
                 [size if isinstance(size, int) else batch if size == "batch_size" else 0 for size in shapes[name]],
-                np.float32,
+                self.dtype,
             )
             for name in wanted
         }
@@ -76,14 +161,14 @@ class Client:
         return np.concatenate(found, 1)
 
 
-@pytest.mark.parametrize("zoo", ["qwen2-vl-digits", "pixtral-digits"])
+@pytest.mark.parametrize("zoo", RECIPES)
 def test_generates_what_transformers_does(zoo, onnx_artifact):
-    directory = onnx_artifact(zoo).path
+    directory = onnx_artifact(zoo, **RECIPES[zoo]).path
     client = Client(directory)
     family = FAMILIES[client.config["model_type"].replace("llava", "pixtral")]
     config = family.config(client.config)
     batch = next(iter(cases(family.processor(directory)))).batch
-    theirs = AutoModelForImageTextToText.from_pretrained(ZOO[zoo], dtype=torch.float32).eval()
+    theirs = reference(zoo, directory)
     expected = theirs.generate(**batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=0)
     host = family.prepare(batch, config).tensors["position_ids"].numpy()
     following = int(host.max()) + 1
@@ -101,8 +186,8 @@ def test_generates_what_transformers_does(zoo, onnx_artifact):
 
 def test_settings_that_the_client_needs(onnx_artifact):
     """By name, as its classes read them; it has other defaults for names that published files leave out."""
-    for zoo, kind in (("qwen2-vl-digits", "Qwen2VL"), ("pixtral-digits", "Pixtral")):
-        directory = onnx_artifact(zoo).path
+    directories = [onnx_artifact(zoo, **recipe).path for zoo, recipe in RECIPES.items()]
+    for directory, kind in zip(directories, ("Qwen2VL", "Pixtral"), strict=True):
         images = json.loads((directory / "preprocessor_config.json").read_text())
         assert images["processor_class"] == f"{kind}Processor"
         assert images["image_processor_type"] == f"{kind}ImageProcessor"
@@ -110,10 +195,10 @@ def test_settings_that_the_client_needs(onnx_artifact):
         assert isinstance(images["patch_size"], int)
         assert {"image_mean", "image_std", "size"} <= set(images)
         assert "chat_template" in json.loads((directory / "tokenizer_config.json").read_text())
-    values = json.loads((onnx_artifact("qwen2-vl-digits").path / "config.json").read_text())
+    values = json.loads((directories[0] / "config.json").read_text())
     assert {"num_hidden_layers", "num_key_value_heads", "num_attention_heads", "hidden_size"} <= set(values)
     assert {"image_token_id", "video_token_id", "vision_start_token_id", "vision_config"} <= set(values)
     assert values["model_type"] == "qwen2_vl"
     assert values["transformers.js_config"]["dtype"] == "fp32"  # files without a suffix, in a browser too
-    processor = json.loads((onnx_artifact("pixtral-digits").path / "processor_config.json").read_text())
+    processor = json.loads((directories[1] / "processor_config.json").read_text())
     assert {"image_token", "image_break_token", "image_end_token", "patch_size", "spatial_merge_size"} <= set(processor)

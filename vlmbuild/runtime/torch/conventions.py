@@ -75,6 +75,8 @@ class TrainerConventions(ProgramModel):
         """True if blocks are recomputed in backward."""
         return self.checkpointing is not None
 
+    is_activation_checkpointing = is_gradient_checkpointing
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,

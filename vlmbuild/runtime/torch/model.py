@@ -72,7 +72,9 @@ class VisionLanguageModel(TrainerConventions):
         path, _, leaf = name.rpartition(".")
         owner = module_at(self, path)
         dtype = self._dtype if is_compute(slot) else slot.dtype
-        if tensor.dtype != dtype and not tensor.is_meta:  # as stored, it stays mapped and unread
+        if tensor.is_meta:
+            tensor = tensor.to(dtype)
+        elif tensor.dtype != dtype:  # as stored, it stays mapped and unread
             tensor = cast_finite(tensor, dtype, name, DTYPES, IncompatibleError)
         if slot.kind == "parameter":
             owner.register_parameter(leaf, nn.Parameter(tensor))

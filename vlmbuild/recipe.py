@@ -172,9 +172,9 @@ class Recipe:
         try:
             options = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"Recipe {path} cannot be read: {error.strerror}.") from error
+            raise UsageError(f"Recipe {path} cannot be read: {error.strerror}. Pass a TOML file.") from error
         except (ValueError, RecursionError) as error:  # also of bytes, long numbers and nesting
-            raise UsageError(f"Recipe {path} is not valid TOML: {error}.") from error
+            raise UsageError(f"Recipe {path} is not valid TOML: {error}. Correct the file.") from error
         return cls.from_mapping({**options, **overrides}, where=str(path))
 
     def to_mapping(self) -> dict[str, Any]:

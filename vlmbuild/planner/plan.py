@@ -141,7 +141,7 @@ def plan(
         )
     sizes = [_size(image) for image in images]
     if limits and not sizes:
-        raise UsageError("Limits on images change nothing without images. Give some, as files or HEIGHTxWIDTH.")
+        raise UsageError("Limits on images change nothing without images. Pass --image FILE or --image HEIGHTxWIDTH.")
     checkpoint = Checkpoint.open(source, revision=revision, weights=False, progress=progress)
     recipe = recipe.with_source_dtype(checkpoint.artifact_dtype)
     family, config = checkpoint.family, checkpoint.config
@@ -208,11 +208,15 @@ def _costs(
     size = dict(image_processor.size)
     if unread := sorted(set(limits) - set(size)):
         raise UsageError(
-            f"This model's image processor has no size.{unread[0]} to put a limit on; it has {', '.join(sorted(size))}."
+            f"This model's image processor has no size.{unread[0]} to put a limit on; it has {', '.join(sorted(size))}. Drop "
+            f"--{unread[0].replace('_', '-')}."
         )
     size |= limits
     if size.get("shortest_edge", 1) > size.get("longest_edge", math.inf):
-        raise UsageError(f"shortest_edge {size['shortest_edge']} is above longest_edge {size['longest_edge']}.")
+        raise UsageError(
+            f"shortest_edge {size['shortest_edge']} is above longest_edge {size['longest_edge']}. Lower it, or raise "
+            "--longest-edge."
+        )
     image_processor.size = SizeDict(**size)
     for name, height, width in sizes:
         try:

@@ -27,7 +27,7 @@ from vlmbuild.locks.listing_difference import is_equal, side_by_side
 from vlmbuild.measure.pass_parity import GRADIENT_TOLERANCE, TOLERANCE, pass_parity
 from vlmbuild.report.contents import contents
 from vlmbuild.report.stages import STORED, Staged, stages_of
-from vlmbuild.util.progress import Progress
+from vlmbuild.util.progress import Progress, silent
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -55,7 +55,7 @@ def page(path: Path, progress: Progress | None = None) -> str:
         same=_same(staged),
         stages=list(_stages(document, staged)),
         decisions=_decisions(document),
-        **_parity(staged),
+        **_parity(staged, progress or silent),
         numerics=_numerics(document["numerics"]),
         recipe=_recipe(document["recipe"]),
         sources=", ".join(str(entry.get("uri")) for entry in document["source"]),
@@ -136,17 +136,19 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
 
 
-def _parity(staged: Staged) -> dict[str, Any]:
+def _parity(staged: Staged, progress: Progress) -> dict[str, Any]:
     """Compute the parity of exact passes, or the reason why it is not computed."""
     traced = staged.traced
     passes = exact_passes(replace(staged.recipe, attention="auto"))
     steps, refused = [], ""
+    progress("parity", 0, 1)
     try:
         for step in pass_parity(traced.program, traced.family, traced.config, passes).steps:
             errors = (f"{value:.1e}" if value else "0" for value in (step.forward, step.gradient))
             steps.append([step.name, *errors, "equal" if step.holds else "differs"])
     except UsageError as error:
         refused = str(error)
+    progress("parity", 1, 1)
     return {
         "steps": steps,
         "refused": refused,

@@ -26,5 +26,5 @@ def named_device(device: str | torch.device | None) -> torch.device:
 
 
 def _unavailable(device: str | torch.device | None, error: Exception) -> DeviceError:
-    reason = str(error).partition("\n")[0]
-    return DeviceError(f"Device {device!r} is not available here: {reason} Use 'cpu', or install torch for it.")
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return DeviceError(f"Device {device!r} is not available here: {reason}. Use 'cpu', or install torch for it.")

@@ -22,8 +22,8 @@ _STATUS = Path("/proc/self/status")
 class TrainingCallback(TrainerCallback):
     """`Trainer(model, ..., callbacks=[vlmbuild.TrainingCallback()])`.
 
-    A checkpoint of a sharded model gets its adapter, as trainers write that of a model on one device. Each entry of the trainer's
-    log gets these figures, beside the trainer's own:
+    A checkpoint of a sharded model gets its adapter, as trainers write that of a model on one device. Each entry of the
+    trainer's log gets these figures, beside the trainer's own:
 
     - `num_input_tokens_seen`, `train_tokens_per_second`: the trainer's, switched on; of all processes, without padding.
     - `peak_memory`: bytes that this process has used at most; on a GPU allocated by torch, on a CPU resident.

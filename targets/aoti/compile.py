@@ -54,14 +54,13 @@ def cpp_compiler() -> str:
     return said.stdout.partition("\n")[0]
 
 
-def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, one_token: bool = False) -> Path:
+def compile_region(graph: GraphModule, package: Path, level: str, *, one_token: bool = False) -> None:
     """Compile a region's graph into a package; the same graph gives the same bytes, wherever it is compiled.
 
     Args:
         graph: Graph whose placeholders have fake tensors.
-        name: File name without suffix.
+        package: The file to make.
         level: Level of x86-64, or "" for this very processor.
-        folder: Folder of the package.
         one_token: True if the graph multiplies matrices by vectors.
 
     Raises:
@@ -71,15 +70,15 @@ def compile_region(graph: GraphModule, name: str, level: str, folder: Path, *, o
     with torch.no_grad():
         files = torch._inductor.aot_compile(graph, inputs, options=_options(level, one_token))
     assert isinstance(files, list)
-    build = folder / f"{name}.files"
-    build.mkdir()
+    build = package.with_suffix(".files")
+    build.mkdir(parents=True)
     kept: list[Any] = []
     for end, needed in _PARTS.items():
         found = [str(file) for file in files if str(file).endswith(end)]
         assert len(found) == 1 or (not found and not needed), files
         kept += [shutil.copyfile(file, str(build / f"region{end}")) for file in found]
     packed = package_aoti(str(build / "region.pt2"), {"model": kept})  # the archive's name is in it
-    return Path(shutil.move(str(packed), folder / f"{name}.pt2"))
+    shutil.move(str(packed), package)
 
 
 def _options(level: str, one_token: bool) -> dict[str, Any]:

@@ -8,13 +8,16 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.ir import TensorBox
+from torch._inductor.lowering import register_lowering
+from torch._inductor.mkldnn_ir import LinearUnary
 from torch.fx import GraphModule
 
 from vlmbuild.errors import PassError
 from vlmbuild.ops import OPERATORS
 from vlmbuild.ops.attention.op import Masks, allowed_keys
+from vlmbuild.ops.linear import suits_onednn
 from vlmbuild.ops.rope.op import cos_sin_reference, rotate_reference
-from vlmbuild.targets.aoti.onednn import linear
 
 _OPS = torch.ops.vlmbuild
 _LINEAR = torch.ops.aten.linear.default
@@ -66,6 +69,23 @@ def linear_of_few_rows(states: Tensor, weight: Tensor, bias: Tensor | None = Non
     return products if bias is None else products + bias
 
 
+def _linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute a linear layer, by oneDNN where torch would not take it."""
+    result: Tensor = (
+        _OPS.linear_onednn.default(states, weight, bias)
+        if suits_onednn(states, weight)
+        else F.linear(states, weight, bias)
+    )
+    return result
+
+
+@register_lowering(_OPS.linear_onednn.default)
+def _(states: TensorBox, weight: TensorBox, bias: TensorBox | None) -> TensorBox:
+    """Let C++ call oneDNN with weights that are inputs: inductor's own use of it takes constants alone."""
+    result: TensorBox = TensorBox.create(LinearUnary.create(states, weight, bias, "none", [], ""))
+    return result
+
+
 def _refusal(name: str, remedy: str) -> Callable[..., Any]:
     def refuse(*_: Any) -> NoReturn:
         raise PassError(f"vlmbuild::{name} cannot be compiled ahead of time. {remedy}")
@@ -87,4 +107,4 @@ FORMS: dict[str, Callable[..., Any] | None] = {
 }
 """Operator of a program -> function that is traced instead of it, or refuses it; None: compiled code calls the
 operator."""
-_LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {_LINEAR: linear}
+_LOWERED = {OPERATORS[name].overload: form for name, form in FORMS.items()} | {_LINEAR: _linear}

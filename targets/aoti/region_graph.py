@@ -15,7 +15,7 @@ from vlmbuild.ir.program import COMPUTE_DTYPE, Call, Geometry, Input, Program, R
 from vlmbuild.ir.shapes import Shapes
 from vlmbuild.runtime.torch.region import with_dtype
 from vlmbuild.targets.aoti.lowering import lower
-from vlmbuild.targets.aoti.units import of_one_token
+from vlmbuild.targets.aoti.plan import of_one_token
 
 
 def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -> tuple[GraphModule, tuple[int, ...]]:

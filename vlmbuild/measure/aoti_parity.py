@@ -30,7 +30,7 @@ kernels round less often than graphs do."""
 
 def code_measurement(directory: Path, dtype: str) -> Measurement:
     """Start measuring an artifact's code in another process, which a crash ends; weights and graphs must be written."""
-    return Measurement(__name__, [str(directory), dtype], "The compiled regions")
+    return Measurement(__name__, directory, dtype, "The compiled regions")
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:

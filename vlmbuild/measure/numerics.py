@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vlmbuild.errors import IncompatibleError, ParityError, VlmbuildError
 from vlmbuild.families import Family
 from vlmbuild.kv_cache.program import PRESENT
 from vlmbuild.measure.batches import Case, extended
+from vlmbuild.util.child import ChildProcess
 from vlmbuild.util.progress import Progress
 
 STEPS = 4
@@ -31,28 +32,19 @@ class Stepwise(Protocol):
         """Compute logits (batch, tokens, vocabulary)."""
 
 
-class Measurement:
+class Measurement(ChildProcess):
     """A context with a process that makes itself ready while something else is done, and then measures.
 
     Args:
-        module: `python -m MODULE ARGUMENTS` runs `print_records`.
-        arguments: Arguments of the process.
+        module: `python -m MODULE DIRECTORY DTYPE` runs `print_records`.
+        directory: Artifact, which is complete when `records` is called.
+        dtype: Name of the compute dtype.
         what: Name of the measured thing, for messages.
     """
 
-    def __init__(self, module: str, arguments: list[str], what: str) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
+    def __init__(self, module: str, directory: Path, dtype: str, what: str) -> None:
+        super().__init__(module, str(directory), dtype)
         self._what = what
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(  # noqa: S603  (our own interpreter)
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
 
     def records(self, progress: Progress) -> list[Record]:
         """Measure the export, which is complete now, and return the manifest's records.
@@ -65,22 +57,21 @@ class Measurement:
             ParityError: The export does not run, or computes something else than the program.
         """
         progress("numerics", 0, 1)
-        printed, said = self._process.communicate("\n")
-        if self._process.returncode:
-            raise self._failure(said)
-        records: list[Record] = json.loads(printed.splitlines()[-1])
+        self.ask("\n")
+        printed = list(self.answers())
+        code, said = self.last_words()
+        if code == IncompatibleError.exit_code:
+            raise IncompatibleError(said[-1])
+        if code:
+            reason = said[-1] if said else f"the process ended with {code}"
+            raise ParityError(
+                f"{self._what} could not be run beside the program: {reason} Free memory if there was too little, put the "
+                "model's own processor into the checkpoint if batches do not fit, else report it."
+            )
+        records: list[Record] = json.loads(printed[-1])
         check_records(records, self._what)
         progress("numerics", 1, 1)
         return records
-
-    def _failure(self, said: str) -> VlmbuildError:
-        lines = said.strip().splitlines() or [f"the process ended with {self._process.returncode}"]
-        if self._process.returncode == IncompatibleError.exit_code:
-            return IncompatibleError(lines[-1])
-        return ParityError(
-            f"{self._what} could not be run beside the program: {lines[-1]} Free memory if there was too little, put the "
-            "model's own processor into the checkpoint if batches do not fit, else report it."
-        )
 
 
 def check_records(records: list[Record], what: str) -> None:
@@ -99,7 +90,8 @@ def print_records(prepare: Callable[[], Callable[[], list[Record]]]) -> int:
     """Prepare, wait for a line on stdin, and print the records, or on stderr why there are none; returns the exit code."""
     try:
         measure = prepare()
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # there is nothing to measure after all
+            return 0
         print(json.dumps(measure()))
     except VlmbuildError as error:
         print(" ".join(str(error).split()), file=sys.stderr)

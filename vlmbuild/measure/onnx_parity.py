@@ -37,13 +37,8 @@ ROUNDED_INPUTS = 1e-1
 
 
 def onnx_measurement(directory: Path, dtype: str) -> Measurement:
-    """Start measuring an artifact's models in another process.
-
-    Args:
-        directory: Artifact, which has config.json, processor files, graph/program.json and onnx/ when `records` is called.
-        dtype: Name of the compute dtype.
-    """
-    return Measurement(__name__, [str(directory), dtype], "The ONNX models")
+    """Start measuring an artifact's models in another process."""
+    return Measurement(__name__, directory, dtype, "The ONNX models")
 
 
 def measure(directory: Path, dtype: str) -> list[Record]:

@@ -10,22 +10,10 @@ import pytest
 
 from vlmbuild.errors import CompileError
 from vlmbuild.ir.serialize import from_json
-from vlmbuild.runtime.aoti.platform import this_platform
-from vlmbuild.targets.aoti import compilation
 from vlmbuild.targets.aoti.compilation import Compilation
-from vlmbuild.targets.aoti.plan import CodePlan
-from vlmbuild.targets.aoti.units import Unit
+from vlmbuild.util import child
 
-FIRST, SECOND = Unit("dynamic", "first"), Unit("static", "second")
-PLAN = CodePlan(
-    this_platform(levels=False),
-    "g++ 12",
-    {"dynamic": {"first": "1"}, "static": {"second": "2"}},
-    {"1": FIRST, "2": SECOND},
-    {"2": (0, 1)},
-    {FIRST: 3, SECOND: 2},
-)
-PLANNED = json.dumps({"plan": PLAN.record()})
+STARTED = json.dumps({"done": 0, "total": 2})
 
 
 @pytest.fixture
@@ -37,14 +25,14 @@ def compiling(monkeypatch, tmp_path, built):
         file = tmp_path / "script.py"
         file.write_text(f"import os, subprocess, sys, time\nasked = sys.stdin.read()\n{script}")
         monkeypatch.setattr(
-            compilation.subprocess,
+            child.subprocess,
             "Popen",
             lambda command, **options: popen([sys.executable, file, *command[3:]], **options),
         )
-        begun.append(Compilation())
-        begun[-1].__enter__()
-        begun[-1].begin(built, "float32")
-        return begun[-1]
+        begun.append(Compilation.begun())
+        process = begun[-1].__enter__()
+        process.compile(built, "float32")
+        return process
 
     yield start
     for one in begun:
@@ -56,19 +44,20 @@ def says(*lines):
 
 
 def test_every_package_is_collected(compiling):
-    records = [{"unit": str(unit), "file": f"{unit.region}.pt2", "inputs": []} for unit in (SECOND, FIRST)]
-    process = compiling(says(PLANNED, *map(json.dumps, records)) + "time.sleep(600)")
+    result = {"index": {"dtype": "float32"}, "files": ["code/a.pt2", "code/b.pt2"], "compiler": "g++ 12"}
+    lines = [STARTED, *(json.dumps({"done": done, "total": 2}) for done in (1, 2)), json.dumps(result)]
+    process = compiling(says(*lines) + "time.sleep(600)")
     told = []
-    plan, packages = process.packages(lambda *numbers: told.append(numbers))
-    assert plan == PLAN
-    assert packages == {SECOND: records[0], FIRST: records[1]}
+    code = process.result(lambda *numbers: told.append(numbers))
+    assert (code.index, code.compiler) == (result["index"], "g++ 12")
+    assert code.files == {name: process.folder / name for name in result["files"]}
     assert told == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_it_gets_the_program(compiling, tmp_path, built):
     process = compiling(f"open({str(tmp_path / 'asked')!r}, 'w').write(asked)")
     with pytest.raises(CompileError):
-        process.packages(lambda *_: None)
+        process.result(lambda *_: None)
     asked = json.loads((tmp_path / "asked").read_text())
     assert asked["dtype"] == "float32"
     assert from_json(asked["program"]).variants == built.variants
@@ -78,12 +67,12 @@ def test_it_gets_the_program(compiling, tmp_path, built):
     ("script", "message"),
     [
         (
-            says(PLANNED, json.dumps({"unit": str(SECOND), "error": "CppCompileError: no compiler."})),
+            says(STARTED, json.dumps({"region": "second", "error": "CppCompileError: no compiler."})),
             "second cannot be compiled: CppCompileError: no compiler. AOTInductor needs",
         ),
         (
-            says(PLANNED) + "print('MemoryError: none left', file=sys.stderr)",
-            "first cannot be compiled: MemoryError: none left. AOTInductor needs",
+            says(STARTED) + "print('MemoryError: none left', file=sys.stderr)",
+            "The program cannot be compiled: MemoryError: none left. AOTInductor needs",
         ),
         ("sys.exit('ImportError: no torch')", "The program cannot be compiled: ImportError: no torch. AOT"),
         (
@@ -95,7 +84,7 @@ def test_it_gets_the_program(compiling, tmp_path, built):
 )
 def test_a_failure_names_its_reason(compiling, script, message):
     with pytest.raises(CompileError) as raised:
-        compiling(script).packages(lambda *_: None)
+        compiling(script).result(lambda *_: None)
     assert str(raised.value).startswith(message)
 
 
@@ -103,13 +92,12 @@ def test_nothing_stays_behind(compiling, tmp_path):
     child = tmp_path / "child"
     process = compiling(
         "started = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"open({str(child)!r}, 'w').write(str(started.pid))\n{says(PLANNED)}time.sleep(600)"
+        f"open({str(child)!r}, 'w').write(str(started.pid))\n{says(STARTED)}time.sleep(600)"
     )
     with pytest.raises(KeyboardInterrupt):
-        process.packages(interrupt)
-    assert process._folder.exists()
-    process.__exit__(None, None, None)
-    assert not process._folder.exists()
+        process.result(interrupt)
+    assert process.folder.exists()
+    process.process.__exit__(None, None, None)
     assert ends(int(child.read_text()))
 
 
@@ -133,6 +121,7 @@ def running(pid):
 
 
 def test_a_build_that_never_begins_ends_its_compiler(compiling):
-    with Compilation() as process:
+    with Compilation.begun() as compilation:
         pass
-    assert process._process.poll() is not None
+    assert compilation.process._process.poll() is not None
+    assert not compilation.folder.exists()

@@ -1,16 +1,18 @@
 """What is compiled for a program: each graph once, steps of one token twice."""
 
-from vlmbuild.ir.serialize import from_json, to_json
-from vlmbuild.runtime.aoti.code_index import CodeFile, CodeIndex
-from vlmbuild.runtime.aoti.platform import this_platform
-from vlmbuild.targets.aoti.plan import CodePlan, cached_programs
-from vlmbuild.targets.aoti.units import Unit
+import pytest
 
-PLATFORM = this_platform(levels=False)
+from vlmbuild.ir.dims import parse_shape
+from vlmbuild.ir.serialize import from_json, to_json
+from vlmbuild.ir.shapes import annotate_shapes
+from vlmbuild.kv_cache.program import with_cache
+from vlmbuild.runtime.aoti.code_index import CodeFile, CodeIndex, compiled_regions
+from vlmbuild.runtime.aoti.platform import this_platform
+from vlmbuild.targets.aoti.plan import CodePlan, Unit, cached_programs, of_one_token, token_axis
 
 
 def plan(built):
-    return CodePlan.of(cached_programs(from_json(to_json(built))), PLATFORM, "g++ 12")
+    return CodePlan.of(cached_programs(from_json(to_json(built))))
 
 
 def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built):
@@ -23,15 +25,10 @@ def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built)
     }
 
 
-def test_it_comes_back_from_json(built):
-    made = plan(built)
-    assert CodePlan.from_record(made.record()) == made
-
-
 def test_the_index_has_every_region_in_every_form(built):
     made = plan(built)
     files = {unit: CodeFile(unit.file, ()) for unit in made.weights}
-    index = made.index("float32", files)
+    index = made.index(this_platform(levels=False), "float32", files)
     assert CodeIndex.from_record(index.record()) == index
     assert {form: regions.keys() for form, regions in index.regions.items()} == {
         form: named.keys() for form, named in made.graphs.items()
@@ -39,3 +36,34 @@ def test_the_index_has_every_region_in_every_form(built):
     entry = index.regions["static"]["language_model.layers.cached"]
     assert entry.token == CodeFile("static/language_model.layers.cached.token.pt2", ())
     assert index.regions["dynamic"]["language_model.layers.cached"].token is None
+
+
+@pytest.mark.parametrize(
+    ("size", "one"),
+    [
+        (4, 4),
+        ("batch", 1),
+        ("batch*new", 1),
+        ("new*batch", 1),
+        ("past + new", "past + 1"),
+        ("4*images", "4*images"),
+        ("2*batch", 2),
+        ("batch + new", 2),
+    ],
+)
+def test_sizes_of_one_token(size, one):
+    assert of_one_token((parse_shape((size, 8)),)) == (parse_shape((one, 8)),)
+
+
+@pytest.mark.parametrize("form", ["dynamic", "static"])
+def test_a_row_for_every_token_is_found(built, form):
+    """In blocks of text, and only there."""
+    program = with_cache(built, form)
+    annotate_shapes(program)
+    for name, region in compiled_regions(program).items():
+        found = token_axis(region, form)
+        if name.startswith("visual"):
+            assert found is None
+        else:
+            place, axis = found
+            assert of_one_token(region.activations)[place][axis] == 1

@@ -7,8 +7,8 @@ from vlmbuild.ir.dims import evaluate_shape, parse_shape
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.runtime.torch.region import with_dtype
+from vlmbuild.targets.aoti.plan import token_axis
 from vlmbuild.targets.aoti.region_graph import compilable, solvable_order, with_names
-from vlmbuild.targets.aoti.units import token_axis
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ The model's own code between the blocks runs for every block, so what it does wi
 graph. One assumption is made: a block's result depends on its attributes and arguments alone, and it has no other effect.
 
 No class or function is replaced. While `dedup_blocks` is open, blocks of the one module that was made for the trace have an
-attribute `forward` of their own, which either calls the block's or emits a `repeat` node, and their number (`layer_idx`) is
-a stand-in that notices when it is used. Both are taken away again when the context ends.
+attribute `forward` of their own, which either calls the block's or emits a `repeat` node, and a class of their own, which
+notices when their number (`layer_idx`) is read. Both are taken away again when the context ends.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ class _Call:
 def _intercept(block: nn.Module, calls: list[_Call]) -> Iterator[None]:
     """Let a call of the block repeat one of the calls of equal blocks; other calls are traced and added to them."""
     original = block.forward
-    numbered = [part for part in block.modules() if isinstance(getattr(part, _NUMBER, None), int)]
-    numbers = [_watch_number(part) for part in numbered]
+    numbers = [_Number(part) for part in block.modules() if _NUMBER in vars(part)]
     called = False
 
     @functools.wraps(original)
@@ -123,9 +122,9 @@ def _intercept(block: nn.Module, calls: list[_Call]) -> Iterator[None]:
             if not again and _same(call.structure, structure) and _same(_seen(call.leaves), _seen(leaves)):
                 return call.wrap(repeat(_tensors_of(leaves), _tensors_of(call.leaves), call.result))
         for number in numbers:
-            number.seen = False
+            number.read = False
         results = original(*args, **kwargs)
-        if not again and not any(number.seen for number in numbers):
+        if not again and not any(number.read for number in numbers):
             calls.extend(_repeatable(leaves, structure, results))
         return results
 
@@ -134,8 +133,8 @@ def _intercept(block: nn.Module, calls: list[_Call]) -> Iterator[None]:
         yield
     finally:
         del block.forward
-        for part, number in zip(numbered, numbers, strict=True):
-            vars(part)[_NUMBER] = number.value
+        for number in numbers:
+            number.end()
 
 
 def _repeatable(arguments: list[Any], structure: Any, results: Any) -> list[_Call]:
@@ -208,40 +207,18 @@ def _tensors(module: nn.Module) -> list[Any]:
 
 
 class _Number:
-    """A stand-in for a block's position in its list, which remembers whether anything used it.
+    """Notices whether a block's position in its list is read, by a class of the block's own with a property of that name."""
 
-    It is no subclass of int: C code would read the value of one without a call (`[a, b][number]`). So it passes for an int
-    in `isinstance`, and forwards every operator.
-    """
+    def __init__(self, part: nn.Module) -> None:
+        self.read = False
+        self._part, self._class = part, type(part)
 
-    def __init__(self, value: int) -> None:
-        self.value = value
-        self.seen = False
+        def number(module: nn.Module) -> Any:
+            self.read = True
+            return vars(module)[_NUMBER]
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type[int]:  # type: ignore[override]
-        """`isinstance` reads it."""
-        self.seen = True
-        return int
+        part.__class__ = type(self._class.__name__, (self._class,), {_NUMBER: property(number)})
 
-
-def _noticing(name: str) -> Callable[..., Any]:
-    def method(self: _Number, *args: Any) -> Any:
-        self.seen = True
-        result = getattr(self.value, name)(*args)
-        if result is NotImplemented and hasattr(float, name):
-            return getattr(float(self.value), name)(*args)
-        return result
-
-    return method
-
-
-for _name in vars(int):  # Python looks operators up on the class
-    if _name.startswith("__") and _name not in ("__new__", "__init__", "__doc__", "__getattribute__", "__class__"):
-        setattr(_Number, _name, _noticing(_name))
-
-
-def _watch_number(part: nn.Module) -> _Number:
-    number = _Number(getattr(part, _NUMBER))
-    vars(part)[_NUMBER] = number  # setattr of a module would use it
-    return number
+    def end(self) -> None:
+        """Give the block its class back."""
+        self._part.__class__ = self._class

@@ -73,7 +73,7 @@ def _axial_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
     yield Rewrite(_axial_rotation, _fused_rotation(half), (states, states, table, table), (rows, rows, rows, rows))
     positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
     frequencies = torch.empty(rotary.sections[0], device="meta")
-    yield Rewrite(_axial_tables(rotary), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
+    yield Rewrite(_tables(rotary, _axial_parts(rotary)), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
 
 
 def _split_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
@@ -87,7 +87,7 @@ def _split_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
     yield Rewrite(_rotation(0), _fused_rotation(half, packed=True), (states, states, table, table), shapes)
     positions = torch.empty(6, len(rotary.sections), dtype=torch.int64, device="meta")
     frequencies = torch.empty(half, device="meta")
-    yield Rewrite(_split_tables(rotary), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
+    yield Rewrite(_tables(rotary, _split_parts(rotary)), _fused_tables(rotary, 1), (positions, frequencies), (rows, {}))
 
 
 def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
@@ -104,7 +104,7 @@ def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
     axes = () if single else (len(rotary.sections),)
     positions = torch.empty(*axes, 3, 6, dtype=torch.int64, device="meta")
     frequencies = torch.empty(half, device="meta")
-    tables = _plain_tables(rotary) if single else _mixed_tables(rotary)
+    tables = _plain_tables(rotary) if single else _tables(rotary, _mixed_parts(rotary))
     position_rows = rows if single else {1: rows[0], 2: rows[1]}
     yield Rewrite(tables, _fused_tables(rotary, None if single else 0), (positions, frequencies), (position_rows, {}))
 
@@ -142,45 +142,32 @@ def _fused_rotation(half: int, packed: bool = False) -> Callable[..., Any]:
     return replacement
 
 
-def _axial_tables(rotary: Rotary) -> Callable[..., Any]:
+def _tables(rotary: Rotary, parts_of: Callable[[Tensor], list[Tensor]]) -> Callable[..., Any]:
+    """Build the pattern of tables that are cut into the parts of the axes, side by side, twice."""
+
     def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * inv_freq
 
         def mix(table: Tensor) -> Tensor:
-            half = torch.cat([table[:, axis] for axis in range(position_ids.shape[1])], dim=-1)
-            return torch.cat([half, half], dim=-1)
-
-        return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
-
-    return pattern
-
-
-def _split_tables(rotary: Rotary) -> Callable[..., Any]:
-    def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * inv_freq
-
-        def mix(table: Tensor) -> Tensor:
-            parts = table.chunk(len(rotary.sections), dim=-1)  # sections are equal, or the pattern finds nothing
-            half = torch.cat([part[:, axis] for axis, part in enumerate(parts)], dim=-1)
-            return torch.cat([half, half], dim=-1)
-
-        return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
-
-    return pattern
-
-
-def _mixed_tables(rotary: Rotary) -> Callable[..., Any]:
-    def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].float() * inv_freq
-
-        def mix(table: Tensor) -> Tensor:
-            parts = table.split(rotary.sections, dim=-1)
-            half = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+            half = torch.cat(parts_of(table), dim=-1)
             return torch.cat((half, half), dim=-1)
 
         return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
 
     return pattern
+
+
+def _axial_parts(rotary: Rotary) -> Callable[[Tensor], list[Tensor]]:
+    return lambda table: [table[:, axis] for axis in range(len(rotary.sections))]
+
+
+def _split_parts(rotary: Rotary) -> Callable[[Tensor], list[Tensor]]:
+    # Sections are equal, or the pattern finds nothing.
+    return lambda table: [part[:, axis] for axis, part in enumerate(table.chunk(len(rotary.sections), dim=-1))]
+
+
+def _mixed_parts(rotary: Rotary) -> Callable[[Tensor], list[Tensor]]:
+    return lambda table: [part[axis] for axis, part in enumerate(table.split(rotary.sections, dim=-1))]
 
 
 def _plain_tables(rotary: Rotary) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Kinds of artifacts, by the recipe's `target`.
+"""Targets: kinds of artifacts, by the recipe's `target`, and all that the builder must know of each.
 
 A new one is a folder here with its writer, a row in `TARGETS` below, and a row in each table of facts that lower folders
 need: `vlmbuild.recipe.TARGET_OPTIONS` (the options of its recipes) and `vlmbuild.runtime.load.OPENERS` (how it is loaded).
@@ -6,14 +6,44 @@ need: `vlmbuild.recipe.TARGET_OPTIONS` (the options of its recipes) and `vlmbuil
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 
+from vlmbuild.artifact.manifest import Manifest
+from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import IncompatibleError
+from vlmbuild.families import Family
+from vlmbuild.ir.program import Program
 from vlmbuild.measure.aoti_parity import code_measurement
+from vlmbuild.measure.numerics import Measurement
 from vlmbuild.measure.onnx_parity import onnx_measurement
+from vlmbuild.recipe import Recipe
 from vlmbuild.targets import aoti, onnx, trainable
-from vlmbuild.targets.base import Target, Write
-from vlmbuild.targets.request import Request
+from vlmbuild.targets.request import Request, StoredParameter
+
+Write = Callable[[ArtifactWriter, Request], Manifest]
+"""Writes and publishes an artifact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of artifact. The options that its recipes may have are in `vlmbuild.recipe.TARGET_OPTIONS`.
+
+    Attributes:
+        begin: Context of a build, entered before the model is captured; gives the function that writes.
+        stored_parameters: (program, family, recipe) -> parameters that a finished program's artifact will store, before
+            any weight is read; None for a target that cannot train, which `plan` is about.
+        measurement: (artifact, dtype) -> the comparison of exported code with the program; None where nothing is exported.
+        devices: Types of devices that can quantize its weights.
+    """
+
+    begin: Callable[[], AbstractContextManager[Write]]
+    stored_parameters: Callable[[Program, Family, Recipe], Iterator[StoredParameter]] | None = None
+    measurement: Callable[[Path, str], Measurement] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
 
 TARGETS: dict[str, Target] = {
     "trainable": Target(

@@ -63,18 +63,6 @@ def _power(site: Site, x: Value, exponent: float) -> str:
     return str(site.builder.op("Pow", x.name, _operand(site, exponent)))
 
 
-def _rsqrt(site: Site, x: Value) -> str:
-    return str(site.builder.op("Reciprocal", site.builder.op("Sqrt", x.name)))
-
-
-def _silu(site: Site, x: Value) -> str:
-    return str(site.builder.op("Mul", x.name, site.builder.op("Sigmoid", x.name)))
-
-
-def _gelu(site: Site, x: Value, approximate: str = "none") -> str:
-    return str(site.builder.op("Gelu", x.name, approximate=approximate))
-
-
 def _clamp(site: Site, x: Value, least: Scalar | None = None, most: Scalar | None = None) -> str:
     bounds = [None if bound is None else _operand(site, bound) for bound in (least, most)]
     return str(site.builder.op("Clip", x.name, *bounds))
@@ -99,10 +87,6 @@ def _index(site: Site, x: Value, indices: Sequence[Value | None]) -> str:
     return str(site.builder.op("GatherND", x.name, site.builder.op("Concat", *rows, axis=-1)))
 
 
-def _embedding(site: Site, table: Value, ids: Value, *_: Any) -> str:
-    return str(site.builder.op("Gather", table.name, ids.name, axis=0))
-
-
 def _mean(site: Site, x: Value, dims: Sequence[int], keepdim: bool = False) -> str:
     axes = site.builder.constant([x.axis(dim) for dim in dims])
     return str(site.builder.op("ReduceMean", x.name, axes, keepdims=int(keepdim)))
@@ -112,10 +96,6 @@ def _layer_norm(
     site: Site, x: Value, shape: Sequence[int], weight: Value, bias: Value, epsilon: float = 1e-5, *_: Any
 ) -> str:
     return str(site.builder.op("LayerNormalization", x.name, weight.name, bias.name, axis=-len(shape), epsilon=epsilon))
-
-
-def _rms_norm(site: Site, x: Value, shape: Sequence[int], weight: Value, epsilon: float) -> str:
-    return str(site.builder.op("RMSNormalization", x.name, weight.name, axis=-len(shape), epsilon=epsilon))
 
 
 def _patches(site: Site, x: Value, weight: Value, bias: Value | None, stride: Sequence[int]) -> str:
@@ -137,10 +117,6 @@ def _arange(site: Site, *bounds: Any, **_: Any) -> str:
 def _cumsum(site: Site, x: Value, dim: int, **_: Any) -> str:
     value = _promoted(site, x, site.dtype(site.meta.dtype))
     return str(site.builder.op("CumSum", value, site.builder.constant(x.axis(dim))))
-
-
-def _nonzero(site: Site, x: Value) -> str:
-    return str(site.builder.op("Transpose", site.builder.op("NonZero", x.name), perm=[1, 0]))
 
 
 def _floor_divide(site: Site, one: Value, other: Scalar, rounding_mode: str = "floor") -> str:
@@ -166,26 +142,28 @@ ATEN: dict[Any, Handler] = {
     aten.cos.default: _unary("Cos"),
     aten.cumsum.default: _cumsum,
     aten.div.Tensor_mode: _floor_divide,
-    aten.embedding.default: _embedding,
+    aten.embedding.default: lambda site, table, ids, *_: site.builder.op("Gather", table.name, ids.name, axis=0),
     aten.eq.Scalar: _compare("Equal"),
     aten.ge.Scalar: _compare("GreaterOrEqual"),
     aten.ge.Tensor: _compare("GreaterOrEqual"),
-    aten.gelu.default: _gelu,
+    aten.gelu.default: lambda site, x, approximate="none": site.builder.op("Gelu", x.name, approximate=approximate),
     aten.index.Tensor: _index,
     aten.layer_norm.default: _layer_norm,
     aten.lt.Tensor: _compare("Less"),
     aten.mean.dim: _mean,
     aten.mul.Tensor: _binary("Mul"),
     aten.neg.default: _unary("Neg"),
-    aten.nonzero.default: _nonzero,
+    aten.nonzero.default: lambda site, x: site.builder.op("Transpose", site.builder.op("NonZero", x.name), perm=[1, 0]),
     aten.pow.Tensor_Scalar: _power,
     aten.remainder.Scalar: _binary("Mod"),
     aten.remainder.Tensor: _binary("Mod"),
-    aten.rms_norm.default: _rms_norm,
-    aten.rsqrt.default: _rsqrt,
+    aten.rms_norm.default: lambda site, x, shape, weight, epsilon: site.builder.op(
+        "RMSNormalization", x.name, weight.name, axis=-len(shape), epsilon=epsilon
+    ),
+    aten.rsqrt.default: lambda site, x: site.builder.op("Reciprocal", site.builder.op("Sqrt", x.name)),
     aten.rsub.Scalar: _rsub,
     aten.sigmoid.default: _unary("Sigmoid"),
-    aten.silu.default: _silu,
+    aten.silu.default: lambda site, x: site.builder.op("Mul", x.name, site.builder.op("Sigmoid", x.name)),
     aten.sin.default: _unary("Sin"),
     aten.sub.Tensor: _binary("Sub"),
     aten.sum.dim_IntList: _sum,

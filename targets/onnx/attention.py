@@ -3,12 +3,10 @@ mask."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vlmbuild.errors import PassError
-from vlmbuild.targets.onnx.graph_builder import CONTRIB, ELEMENT_TYPES, GraphBuilder
+from vlmbuild.targets.onnx.graph_builder import CONTRIB, GraphBuilder
 from vlmbuild.targets.onnx.translate import Site, Value
 
 LEAST = {torch.float32: -1e9, torch.float16: -3e4}
@@ -84,7 +82,7 @@ def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_s
         own = [body.op("Slice", row, start, end, body.constant([1])) for row in rows]
         return str(body.op("MultiHeadAttention", *own, domain=CONTRIB, num_heads=heads, scale=scale))
 
-    return builder.reshape(loop(builder, count, segment, axis=1), [1, -1, heads, dim])
+    return builder.reshape(builder.loop(count, segment, axis=1), [1, -1, heads, dim])
 
 
 def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str, visible: str, scale: float) -> str:
@@ -110,26 +108,10 @@ def _by_groups(builder: GraphBuilder, states: tuple[str, str, str], groups: str,
         keys, values = (body.op("Slice", x, first, last, body.constant([2])) for x in (key, value))
         return _attend(body, own, keys, values, bias, scale)
 
-    return loop(builder, count, part, axis=1)
+    return builder.loop(count, part, axis=1)
 
 
 def _some_visible(builder: GraphBuilder, visible: str) -> str:
     """Let rows that see no group (padding) see all, so that they give numbers."""
     any_seen = builder.op("ReduceMax", builder.cast(visible, torch.int32), builder.constant([1]), keepdims=1)
     return str(builder.op("Or", visible, builder.op("Not", builder.cast(any_seen, torch.bool))))
-
-
-def loop(builder: GraphBuilder, count: str, part: Any, axis: int) -> str:
-    """Concatenate the results of `part(body, number)` for every number (int64 [1]) below `count` (a scalar)."""
-    body = GraphBuilder(builder.compute, outer=builder)
-    element = ELEMENT_TYPES[builder.compute]
-    number, go_on, parts = (builder.scoped(name) for name in ("number", "go_on", "parts"))
-    body.take_scalar(number, torch.int64)
-    body.take_scalar(go_on, torch.bool)
-    body.take_sequence(parts, element)
-    result = part(body, body.op("Unsqueeze", number, body.constant([0])))
-    body.give_scalar(body.op("Identity", go_on), torch.bool)
-    body.give_sequence(body.op("SequenceInsert", parts, result), element)
-    empty = builder.op("SequenceEmpty", dtype=element)
-    collected = builder.op("Loop", count, builder.constant(True, torch.bool), empty, body=body.graph("body"))
-    return str(builder.op("ConcatFromSequence", collected, axis=axis))

@@ -156,21 +156,21 @@ class GraphBuilder:
         self._outputs[value] = name
         self.outputs.append(helper.make_tensor_value_info(name, ELEMENT_TYPES[dtype], list(shape)))
 
-    def take_scalar(self, name: str, dtype: torch.dtype) -> None:
-        """Declare a number that a Loop hands to its body."""
-        self.take_input(name, dtype, [])
-
-    def take_sequence(self, name: str, element: int) -> None:
-        """Declare the list that a Loop hands from one turn to the next."""
-        self.inputs.append(helper.make_tensor_sequence_value_info(name, element, None))
-
-    def give_scalar(self, value: str, dtype: torch.dtype) -> None:
-        """Return a number to a Loop."""
-        self.outputs.append(helper.make_tensor_value_info(value, ELEMENT_TYPES[dtype], []))
-
-    def give_sequence(self, value: str, element: int) -> None:
-        """Return the list to a Loop."""
-        self.outputs.append(helper.make_tensor_sequence_value_info(value, element, None))
+    def loop(self, count: str, part: Callable[[GraphBuilder, str], str], axis: int) -> str:
+        """Concatenate the results of `part(body, number)` for every number (int64 [1]) below `count` (a scalar)."""
+        body = GraphBuilder(self.compute, outer=self)
+        element = ELEMENT_TYPES[self.compute]
+        number, go_on, parts = (self.scoped(name) for name in ("number", "go_on", "parts"))
+        body.take_input(number, torch.int64, [])
+        body.take_input(go_on, torch.bool, [])
+        body.inputs.append(helper.make_tensor_sequence_value_info(parts, element, None))
+        result = part(body, body.op("Unsqueeze", number, body.constant([0])))
+        going_on, longer = body.op("Identity", go_on), body.op("SequenceInsert", parts, result)
+        body.outputs.append(helper.make_tensor_value_info(going_on, TensorProto.BOOL, []))
+        body.outputs.append(helper.make_tensor_sequence_value_info(longer, element, None))
+        empty = self.op("SequenceEmpty", dtype=element)
+        collected = self.op("Loop", count, self.constant(True, torch.bool), empty, body=body.graph("body"))
+        return str(self.op("ConcatFromSequence", collected, axis=axis))
 
     def scoped(self, kind: str) -> str:
         """Return a new name in the scope."""

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from vlmbuild.ir.cost import region_cost
-from vlmbuild.ir.everyday import everyday_value, growth
+from vlmbuild.ir.dims import everyday_value, growth
 
 
 def test_flops_of_a_layer_are_those_of_its_products(pristine_built):

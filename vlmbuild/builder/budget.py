@@ -11,7 +11,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, output_losses
-from vlmbuild.measure.sensitivity import check_plain, refine, weight_losses
+from vlmbuild.measure.sensitivity import keep_within, weight_losses
 from vlmbuild.quant.decide import Decision
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
@@ -33,8 +33,7 @@ def within_budget(
         UsageError: The budget cannot be met, or no layer is left to decide about.
         SourceError: A weight is quantized already, or cannot be measured.
     """
-    form, weights, tensors = spec.weight_format(), checkpoint.weights, checkpoint.tensors
-    budget = spec.budget
+    form, budget = spec.weight_format(), spec.budget
     assert form is not None  # a budget has a format
     assert budget is not None
     layers = [
@@ -47,14 +46,17 @@ def within_budget(
     ]
     if not layers:
         raise UsageError("No linear layer is left for the budget to decide about. Check roles, skips and overrides.")
-    for tensor in tensors.values() if calibration else [tensors[f"{layer.module}.weight"] for layer in layers]:
-        check_plain(tensor)
     dtype = getattr(torch, recipe.dtype)
     losses = (
-        output_losses(
-            program, checkpoint.family, checkpoint.config, calibration, layers, form, weights, tensors, progress
-        )
+        output_losses(layers, form, checkpoint, program, calibration, progress)
         if calibration
-        else weight_losses(layers, form, weights, tensors, dtype, progress)
+        else weight_losses(layers, form, checkpoint, dtype, progress)
     )
-    return refine(decisions, losses, form, budget, 8 * dtype.itemsize)
+    chosen = keep_within(losses, form, budget, 8 * dtype.itemsize)
+    measured = {
+        loss.layer.module: Decision(form, error=loss.error)
+        if chosen[loss.layer.module]
+        else Decision(None, "sensitive, kept within the budget", loss.error)
+        for loss in losses
+    }
+    return {module: measured.get(module, decision) for module, decision in decisions.items()}

@@ -15,6 +15,11 @@ if TYPE_CHECKING:  # sizes are read where torch is not
 
 _NAME = re.compile(r"[A-Za-z_]\w*\b(?!\()")
 _LARGEST_POWER = 9
+_EVERYDAY_SIZES = {"samples": 2, "segments": 4, "groups": 4}
+_EVERYDAY = 1024
+"""Tokens, patches: whatever is counted by the thousand."""
+EVERYDAY = f"at {_EVERYDAY} tokens and merged patches"
+"""The sizes of `everyday_value` in words."""
 
 Term = tuple[int, tuple[str, ...]]
 """A coefficient and the names that it multiplies; a power repeats its name."""
@@ -151,6 +156,21 @@ def evaluate_shape(shape: Shape, values: Mapping[str, Any]) -> tuple[Any, ...]:
 def size_text(size: int | torch.SymInt, names: Mapping[str, str]) -> str:
     """Print the size of a traced tensor, with names for its symbols."""
     return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size))
+
+
+def growth(before: str, after: str) -> float | None:
+    """Return (after - before) / before at everyday sizes; None if a formula cannot be read or there was nothing before."""
+    old, new = everyday_value(before), everyday_value(after)
+    return (new - old) / old if old and new is not None else None
+
+
+def everyday_value(formula: str) -> int | None:
+    """Evaluate a formula at everyday sizes; None if it is not a sum of products."""
+    try:
+        size = Dim.parse(formula)
+        return int(size.evaluate({name: _EVERYDAY_SIZES.get(name, _EVERYDAY) for name in size.names}))
+    except (ValueError, KeyError):  # no sum of products, or an opaque factor
+        return None
 
 
 def _terms(size: Size) -> tuple[Term, ...]:

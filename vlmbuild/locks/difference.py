@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from vlmbuild.ir.everyday import growth
+from vlmbuild.ir.dims import growth
 from vlmbuild.locks.document import Lock, LockedPass, LockedRegion
 from vlmbuild.locks.kernel_difference import kernel_findings
 from vlmbuild.locks.listing_difference import ListingDifference, compare_listings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from vlmbuild.artifact.safetensors import tensor_bytes
-from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.tensors import SourceTensor
+from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.errors import UsageError
-from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.linear_layers import LinearLayer
-from vlmbuild.ir.program import Call, Program, Region, join
-from vlmbuild.measure.sensitivity import Loss
+from vlmbuild.ir.program import Call, Program, Slot, join
+from vlmbuild.measure.sensitivity import Loss, plain_source
 from vlmbuild.runtime.torch.region import BoundRegion
 from vlmbuild.util.progress import Progress
 
@@ -66,56 +64,57 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
 
 @torch.no_grad()
 def output_losses(
-    program: Program,
-    family: Family,
-    config: Any,
-    batches: Iterable[Batch],
     layers: Sequence[LinearLayer],
     form: WeightFormat,
-    weights: CheckpointWeights,
-    tensors: Mapping[str, SourceTensor],
+    checkpoint: Checkpoint,
+    program: Program,
+    batches: Iterable[Batch],
     progress: Progress,
 ) -> list[Loss]:
-    """Measure the squared error of a block's outputs when one of its layers is quantized, relative to their squared norm.
-
-    It is the mean over all tokens of the batches, computed in float32.
+    """Measure the squared error of a block's outputs when one of its layers is quantized, relative to their squared norm:
+    the mean over all tokens of the batches, computed in float32.
 
     Args:
-        program: Program after all passes but quantization.
-        family: The program's family.
-        config: The transformers config.
-        batches: Outputs of the processor.
         layers: Layers to measure.
         form: Format to measure.
-        weights: Unquantized weights of the source.
-        tensors: The source's parameters by module name.
+        checkpoint: The source, which is not quantized.
+        program: Program after all passes but quantization.
+        batches: Outputs of the processor.
         progress: Called with the number of layers that are done.
 
     Raises:
         BatchError: A batch contradicts itself.
+        SourceError: A weight is quantized already.
         UsageError: There is no batch, or no batch runs through a layer.
     """
     graphs = {name: BoundRegion(region, torch.float32, ()).graph for name, region in program.regions.items()}
-    constants = family.constants(config)
+    constants = checkpoint.family.constants(checkpoint.config)
     wanted = {layer.module: layer for layer in layers}
     sums: dict[str, list[float]] = {}
 
+    def tensor(slot: Slot, name: str) -> Tensor:
+        if slot.kind == "constant":
+            return constants[name]
+        return checkpoint.weights.read(plain_source(checkpoint, name).name).float()
+
     def run_call(call: Call, columns: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
         """Run a block on every batch, and again with each of its layers quantized; a value is a tensor for each batch."""
-        region = program.regions[call.region]
-        held = _weights_of(region, call, weights, tensors, constants)
+        names = {join(call.instance, slot.name): slot for slot in program.regions[call.region].slots}
+        held = [tensor(slot, name) for name, slot in names.items()]
         inputs = list(zip(*columns, strict=True))
         outputs = [graphs[call.region](*held, *values) for values in inputs]
-        for index, layer in _measured(region, call, wanted):
-            plain = held[index]
-            held[index] = form.rounded(plain.flatten(), layer.module).view_as(plain)
-            again = [graphs[call.region](*held, *values) for values in inputs]
-            held[index] = plain
-            _add(sums.setdefault(layer.module, [0.0, 0.0]), outputs, again)
-            progress("sensitivity", len(sums), len(layers))
+        for index, name in enumerate(names):
+            module = name.removesuffix(".weight")
+            if module in wanted and module != name:
+                plain = held[index]
+                held[index] = form.rounded(plain.flatten(), module).view_as(plain)
+                again = [graphs[call.region](*held, *values) for values in inputs]
+                held[index] = plain
+                _add(sums.setdefault(module, [0.0, 0.0]), outputs, again)
+                progress("sensitivity", len(sums), len(layers))
         return [list(column) for column in zip(*outputs, strict=True)]
 
-    for variant_name, states in _prepared(family, config, batches).items():
+    for variant_name, states in _prepared(checkpoint, batches).items():
         variant = program.variants[variant_name]
         run_calls(
             variant.calls, {entry.name: [state[entry.name] for state in states] for entry in variant.inputs}, run_call
@@ -125,39 +124,17 @@ def output_losses(
     return [Loss(layer, error / max(rows, 1)) for layer in layers for error, rows in [sums[layer.module]]]
 
 
-def _prepared(family: Family, config: Any, batches: Iterable[Batch]) -> dict[str, list[dict[str, Tensor]]]:
+def _prepared(checkpoint: Checkpoint, batches: Iterable[Batch]) -> dict[str, list[dict[str, Tensor]]]:
     """Prepare the batches: variant -> values of its inputs, for each batch."""
     found: dict[str, list[dict[str, Tensor]]] = {}
     for batch in batches:
-        prepared = family.prepare(batch, config)
-        values = {
-            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in prepared.tensors.items()
-        }
-        found.setdefault(prepared.variant, []).append(values)
+        prepared = checkpoint.family.prepare(batch, checkpoint.config)
+        found.setdefault(prepared.variant, []).append(
+            {name: x.float() if x.is_floating_point() else x for name, x in prepared.tensors.items()}
+        )
     if not found:
         raise UsageError("There is no calibration batch. Give some, or leave calibration out.")
     return found
-
-
-def _weights_of(
-    region: Region,
-    call: Call,
-    weights: CheckpointWeights,
-    tensors: Mapping[str, SourceTensor],
-    constants: Mapping[str, Tensor],
-) -> list[Tensor]:
-    names = [join(call.instance, slot.name) for slot in region.slots]
-    return [
-        constants[name] if slot.kind == "constant" else weights.read(tensors[name].name).float()
-        for name, slot in zip(names, region.slots, strict=True)
-    ]
-
-
-def _measured(region: Region, call: Call, wanted: Mapping[str, LinearLayer]) -> Iterator[tuple[int, LinearLayer]]:
-    for index, slot in enumerate(region.slots):
-        module = join(call.instance, slot.name.removesuffix(".weight"))
-        if module in wanted and slot.name.endswith(".weight"):
-            yield index, wanted[module]
 
 
 def _add(sums: list[float], outputs: Sequence[tuple[Tensor, ...]], again: Sequence[tuple[Tensor, ...]]) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import WeightFormat
+from vlmbuild.formats import WeightFormat, ranges
 from vlmbuild.ir.linear_layers import LinearLayer
-from vlmbuild.quant.decide import Decision
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.progress import Progress
 
@@ -36,32 +34,20 @@ class Loss:
 
 
 def weight_losses(
-    layers: Sequence[LinearLayer],
-    form: WeightFormat,
-    weights: CheckpointWeights,
-    tensors: Mapping[str, SourceTensor],
-    dtype: torch.dtype,
-    progress: Progress,
+    layers: Sequence[LinearLayer], form: WeightFormat, checkpoint: Checkpoint, dtype: torch.dtype, progress: Progress
 ) -> list[Loss]:
-    """Measure the rounding of weights, read in chunks, on all cores. The rounding of the scales themselves, which is
-    the same for all and a hundred times smaller, is left out.
-
-    Args:
-        layers: Layers to measure.
-        form: Format to measure.
-        weights: Weights of the source.
-        tensors: The source's parameters by module name.
-        dtype: Dtype of weights before they are quantized.
-        progress: Called with the number of layers that are done.
+    """Measure the rounding of weights of a dtype, read in chunks, on all cores. The rounding of the scales themselves,
+    which is the same for all and a hundred times smaller, is left out.
 
     Raises:
-        SourceError: A weight holds NaN or infinity.
+        SourceError: A weight is quantized already, or holds NaN or infinity.
     """
+    sources = [plain_source(checkpoint, f"{layer.module}.weight") for layer in layers]
 
-    def measure(layer: LinearLayer) -> Loss:
-        source = tensors[f"{layer.module}.weight"]
+    def measure(layer: LinearLayer, source: SourceTensor) -> Loss:
         error = norm = 0.0
-        for values in _chunks(weights, source, dtype):
+        for first, count in ranges(math.prod(source.shape), _CHUNK):
+            values = checkpoint.weights.read_part(source.name, first, count).to(dtype)
             rounding = (values.float() - form.rounded(values, source.name)).double()
             error += rounding.square().sum().item()
             norm += values.double().square().sum().item()
@@ -69,24 +55,28 @@ def weight_losses(
 
     found = []
     with single_threaded() as start_thread, ThreadPoolExecutor(available_cores(), initializer=start_thread) as pool:
-        for loss in pool.map(measure, layers):
+        for loss in pool.map(measure, layers, sources):
             found.append(loss)
             progress("sensitivity", len(found), len(layers))
     return found
 
 
+def plain_source(checkpoint: Checkpoint, name: str) -> SourceTensor:
+    """Return a parameter of the source. Raises SourceError if it is quantized already."""
+    source = checkpoint.tensors[name]
+    if source.format is not None:
+        raise SourceError(
+            f"{source.name} is quantized already ({source.format.describe()}), so what it lost cannot be measured. Build "
+            "with auto from the unquantized checkpoint."
+        )
+    return source
+
+
 def keep_within(
     losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
 ) -> dict[str, WeightFormat | None]:
-    """Choose module -> format within the budget.
-
-    Layers keep their dtype in the order of the loss saved per bit, while the average stays within the budget.
-
-    Args:
-        losses: Losses of all layers that may be quantized.
-        form: Format of quantized layers.
-        budget: Bits per weight, with scales, on average over these layers.
-        kept_bits: Bits per weight of a layer that is kept.
+    """Choose module -> format: layers keep their dtype (`kept_bits`) in the order of the loss saved per bit, while the
+    average over all layers, with scales, stays within the budget of bits per weight.
 
     Raises:
         UsageError: The budget is below the bits of `form` for all layers.
@@ -107,36 +97,7 @@ def keep_within(
     return chosen
 
 
-def refine(
-    decisions: Mapping[str, Decision], losses: Sequence[Loss], form: WeightFormat, budget: float, kept_bits: int
-) -> dict[str, Decision]:
-    """Replace the decisions about measured layers, within the budget. Raises the errors of `keep_within`."""
-    chosen = keep_within(losses, form, budget, kept_bits)
-    measured = {
-        loss.layer.module: Decision(form, error=loss.error)
-        if chosen[loss.layer.module]
-        else Decision(None, "sensitive, kept within the budget", loss.error)
-        for loss in losses
-    }
-    return {module: measured.get(module, decision) for module, decision in decisions.items()}
-
-
 def _density(loss: Loss, form: WeightFormat, kept_bits: int) -> float:
     extra = kept_bits * math.prod(loss.layer.shape) - form.bits(loss.layer.shape)
     # Three digits: what a sum's order changes beyond them must not decide.
     return float(f"{loss.error / extra:.2e}") if extra > 0 else math.inf
-
-
-def check_plain(source: SourceTensor) -> None:
-    """Raise SourceError for a tensor that is quantized already."""
-    if source.format is not None:
-        raise SourceError(
-            f"{source.name} is quantized already ({source.format.describe()}), so what it lost cannot be measured. Build "
-            "with auto from the unquantized checkpoint."
-        )
-
-
-def _chunks(weights: CheckpointWeights, source: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    total = math.prod(source.shape)
-    for first in range(0, total, _CHUNK):
-        yield weights.read_part(source.name, first, min(_CHUNK, total - first)).to(dtype)

@@ -20,7 +20,7 @@ from vlmbuild.artifact.output import human_size
 from vlmbuild.builder.passes import exact_passes
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.cost import region_cost
-from vlmbuild.ir.everyday import EVERYDAY, everyday_value
+from vlmbuild.ir.dims import EVERYDAY, everyday_value
 from vlmbuild.ir.printer import digest, region_text
 from vlmbuild.ir.program import Region
 from vlmbuild.locks.listing_difference import is_equal, side_by_side

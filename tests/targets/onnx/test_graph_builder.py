@@ -4,7 +4,6 @@ import numpy as np
 import onnxruntime
 import torch
 
-from vlmbuild.targets.onnx.attention import loop
 from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 
 
@@ -85,7 +84,7 @@ def test_bodies_keep_what_they_read_under_its_new_name():
         body.op("Neg", doubled)
         return body.op("Gather", doubled, number)
 
-    collected = loop(builder, count, row, axis=0)
+    collected = builder.loop(count, row, axis=0)
     builder.give_output("y", doubled, torch.float32, ["rows", 2])
     builder.give_output("z", collected, torch.float32, ["rows", 2])
     graph = builder.graph("g")

@@ -64,13 +64,11 @@ class CodePlan:
 
     @classmethod
     def of(cls, programs: Mapping[CacheForm, Program]) -> Self:
-        """Plan the code of programs; annotates their regions with shapes."""
+        """Plan the code of `cached_programs`."""
         graphs = {
             form: {name: digest(region, shapes=False) for name, region in compiled_regions(program).items()}
             for form, program in programs.items()
         }
-        for program in programs.values():
-            annotate_shapes(program)
         units: dict[str, Unit] = {}
         for form, named in graphs.items():
             for name, graph in named.items():
@@ -95,8 +93,11 @@ class CodePlan:
 
 
 def cached_programs(program: Program) -> dict[CacheForm, Program]:
-    """Return the programs whose regions are compiled, by the form of their cache."""
-    return {form: with_cache(program, form) for form in FORMS}
+    """Return the programs whose regions are compiled, with shapes, by the form of their cache."""
+    programs = {form: with_cache(program, form) for form in FORMS}
+    for cached in programs.values():
+        annotate_shapes(cached)
+    return programs
 
 
 def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:

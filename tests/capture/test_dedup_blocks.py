@@ -25,14 +25,14 @@ def repeats(trace):
 def test_program_is_that_of_a_full_trace(name):
     setup = matrix.SETUPS[name](False)
     family, config = setup.family, setup.config()
-    once = {variant: capture(family, config, variant) for variant in family.variants(config)}
-    full = {
-        variant: export(family.module(config, variant, ATTENTION), inputs, "a test")
-        for variant, inputs in family.variants(config).items()
-    }
-    assert all(repeats(trace) >= 2 for trace in once.values())
-    assert not any(repeats(trace) for trace in full.values())
-    ours, theirs = (outline(family, family.geometry(config), family.ties(config), traces) for traces in (once, full))
+    variant, inputs = next(iter(family.variants(config).items()))  # the text alone has nothing that is not in the first
+    once = capture(family, config, variant)
+    full = export(family.module(config, variant, ATTENTION), inputs, "a test")
+    assert repeats(once) >= 3
+    assert not repeats(full)
+    ours, theirs = (
+        outline(family, family.geometry(config), family.ties(config), {variant: trace}) for trace in (once, full)
+    )
     assert program_text(ours) == program_text(theirs)
     assert ours.variants == theirs.variants
     assert [facts(region) for region in ours.regions.values()] == [facts(region) for region in theirs.regions.values()]

@@ -1,7 +1,6 @@
 """Each model is traced once a process: most of a tiny model's build is its trace.
 
-That a trace is the same every time is shown where other processes trace (`builder/test_cache.py`, `locks/test_document.py`,
-`ir/test_printer.py`); tests of tracing itself call `capture`.
+That a trace is the same every time is shown where other processes trace (`builder/test_cache.py`, `locks/test_document.py`); tests of tracing itself call `capture`.
 """
 
 from __future__ import annotations

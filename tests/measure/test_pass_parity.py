@@ -25,7 +25,7 @@ def parity_of(traced, passes):
     return pass_parity(traced.program, traced.family, traced.config, passes)
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl-digits", "mllama-digits", "pixtral-digits"])
+@pytest.mark.parametrize("name", ["qwen2-vl-digits", "mllama-digits"])
 def test_exact_passes_keep_values(name):
     parity = parity_of(trace_source(name), PASSES)
     assert [step.name for step in parity.steps] == ["normalize", "fuse_rope", "swap_attention"]
@@ -58,7 +58,7 @@ class Break:
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_the_pass_that_breaks_parity_is_named(kind):
-    parity = parity_of(trace(tiny.config_values(layers=2, depth=1), "tiny"), [PASSES[0], Break(kind), PASSES[2]])
+    parity = parity_of(trace(tiny.config_values(layers=1, depth=1), "tiny"), [PASSES[0], Break(kind), PASSES[2]])
     assert parity.broken_by == "break"
     assert parity.steps[0].holds
     broken = parity.steps[1]

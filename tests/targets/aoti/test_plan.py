@@ -3,21 +3,14 @@
 import pytest
 
 from vlmbuild.ir.dims import parse_shape
-from vlmbuild.ir.serialize import from_json, to_json
-from vlmbuild.ir.shapes import annotate_shapes
-from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.runtime.aoti.code_index import CodeFile, CodeIndex, compiled_regions
 from vlmbuild.runtime.aoti.platform import this_platform
-from vlmbuild.targets.aoti.plan import CodePlan, Unit, cached_programs, of_one_token, token_axis
+from vlmbuild.targets.aoti.plan import CodePlan, Unit, of_one_token, token_axis
 
 
-def plan(built):
-    return CodePlan.of(cached_programs(from_json(to_json(built))))
-
-
-def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built):
+def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(programs):
     block = "language_model.layers.cached"
-    assert plan(built).weights.keys() == {
+    assert CodePlan.of(programs).weights.keys() == {
         Unit("dynamic", "visual.blocks"),
         Unit("dynamic", block),
         Unit("static", block),
@@ -25,8 +18,8 @@ def test_a_single_token_gets_code_of_its_own_where_it_is_written_in_place(built)
     }
 
 
-def test_the_index_has_every_region_in_every_form(built):
-    made = plan(built)
+def test_the_index_has_every_region_in_every_form(programs):
+    made = CodePlan.of(programs)
     files = {unit: CodeFile(unit.file, ()) for unit in made.weights}
     index = made.index(this_platform(levels=False), "float32", files)
     assert CodeIndex.from_record(index.record()) == index
@@ -56,11 +49,9 @@ def test_sizes_of_one_token(size, one):
 
 
 @pytest.mark.parametrize("form", ["dynamic", "static"])
-def test_a_row_for_every_token_is_found(built, form):
+def test_a_row_for_every_token_is_found(programs, form):
     """In blocks of text, and only there."""
-    program = with_cache(built, form)
-    annotate_shapes(program)
-    for name, region in compiled_regions(program).items():
+    for name, region in compiled_regions(programs[form]).items():
         found = token_axis(region, form)
         if name.startswith("visual"):
             assert found is None

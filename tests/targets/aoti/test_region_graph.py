@@ -1,9 +1,10 @@
 """Regions as inductor takes them: sizes that can be read off, and graphs that compute the same."""
 
+import matrix
 import pytest
 import torch
 
-from vlmbuild.ir.dims import evaluate_shape, parse_shape
+from vlmbuild.ir.dims import evaluate_shape, parse_shape, shape_names
 from vlmbuild.ir.shapes import annotate_shapes
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.runtime.torch.region import with_dtype
@@ -31,12 +32,15 @@ def test_sizes_that_cannot_be_solved_get_names():
     assert with_names([*map(parse_shape, shapes)]) == tuple(map(parse_shape, [("d0", 4), ("d1", "d0")]))
 
 
-@pytest.mark.parametrize("form", ["dynamic", "static"])
-def test_graphs_compute_what_regions_do(built, form):
+@pytest.mark.parametrize(
+    ("family", "form"), [("qwen2_vl", "dynamic"), ("qwen2_vl", "static"), ("mllama", "dynamic"), ("pixtral", "dynamic")]
+)
+def test_graphs_compute_what_regions_do(programs, family, form):
     """Also one token, no past, one row: sizes of 0 and 1 are no special case."""
-    program = with_cache(built, form)
-    annotate_shapes(program)
-    for region in program.regions.values():
+    if family != "qwen2_vl":
+        programs = {form: with_cache(matrix.program(matrix.tiny(family)), form)}
+        annotate_shapes(programs[form])
+    for region in programs[form].regions.values():
         graph, order = compilable(region, torch.float32)
         plain = with_dtype(region, torch.float32, dropout=False)
         for sizes in ({}, {"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1}):
@@ -48,10 +52,8 @@ def test_graphs_compute_what_regions_do(built, form):
 
 
 @pytest.mark.parametrize("form", ["dynamic", "static"])
-def test_graphs_for_one_token_compute_what_regions_do(built, form):
-    program = with_cache(built, form)
-    annotate_shapes(program)
-    region = program.regions["language_model.layers.cached"]
+def test_graphs_for_one_token_compute_what_regions_do(programs, form):
+    region = programs[form].regions["language_model.layers.cached"]
     graph, order = compilable(region, torch.float32, one_token=True)
     values = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"][-len(order) :]
     place, axis = token_axis(region, form)
@@ -66,6 +68,7 @@ def test_graphs_for_one_token_compute_what_regions_do(built, form):
 def example(region, sizes):
     """Random tensors for a region's slots and activations."""
     sizes = {"batch": 2, "new": 3, "past": 5, "merged": 4, "segments": 3, "sequence": 6, "length": 9} | sizes
+    sizes = dict.fromkeys(shape_names(region.activations), 4) | sizes
     made = []
     for node, shape in zip(region.placeholders()[len(region.slots) :], region.activations, strict=True):
         numbers = evaluate_shape(shape, sizes)

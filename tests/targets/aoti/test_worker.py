@@ -29,9 +29,10 @@ def crash(*_, **__):
 
 
 @pytest.fixture
-def work(built, monkeypatch, tmp_path, capfd):
+def work(built, programs, monkeypatch, tmp_path, capfd):
     """Run the worker with another compiler: exit code, records."""
     monkeypatch.setattr(worker, "platform_compiled_for", lambda: this_platform(levels=False))
+    monkeypatch.setattr(worker, "cached_programs", lambda _: programs)
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"program": to_json(built), "dtype": "float32"})))
 
     def work(compile_region, folder=tmp_path, jobs="1"):

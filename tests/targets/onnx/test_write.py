@@ -16,6 +16,7 @@ from vlmbuild.runtime.onnx.sizes import stored_sizes
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
 
+INT8 = "model.language_model.layers.0.self_attn.o_proj.weight"
 CHECKPOINTS = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -98,21 +99,20 @@ def test_models_are_valid_and_weights_lie_in_data_files(onnx_artifact):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"blocksize": 32, "symmetric": False, "exact_inputs": True}])
-def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact, options):
-    artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4", **options))
+def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
+    artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4"))
     model = onnx.load(artifact.path / "onnx/decoder_model_merged.onnx", load_external_data=False)
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     (record,) = (record for record in artifact.manifest.passes if record["name"] == "quantize_linear")
     quantized = [decision for decision in record["decisions"] if decision["format"]]
     assert len(nodes) == len(quantized) == record["matches"] == 21
     assert {node.input[1] for node in nodes} == {f"{decision['module']}.weight" for decision in quantized}
-    assert all(len(node.input) == (3 if not options else 4) for node in nodes)
+    assert all(len(node.input) == 3 for node in nodes)
     levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
     tolerances = {record["tolerance"] for record in artifact.manifest.numerics}
-    assert (levels, tolerances) == (({0}, {"1e-04"}) if options else ({4}, {"1e-01"}))
+    assert (levels, tolerances) == ({4}, {"1e-01"})
     worst = max(float(record["error"]) for record in artifact.manifest.numerics)
-    assert worst < 1e-5 if options else 1e-3 < worst < 5e-2
+    assert 1e-3 < worst < 5e-2
     logits = [record for record in artifact.manifest.numerics if record["output"] == "logits"]
     assert all((r["top1"], r["greedy"]) == (r["tokens"], r["generated"]) for r in logits)
     assert all(0.05 < float(decision["error"]) < 0.15 for decision in quantized)
@@ -124,12 +124,11 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact, opt
 
 
 @pytest.mark.slow
-def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_path):
+def test_a_quantized_source_is_not_rounded_again(tmp_path):
     spec = vlmbuild.QuantSpec("nf4", overrides=(Override("*.o_proj", "int8"),))
-    artifact = onnx_artifact("mllama-digits", quantize=spec)
-    vlmbuild.build("mllama-digits", tmp_path / "trainable", vlmbuild.Recipe(quantize=spec, dtype="float32"))
-    vlmbuild.build(tmp_path / "trainable", tmp_path / "again", vlmbuild.Recipe(target="onnx"))
-    ours, again = OnnxWeights(artifact.path), OnnxWeights(tmp_path / "again")
+    vlmbuild.build("qwen2-vl-digits", tmp_path / "trainable", vlmbuild.Recipe(quantize=spec, dtype="float32"))
+    vlmbuild.build(tmp_path / "trainable", tmp_path / "out", vlmbuild.Recipe(target="onnx"))
+    ours = OnnxWeights(tmp_path / "out")
     model, _ = vlmbuild.load(tmp_path / "trainable")
     name = "model.language_model.layers.0.mlp.down_proj.weight"
     from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_4bit
@@ -138,8 +137,8 @@ def test_nf4_stands_for_the_values_of_the_trainable_artifact(onnx_artifact, tmp_
     shape = ours.tensor(name).shape
     exact = dequantize_4bit(Packed4bit(*slots, shape[1], shape[0], 64, "nf4", torch.float32))
     assert ours.tensor(name).equal(exact)
-    for other in ours.packed:  # a quantized source is not rounded again
-        torch.testing.assert_close(again.tensor(other), ours.tensor(other), rtol=1e-6, atol=1e-9)
+    codes, scales = (model.tensor(f"{INT8}{part}") for part in ("", "_scb"))
+    torch.testing.assert_close(ours.tensor(INT8), codes * scales[:, None] / 127, rtol=1e-6, atol=1e-9)
     assert {weight.operator for weight in ours.packed.values()} == {"MatMulBnb4", "MatMulNBits"}
 
 

@@ -53,12 +53,8 @@ def publish(
     numerics: Sequence[Mapping[str, Any]],
     toolchain: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Publish the written files, under the recipe's target.
-
-    Args:
-        formats: Format names of the weights, for the artifact's name.
-        numerics: Records of measured errors for the manifest.
-        toolchain: Versions of the target's own tools.
+    """Publish the written files under the recipe's target. The names of the weights' formats become part of the artifact's
+    name; `toolchain` has versions of the target's own tools.
 
     Raises:
         OutputError: There is no space, or the output cannot be written.

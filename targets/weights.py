@@ -127,14 +127,8 @@ def is_passed(request: Request, parameter: StoredParameter) -> bool:
 
 
 def parameter_values(request: Request, name: str, dtype: torch.dtype, multiple: int = 1) -> Iterator[Tensor]:
-    """Yield a parameter of the source, with the adapter merged into it, flat.
-
-    Args:
-        request: The build.
-        name: Module name of the parameter.
-        dtype: Dtype for source formats that store none.
-        multiple: Chunks are a multiple of so many elements.
-    """
+    """Yield a parameter of the source, with the adapter merged into it, flat, in chunks of a multiple of so many elements;
+    `dtype` is for source formats that store none."""
     step = max(1, _CHUNK // multiple) * multiple
     source, weights, merge = request.tensors[name], request.weights, request.merge
     if merge is None or not merge.changes(name):

@@ -102,12 +102,7 @@ def cached_programs(program: Program) -> dict[CacheForm, Program]:
 
 def token_axis(region: Region, form: CacheForm) -> tuple[int, int] | None:
     """Return index and axis of an activation that has a row for every token; None where a region has no tokens, or no plain
-    linear layers: these are faster in code for one token.
-
-    Args:
-        region: Region with shapes.
-        form: Form of its program's cache.
-    """
+    linear layers: these are faster in code for one token."""
     if all(node.target is not PLAIN_LINEAR for node in region.graph.graph.nodes):
         return None
     for index, shape in enumerate(region.activations):

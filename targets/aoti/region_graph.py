@@ -24,11 +24,6 @@ def compilable(region: Region, dtype: torch.dtype, *, one_token: bool = False) -
     Code reads each size that changes from its inputs, and solves an expression such as "past + new" for its last
     unknown. So inputs come in an order in which there is never a second unknown; where there is none, the whole
     expression gets a name of its own.
-
-    Args:
-        region: Region with shapes.
-        dtype: Compute dtype, which replaces `COMPUTE_DTYPE`.
-        one_token: True for a single token of a single row alone.
     """
     activations = of_one_token(region.activations) if one_token else region.activations
     order = solvable_order(activations)

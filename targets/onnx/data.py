@@ -26,20 +26,8 @@ def write_data(
     request: Request,
     on_written: Callable[[int], None],
 ) -> dict[str, float]:
-    """Write one data file.
-
-    Args:
-        writer: Writer of the artifact.
-        path: Where in it.
-        data: Layout of the file.
-        formats: Module name -> format of the parameters that are quantized.
-        request: Gives the source.
-        on_written: Called with the bytes of each parameter once it is written.
-
-    Returns:
-        Module name of a quantized parameter -> the relative error that rounding made: the norm of the difference over
-            that of
-        the weight.
+    """Write one data file, and call `on_written` with the bytes of each parameter; returns the relative error of rounding of
+    each quantized parameter: the norm of the difference over that of the weight.
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
@@ -77,21 +65,6 @@ class _Sink:
         self._done[suffix] += values.nbytes
 
 
-class _Error:
-    """Sums up what rounding does to a weight."""
-
-    def __init__(self) -> None:
-        self._difference = self._norm = 0.0
-
-    def add(self, values: Tensor, rounded: Tensor) -> None:
-        wide = values.double()
-        self._difference += float((wide - rounded.double()).square().sum())
-        self._norm += float(wide.square().sum())
-
-    def relative(self) -> float:
-        return math.sqrt(self._difference / self._norm) if self._norm else 0.0
-
-
 def _plain(sink: _Sink, name: str, request: Request) -> None:
     for chunk in parameter_values(request, name, torch.float32):
         sink.append("", chunk)
@@ -99,16 +72,19 @@ def _plain(sink: _Sink, name: str, request: Request) -> None:
 
 def _quantized(sink: _Sink, name: str, form: WeightFormat, request: Request) -> float:
     """Write a quantized parameter and return its relative error. A source in this format keeps its bytes."""
-    source, error = request.tensors[name], _Error()
+    source = request.tensors[name]
     if source.format == form and not (request.merge is not None and request.merge.changes(name)):
         stored = form.copy_onnx(request.weights, source.module)
         if stored is not None:
             for suffix, part in stored.items():
                 sink.append(suffix, part)
             return 0.0
+    difference = norm = 0.0
     chunks = parameter_values(request, name, torch.float32, form.chunk_unit(source.shape))
     for chunk in form.encode_onnx(chunks, source.shape, request.dtype, source.name):
         for suffix, part in chunk.parts.items():
             sink.append(suffix, part)
-        error.add(chunk.values, chunk.rounded)
-    return error.relative()
+        wide = chunk.values.double()
+        difference += float((wide - chunk.rounded.double()).square().sum())
+        norm += float(wide.square().sum())
+    return math.sqrt(difference / norm) if norm else 0.0

@@ -59,12 +59,6 @@ class Weights:
     """
 
     def __init__(self, program: Program, constants: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """
-        Args:
-            program: Program with the parameters and their formats.
-            constants: Tensors that follow from the config.
-            dtype: Dtype of parameters that are not quantized.
-        """
         self._constants = constants
         self._dtype = dtype
         self.packed: dict[str, PackedWeight] = {

@@ -44,13 +44,8 @@ class OnnxModel:
 def onnx_models(
     program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype
 ) -> list[OnnxModel]:
-    """Build all models of a program.
-
-    Args:
-        program: Program with a dynamic key-value cache.
-        weights: Parameters of the program.
-        client: The vision prologue that a client's inputs need; None leaves the program's own inputs.
-        compute: The compute dtype.
+    """Build all models of a program with a dynamic key-value cache; without a client's vision prologue they take the
+    program's own inputs.
 
     Raises:
         PassError: An operator has no translation.
@@ -90,7 +85,7 @@ class _Maker:
         name = embedded_tokens(self.program, variant)
         builder, data = GraphBuilder(self.compute), DataFile(f"{EMBED}.onnx_data")
         tokens = ["batch_size", "sequence_length"]
-        values = {"input_ids": _one_row(builder, builder.take_input("input_ids", torch.int64, tokens))}
+        values = {"input_ids": builder.reshape(builder.take_input("input_ids", torch.int64, tokens), [1, -1])}
         self._translate(builder, data, cut(self.program, variant, (), [name]), values)
         batch = builder.size("input_ids", 0)
         width = self._width()
@@ -191,7 +186,3 @@ def _shape(sizes: Sequence[Size]) -> list[int | str]:
         else:
             shape.append(size if isinstance(size, int) else _NAMES.get(size, str(size).replace("*", "_times_")))
     return shape
-
-
-def _one_row(builder: GraphBuilder, value: str) -> str:
-    return builder.reshape(value, [1, -1])

@@ -72,31 +72,17 @@ Handler = Callable[..., Any]
 
 
 class Translator:
-    """Translates graphs into one ONNX graph.
-
-    Args:
-        builder: Takes the nodes.
-        table: Operator -> handler.
-    """
+    """Translates graphs into one ONNX graph, by a table of operators."""
 
     def __init__(self, builder: GraphBuilder, table: dict[Any, Handler]) -> None:
         self.builder = builder
         self._table = table
 
     def run(self, graph: Graph, inputs: dict[Node, str], needed: Collection[Node], where: str) -> dict[Node, Any]:
-        """Translate the needed nodes of a graph.
-
-        Args:
-            graph: Graph of a region.
-            inputs: Placeholder -> the name of its value.
-            needed: The nodes that are wanted, and all behind them.
-            where: Name for messages.
-
-        Returns:
-            Node -> the name of its value, or a tuple of names.
+        """Translate the needed nodes of a region's graph: node -> the name of its value, or a tuple of names.
 
         Raises:
-            PassError: An operator has no translation.
+            PassError: An operator has no translation; the message says `where`.
         """
         names: dict[Node, Any] = dict(inputs)
         for node in graph.nodes:

@@ -48,12 +48,7 @@ class Trace:
 
 @gc_paused()
 def capture(family: Family, config: Any, variant: str) -> Trace:
-    """Trace one variant.
-
-    Args:
-        family: Makes the module and its inputs.
-        config: The transformers config.
-        variant: A key of `family.variants(config)`.
+    """Trace one variant of `family.variants(config)`.
 
     Raises:
         CaptureError: The model cannot be traced with its promised dynamic dimensions.
@@ -76,12 +71,8 @@ def capture(family: Family, config: Any, variant: str) -> Trace:
 
 
 def export(module: nn.Module, inputs: tuple[Input, ...], what: str) -> Trace:
-    """Export a module on meta tensors (`torch.export`, non-strict) with the inputs' dimensions dynamic.
-
-    Args:
-        module: On the meta device.
-        inputs: Its arguments by name.
-        what: Names the module in messages.
+    """Export a module on the meta device (`torch.export`, non-strict) with the dimensions of its inputs dynamic; messages
+    call it `what`.
 
     Raises:
         CaptureError: It cannot be traced with these dynamic dimensions.

@@ -40,13 +40,7 @@ def outline(
     ties: dict[str, str],
     traces: Mapping[str, Trace],
 ) -> Program:
-    """Build the program of all variants.
-
-    Args:
-        family: Family, which knows the roles of parameters.
-        geometry: Geometry of the program.
-        ties: Alias -> parameter.
-        traces: Variant name -> its trace.
+    """Build the program of all variants, from the trace of each.
 
     Raises:
         CaptureError: A block uses a parameter of another module, or a size that none of its inputs has.

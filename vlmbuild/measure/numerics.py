@@ -116,13 +116,8 @@ def stepwise(case: Case, decoding: Stepwise, family: Family) -> tuple[dict[str, 
 def compare(
     case: str, batch: Mapping[str, Tensor], found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> list[Record]:
-    """Compare the outputs of one case: logits, with counts of equal tokens, and the worst of each other kind of output.
-
-    Args:
-        case: Name of the case.
-        batch: Batch with the generated tokens.
-        found, expected: Outputs by name; where the program pads rows, the first ones count.
-    """
+    """Compare the outputs of a case, whose batch has the generated tokens: logits, with counts of equal tokens, and the
+    worst of each other kind of output. Where the program pads rows, the first ones count."""
     shown = batch["attention_mask"].bool()
     top = [values["logits"].argmax(-1) for values in (found, expected)]
     record = _errors(case, "logits", found["logits"][shown], expected["logits"][shown])

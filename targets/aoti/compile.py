@@ -86,6 +86,8 @@ def _options(level: str, one_token: bool) -> dict[str, Any]:
     machine."""
     options: dict[str, Any] = {
         "aot_inductor.package": True,
+        "aot_inductor.precompile_headers": False,  # takes longer than all regions together; the code is the same
+        "cpp_cache_precompile_headers": False,
         "cpp.dynamic_threads": True,
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.compile_wrapper_opt_level": "Og",  # half of what g++ takes is this code, which only calls kernels

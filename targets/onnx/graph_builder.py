@@ -12,6 +12,8 @@ from onnx import TensorProto, helper
 
 OPSET = 23
 """The first with Attention, RotaryEmbedding and RMSNormalization."""
+OLDEST_RUNTIME = "1.23.2"
+"""The oldest ONNX Runtime that opened and ran the models when it was tried."""
 IR_VERSION = 11
 CONTRIB = "com.microsoft"
 """ONNX Runtime's own operators."""

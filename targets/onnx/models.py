@@ -42,17 +42,17 @@ class OnnxModel:
 
 
 def onnx_models(
-    program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype
+    program: Program, weights: Weights, client: ClientVision | None, compute: torch.dtype, suffix: str = ""
 ) -> list[OnnxModel]:
     """Build all models of a program with a dynamic key-value cache; without a client's vision prologue they take the
-    program's own inputs.
+    program's own inputs. All stems end with `suffix`.
 
     Raises:
         PassError: An operator has no translation.
     """
-    maker = _Maker(program, weights, compute)
+    maker = _Maker(program, weights, compute, suffix)
     step = STEP if STEP in program.variants else "text"
-    models = [maker.vision(client), maker.embed(), maker.decoder(DECODER, step, DataFile(f"{DECODER}.onnx_data"))]
+    models = [maker.vision(client), maker.embed(), maker.decoder(DECODER, step, maker.data(DECODER))]
     if step == STEP:  # without images, blocks that read them are left out
         models.append(maker.decoder(TEXT_DECODER, "text", models[-1].data))
     return models
@@ -63,12 +63,16 @@ class _Maker:
     program: Program
     weights: Weights
     compute: torch.dtype
+    suffix: str
+
+    def data(self, stem: str) -> DataFile:
+        return DataFile(f"{stem}{self.suffix}.onnx_data")
 
     def vision(self, client: ClientVision | None) -> OnnxModel:
         variant = self.program.variants["image"]
         wanted = variant.image_values()
         part = cut(self.program, variant, (), wanted)
-        builder, data = GraphBuilder(self.compute), DataFile(f"{VISION}.onnx_data")
+        builder, data = GraphBuilder(self.compute), self.data(VISION)
         if client is not None:
             values = add_prologue(builder, client)
         else:
@@ -78,19 +82,19 @@ class _Maker:
         for name in wanted:
             shown = name if name.startswith(CROSS) else FEATURES
             self._give(builder, shown, values[name], self._result_shape(variant, name))
-        return OnnxModel(VISION, builder.model(VISION), data)
+        return OnnxModel(VISION + self.suffix, builder.model(VISION), data)
 
     def embed(self) -> OnnxModel:
         variant = self.program.variants["text"]
         name = embedded_tokens(self.program, variant)
-        builder, data = GraphBuilder(self.compute), DataFile(f"{EMBED}.onnx_data")
+        builder, data = GraphBuilder(self.compute), self.data(EMBED)
         tokens = ["batch_size", "sequence_length"]
         values = {"input_ids": builder.reshape(builder.take_input("input_ids", torch.int64, tokens), [1, -1])}
         self._translate(builder, data, cut(self.program, variant, (), [name]), values)
         batch = builder.size("input_ids", 0)
         width = self._width()
         self._give(builder, EMBEDS, builder.reshape(values[name], [batch, -1, width]), [*tokens, width])
-        return OnnxModel(EMBED, builder.model(EMBED), data)
+        return OnnxModel(EMBED + self.suffix, builder.model(EMBED), data)
 
     def decoder(self, stem: str, name: str, data: DataFile) -> OnnxModel:
         variant = self.program.variants[name]
@@ -118,7 +122,7 @@ class _Maker:
             past = shapes[present.replace(PRESENT, PAST, 1)]
             sizes = [TOTAL if size == _PAST else size for size in past]
             self._give(builder, present, values[present], _shape(sizes))
-        return OnnxModel(stem, builder.model(stem), data)
+        return OnnxModel(stem + self.suffix, builder.model(stem), data)
 
     def _translate(self, builder: GraphBuilder, data: DataFile, part: Part, values: dict[str, str]) -> None:
         """Translate the calls of a part; `values` gets their results."""

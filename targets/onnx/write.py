@@ -20,16 +20,17 @@ from vlmbuild.ir.printer import program_text
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.measure.onnx_parity import onnx_measurement
+from vlmbuild.runtime.onnx.decoding import Q4
 from vlmbuild.runtime.onnx.session import FOLDER, onnx_runtime
 from vlmbuild.targets.onnx.data import write_data
+from vlmbuild.targets.onnx.graph_builder import OLDEST_RUNTIME
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
 from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
 
-_NO_SUFFIX = "fp32"
-"""transformers.js takes a dtype for the end of files' names: without this one it opens `*_quantized.onnx` in a
-browser."""
+_CLIENT_DTYPES = {"": "fp32", Q4: "q4"}
+"""End of files' names -> transformers.js' dtype, which names files; without one a browser opens `*_quantized.onnx`."""
 
 
 @contextmanager
@@ -53,8 +54,10 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     config = request.checkpoint.config
     dtype = getattr(torch, recipe.dtype)
     weights = Weights(program, request.family.constants(config), dtype)
-    models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype)
-    side_files = _side_files(request)
+    formats = [form.name for form, _ in packed_formats(program).values()]
+    suffix = Q4 if set(formats) == {"int4"} and recipe.dtype == "float32" else ""
+    models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype, suffix)
+    side_files = _side_files(request, suffix)
     writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))
     for name, data in side_files.items():
         writer.write(name, data, "config" if name in ("config.json", GENERATION_CONFIG) else "processor")
@@ -70,7 +73,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     return publish(
         writer,
         replace(request, decisions=decisions),
-        formats=[form.name for form, _ in packed_formats(program).values()],
+        formats=formats,
         toolchain=_toolchain(),
         numerics=numerics,
     )
@@ -99,20 +102,24 @@ def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Requ
 
 
 def _toolchain() -> dict[str, str]:
-    """Return versions of the tools that export and check; onnxruntime is installed under several names."""
-    return {"onnx": importlib.metadata.version("onnx").partition("+")[0], "onnxruntime": onnx_runtime().__version__}
+    """Return versions of the tools that export, check and run; onnxruntime is installed under several names."""
+    return {
+        "onnx": importlib.metadata.version("onnx").partition("+")[0],
+        "onnxruntime": onnx_runtime().__version__,
+        "oldest onnxruntime": OLDEST_RUNTIME,
+    }
 
 
 def _data_sizes(models: list[OnnxModel]) -> dict[str, int]:
     return {model.data.location: model.data.size for model in models}
 
 
-def _side_files(request: Request) -> dict[str, bytes]:
+def _side_files(request: Request, suffix: str) -> dict[str, bytes]:
     """Return config.json, tokenizer and processor files, in the forms that clients read."""
     files = request.side_files()
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.checkpoint.values, request.recipe)
-    config["transformers.js_config"] = {"dtype": _NO_SUFFIX, "use_external_data_format": True}
+    config["transformers.js_config"] = {"dtype": _CLIENT_DTYPES[suffix], "use_external_data_format": True}
     client = request.family.client_files(config, values, _template(files))
     return files | {name: _json(content) for name, content in client.items()}
 

@@ -104,9 +104,11 @@ class Client:
         self.config = json.loads((directory / "config.json").read_text())
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        dtype = json.loads((directory / "config.json").read_text())["transformers.js_config"]["dtype"]
+        suffix = {"fp32": "", "q4": "_q4"}[dtype]
         self.vision, self.embed, self.decoder = (
             onnxruntime.InferenceSession(directory / f"onnx/{stem}.onnx", options, providers=["CPUExecutionProvider"])
-            for stem in ("vision_encoder", "embed_tokens", "decoder_model_merged")
+            for stem in (f"vision_encoder{suffix}", f"embed_tokens{suffix}", f"decoder_model_merged{suffix}")
         )
 
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -1,5 +1,7 @@
 """ONNX artifacts against transformers: all families, images of several sizes, padding, generation."""
 
+import json
+
 import onnx
 import pytest
 import torch
@@ -101,8 +103,12 @@ def test_models_are_valid_and_weights_lie_in_data_files(onnx_artifact):
 @pytest.mark.slow
 def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
     artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4"))
-    model = onnx.load(artifact.path / "onnx/decoder_model_merged.onnx", load_external_data=False)
+    model = onnx.load(artifact.path / "onnx/decoder_model_merged_q4.onnx", load_external_data=False)
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    config = json.loads((artifact.path / "config.json").read_text())
+    assert config["transformers.js_config"]["dtype"] == "q4"  # which is the end of every file's name
+    assert {file.stem.rpartition("_")[2] for file in (artifact.path / "onnx").iterdir()} == {"q4"}
+    assert artifact.manifest.toolchain["oldest onnxruntime"] == "1.23.2"
     (record,) = (record for record in artifact.manifest.passes if record["name"] == "quantize_linear")
     quantized = [decision for decision in record["decisions"] if decision["format"]]
     assert len(nodes) == len(quantized) == record["matches"] == 21

@@ -18,6 +18,8 @@ from vlmbuild.runtime.decode_steps import DecodeSteps, PromptResult, padded_rows
 from vlmbuild.runtime.onnx.session import FOLDER, OnnxSession, open_session
 
 VISION, EMBED, DECODER, TEXT_DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_text"
+Q4 = "_q4"
+"""End of all stems where weights are in int4: transformers.js derives the names of files from its `dtype`."""
 FEATURES, EMBEDS, LOGITS, KEEP = "image_features", "inputs_embeds", "logits", "num_logits_to_keep"
 POSITIONS = "position_ids"
 _ROWS = (Dim.named("batch_size"), Dim.named("sequence_length"))
@@ -42,9 +44,10 @@ class OnnxModels:
     @classmethod
     def open(cls, directory: Path, device: str = "cpu", *, economical: Collection[str] = ()) -> OnnxModels:
         """Open all models; stems in `economical` take less memory. Raises the errors of `open_session`."""
-        stems = [VISION, EMBED, DECODER]
-        if (directory / FOLDER / f"{TEXT_DECODER}.onnx").is_file():
-            stems.append(TEXT_DECODER)
+        suffix = Q4 if (directory / FOLDER / f"{DECODER}{Q4}.onnx").is_file() else ""
+        stems = [f"{stem}{suffix}" for stem in (VISION, EMBED, DECODER)]
+        if (directory / FOLDER / f"{TEXT_DECODER}{suffix}.onnx").is_file():
+            stems.append(f"{TEXT_DECODER}{suffix}")
         return cls(*(open_session(directory, stem, device, economical=stem in economical) for stem in stems))
 
     def decoder_of(self, variant: str) -> OnnxSession:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapters import edit_adapter, edit_adapter_config, write_adapter
 from parity import MODEL_FP32, SAME_WEIGHTS_FP32, assert_close
+from processors import photographs
 from safetensors.torch import load_file
 from tiny import FAMILY
 from transformers import AutoModelForImageTextToText
@@ -81,6 +82,21 @@ def test_16_bits_are_within_the_tolerance(dtype, adapter, tmp_path):
     (record,) = merged.manifest.numerics
     assert 0 < float(record["error"]) < min(TOLERANCES[dtype], 0.1 * float(record["effect"]))
     assert record["dtype"] == dtype
+
+
+def test_the_recorded_error_is_no_smaller_than_that_of_photographs(base, adapter, tmp_path):
+    merged = build(base, tmp_path / "merged", Recipe(dtype="float16"), adapter=adapter)
+    (record,) = merged.manifest.numerics
+    model, processor = vlmbuild.load(base)
+    vlmbuild.load_adapter(model, adapter)
+    rounded, _ = vlmbuild.load(merged.path, dtype="float32")
+    for name in ("astronaut", "rocket", "retina"):
+        content = [{"type": "image", "image": photographs()[name]}, {"type": "text", "text": "What is it?"}]
+        conversation = [[{"role": "user", "content": content}]]
+        batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+        with torch.no_grad():
+            found, expected = (each.eval()(**batch).logits for each in (rounded, model))
+        assert float((found - expected).norm() / expected.norm()) < float(record["worst_token"]), name
 
 
 def test_requantized_is_what_the_merged_one_becomes(base, adapter, merged, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,14 @@ _SAMPLES: dict[str, tuple[tuple[str, tuple[tuple[int, int], ...]], ...]] = {
 """Case -> samples: a question, and sizes of images (width, height)."""
 
 
+_QUESTIONS = (
+    "Describe the picture. What is in it, and where?",
+    "Which digits do you see?",
+    "Is it noise?",
+    "What color?",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One batch, padded on the left."""
@@ -42,29 +50,49 @@ def cases(processor: Any) -> Iterator[Case]:
     Raises:
         SourceError: The processor cannot make them.
     """
-    processor = copy.copy(processor)
-    processor.tokenizer = copy.deepcopy(processor.tokenizer)
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     noise = np.random.default_rng(SEED)
     for name, samples in _SAMPLES.items():
-        pictures = [[_picture(noise, *size) for size in sizes] for _, sizes in samples]
-        texts = [_text(processor, question, len(sizes)) for question, sizes in samples]
+        pictures = [(question, [_picture(noise, *size) for size in sizes]) for question, sizes in samples]
         try:
-            made = processor(
-                text=texts,
-                **({"images": pictures} if any(pictures) else {}),
-                padding=True,
-                add_special_tokens=False,
-                return_tensors="pt",
-            )
+            yield Case(name, _batch(processor, pictures))
         except Exception as error:  # processors raise whatever they like
             raise SourceError(
                 f"The processor cannot make the batch {name!r} that exports are checked with: {error}. Put the model's own "
                 "processor files into the checkpoint."
             ) from error
-        yield Case(name, {key: value for key, value in made.items() if isinstance(value, Tensor)})
+
+
+def probe(processor: Any) -> dict[str, Tensor]:
+    """Make one batch that is harder than users' pictures: structure of every size, edges, noise, and a single color.
+
+    Raises whatever the processor does.
+    """
+    noise = np.random.default_rng(SEED)
+    size = (168, 112)
+    plain = Image.new("RGB", (84, 112), (250, 5, 120))
+    pictures = [_scene(noise, *size), _scene(noise, *size[::-1]), _picture(noise, *size), plain]
+    samples: list[tuple[str, list[Image.Image]]] = [
+        (question, [each]) for question, each in zip(_QUESTIONS, pictures, strict=True)
+    ]
+    return _batch(processor, samples)
+
+
+def _batch(processor: Any, samples: Sequence[tuple[str, Sequence[Image.Image]]]) -> dict[str, Tensor]:
+    """Process samples (a question, and pictures before it), padded on the left."""
+    processor = copy.copy(processor)
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    pictures = [list(images) for _, images in samples]
+    made = processor(
+        text=[_text(processor, question, len(images)) for question, images in samples],
+        **({"images": pictures} if any(pictures) else {}),
+        padding=True,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 
 def extended(batch: Mapping[str, Tensor], token: Tensor, family: Family) -> dict[str, Tensor]:
@@ -80,6 +108,15 @@ def extended(batch: Mapping[str, Tensor], token: Tensor, family: Family) -> dict
 
 def _picture(noise: np.random.Generator, width: int, height: int) -> Image.Image:
     return Image.fromarray(noise.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _scene(noise: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Draw squares of every size over one another, as strong as they are large: photographs have such a spectrum."""
+    total = np.zeros((height, width, 3))
+    for side in (1, 2, 4, 8, 16, 32, 64):
+        squares = noise.integers(-128, 128, (-(-height // side), -(-width // side), 3))
+        total += side**0.5 * np.kron(squares, np.ones((side, side, 1)))[:height, :width]
+    return Image.fromarray(np.clip(128 + total / 4, 0, 255).astype(np.uint8))
 
 
 def _text(processor: Any, question: str, images: int) -> str:

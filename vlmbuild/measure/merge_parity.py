@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vlmbuild.adapters.merge import Merge, read_merge, without_adapter
@@ -24,7 +22,8 @@ from vlmbuild.errors import BatchError, ParityError, SourceError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir import interpret
 from vlmbuild.ir.program import Program, Region, join
-from vlmbuild.measure.calibration import Batch, batches_digest
+from vlmbuild.measure import batches
+from vlmbuild.measure.calibration import batches_digest
 from vlmbuild.passes import adapter_passes, passes_for, quantization_passes
 from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
@@ -46,7 +45,6 @@ SHARE = 0.5
 without the adapter, because it was not merged or because rounding swallows it."""
 
 _STEP = 2**22
-_TEXT = "Describe the picture. What is in it, and where?"
 
 TensorsOf = Callable[[Region, str], Mapping[str, Tensor]]
 """(region, instance) -> its tensors by module name."""
@@ -54,50 +52,38 @@ TensorsOf = Callable[[Region, str], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A batch of one sample with an image, made of nothing but a formula and the source's processor.
+    """A batch of samples with pictures, made of nothing but a formula and the source's processor.
 
     Attributes:
         prepared: After the host prologue.
+        lengths: Tokens of each sample.
         digest: SHA-256 (hex) of the processor's output.
     """
 
     prepared: PackedBatch
+    lengths: list[int]
     digest: str
 
+    @classmethod
+    def of(cls, program: Program, checkpoint: Checkpoint) -> Self:
+        """Make the probe for a checkpoint.
 
-def make_probe(program: Program, checkpoint: Checkpoint) -> Probe:
-    """Make the probe for a checkpoint.
-
-    Raises:
-        SourceError: The checkpoint has no readable processor, or it does not belong to its config.json.
-    """
-    processor, directory = checkpoint.processor, checkpoint.source.directory
-    rows = next(slot.shape[0] for _, slot in program.slots() if slot.role == "embedding")
-    try:
-        batch = _batch(processor)
-        if int(batch["input_ids"].max()) >= rows:
-            raise BatchError(f"it makes token {int(batch['input_ids'].max())}, and the model has {rows}.")
-        return Probe(checkpoint.family.prepare(batch, checkpoint.config, processor), batches_digest([batch]))
-    except Exception as error:  # templates and processors raise whatever they like
-        raise SourceError(
-            f"The processor in {directory} cannot make a batch of an image and a text for this model: {error} The merged "
-            "model is compared with the adapter on one, so put the model's own processor and chat template there."
-        ) from error
-
-
-def _batch(processor: Any) -> Batch:
-    down, right = np.mgrid[:64, :96]
-    image = Image.fromarray(np.stack([right * 2, down * 3, (right * down) % 256], axis=-1).astype(np.uint8))
-    if not processor.chat_template:  # a base model's
-        text = f"{processor.image_token}{_TEXT}"
-        return dict(processor(images=[image], text=[text], return_tensors="pt"))
-    content = [{"type": "image", "image": image}, {"type": "text", "text": _TEXT}]
-    messages = [[{"role": "user", "content": content}]]
-    return dict(
-        processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-    )
+        Raises:
+            SourceError: The checkpoint has no readable processor, or it does not belong to its config.json.
+        """
+        processor, directory = checkpoint.processor, checkpoint.source.directory
+        rows = next(slot.shape[0] for _, slot in program.slots() if slot.role == "embedding")
+        try:
+            batch = batches.probe(processor)
+            if int(batch["input_ids"].max()) >= rows:
+                raise BatchError(f"it makes token {int(batch['input_ids'].max())}, and the model has {rows}.")
+            prepared = checkpoint.family.prepare(batch, checkpoint.config, processor)
+            return cls(prepared, batch["attention_mask"].sum(-1).tolist(), batches_digest([batch]))
+        except Exception as error:  # templates and processors raise whatever they like
+            raise SourceError(
+                f"The processor in {directory} cannot make a batch of images and texts for this model: {error} The merged "
+                "model is compared with the adapter on one, so put the model's own processor and chat template there."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +106,7 @@ class MergeCheck:
     def prepare(cls, adapter: str | Path, program: Program, checkpoint: Checkpoint) -> Self:
         """Read an adapter and make the probe, before any work on weights. Raises SourceError."""
         merge = read_merge(adapter, program, checkpoint.family)
-        return cls(checkpoint, merge, copy.deepcopy(program), make_probe(program, checkpoint))
+        return cls(checkpoint, merge, copy.deepcopy(program), Probe.of(program, checkpoint))
 
     def measure(
         self, directory: Path, recipe: Recipe, decisions: Mapping[str, Decision], progress: Progress
@@ -143,9 +129,12 @@ class MergeCheck:
             expected = logits(reference, self._source_tensors(self.merge.adapter), 0)
             before = logits(reference, self._source_tensors(without_adapter(self.merge.adapter)), 1)
             found = logits(merged, _written_tensors(directory, self.checkpoint.family), 2)
-        error, effect = _relative(found, expected), _relative(before, expected)
-        limit = math.inf if formats else _limit(recipe.dtype, effect)
-        _check(recipe.dtype, error, effect, limit)
+        samples = zip(
+            *(values.squeeze(0).split(self.probe.lengths) for values in (found, before, expected)), strict=True
+        )
+        worst = max((_Sample(*sample) for sample in samples), key=lambda sample: sample.error)
+        limit = math.inf if formats else _limit(recipe.dtype, worst.effect)
+        _check(recipe.dtype, worst.error, worst.effect, limit)
         agreed = int((found.argmax(-1) == expected.argmax(-1)).sum())
         return [
             {
@@ -153,9 +142,10 @@ class MergeCheck:
                 "batch": self.probe.digest,
                 "dtype": recipe.dtype,
                 "formats": formats,
-                "error": f"{error:.1e}",
+                "error": f"{worst.error:.1e}",
                 "tolerance": "" if formats else f"{limit:.1e}",
-                "effect": f"{effect:.1e}",
+                "effect": f"{worst.effect:.1e}",
+                "worst_token": f"{_worst_token(found, expected):.1e}",
                 "tokens": found.shape[-2],
                 "top1": agreed,
             }
@@ -258,6 +248,24 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+class _Sample:
+    """Errors of a sample's logits (tokens, vocabulary), as shares of their norm; infinite for NaN, which no comparison finds.
+
+    Attributes:
+        error: Difference of the merged weights.
+        effect: Difference without the adapter.
+    """
+
+    def __init__(self, found: Tensor, before: Tensor, expected: Tensor) -> None:
+        self.error, self.effect = (_relative(values, expected) for values in (found, before))
+
+
 def _relative(found: Tensor, expected: Tensor) -> float:
     difference = (found.double() - expected.double()).norm()
-    return float(difference / expected.double().norm())
+    error = float(difference / expected.double().norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def _worst_token(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error of a token's logits, as a share of their norm."""
+    return float(((found.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)).max())

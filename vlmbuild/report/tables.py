@@ -123,7 +123,9 @@ def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:
         {
             "Parity": lambda record: record["case"],
             "output": lambda record: record.get("output", ""),
-            "relative error": lambda record: record["error"],
+            "relative error": lambda record: " to ".join(
+                record[key] for key in ("error", "worst_token") if key in record
+            ),
             "tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
             "adapter effect": lambda record: record.get("effect", ""),
             "same top token": lambda record: f"{record['top1']}/{record['tokens']}" if "top1" in record else "",

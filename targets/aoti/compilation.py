@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,10 @@ class Compilation:
     @contextmanager
     def begun(cls) -> Iterator[Compilation]:
         """Start the process; afterwards neither it nor a package is left."""
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            ChildProcess("vlmbuild.targets.aoti.worker", folder, str(available_cores()), settings=SETTINGS) as process,
-        ):
-            yield cls(Path(folder), process)
+        with tempfile.TemporaryDirectory() as folder, inductor_cache() as cache:
+            arguments = (folder, str(available_cores()))
+            with ChildProcess("vlmbuild.targets.aoti.worker", *arguments, settings=SETTINGS | cache) as process:
+                yield cls(Path(folder), process)
 
     def compile(self, program: Program, dtype: str) -> None:
         """Compile a program's regions in the compute dtype of this name."""
@@ -80,6 +81,27 @@ class Compilation:
         if errors or (code > 0 and said):
             return errors[-1] if errors else said[-1].strip()
         return f"the compiling process ended with {code}"
+
+
+@contextmanager
+def inductor_cache() -> Iterator[dict[str, str]]:
+    """Yield the settings of inductor's cache: a path with a space gets a link without one, since inductor writes paths into
+    command lines as they are."""
+    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / "torchinductor")
+    if shlex.quote(str(cache)) == str(cache):
+        yield {}
+        return
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp")), "cache")
+            link.symlink_to(cache.absolute(), target_is_directory=True)
+        except OSError as error:
+            raise CompileError(
+                f"Compilers cannot work in {cache}, whose path has a space or a quote, and a link in /tmp cannot be made: "
+                f"{error}. Set TORCHINDUCTOR_CACHE_DIR to a folder without these."
+            ) from error
+        yield {"TORCHINDUCTOR_CACHE_DIR": str(link)}
 
 
 def _message(what: str, reason: str) -> str:

@@ -1,8 +1,10 @@
 """The process that compiles, seen from the build: what it says is collected, a failure names its reason, nothing stays behind."""
 
 import json
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from vlmbuild.errors import CompileError
 from vlmbuild.ir.serialize import from_json
-from vlmbuild.targets.aoti.compilation import Compilation
+from vlmbuild.targets.aoti.compilation import Compilation, inductor_cache
 from vlmbuild.util import child
 
 STARTED = json.dumps({"done": 0, "total": 2})
@@ -125,3 +127,21 @@ def test_a_build_that_never_begins_ends_its_compiler(compiling):
         pass
     assert compilation.process._process.poll() is not None
     assert not compilation.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["with space", "with'quote", "with$dollar"])
+def test_compilers_get_a_cache_whose_path_needs_no_quotes(name, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    with inductor_cache() as settings:
+        link = settings["TORCHINDUCTOR_CACHE_DIR"]
+        assert shlex.quote(link) == link
+        assert Path(link).resolve() == tmp_path / name / "torchinductor"
+    assert not Path(link).exists()
+    assert (tmp_path / name / "torchinductor").is_dir()
+
+
+def test_a_plain_cache_stays_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with inductor_cache() as settings:
+        assert settings == {}

@@ -73,19 +73,22 @@ def test_every_block_is_compiled_once_however_deep_the_model_is(artifact):
 
 
 COMPILE_VISION = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 from vlmbuild.ir.serialize import from_json
 from vlmbuild.targets.aoti import worker
+from vlmbuild.targets.aoti.compilation import inductor_cache
 program, folder = map(pathlib.Path, sys.argv[1:])
 programs = worker.cached_programs(from_json(json.loads(program.read_text())))
 platform = worker.platform_compiled_for()
-print(worker.compile_unit(programs, worker.Unit("dynamic", "visual.blocks"), "float32", platform, folder))
+with inductor_cache() as cache:
+    os.environ |= cache
+    print(worker.compile_unit(programs, worker.Unit("dynamic", "visual.blocks"), "float32", platform, folder))
 """
 
 
 def test_the_same_graph_gives_the_same_bytes(artifact, tmp_path):
-    """With another cache of inductor's, another folder and another hash seed."""
-    settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "PYTHONHASHSEED": "7"}
+    """With another cache of inductor's, below a path with a space, another folder and another hash seed."""
+    settings = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "in ductor"), "PYTHONHASHSEED": "7"}
     program, folder = artifact.path / "graph/program.json", str(tmp_path)
     subprocess.run(
         [sys.executable, "-c", COMPILE_VISION, program, folder],

@@ -51,7 +51,7 @@ def main(folder: str, jobs: str) -> int:
         if "error" in record:
             _say({"region": unit.region, **record})
             return 1
-        files[unit] = CodeFile.from_record(record)
+        files[unit] = CodeFile(record["file"], tuple((index, dtype) for index, dtype in record["inputs"]))
         _say({"done": len(files), "total": len(units)})
     index = plan.index(platform, dtype, files).record()
     _say({"index": index, "files": [entry.file for entry in files.values()], "compiler": compiler})

@@ -6,7 +6,6 @@ Floats are written as `float.hex()` strings, since canonical JSON holds no float
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 import vlmbuild.ops
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.formats import format_from_json
+from vlmbuild.ir.check import check_counts, check_program
 from vlmbuild.ir.dims import parse_shape, shape_json
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import (
@@ -86,10 +86,6 @@ OPERATORS: dict[str, Any] = {
 }
 """The operators that a stored graph may call."""
 
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z0-9][A-Za-z0-9_]*)*")
-_TAKEN = frozenset(dir(nn.Module))
-"""Attributes that every module has; a parameter must not hide one."""
-
 _DTYPES = {
     "compute": COMPUTE_DTYPE,
     "float32": torch.float32,
@@ -139,6 +135,7 @@ def from_json(values: Mapping[str, Any]) -> Program:
             "version that built it."
         )
     try:
+        check_counts(values)
         rotary = tuple(
             Rotary(r["head_dim"], tuple(r["sections"]), r["shared"], float.fromhex(r["scaling"]))
             for r in values["rotary"]
@@ -146,7 +143,7 @@ def from_json(values: Mapping[str, Any]) -> Program:
         regions = {entry["name"]: _region(entry) for entry in values["regions"]}
         variants = {name: _variant(entry) for name, entry in values["variants"].items()}
         program = Program(values["family"], Geometry(rotary), variants, regions, dict(values["ties"]))
-        _check_names(program)
+        check_program(program)
         return program
     except IncompatibleError:
         raise
@@ -154,26 +151,6 @@ def from_json(values: Mapping[str, Any]) -> Program:
         raise IncompatibleError(
             f"The stored program is malformed: {type(error).__name__} {error}. Build the artifact again."
         ) from error
-
-
-def _check_names(program: Program) -> None:
-    """Refuse names that cannot become attributes of modules, and calls that read unknown values."""
-    named = [name for name, _ in program.slots()] + list(program.ties)
-    named += [name for region in program.regions.values() for name in region.instances if name]
-    for name in named:
-        if not _NAME.fullmatch(name) or not _TAKEN.isdisjoint(name.split(".")):
-            raise ValueError(f"{name!r} cannot be the name of a parameter or module")
-    held = {name for name, _ in program.slots()}
-    if lost := sorted(set(program.ties.values()) - held):
-        raise ValueError(f"{lost[0]!r} is shared but does not exist")
-    for variant in program.variants.values():
-        known = {entry.name for entry in variant.inputs}
-        for call in variant.calls:
-            if call.instance not in program.regions[call.region].instances or not known.issuperset(call.inputs):
-                raise ValueError(f"a call of {call.region} does not fit the program")
-            known.update(call.outputs)
-        if lost := sorted({variant.output, *variant.presents} - known):
-            raise ValueError(f"{lost[0]!r} is never computed")
 
 
 def _variant_json(variant: Variant) -> dict[str, Any]:

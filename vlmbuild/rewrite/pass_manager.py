@@ -235,8 +235,7 @@ def _same_call(one: _Call, other: _Call | None) -> bool:
 
 
 def _same_layout(one: Any, other: Any) -> bool:
-    """Return whether two tensors have equal dtypes, sizes and strides."""
-    return all(isinstance(value, Tensor) for value in (one, other)) and all(
-        str(layout(one)) == str(layout(other))
-        for layout in (lambda x: x.dtype, lambda x: x.shape, lambda x: x.stride())
-    )
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    layouts = [(value.dtype, str(value.shape), str(value.stride())) for value in (one, other)]
+    return layouts[0] == layouts[1]

@@ -161,6 +161,8 @@ def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str)
             f"{where}: this version of vlmbuild has another graph for {name} than its code was compiled from. Build the "
             "artifact again."
         )
+    if not entry.fits(program.regions[name]):
+        raise IncompatibleError(f"{where}: {CODE_INDEX} has other inputs for {name} than it takes. Build the artifact again.")
     return entry
 
 

@@ -74,6 +74,15 @@ class CodeEntry:
             record |= {"token": self.token.record(), "token_axis": list(self.token_axis)}
         return record
 
+    def fits(self, region: Region) -> bool:
+        """Return whether the code takes each activation of the region once, and the axis of tokens exists."""
+        shapes = region.activations
+        takes_all = all(sorted(i for i, _ in file.inputs) == list(range(len(shapes))) for file in self.files)
+        if not takes_all or self.token_axis is None:
+            return takes_all
+        index, axis = self.token_axis
+        return 0 <= index < len(shapes) and 0 <= axis < len(shapes[index])
+
 
 @dataclass(frozen=True, slots=True)
 class CodeIndex:

@@ -134,8 +134,8 @@ def _torch_version() -> str:
 def _runs_on(needed: str, here: str) -> bool:
     """Return whether code for one C library runs on another: the same one, at least as new."""
     (library, _, version), (installed, _, newest) = needed.partition(" "), here.partition(" ")
-    return not needed or (library == installed and _numbers(version) <= _numbers(newest))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    if not needed or library != installed:
+        return not needed
+    parts, known = version.split("."), newest.split(".")
+    numbers = all(part.isdecimal() and len(part) < 10 for part in (*parts, *known))
+    return numbers and [*map(int, parts)] <= [*map(int, known)]

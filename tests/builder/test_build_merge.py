@@ -76,26 +76,21 @@ def adapted(artifact, adapter):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bits_are_within_the_tolerance(dtype, adapter, tmp_path):
-    """Of a checkpoint that is no artifact, in another dtype than it has."""
+def test_16_bits_are_within_the_tolerance(dtype, base, adapter, tmp_path):
+    """Of a checkpoint that is no artifact, in another dtype than it has; photographs differ less than the manifest says."""
     merged = build(QWEN, tmp_path / "merged", Recipe(dtype=dtype), adapter=adapter)
     (record,) = merged.manifest.numerics
     assert 0 < float(record["error"]) < min(TOLERANCES[dtype], 0.1 * float(record["effect"]))
     assert record["dtype"] == dtype
-
-
-def test_the_recorded_error_is_no_smaller_than_that_of_photographs(base, adapter, tmp_path):
-    merged = build(base, tmp_path / "merged", Recipe(dtype="float16"), adapter=adapter)
-    (record,) = merged.manifest.numerics
-    model, processor = vlmbuild.load(base)
-    vlmbuild.load_adapter(model, adapter)
+    exact, processor = vlmbuild.load(base)
+    vlmbuild.load_adapter(exact, adapter)
     rounded, _ = vlmbuild.load(merged.path, dtype="float32")
-    for name in ("astronaut", "rocket", "retina"):
+    for name in ("astronaut", "rocket"):
         content = [{"type": "image", "image": photographs()[name]}, {"type": "text", "text": "What is it?"}]
         conversation = [[{"role": "user", "content": content}]]
         batch = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
         with torch.no_grad():
-            found, expected = (each.eval()(**batch).logits for each in (rounded, model))
+            found, expected = (each.eval()(**batch).logits for each in (rounded, exact))
         assert float((found - expected).norm() / expected.norm()) < float(record["worst_token"]), name
 
 

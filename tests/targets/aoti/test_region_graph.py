@@ -67,7 +67,16 @@ def test_graphs_for_one_token_compute_what_regions_do(programs, form):
 
 def example(region, sizes):
     """Random tensors for a region's slots and activations."""
-    sizes = {"batch": 2, "new": 3, "past": 5, "merged": 4, "segments": 3, "sequence": 6, "length": 9} | sizes
+    sizes = {
+        "batch": 2,
+        "new": 3,
+        "past": 5,
+        "merged": 4,
+        "segments": 3,
+        "sequence": 6,
+        "length": 9,
+        "patches": 16,
+    } | sizes
     sizes = dict.fromkeys(shape_names(region.activations), 4) | sizes
     made = []
     for node, shape in zip(region.placeholders()[len(region.slots) :], region.activations, strict=True):

@@ -43,7 +43,8 @@ def test_graphs_compute_what_regions_do(programs, family, form):
     for region in programs[form].regions.values():
         graph, order = compilable(region, torch.float32)
         plain = with_dtype(region, torch.float32, dropout=False)
-        for sizes in ({}, {"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1}):
+        small = ({"batch": 1, "new": 1, "past": 0}, {"batch": 3, "new": 1})
+        for sizes in ({}, *small) if family == "qwen2_vl" else ({},):
             slots, activations = example(region, sizes)
             expected = plain(*slots, *(x.clone() for x in activations))
             found = graph(*slots, *(activations[place].clone() for place in order))

@@ -162,7 +162,9 @@ def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str)
             "artifact again."
         )
     if not entry.fits(program.regions[name]):
-        raise IncompatibleError(f"{where}: {CODE_INDEX} has other inputs for {name} than it takes. Build the artifact again.")
+        raise IncompatibleError(
+            f"{where}: {CODE_INDEX} has other inputs for {name} than it takes. Build the artifact again."
+        )
     return entry
 
 

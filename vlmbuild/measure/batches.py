@@ -65,7 +65,7 @@ def cases(processor: Any) -> Iterator[Case]:
 def probe(processor: Any) -> dict[str, Tensor]:
     """Make one batch that is harder than users' pictures: structure of every size, edges, noise, and a single color.
 
-    Raises whatever the processor does.
+    Raises the errors of the processor.
     """
     noise = np.random.default_rng(SEED)
     size = (168, 112)

@@ -55,8 +55,8 @@ def test_weight_losses_are_those_of_the_stored_bytes(layers, source):
         stored = quantize(weight, form)
         state = parse_quant_state(stored[".quant_state.bitsandbytes__nf4"])
         out_features, in_features = state.shape
-        form = (in_features, out_features, 64, "nf4", torch.float32)
-        values = dequantize_4bit(Packed4bit(stored[""], stored[".absmax"], None, None, *form))
+        layout = (in_features, out_features, 64, "nf4", torch.float32)
+        values = dequantize_4bit(Packed4bit(stored[""], stored[".absmax"], None, None, *layout))
         expected = (values - weight).double().norm() ** 2 / weight.double().norm() ** 2
         assert loss.error == pytest.approx(expected.item(), rel=1e-5)
         assert 1e-3 < loss.error < 2e-2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import matrix
 import pytest
@@ -11,11 +13,12 @@ from safetensors import safe_open
 
 from vlmbuild.errors import BatchError, IncompatibleError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_named, family_of, family_of_processor
+from vlmbuild.zoo import CHECKPOINTS, ZOO
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    return matrix.shrink(matrix.SETUPS[request.param](False))
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_code_that_a_config_names_is_ignored(setup):
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' depends on the data"),
         ({"dropout": 0.1, "attention_dropout": 0.1}, "attention dropout 0.1"),
-        ({"hidden_size": "wide"}, "not a valid"),
+        ({"hidden_size": "wide"}, "text_config.hidden_size 'wide'"),
     ],
 )
 def test_configs_that_would_be_captured_wrongly_are_refused(setup, changes, message):
@@ -115,9 +118,110 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup, changes, mess
         setup.family.config(values)
 
 
+def leaf(values, path):
+    """The mapping that holds the last key of a path."""
+    *parents, key = path.split(".")
+    for name in parents:
+        values = values[name]
+    return values, key
+
+
+SHARED = ("text_config.hidden_size", "text_config.num_hidden_layers", "text_config.num_attention_heads")
+NUMBERS = {
+    "qwen2_vl": (
+        "vision_config.depth",
+        "vision_config.embed_dim",
+        "vision_config.num_heads",
+        "vision_config.hidden_size",
+    ),
+    "mllama": ("vision_config.patch_size", "vision_config.num_global_layers", "vision_config.max_num_tiles"),
+    "pixtral": ("vision_config.patch_size", "vision_config.image_size", "text_config.head_dim"),
+}
+
+
+def test_numbers_of_a_config_have_ranges(setup):
+    for path in (*SHARED, "text_config.vocab_size", "text_config.num_key_value_heads", *NUMBERS[setup.family.name]):
+        for value in (0, -1, 10**9, 2.5, True, "4", float("nan"), [3], {}):
+            values = copy.deepcopy(setup.values)
+            part, key = leaf(values, path)
+            part[key] = value
+            with pytest.raises(SourceError, match=key):
+                setup.family.config(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("text_config.rope_parameters.rope_theta", float("nan"), "rope_theta"),
+        ("text_config.rope_parameters.rope_theta", float("inf"), "rope_theta"),
+        ("text_config.rope_parameters.rope_theta", 0, "rope_theta"),
+        ("text_config.rms_norm_eps", -1e-6, "rms_norm_eps"),
+        ("text_config.hidden_act", "evil", "hidden_act"),
+        ("vision_config.hidden_act", 3, "hidden_act"),
+        ("text_config.num_attention_heads", 5, "5|multiple"),
+        ("text_config.num_key_value_heads", 3, "num_key_value_heads 3"),
+        ("text_config.pad_token_id", 10**7, "pad_token_id"),
+        ("text_config.initializer_range", float("nan"), "initializer_range"),
+        ("text_config", 5, "config"),
+        ("vision_config", [1], "config"),
+        ("text_config.layer_types", ["full_attention"] * 10**4, "layer_types"),
+        ("num_labels", 10**9, "num_labels"),
+    ],
+)
+def test_contradictions_of_a_config_are_named(setup, path, value, field):
+    values = copy.deepcopy(setup.values)
+    part, key = leaf(values, path)
+    part[key] = value
+    with pytest.raises(SourceError, match=field):
+        setup.family.config(values)
+
+
+def test_tokens_of_placeholders_have_embeddings(setup):
+    key = next(key for key in ("image_token_id", "image_token_index") if key in setup.values)
+    for value in (-1, 10**7):
+        with pytest.raises(SourceError, match=f"{key} {value}"):
+            setup.family.config({**setup.values, key: value})
+
+
+def test_settings_of_a_processor_are_in_range(setup, tmp_path, monkeypatch):
+    name = CHECKPOINTS[setup.family.name]
+    for number, (key, value) in enumerate(
+        [
+            ("image_std", [0.0] * 3),
+            ("image_mean", [float("nan")] * 3),
+            ("rescale_factor", 0),
+            ("patch_size", 0),
+            ("size", None),
+        ]
+    ):
+        directory = shutil.copytree(ZOO[name], tmp_path / str(number))
+        file = directory / "processor_config.json"
+        values = json.loads(file.read_text())
+        images = values["image_processor"]
+        if key == "size":
+            value = {name: 10**9 if side else side for name, side in images["size"].items()}
+        elif key == "patch_size" and isinstance(images.get("patch_size"), dict):
+            value = {"height": 0, "width": 0}
+        elif key == "patch_size" and "patch_size" not in images:
+            key, value = "max_image_tiles", 0
+        images[key] = value
+        file.write_text(json.dumps(values))
+        with pytest.raises(SourceError, match=f"{key}|pixels of an image"):
+            setup.family.processor(directory)
+    monkeypatch.setenv("VLMBUILD_MAX_PIXELS", "100")
+    with pytest.raises(SourceError, match="VLMBUILD_MAX_PIXELS"):
+        setup.family.processor(ZOO[name])
+
+
 def test_bad_batches_are_named(setup, batch, config):
     ids, mask, image = batch["input_ids"], batch["attention_mask"], config.image_token_id
     labels = ids.masked_fill(mask == 0, -100)
+    short = int(mask.sum(1).argmin())  # most padding
+    padded = torch.where((mask == 0) & (torch.arange(3)[:, None] == short), 5, -100)
+    first = torch.full_like(ids, -100)
+    first[short, mask[short].argmax()] = 5
+    none = torch.full_like(ids, -100)
+    none[0, -1] = -1
     removed = ids.clone()
     removed[0, (ids[0] == image).nonzero()[0]] = 5
     added = ids.clone()
@@ -131,6 +235,14 @@ def test_bad_batches_are_named(setup, batch, config):
             f"Sample 0 has {int((ids[0] == image).sum())} image tokens .* no image|Sample 0 has 2 image tokens and 0",
         ),
         ({**batch, "labels": labels}, rf"Sample 0: \d+ labels are the image token \({image}\)"),
+        (
+            {**batch, "labels": padded},
+            rf"Sample {short}: \d+ labels are on padding.*labels\[attention_mask == 0\] = -100",
+        ),
+        ({**batch, "labels": first}, f"Sample {short}: 1 labels would be predicted from the padding"),
+        ({**batch, "labels": none}, "Sample 0: 1 labels are no token ids from 0 to"),
+        ({**batch, "labels": torch.where(none == -1, 10**6, -100)}, "Sample 0: 1 labels are no token ids"),
+        ({**batch, "labels": ids.float()}, "labels are torch.float32"),
         ({**batch, "input_ids": removed}, "Sample 0"),
         ({**batch, "input_ids": added}, "Sample 2 has 1 image tokens"),
         (cut, "Sample 0"),

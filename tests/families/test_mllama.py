@@ -18,7 +18,7 @@ FAMILY = FAMILIES["mllama"]
 
 @pytest.fixture(scope="module")
 def setup():
-    return matrix.shrink(matrix.mllama(False))
+    return matrix.tiny("mllama")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
     for part, changes, message in (
         ("text_config", {"cross_attention_layers": [1, 9]}, "cross_attention_layers .* must name some"),
         ("text_config", {"dropout": 0.1}, "attention dropout 0.1"),
-        ("vision_config", {"vision_output_dim": 100}, "vision_output_dim is 100"),
+        ("vision_config", {"vision_output_dim": 100}, "vision_output_dim 100 must be 192"),
         ("vision_config", {"intermediate_layers_indices": [0, 99]}, "intermediate_layers_indices .* 4 local layers"),
         ("vision_config", {"image_size": 115}, "image_size 115 is not a multiple of patch_size 14"),
     ):
@@ -162,7 +162,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
         values[part] |= changes
         with pytest.raises(SourceError, match=message):
             FAMILY.config(values)
-    with pytest.raises(SourceError, match="within the vocabulary"):
+    with pytest.raises(SourceError, match="image_token_index 3 .* after the vocabulary"):
         FAMILY.config({**setup.values, "image_token_index": 3})
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.batch import ImageCost, PackedBatch
+from vlmbuild.families.config_checks import check_text, check_values
 from vlmbuild.families.js import ClientFiles, ClientVision, with_template
-from vlmbuild.families.text_config import check_text
+from vlmbuild.families.processor_checks import check_processor
 from vlmbuild.families.traced import TextCore, meta_module
 from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Input, Role
 
@@ -33,7 +34,6 @@ class Family(ABC):
         architectures: Values of `architectures` in config.json that the family reads.
         config_class, model_class: Classes of transformers.
         image_core: Module to trace for batches with images.
-        published_prefixes: (module, published) leading parts of tensor names; the first match is replaced.
         vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
         processors: Class names of the family's processors.
         input_layout: Processor outputs besides input_ids and attention_mask.
@@ -49,7 +49,6 @@ class Family(ABC):
     config_class: Any
     model_class: Any
     image_core: type[TextCore]
-    published_prefixes: tuple[tuple[str, str], ...]
     vision_prefix: str
     projector_prefix: str
     processors: tuple[str, ...]
@@ -68,14 +67,19 @@ class Family(ABC):
             SourceError: A value has the wrong type, contradicts another, or would be captured wrongly.
         """
         plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
+        check_values(plain)  # before transformers makes lists and modules of these sizes
         try:
             config = self.config_class.from_dict(plain)
+            check_values(config.to_dict())
             check_text(config.get_text_config())
             self.check(config)
+            self.geometry(config), self.variants(config), self.constants(config)
         except SourceError:
             raise
         except Exception as error:  # transformers validates with many exception types
-            raise SourceError(f"config.json is not a valid {self.title} config: {error}") from error
+            raise SourceError(
+                f"config.json is not a valid {self.title} config: {type(error).__name__}: {error}. Restore the published one."
+            ) from error
         return config
 
     @abstractmethod
@@ -138,6 +142,13 @@ class Family(ABC):
             "lm_head.": "head",
         }
         return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
+
+    @property
+    def published_prefixes(self) -> tuple[tuple[str, str], ...]:
+        """(module, published) leading parts of tensor names; the first match is replaced."""
+        towers = ((prefix, prefix.removeprefix("model.")) for prefix in (self.vision_prefix, self.projector_prefix))
+        language = ("lm_head.", "language_model.lm_head."), ("model.language_model.", "language_model.model.")
+        return (*language, *towers)
 
     def stored_name(self, name: str) -> str:
         """Translate a module name to the name in published checkpoint files."""
@@ -207,7 +218,7 @@ class Family(ABC):
         """Load the processor of a checkpoint or artifact directory; works without torchvision.
 
         Raises:
-            SourceError: A processor file is missing or unreadable.
+            SourceError: A processor file is missing or unreadable, or has settings that cannot be computed with.
         """
         layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
         try:
@@ -217,13 +228,19 @@ class Family(ABC):
             processor = self.load_processor(directory)
             if processor.chat_template is None:  # old checkpoints have it in tokenizer_config.json
                 processor.chat_template = processor.tokenizer.chat_template
-            return processor
+            pixels = self.processor_pixels(processor.image_processor)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
             raise SourceError(
                 f"The processor in {directory} cannot be loaded: {error} Add the files of a {self.title} checkpoint: a "
                 "tokenizer (tokenizer.json, or vocab.json and merges.txt) and preprocessor_config.json or "
                 "processor_config.json."
             ) from error
+        check_processor(processor.image_processor, pixels, directory)
+        return processor
+
+    @abstractmethod
+    def processor_pixels(self, image_processor: Any) -> int:
+        """Compute the most pixels that an image processor makes of an image."""
 
     @abstractmethod
     def load_processor(self, directory: Path) -> Any:
@@ -244,6 +261,19 @@ class Family(ABC):
         Raises:
             ValueError: The processor refuses the size.
         """
+
+    def limited_size(self, processor: Any, height: int, width: int, limits: Mapping[str, Any]) -> tuple[int, int]:
+        """Compute the size of an image with limits of its own, before the processor sees it.
+
+        Args:
+            processor: Processor of the model.
+            height, width: Size in pixels.
+            limits: "min_pixels" and "max_pixels", or "resized_height" and "resized_width".
+
+        Raises:
+            ValueError: The model has no such limits, or the processor would change the size again.
+        """
+        raise ValueError(f"{', '.join(limits)}: {self.title} has no limits for single images")
 
     @abstractmethod
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:

@@ -78,6 +78,9 @@ class MropeFamily(GridFamily):
         sizes = super().batch_sizes(config, images, batch, text_tokens)
         return sizes | {"merged": sizes["patches"] // self.patch_layout(config)[1] ** 2}
 
+    def processor_pixels(self, image_processor: Any) -> int:
+        return max(int(image_processor.size[key]) for key in self.resizable_keys)
+
     def image_tokens(self, processor: Any, height: int, width: int) -> int:
         images = processor.image_processor
         return int(images.get_number_of_image_patches(height, width)) // int(images.merge_size) ** 2

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
 from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
+from transformers.utils.import_utils import is_torchvision_available
 
-from vlmbuild.errors import SourceError
+from vlmbuild.families.config_checks import check_heads, require
 from vlmbuild.families.mllama.prepare import MllamaPrologue, padded_patches
-from vlmbuild.families.mllama.processor import MllamaProcessing
 from vlmbuild.families.traced import KeyGroups, TextCore, embed_patches
 from vlmbuild.ir.program import Geometry, Rotary
 
@@ -87,7 +88,7 @@ def _tile_embedding(embedding: Any, tile_ids: Tensor) -> Tensor:
     return gated
 
 
-class Mllama(MllamaPrologue, MllamaProcessing):
+class Mllama(MllamaPrologue):
     """`MllamaForConditionalGeneration`: a Llama 3 whose cross-attention layers read tiles of images (arXiv:2407.21783, 7)."""
 
     name = "mllama"
@@ -96,46 +97,43 @@ class Mllama(MllamaPrologue, MllamaProcessing):
     config_class = MllamaConfig
     model_class = MllamaForConditionalGeneration
     image_core = _ImageCore
-    published_prefixes = (
-        ("lm_head.", "language_model.lm_head."),
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_model.", "vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    )
+    processors = ("MllamaProcessor",)
     vision_prefix = "model.vision_model."
     projector_prefix = "model.multi_modal_projector."
     extra_embedding_rows = 8
 
     def check(self, config: Any) -> None:
         text, vision = config.text_config, config.vision_config
-        layers = text.cross_attention_layers
-        if not layers or not set(layers) < set(range(text.num_hidden_layers)):
-            raise SourceError(
-                f"config.json: cross_attention_layers {layers} must name some, not all, of {text.num_hidden_layers} layers. "
-                "Restore the published list."
-            )
-        if config.image_token_id < text.vocab_size:
-            raise SourceError(
-                f"config.json: image_token_index {config.image_token_id} lies within the vocabulary of {text.vocab_size}. "
-                "Set it to an id after the vocabulary, which the head cannot write."
-            )
-        if vision.image_size % vision.patch_size:
-            raise SourceError(
-                f"config.json: image_size {vision.image_size} is not a multiple of patch_size {vision.patch_size}. Restore "
-                "the published sizes."
-            )
-        if not all(0 <= index < vision.num_hidden_layers for index in vision.intermediate_layers_indices):
-            raise SourceError(
-                f"config.json: intermediate_layers_indices {vision.intermediate_layers_indices} must name some of the "
-                f"{vision.num_hidden_layers} local layers. Restore the published list."
-            )
-        width = vision.hidden_size * (len(vision.intermediate_layers_indices) + 1)
-        if vision.vision_output_dim != width:
-            raise SourceError(
-                f"config.json: vision_output_dim is {vision.vision_output_dim}, but the last state and "
-                f"{len(vision.intermediate_layers_indices)} intermediate ones of width {vision.hidden_size} make {width}. Set "
-                "it to that."
-            )
+        layers, count = text.cross_attention_layers, text.num_hidden_layers
+        known = bool(layers) and set(layers) < set(range(count))
+        require(
+            known, "cross_attention_layers", layers, f"must name some, not all, of {count} layers. Restore the list."
+        )
+        image, rows = config.image_token_id, text.vocab_size
+        require(
+            rows <= image < rows + self.extra_embedding_rows,
+            "image_token_index",
+            image,
+            f"must be one of the {self.extra_embedding_rows} ids after the vocabulary of {rows}. Restore it.",
+        )
+        check_heads("vision_config", vision.hidden_size, vision.attention_heads, None, axes=0)
+        side, patch = vision.image_size, vision.patch_size
+        require(side % patch == 0, "image_size", side, f"is not a multiple of patch_size {patch}. Restore them.")
+        chosen, depth = vision.intermediate_layers_indices, vision.num_hidden_layers
+        known = all(0 <= index < depth for index in chosen)
+        require(
+            known, "intermediate_layers_indices", chosen, f"must name some of the {depth} local layers. Restore it."
+        )
+        width, output = vision.hidden_size * (len(chosen) + 1), vision.vision_output_dim
+        require(
+            output == width,
+            "vision_output_dim",
+            output,
+            f"must be {width}: the last state and {len(chosen)} intermediate ones of {vision.hidden_size}. Set it to that.",
+        )
+        ratios, tiles = vision.supported_aspect_ratios, vision.max_num_tiles
+        fit = all(len(ratio) == 2 and min(ratio) >= 1 and ratio[0] * ratio[1] <= tiles for ratio in ratios)
+        require(fit, "supported_aspect_ratios", ratios, f"must be pairs of at most {tiles} tiles. Restore the list.")
 
     def geometry(self, config: Any) -> Geometry:
         half = config.text_config.hidden_size // config.text_config.num_attention_heads // 2
@@ -144,3 +142,17 @@ class Mllama(MllamaPrologue, MllamaProcessing):
 
     def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
         return {"model.language_model.rotary_emb": MllamaRotaryEmbedding(config.text_config)}
+
+    def load_processor(self, directory: Path) -> Any:
+        backend: dict[str, Any] = {} if is_torchvision_available() else {"backend": "pil"}
+        return MllamaProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **backend)
+
+    def processor_pixels(self, image_processor: Any) -> int:
+        size = image_processor.size
+        return int(size["height"] * size["width"] * image_processor.max_image_tiles)
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        return frozenset({int(processor.image_token_id)})
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        return 1

@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
-from vlmbuild.errors import SourceError
+from vlmbuild.families.config_checks import check_heads, check_placeholder, require
 from vlmbuild.families.pixtral.prepare import PixtralPrologue
 from vlmbuild.families.pixtral.processor import PixtralProcessing
 from vlmbuild.families.traced import FeatureCore, embed_patches
@@ -39,34 +39,25 @@ class Pixtral(PixtralPrologue, PixtralProcessing):
     config_class = LlavaConfig
     model_class = LlavaForConditionalGeneration
     image_core = _ImageCore
-    published_prefixes = (
-        ("lm_head.", "language_model.lm_head."),
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    )
     vision_prefix = "model.vision_tower."
     projector_prefix = "model.multi_modal_projector."
 
     def check(self, config: Any) -> None:
         text, vision = config.text_config, config.vision_config
-        if vision.model_type != "pixtral" or text.model_type != "mistral":
-            raise SourceError(
-                f"config.json: a Llava model with a {vision.model_type} vision tower and a {text.model_type} language model "
-                "is not supported. Use a checkpoint with a pixtral tower and a mistral model."
-            )
-        if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "full":
-            raise SourceError(
-                "config.json: Pixtral uses all features of the last layer. Set vision_feature_layer to -1 and "
-                f'vision_feature_select_strategy to "full", not {config.vision_feature_layer} and '
-                f"{config.vision_feature_select_strategy!r}."
-            )
-        if text.sliding_window is not None:
-            raise SourceError("config.json: sliding-window attention is not supported. Set sliding_window to null.")
-        if vision.attention_dropout:
-            raise SourceError("config.json: attention dropout in the vision tower is not supported. Set it to 0.")
-        if not isinstance(vision.patch_size, int):
-            raise SourceError(f"config.json: patch_size {vision.patch_size} is not supported. Set it to one number.")
+        kinds = f"{vision.model_type} and {text.model_type}"
+        require(
+            kinds == "pixtral and mistral", "model_type", kinds, "must be pixtral and mistral. Use such a checkpoint."
+        )
+        layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        require(layer == -1, "vision_feature_layer", layer, "must be -1: Pixtral uses the last one. Restore it.")
+        require(strategy == "full", "vision_feature_select_strategy", strategy, 'must be "full". Restore it.')
+        window, dropout, patch = text.sliding_window, vision.attention_dropout, vision.patch_size
+        require(window is None, "sliding_window", window, "is not supported. Set it to null.")
+        require(not dropout, "vision_config.attention_dropout", dropout, "is not supported. Set it to 0.")
+        check_heads("vision_config", vision.hidden_size, vision.num_attention_heads, vision.head_dim, axes=2)
+        side = vision.image_size
+        require(patch <= side <= 1024 * patch, "image_size", side, f"must be 1 to 1024 patches of {patch}. Restore it.")
+        check_placeholder(config.image_token_id, "image_token_index", text.vocab_size)
 
     def geometry(self, config: Any) -> Geometry:
         text, vision = config.text_config, config.vision_config

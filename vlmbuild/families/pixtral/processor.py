@@ -5,14 +5,14 @@ transformers replaces its own class by a dummy where torchvision is missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers.image_utils import ChannelDimension
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.families.base import Family
@@ -38,6 +38,8 @@ class ImageTextPixtralProcessor(ProcessorMixin):
         **_unknown: Any,  # the stock class accepts, and drops, what it does not know
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
+        if spatial_merge_size != 1:
+            raise ValueError(f"spatial_merge_size {spatial_merge_size} belongs to another model; Pixtral has 1.")
         self.patch_size = patch_size
         self.spatial_merge_size = spatial_merge_size
         self.image_token = image_token
@@ -57,19 +59,11 @@ class ImageTextPixtralProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        return self._placeholders(height // self._unit, width // self._unit)
-
-    def _placeholders(self, rows: int, columns: int) -> str:
-        row = self.image_token * columns
-        return self.image_break_token.join([row] * rows) + self.image_end_token
-
-    @property
-    def _unit(self) -> int:
-        """Side of the square that becomes one token, in pixels; image sides are rounded up to multiples of it."""
-        return self.patch_size * self.spatial_merge_size
+        row = self.image_token * (width // self.patch_size)
+        return self.image_break_token.join([row] * (height // self.patch_size)) + self.image_end_token
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
-        return super()._process_images(images, **{**kwargs, "patch_size": self._unit})
+        return super()._process_images(images, **{**kwargs, "patch_size": self.patch_size})
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         # Where a class declares its defaults differs between transformers 5.20 and 5.23; what is merged does not.
@@ -77,16 +71,6 @@ class ImageTextPixtralProcessor(ProcessorMixin):
         for part in ("text_kwargs", "images_kwargs"):
             merged[part].setdefault("return_tensors", "pt")
         return merged
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
-        size = kwargs.get("size") or kwargs.get("images_kwargs", {}).get("size") or self.image_processor.size
-        grids = [rows_and_columns(size["longest_edge"], self._unit, *sides) for sides in image_sizes]
-        tokens = [rows * (columns + 1) for rows, columns in grids]
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(tokens))
 
 
 # `save_pretrained` writes it, and every reader knows it; `from_pretrained` chooses the tokenizer's class by it too.
@@ -106,12 +90,15 @@ class PixtralProcessing(Family):
             processor_class = PixtralProcessor
         return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
+    def processor_pixels(self, image_processor: Any) -> int:
+        return int(image_processor.size["longest_edge"]) ** 2
+
     def media_tokens(self, processor: Any) -> frozenset[int]:
         return frozenset(processor.image_token_ids)
 
     def image_tokens(self, processor: Any, height: int, width: int) -> int:
-        unit = processor.patch_size * processor.spatial_merge_size
-        rows, columns = rows_and_columns(processor.image_processor.size["longest_edge"], unit, height, width)
+        edge = processor.image_processor.size["longest_edge"]
+        rows, columns = rows_and_columns(edge, processor.patch_size, height, width)
         return rows * (columns + 1)  # a break or the end after every row
 
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:

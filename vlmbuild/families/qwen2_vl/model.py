@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
-from vlmbuild.errors import SourceError
+from vlmbuild.families.config_checks import check_heads, check_placeholder, require
 from vlmbuild.families.qwen2_vl.processor import Qwen2VLProcessing
 from vlmbuild.families.traced import FeatureCore
 from vlmbuild.ir.program import Geometry, Rotary
@@ -37,17 +37,26 @@ class Qwen2VL(Qwen2VLProcessing):
     projector_prefix = "model.visual.merger."
 
     def check(self, config: Any) -> None:
-        text = config.text_config
-        sections = text.rope_parameters.get("mrope_section")
-        if not sections or sum(sections) * 2 != _head_dim(text):
-            raise SourceError(
-                f"config.json: mrope_section {sections} must have {_head_dim(text) // 2} angles in all, half of the head "
-                "size. Without it positions would silently be one-dimensional; restore the published rope_scaling entry."
-            )
-        if any(kind != "full_attention" for kind in text.layer_types):
-            raise SourceError(
-                "config.json: sliding-window attention is not supported. Set use_sliding_window to false."
-            )
+        text, vision = config.text_config, config.vision_config
+        sections, half = text.rope_parameters.get("mrope_section"), _head_dim(text) // 2
+        require(
+            isinstance(sections, list) and len(sections) == 3 and sum(sections) == half,
+            "mrope_section",
+            sections,
+            f"must be three numbers, {half} angles in all, half of the head size. Without it positions would silently be "
+            "one-dimensional; restore the published rope_scaling entry.",
+        )
+        full = all(kind == "full_attention" for kind in text.layer_types)
+        require(
+            full, "use_sliding_window", True, "means sliding-window attention, which is not supported. Set it to false."
+        )
+        check_heads("vision_config", vision.embed_dim, vision.num_heads, None, axes=2)
+        width, hidden = vision.hidden_size, text.hidden_size
+        require(
+            width == hidden, "vision_config.hidden_size", width, f"must be the text's hidden_size {hidden}. Restore it."
+        )
+        for field in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            check_placeholder(getattr(config, field), field, text.vocab_size)
 
     def geometry(self, config: Any) -> Geometry:
         text, vision = config.text_config, config.vision_config

@@ -97,14 +97,14 @@ def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]
             "The artifact's processor has no chat template to format the prompt with. Build from a checkpoint that was "
             "tuned on conversations."
         )
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    media = {"images": [list(images)]} if images else {}
+    from vlmbuild.families.chat import question_batch
+
     try:
-        batch = processor(text=[text], **media, add_special_tokens=False, return_tensors="pt")
+        return question_batch(processor, prompt, images)
+    except BatchError:
+        raise
     except ValueError as error:
         raise BatchError(f"--image: the artifact's processor refuses the images: {error}") from error
-    return {name: value for name, value in batch.items() if hasattr(value, "device")}
 
 
 def _generation(config: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:

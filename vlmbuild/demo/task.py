@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmbuild.demo.digits import Sample
+from vlmbuild.families.chat import question_text
 from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.collator import VisionDataCollator
 
@@ -28,13 +29,7 @@ LARGEST = Task("What is the largest digit?", lambda digits: str(max(digits)))
 
 def prompt(processor: Any, task: Task) -> str:
     """Render the chat prompt of one image and the task's question."""
-    text: str = processor.apply_chat_template(_question(task), add_generation_prompt=True)
-    return text
-
-
-def _question(task: Task) -> list[dict[str, Any]]:
-    """Make the messages of one image and the task's question."""
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task.question}]}]
+    return question_text(processor, task.question, 1)
 
 
 def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -44,8 +39,11 @@ def training_batch(processor: Any, task: Task, samples: Sequence[Sample]) -> dic
 
 def _example(task: Task, sample: Sample) -> dict[str, Any]:
     """Make one chat sample in the format of the collator."""
-    answer = {"role": "assistant", "content": task.answer(sample.digits)}
-    return {"images": [sample.image], "messages": [*_question(task), answer]}
+    question = {"role": "user", "content": task.question}
+    return {
+        "images": [sample.image],
+        "messages": [question, {"role": "assistant", "content": task.answer(sample.digits)}],
+    }
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
+from vlmbuild.families.chat import question_text
 
 SEED = 0
 _SAMPLES: dict[str, tuple[tuple[str, tuple[tuple[int, int], ...]], ...]] = {
@@ -86,7 +87,7 @@ def _batch(processor: Any, samples: Sequence[tuple[str, Sequence[Image.Image]]])
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     pictures = [list(images) for _, images in samples]
     made = processor(
-        text=[_text(processor, question, len(images)) for question, images in samples],
+        text=[question_text(processor, question, len(images)) for question, images in samples],
         **({"images": pictures} if any(pictures) else {}),
         padding=True,
         add_special_tokens=False,
@@ -117,11 +118,3 @@ def _scene(noise: np.random.Generator, width: int, height: int) -> Image.Image:
         squares = noise.integers(-128, 128, (-(-height // side), -(-width // side), 3))
         total += side**0.5 * np.kron(squares, np.ones((side, side, 1)))[:height, :width]
     return Image.fromarray(np.clip(128 + total / 4, 0, 255).astype(np.uint8))
-
-
-def _text(processor: Any, question: str, images: int) -> str:
-    if not getattr(processor, "chat_template", None):  # a base model's
-        return f"{processor.image_token}\n" * images + question
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.errors import UsageError
+from vlmbuild.families.chat import render_chat
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.linear_layers import LinearLayer
@@ -50,6 +51,7 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
         if line.strip():
             try:
                 messages = json.loads(line)["messages"]
+                render_chat(processor, messages)  # within limits, which transformers has not
                 batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
             except Exception as error:  # templates and processors raise whatever they like
                 raise UsageError(

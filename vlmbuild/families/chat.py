@@ -1,0 +1,106 @@
+"""Chats written by chat templates, which come from checkpoints and are not trusted: rendering within limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from torch import Tensor
+
+from vlmbuild.errors import BatchError, UsageError
+from vlmbuild.families.chat_sandbox import ChatEnvironment, rendering
+
+
+def render_chat(
+    processor: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Any] | None = None,
+    **options: Any,
+) -> str:
+    """Write messages as `processor.apply_chat_template` does, within the limits of this module.
+
+    Raises:
+        UsageError: The processor has no chat template.
+        BatchError: The template refuses the messages, exceeds a limit, or does what is not allowed.
+    """
+    template = chat_template(processor, bool(tools))
+    values = {**processor.tokenizer.special_tokens_map, **options}
+    rendering.begin()
+    try:
+        return _compiled(template).render(
+            _plain({**values, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt})
+        )
+    except Exception as error:  # templates fail in every way
+        raise BatchError(f"The chat template refuses the messages: {error or type(error).__name__}") from error
+
+
+def chat_template(processor: Any, tools: bool = False) -> str:
+    """Return the processor's template; of several by name, the default one, or the one for tools.
+
+    Raises:
+        UsageError: There is none.
+    """
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = template.get("tool_use" if tools and "tool_use" in template else "default")
+    if not isinstance(template, str) or not template:
+        raise UsageError(
+            "The processor has no chat template to write conversations in the model's format. Use the "
+            "processor that vlmbuild.load returns, or set processor.chat_template to the model's published one."
+        )
+    return template
+
+
+@lru_cache
+def template_names(template: str) -> frozenset[str]:
+    """List the names that a template reads from outside."""
+    try:
+        return frozenset(jinja2.meta.find_undeclared_variables(ChatEnvironment().parse(template)))
+    except jinja2.TemplateError as error:
+        raise UsageError(f"The chat template is not valid Jinja: {error}. Use the model's published one.") from error
+
+
+def question_text(processor: Any, question: str, images: int) -> str:
+    """Write a question of the user after images as a prompt; plain text where the processor has no chat template."""
+    if not getattr(processor, "chat_template", None):  # a base model's
+        return f"{processor.image_token}\n" * images + question
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    return render_chat(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def question_batch(processor: Any, question: str, images: Sequence[Any] = (), **options: Any) -> dict[str, Tensor]:
+    """Process images and a question of the user as a prompt; see `question_text`.
+
+    Args:
+        processor: Processor of the model.
+        question: Text after the images.
+        images: Images of the one message.
+        **options: For the processor.
+    """
+    if getattr(processor, "chat_template", None):  # it writes special tokens
+        options = {"add_special_tokens": False, **options}
+    pictures = {"images": [list(images)]} if images else {}
+    text = question_text(processor, question, len(images))
+    batch = processor(text=[text], **pictures, return_tensors="pt", **options)
+    return {name: tensor for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+
+
+@lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    return ChatEnvironment().from_string(template)
+
+
+def _plain(value: Any) -> Any:
+    """Rebuild a value of plain JSON types: templates see whether media are there, and nothing of them."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return f"<{type(value).__name__}>"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmbuild.errors import BatchError
 
+_IGNORED = -100
 _REFUSED = ("position_ids", "inputs_embeds", "past_key_values")
 
 
@@ -81,7 +82,8 @@ def read_tokens(batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vo
         vocabulary: Rows of the embedding table.
 
     Raises:
-        BatchError: A tensor is missing or has a wrong shape, no token is attended to, or a label is a placeholder.
+        BatchError: A tensor is missing or has a wrong shape, no token is attended to, or a label is a placeholder, lies on or
+            directly behind padding, or is no token.
     """
     for key in _REFUSED:
         if batch.get(key) is not None:
@@ -101,8 +103,10 @@ def read_tokens(batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vo
         raise BatchError(
             "The batch attends to no token: attention_mask is zero everywhere. Pass the processor's own mask."
         )
-    _check_labels(batch.get("labels"), placeholders)
     mask = mask.cpu()
+    if (labels := batch.get("labels")) is not None:
+        _check_placeholder_labels(labels, placeholders)
+        _check_labels(labels, mask, vocabulary)
     return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
 
 
@@ -132,9 +136,39 @@ def _check_like(key: str, values: object, ids: Tensor) -> None:
         )
 
 
-def _check_labels(labels: Tensor | None, placeholders: Mapping[int, str]) -> None:
-    if labels is None:
-        return
+def _check_labels(labels: Tensor, mask: Tensor, vocabulary: int) -> None:
+    """Raise BatchError for labels that transformers would learn, or fail on, and that this package leaves out."""
+    labels = labels.cpu()
+    chosen = labels != _IGNORED
+    behind = torch.zeros_like(chosen)
+    behind[:, 1:] = chosen[:, 1:] & mask[:, 1:] & ~mask[:, :-1]
+    for wrong, fault, remedy in (
+        (
+            chosen & ~mask,
+            "labels are on padding (attention_mask is 0 there)",
+            "Set them to -100: labels[attention_mask == 0] = -100",
+        ),
+        (
+            behind,
+            "labels would be predicted from the padding before them",
+            "Set the first one after padding to -100: labels[:, 1:][attention_mask[:, :-1] == 0] = -100",
+        ),
+        (
+            chosen & ((labels < 0) | (labels >= vocabulary)),
+            f"labels are no token ids from 0 to {vocabulary - 1}, and not -100",
+            "Set labels to leave out to -100",
+        ),
+    ):
+        if wrong.any():
+            sample = int(wrong.any(1).int().argmax())
+            raise BatchError(f"Sample {sample}: {int(wrong[sample].sum())} {fault}. {remedy}.")
+
+
+def _check_placeholder_labels(labels: Tensor, placeholders: Mapping[int, str]) -> None:
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise BatchError(
+            f"labels are {labels.dtype}; they are token ids. Pass integers, and -100 for tokens to leave out."
+        )
     for token, kind in placeholders.items():
         wrong = (labels == token).sum(1).cpu()
         if wrong.any():

@@ -16,7 +16,8 @@ from samples import one_image, text_only, turn, two_images
 
 from vlmbuild import VisionDataCollator
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.families import family_of_processor
+from vlmbuild.families import FAMILIES, family_of_processor
+from vlmbuild.zoo import ZOO
 
 PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
 END = {"qwen2_vl": "<|im_end|>", "mllama": "<|eot_id|>", "pixtral": "</s>"}
@@ -188,7 +189,7 @@ def test_a_token_across_the_beginning_of_a_response_is_no_label():
 def test_templates_that_rewrite_history_are_refused():
     """Pixtral's writes the system message into the last user message, and drops it once an answer follows."""
     messages = [turn("system", "Be brief."), *text_only()["messages"]]
-    with pytest.raises(BatchError, match="Sample 0 .* assistant message 2 .* first user message"):
+    with pytest.raises(BatchError, match="Sample 0 .* system message 'Be brief.' .* first user message"):
         VisionDataCollator(processors.pixtral())([{"messages": messages}])
 
 
@@ -228,11 +229,12 @@ def test_image_tokens_in_the_text_itself_are_refused(processor):
 
 def test_template_refusals_name_the_sample():
     messages = [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]
-    with pytest.raises(BatchError, match=r'Sample 1 \("a"\): the chat template refuses .*take turns'):
+    with pytest.raises(BatchError, match=r'Sample 1 \("a"\): .*chat template refuses .*take turns'):
         VisionDataCollator(processors.pixtral())([text_only(), {"messages": messages}])
 
 
-def test_options_are_checked(processor):
+def test_options_are_checked():
+    processor = processors.qwen2_vl()
     for options, message in (
         ({"max_length": 0}, "max_length"),
         ({"padding_side": "top"}, "padding_side"),
@@ -255,8 +257,11 @@ def test_template_options_reach_the_template():
     assert "Picture 1: " in processors.qwen2_vl().tokenizer.decode(collator([one_image()])["input_ids"][0])
 
 
-def test_collator_goes_to_workers_and_is_deterministic(processor):
-    collator, examples = VisionDataCollator(processor), [text_only(), one_image()]
+def test_collator_goes_to_workers_and_is_deterministic():
+    collator, examples = (
+        VisionDataCollator(FAMILIES["qwen2_vl"].processor(ZOO["qwen2-vl-digits"])),
+        [text_only(), one_image()],
+    )
     first, second = collator(examples), pickle.loads(pickle.dumps(collator))(examples)
     assert all(torch.equal(first[key], second[key]) for key in first)
 

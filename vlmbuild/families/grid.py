@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +99,14 @@ class GridFamily(Family):
     def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         placeholders = self.placeholders(config)
         tokens = read_tokens(batch, placeholders, self.vocabulary(config))
-        images, pixels = self.read_images(batch, config, processor)
         remedy = (
             "Pass the images to the processor together with the text, in the order in which the texts mention them. If "
             "truncation cut tokens off, raise max_length or make images smaller, for example "
             f"processor(..., size={self.size_example})."
         )
-        index = feature_index(tokens, images, placeholders, remedy)
+        with _naming_dispatch(batch):
+            images, pixels = self.read_images(batch, config, processor)
+            index = feature_index(tokens, images, placeholders, remedy)
         text = tokens.inputs(self.position_ids(tokens, images, batch, config))
         if pixels is None:
             return PackedBatch("text", text, tokens.index)
@@ -113,6 +115,21 @@ class GridFamily(Family):
         vision = self.vision_tensors(torch.tensor([image.grid for image in images]), config)
         tensors = {**text, "feature_index": index, "pixel_values": pixels.float(), **vision}
         return PackedBatch("image", tensors, tokens.index)
+
+
+@contextmanager
+def _naming_dispatch(batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Add a remedy for batches that accelerate has cut: it keeps as many rows of every tensor as the text has."""
+    try:
+        yield
+    except BatchError as error:
+        pixels = batch.get("pixel_values")
+        if isinstance(pixels, Tensor) and len(pixels) == len(batch["input_ids"]):
+            raise BatchError(
+                f'{error} If a trainer reads an IterableDataset, pass accelerator_config={{"dispatch_batches": False}}, or it '
+                "cuts batches by their first dimension."
+            ) from error
+        raise
 
 
 def feature_index(tokens: Tokens, images: Sequence[BatchImage], placeholders: Mapping[int, str], remedy: str) -> Tensor:

@@ -16,8 +16,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vlmbuild.runtime.torch.model import unwrap
 from vlmbuild.train.lora import save_adapter
 
-_STATUS = Path("/proc/self/status")
-
 
 class TrainingCallback(TrainerCallback):
     """`Trainer(model, ..., callbacks=[vlmbuild.TrainingCallback()])`.
@@ -54,8 +52,4 @@ def peak_memory() -> int:
     """Return the most bytes that this process has used: allocated by torch on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if _STATUS.exists():  # a process inherits getrusage's value from the one that started it
-        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
+from vlmbuild.families.chat import chat_template, template_names
 from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.conversation import Conversation, read_conversation
-from vlmbuild.train.images import image_size, open_image
+from vlmbuild.train.images import ImageError
+from vlmbuild.train.media import MediaReader, named_errors, with_size
 from vlmbuild.train.render import render
+from vlmbuild.train.rows import padded_on_the_left, until_first, until_last, within
 from vlmbuild.util.validation import one_of
 
 
@@ -27,7 +28,8 @@ class Measure(NamedTuple):
     Attributes:
         tokens: Tokens, including its images', after truncation to `max_length`.
         images: Number of images.
-        fits: True if all its images and the beginning of a response fit into `max_length`.
+        fits: True if all its images and the beginning of a response fit into `max_length`, and its images can be processed;
+            where they cannot, tokens are 0.
     """
 
     tokens: int
@@ -37,7 +39,7 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A rendered conversation; its tokens, with one per image, and which of them are labels."""
+    """A rendered conversation; its tokens, with one per image or video, and which of them are labels."""
 
     conversation: Conversation
     text: str
@@ -56,6 +58,9 @@ class VisionDataCollator:
         padding_side: "right" or "left".
         overlong: Treatment of a sample whose images, or first response, lie beyond `max_length`: "error", or "drop" with a
             warning that counts.
+        unusable: Treatment of a sample with an image that cannot be read or processed: "error", or "drop" with a warning.
+        ignore_columns: Columns of samples to leave out; others that are not read are errors.
+        tags: Whether `<image>` and `<video>` in texts are placeholders of images and videos.
         size: Lower limits for images than the processor's own, in the same terms: {"longest_edge": pixels}.
         template_options: Further values for the chat template, for example {"add_vision_id": True}, or {"date_string": ...}
             for a template that writes today's date.
@@ -72,23 +77,31 @@ class VisionDataCollator:
         responses_only: bool = True,
         padding_side: Literal["right", "left"] = "right",
         overlong: Literal["error", "drop"] = "error",
+        unusable: Literal["error", "drop"] = "error",
+        ignore_columns: Collection[str] = (),
+        tags: bool = True,
         size: Mapping[str, int] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.family = family_of_processor(processor)
         one_of("padding_side", padding_side, ("right", "left"))
         one_of("overlong", overlong, ("error", "drop"))
+        one_of("unusable", unusable, ("error", "drop"))
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise UsageError(f"max_length must be a number of tokens, at least 1, or None; got {max_length!r}.")
-        _check_processor(processor)
-        self.processor = processor if size is None else _with_size(processor, size, self.family)
+        _check_processor(processor, template_options or {})
+        self.processor = processor if size is None else with_size(processor, size, self.family)
         self.max_length = max_length
         self.responses_only = responses_only
         self.padding_side = padding_side
         self.overlong = overlong
+        self.unusable = unusable
+        self.ignore_columns = tuple(ignore_columns)
+        self.tags = tags
         self.template_options = dict(template_options or {})
         self.ends = tuple(processor.tokenizer.get_added_vocab())
         self.media = torch.tensor(sorted(self.family.media_tokens(processor)))
+        self.media_reader = MediaReader(self.family, self.processor)
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """
@@ -101,79 +114,127 @@ class VisionDataCollator:
         Raises:
             BatchError: A sample is malformed, has no response, more or fewer images than placeholders, or is overlong.
         """
-        flat = [sample for example in examples for sample in (example if isinstance(example, list) else [example])]
-        samples = self._samples(flat)
-        batch = self._process(samples)
+        flat = [sample for example in examples for sample in (example if _is_pack(example) else [example])]
+        if not flat:
+            raise BatchError("The batch has no samples.")
+        samples, batch = self._processed(self._samples(flat))
         kept = self._fitting(samples, batch)
         if len(kept) < len(samples):
-            samples = [samples[number] for number in kept]
-            batch = self._process(samples)
+            samples, batch = self._processed([samples[number] for number in kept])
         return self._trimmed(batch)
 
-    def measure(self, example: Any) -> Measure:
+    def measure(self, example: Any, number: int = 0) -> Measure:
         """Return the cost of a sample from the sizes of its images: files are opened, but no pixel is decoded.
 
+        Args:
+            example: A sample.
+            number: Its number, for error messages.
+
         Raises:
-            BatchError: The sample is malformed.
+            BatchError: The sample is malformed, or has an image that cannot be processed and `unusable` is "error".
         """
-        sample = self._samples([example])[0]
-        sizes = [image_size(image, sample.conversation.where) for image in sample.conversation.images]
-        images = (sample.ids == self.processor.image_token_id).nonzero().squeeze(1)
+        sample = self._samples([example], number)[0]
+        images = len(sample.conversation.values("image"))
+        try:
+            costs = [self.media_reader.tokens(media, sample.conversation.where) for media in sample.conversation.media]
+        except ImageError:
+            if self.unusable == "drop":
+                return Measure(0, images, False)
+            raise
+        places = torch.isin(sample.ids, torch.tensor([*self.media_reader.placeholders.values()])).nonzero().squeeze(1)
         lengths = torch.ones_like(sample.ids)
-        lengths[images] = torch.tensor(
-            [self.family.image_tokens(self.processor, *size) for size in sizes], dtype=torch.int64
-        )
+        lengths[places] = torch.tensor(costs, dtype=torch.int64)
         ends = lengths.cumsum(0).tolist()
-        tokens, needed = ends[-1], max(ends[int(index)] for index in (sample.learned.int().argmax(), *images))
+        tokens, needed = ends[-1], max(ends[int(index)] for index in (sample.learned.int().argmax(), *places))
         limit = tokens if self.max_length is None else self.max_length
-        return Measure(min(tokens, limit), len(sizes), needed <= limit)
+        return Measure(min(tokens, limit), images, needed <= limit)
 
     # Text -----------------------------------------------------------------------------------------------------------
 
-    def _samples(self, examples: Sequence[Any]) -> list[_Sample]:
-        if not examples:
-            raise BatchError("The batch has no samples.")
-        conversations = [read_conversation(example, number) for number, example in enumerate(examples)]
-        rendered = [render(talk, self.processor, self.template_options, self.ends) for talk in conversations]
+    def _samples(self, examples: Sequence[Any], first: int = 0) -> list[_Sample]:
+        conversations = [
+            read_conversation(example, number, ignore=self.ignore_columns, tags=self.tags)
+            for number, example in enumerate(examples, first)
+        ]
+        rendered = [
+            render(talk, self.processor, self.template_options, self.ends, others=not self.responses_only)
+            for talk in conversations
+        ]
         encoded = self.processor.tokenizer(
             [one.text for one in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
         samples = []
         for number, (talk, one) in enumerate(zip(conversations, rendered, strict=True)):
             self._check_placeholders(talk, one.text)
-            ids = torch.tensor(encoded["input_ids"][number])
-            spans = one.spans if self.responses_only else ((0, len(one.text)),)
-            learned = _within(encoded["offset_mapping"][number], spans) & ~torch.isin(ids, self.media)
+            ids, offsets = torch.tensor(encoded["input_ids"][number]), encoded["offset_mapping"][number]
+            learned = within(offsets, one.responses if self.responses_only else ((0, len(one.text)),))
+            learned &= ~within(offsets, one.others) & ~torch.isin(ids, self.media)
             if not learned.any():
                 raise BatchError(
                     f"{talk.where} has no response to learn: it needs an assistant message (in the completion, if there is "
-                    "one) that is not empty."
+                    "one) that is not empty and has no weight of 0."
                 )
             samples.append(_Sample(talk, one.text, ids, learned))
         return samples
 
     def _check_placeholders(self, talk: Conversation, text: str) -> None:
-        written = text.count(self.processor.image_token)
-        if written != len(talk.images):
-            raise BatchError(
-                f"{talk.where} has {len(talk.images)} images, but its text has {written} image tokens "
-                f"({self.processor.image_token}) after the chat template. Use a template that writes one for each "
-                "image part, and texts without any."
-            )
+        for kind in ("image", "video"):
+            token = getattr(self.processor, f"{kind}_token", None)
+            count, written = len(talk.values(kind)), 0 if token is None else text.count(token)
+            if count and token is None:
+                raise BatchError(
+                    f"{talk.where} has {count} {kind}s, but {self.family.title} reads none. Leave them out."
+                )
+            if written != count:
+                raise BatchError(
+                    f"{talk.where} has {count} {kind}s, but its text has {written} {kind} tokens "
+                    f"({token}) after the chat template. Use a template that writes one for each "
+                    f"{kind} part, and texts without any."
+                )
 
     # Images ---------------------------------------------------------------------------------------------------------
 
+    def _processed(self, samples: Sequence[_Sample]) -> tuple[list[_Sample], dict[str, Tensor]]:
+        """Process samples, without unusable ones if that is wanted."""
+        usable, faults = [], []
+        try:
+            return list(samples), self._process(samples)
+        except ImageError as error:
+            if self.unusable == "error" and len(samples) == 1:
+                raise
+            first = error
+        for sample in samples:  # one by one, to name or drop those that fail
+            try:
+                self._process([sample])
+                usable.append(sample)
+            except ImageError as error:
+                if self.unusable == "error":
+                    raise
+                faults.append(error)
+        if not usable or not faults:
+            raise (faults or [first])[0]
+        warnings.warn(f"{len(faults)} of {len(samples)} samples left out. {faults[0]}", stacklevel=4)
+        return usable, self._process(usable)
+
     def _process(self, samples: Sequence[_Sample]) -> dict[str, Tensor]:
         """Return the processor's batch, padded on the right, and its labels."""
-        images = [[open_image(image, one.conversation.where) for image in one.conversation.images] for one in samples]
-        batch = self.processor(
-            text=[one.text for one in samples],
-            **({"images": images} if any(images) else {}),
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-            return_tensors="pt",
-        )
+        opened: dict[str, list[list[Any]]] = {}
+        for kind in ("image", "video"):
+            opened[kind] = [
+                [self.media_reader.open(m, one.conversation.where) for m in one.conversation.values(kind)]
+                for one in samples
+            ]
+        videos = [video for one in opened["video"] for video in one]
+        with named_errors(samples[0].conversation.where if len(samples) == 1 else "The batch", "its images or videos"):
+            batch = self.processor(
+                text=[one.text for one in samples],
+                **({"images": opened["image"]} if any(opened["image"]) else {}),
+                **({"videos": videos} if videos else {}),
+                padding=True,
+                padding_side="right",
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         return {**tensors, "labels": self._labels(samples, tensors)}
 
@@ -199,7 +260,9 @@ class VisionDataCollator:
         if self.max_length is None:
             return list(range(len(samples)))
         lengths = batch["attention_mask"].sum(1).tolist()
-        needed = torch.maximum(_last(torch.isin(batch["input_ids"], self.media)), _first(batch["labels"] != IGNORED))
+        needed = torch.maximum(
+            until_last(torch.isin(batch["input_ids"], self.media)), until_first(batch["labels"] != IGNORED)
+        )
         kept = [number for number, need in enumerate(needed.tolist()) if need <= self.max_length]
         left_out = [number for number in range(len(samples)) if number not in kept]
         if not left_out:
@@ -231,68 +294,25 @@ class VisionDataCollator:
         for key in ("input_ids", "attention_mask", "labels", *(key for key in rows if rows[key] == "token")):
             if key in batch:
                 values = batch[key][:, : int(lengths.max())]
-                batch[key] = values if self.padding_side == "right" else _padded_on_the_left(values, lengths.tolist())
+                batch[key] = values if self.padding_side == "right" else padded_on_the_left(values, lengths.tolist())
+        if self.padding_side == "left":  # nothing but padding is before the first token
+            batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = IGNORED
         return batch
 
 
-def _check_processor(processor: Any) -> None:
-    if not getattr(processor, "chat_template", None):
-        raise UsageError(
-            "The processor has no chat template to write conversations in the model's format. Use the "
-            "processor that vlmbuild.load returns, or set processor.chat_template to the model's published one."
-        )
+def _is_pack(example: Any) -> bool:
+    """Tell a list of samples from a list of messages, which is one sample."""
+    if not isinstance(example, list):
+        return False
+    messages = all(isinstance(entry, Mapping) and ("role" in entry or "from" in entry) for entry in example)
+    return not example or not messages
+
+
+def _check_processor(processor: Any, options: Mapping[str, Any]) -> None:
+    if unread := sorted(set(options) - template_names(chat_template(processor))):
+        raise UsageError(f"template_options: the chat template does not read {unread[0]!r}. Leave it out.")
     if processor.tokenizer.pad_token_id is None:
         raise UsageError(
             "The processor's tokenizer has no padding token. Set one that no text has, for example "
             "processor.tokenizer.pad_token = processor.tokenizer.eos_token; padding is never a label."
         )
-
-
-def _with_size(processor: Any, size: Mapping[str, int], family: Any) -> Any:
-    """Copy the processor with lower limits for images."""
-    own = dict(processor.image_processor.size)
-    for key, value in size.items():
-        if key not in family.resizable_keys:
-            known = ", ".join(family.resizable_keys) or f"none: {family.title} has images of one size"
-            raise UsageError(f"size: {key!r} cannot be set. Pass one of these limits: {known}.")
-        if not isinstance(value, int) or not 1 <= value <= own[key]:
-            raise UsageError(f"size: {key} must be from 1 to {own[key]}, the limit of the processor; got {value!r}.")
-    chosen = {**own, **size}
-    if chosen.get("shortest_edge", 0) > chosen.get("longest_edge", 0) > 0:
-        raise UsageError(
-            f"size: shortest_edge {chosen['shortest_edge']} is above longest_edge {chosen['longest_edge']}."
-        )
-    limited = copy.copy(processor)
-    limited.image_processor = copy.copy(processor.image_processor)
-    limited.image_processor.size = SizeDict(**chosen)
-    return limited
-
-
-def _within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Return bool (tokens,): which tokens lie in one of the spans, whole.
-
-    A token that begins before a response is no label: its first part belongs to the prompt, and the model cannot write the
-    rest as this token.
-    """
-    flags = [any(start <= first < last <= end for start, end in spans) for first, last in offsets]
-    return torch.tensor(flags, dtype=torch.bool)
-
-
-def _first(flags: Tensor) -> Tensor:
-    """Return the length of each row up to its first true value: int64 (rows,)."""
-    return flags.int().argmax(1) + 1
-
-
-def _last(flags: Tensor) -> Tensor:
-    """Return the length of each row up to its last true value: int64 (rows,)."""
-    return (flags * torch.arange(1, flags.shape[1] + 1)).amax(1)
-
-
-def _padded_on_the_left(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Move the padding of rows (batch, sequence, ...) from right to left."""
-    width = values.shape[1]
-    moved = torch.stack([row.roll(width - length, 0) for row, length in zip(values, lengths, strict=True)])
-    if values.ndim > 2:  # which images a token sees: padding before all images sees none
-        for row, length in zip(moved, lengths, strict=True):
-            row[: width - length] = 0
-    return moved

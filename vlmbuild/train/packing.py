@@ -8,12 +8,11 @@ many samples as fit a budget.
 from __future__ import annotations
 
 import bisect
-import math
 import random
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import Dataset
 
@@ -124,7 +123,7 @@ class PackedDataset(Dataset[list[Any]]):
         overlong: Overlong = "error",
     ) -> None:
         self.dataset = dataset
-        measured = [(index, collator.measure(dataset[index])) for index in range(len(dataset))]
+        measured = [(index, collator.measure(dataset[index], index)) for index in range(len(dataset))]
         self.indices = _fitting(measured, collator)
         measures = [measured[index][1] for index in self.indices]
         self.lengths = [measure.tokens for measure in measures]
@@ -141,16 +140,31 @@ class PackedDataset(Dataset[list[Any]]):
 
 def _fitting(measured: Sequence[tuple[int, Measure]], collator: VisionDataCollator) -> list[int]:
     """Return indices of the samples that the collator can cut to `max_length`, to fail now and not during training."""
-    left_out = [index for index, measure in measured if not measure.fits]
+    left_out = [(index, measure) for index, measure in measured if not measure.fits]
     if left_out:
+        unusable = sum(not measure.tokens for _, measure in left_out)
         what = (
-            f"of {len(measured)} samples, {len(left_out)} have an image or their first response beyond "
-            f"max_length={collator.max_length}; the first is sample {left_out[0]} of the data set"
+            f"of {len(measured)} samples, {len(left_out) - unusable} have an image or their first response beyond max_length="
+            f"{collator.max_length}, and {unusable} have an image that cannot be processed; the first is sample "
+            f"{left_out[0][0]} of the data set"
         )
-        if collator.overlong == "error" or len(left_out) == len(measured):
+        refused = collator.overlong == "error" and unusable < len(left_out)
+        if refused or len(left_out) == len(measured):
             raise BatchError(f'{what.capitalize()}. Raise max_length, keep fewer pixels per image, or overlong="drop".')
         warnings.warn(f"Left out {what}.", stacklevel=3)
     return [index for index, measure in measured if measure.fits]
+
+
+class Steps(NamedTuple):
+    """Steps of an epoch.
+
+    Attributes:
+        sizes: Tokens that each step computes, padding included.
+        padding: Share of padding.
+    """
+
+    sizes: tuple[int, ...]
+    padding: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,50 +172,20 @@ class PaddingReport:
     """Padding and steadiness before and after packing; `str` of it is a table.
 
     Attributes:
-        tokens: Tokens of all samples.
-        batch_size: Samples of a padded batch, in the order of the data set.
-        batches: Number of padded batches.
-        padded: Tokens in padded batches, padding included.
-        batch_range: Least and most tokens of a batch, padding included.
-        packs: Number of packs.
-        packed: Tokens in packs, all of which the model computes.
-        pack_range: Least and most tokens of a pack.
-        budget: Most tokens that a pack may have, or that the fullest has.
+        padded: Padded batches, in the order of the data set.
+        packed: Packs.
+        fill: Share of the packs' budget that is used.
     """
 
-    tokens: int
-    batch_size: int
-    batches: int
-    padded: int
-    batch_range: tuple[int, int]
-    packs: int
-    packed: int
-    pack_range: tuple[int, int]
-    budget: int
-
-    @property
-    def padding_before(self) -> float:
-        """Share of padding in padded batches."""
-        return 1 - self.tokens / self.padded
-
-    @property
-    def padding_after(self) -> float:
-        """Share of padding in packs: none, as long as packs hold every sample once."""
-        return 1 - self.tokens / self.packed
-
-    @property
-    def fill(self) -> float:
-        """Share of the packs' budget that is used."""
-        return self.packed / (self.packs * self.budget)
+    padded: Steps
+    packed: Steps
+    fill: float
 
     def __str__(self) -> str:
-        rows = (
-            (f"padded batches of {self.batch_size}", self.batches, self.padded, self.padding_before, self.batch_range),
-            (f"packs of {self.budget} tokens", self.packs, self.packed, self.padding_after, self.pack_range),
-        )
-        lines = [f"{'':28}{'steps':>8}{'tokens computed':>18}{'padding':>10}{'tokens of a step':>20}"]
-        for name, steps, tokens, share, (least, most) in rows:
-            lines.append(f"{name:28}{steps:>8,}{tokens:>18,}{share:>10.1%}{f'{least:,} to {most:,}':>20}")
+        lines = [f"{'':16}{'steps':>8}{'tokens computed':>18}{'padding':>10}{'tokens of a step':>20}"]
+        for name, (sizes, padding) in (("padded batches", self.padded), ("packs", self.packed)):
+            of_step = f"{min(sizes):,} to {max(sizes):,}"
+            lines.append(f"{name:16}{len(sizes):>8,}{sum(sizes):>18,}{padding:>10.1%}{of_step:>20}")
         return "\n".join([*lines, f"The packs are {self.fill:.1%} full."])
 
 
@@ -219,21 +203,15 @@ def padding_report(
     Raises:
         UsageError: There are no samples, the packs belong to other samples, or the batch size is not positive.
     """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1; got {batch_size}.")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1; got {value}.")
     if not lengths or sorted(index for one in packs for index in one) != list(range(len(lengths))):
         raise UsageError(f"The packs must hold each of the {len(lengths)} samples once, and there must be some.")
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    padded = [len(batch) * max(batch) for batch in batches]
-    sums = [sum(lengths[index] for index in one) for one in packs]
+    padded = tuple(len(batch) * max(batch) for batch in batches)
+    packed = tuple(sum(lengths[index] for index in one) for one in packs)
+    tokens, budget = sum(lengths), len(packs) * (max(packed) if max_tokens is None else max_tokens)
     return PaddingReport(
-        tokens=sum(lengths),
-        batch_size=batch_size,
-        batches=math.ceil(len(lengths) / batch_size),
-        padded=sum(padded),
-        batch_range=(min(padded), max(padded)),
-        packs=len(packs),
-        packed=sum(sums),
-        pack_range=(min(sums), max(sums)),
-        budget=max_tokens or max(sums),
+        Steps(padded, 1 - tokens / sum(padded)), Steps(packed, 1 - tokens / sum(packed)), tokens / budget
     )

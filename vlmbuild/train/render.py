@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from vlmbuild.errors import BatchError
+from vlmbuild.families.chat import chat_template, render_chat, template_names
 from vlmbuild.train.conversation import Conversation
 
 
@@ -17,33 +16,46 @@ class Rendered:
     """A conversation written by the chat template.
 
     Attributes:
-        text: The whole text, with one placeholder per image.
-        spans: (start, end) characters of every response: from the end of the generation prompt to the end of the token that
-            ends the turn. White space that the template writes after that token is excluded.
+        text: The whole text, with one placeholder per image or video.
+        responses: (start, end) characters of the responses that are learned: from the end of the generation prompt to the end
+            of the token that ends the turn. White space that the template writes after that token is excluded.
+        others: Those of the assistant's other messages, if asked for.
     """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    responses: tuple[tuple[int, int], ...]
+    others: tuple[tuple[int, int], ...]
 
 
-def render(conversation: Conversation, processor: Any, options: Mapping[str, Any], ends: tuple[str, ...]) -> Rendered:
+def render(
+    conversation: Conversation,
+    processor: Any,
+    options: Mapping[str, Any],
+    ends: tuple[str, ...],
+    *,
+    others: bool = False,
+) -> Rendered:
     """Render a whole conversation, and find its responses.
 
     Args:
         conversation: Conversation with or without responses.
         processor: Processor with the chat template.
-        options: Further values for the template.
+        options: Further values for the template; the conversation's own have precedence.
         ends: Texts of the tokens that may end a turn: all tokens added to the vocabulary.
+        others: Whether to find messages of the assistant that are not learned.
 
     Raises:
-        BatchError: The template refuses the conversation, or writes a turn's prompt differently once its response follows, so
-            that training would differ from use.
+        BatchError: The template refuses or drops a part of the conversation, or writes a turn's prompt differently once its
+            response follows, so that training would differ from use.
     """
     messages = conversation.messages
+    options = {**options, **conversation.options}
+    _check_options(conversation, processor)
     whole = _write(conversation, len(messages), False, processor, options)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant" and turn >= conversation.first_response:
+    _check_nothing_is_lost(conversation, whole, processor, options)
+    spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for turn, (message, learned) in enumerate(zip(messages, conversation.learned, strict=True)):
+        if learned or (others and message["role"] == "assistant"):
             prompt = _write(conversation, turn, True, processor, options)
             upto = whole if turn + 1 == len(messages) else _write(conversation, turn + 1, False, processor, options)
             if not upto.startswith(prompt) or not whole.startswith(upto):
@@ -53,23 +65,60 @@ def render(conversation: Conversation, processor: Any, options: Mapping[str, Any
                     "first user message, which templates often move or drop, or split the conversation into samples with one "
                     'answer each ("prompt" and "completion").'
                 )
-            spans.append((len(prompt), _end_of_turn(upto, len(prompt), ends)))
-    return Rendered(whole, tuple(spans))
+            spans[learned].append((len(prompt), _end_of_turn(upto, len(prompt), ends)))
+    return Rendered(whole, tuple(spans[True]), tuple(spans[False]))
 
 
-def _write(conversation: Conversation, turns: int, prompt: bool, processor: Any, options: Mapping[str, Any]) -> str:
+def _check_options(conversation: Conversation, processor: Any) -> None:
+    unread = sorted(set(conversation.options) - template_names(chat_template(processor, bool(conversation.tools))))
+    if unread:
+        raise BatchError(
+            f"{conversation.where}: the chat template does not read {unread[0]!r} of chat_template_kwargs. Leave it out."
+        )
+
+
+def _check_nothing_is_lost(conversation: Conversation, whole: str, processor: Any, options: Mapping[str, Any]) -> None:
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            continue  # templates may drop reasoning of earlier turns; what is learned is found in the text
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+        if lost := next((text for text in texts if text.strip() not in whole), None):
+            raise BatchError(
+                f"{conversation.where}: the chat template does not write the {message['role']} message "
+                f"{lost.strip()[:60]!r} as it is. Write it into the first user message, or use a template that writes it."
+            )
+    if conversation.tools and whole == _write(
+        conversation, len(conversation.messages), False, processor, options, False
+    ):
+        raise BatchError(
+            f"{conversation.where} has tools, but the chat template does not write them. Use a template that does, or leave "
+            'the column out: ignore_columns=["tools"].'
+        )
+
+
+def _write(
+    conversation: Conversation,
+    turns: int,
+    prompt: bool,
+    processor: Any,
+    options: Mapping[str, Any],
+    tools: bool = True,
+) -> str:
     """Return the text of the first `turns` messages, with a generation prompt if `prompt`."""
     try:
-        text: str = processor.apply_chat_template(
-            list(conversation.messages[:turns]), add_generation_prompt=prompt, tokenize=False, **options
+        return render_chat(
+            processor,
+            conversation.messages[:turns],
+            add_generation_prompt=prompt,
+            tools=conversation.tools if tools else None,
+            **options,
         )
-    except (jinja2.TemplateError, ValueError, TypeError, IndexError, KeyError) as error:
+    except BatchError as error:
         shown = "the whole conversation" if turns == len(conversation.messages) else f"its first {turns} messages"
         raise BatchError(
-            f"{conversation.where}: the chat template refuses {shown}: {error} Use the roles in the order that the "
-            "template expects."
+            f"{conversation.where}: {shown}: {error} Use the roles in the order that the template expects."
         ) from error
-    return text
 
 
 def _end_of_turn(text: str, start: int, ends: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import make_batched_videos
@@ -158,6 +159,29 @@ class Qwen2VLProcessing(MropeFamily):
             return {}
         completed = {**values, "video_processor": video_settings(image)}
         return {"processor_config.json": (json.dumps(completed, indent=2, sort_keys=True) + "\n").encode()}
+
+    def limited_size(self, processor: Any, height: int, width: int, limits: Mapping[str, Any]) -> tuple[int, int]:
+        """Compute the size as `qwen_vl_utils` does."""
+        for key, value in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{key} must be a whole number, at least 1, not {value!r}")
+        images = processor.image_processor
+        factor, low, high = images.patch_size * images.merge_size, *(images.size[k] for k in _SIZE)
+        if set(limits) == {"resized_height", "resized_width"}:
+            size = smart_resize(limits["resized_height"], limits["resized_width"], factor, 1, 2**62)
+        elif set(limits) <= {"min_pixels", "max_pixels"}:
+            most = limits.get("max_pixels", high)
+            least = limits.get("min_pixels", min(low, most))
+            if least > most:
+                raise ValueError(f"min_pixels {least} is above max_pixels {most}")
+            size = smart_resize(height, width, factor, least, most)
+        else:
+            raise ValueError(f"{', '.join(limits)} do not go together")
+        if smart_resize(size[0], size[1], factor, low, high) != size:
+            raise ValueError(
+                f"{size[0]} x {size[1]} is what it asks for, but the processor allows {low} to {high} pixels"
+            )
+        return int(size[0]), int(size[1])
 
     def media_tokens(self, processor: Any) -> frozenset[int]:
         ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])

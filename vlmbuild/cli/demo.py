@@ -30,11 +30,8 @@ from vlmbuild.zoo import CHECKPOINTS
     show_default=True,
     help="Model family of the demo checkpoint.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="Compute dtype."
-)
 @json_option
-def command(output: Path | None, family: str, dtype: str, as_json: bool) -> None:
+def command(output: Path | None, family: str, as_json: bool) -> None:
     """Run the whole pipeline on a tiny model.
 
     Plans, builds, verifies, loads and fine-tunes a checkpoint that ships with vlmbuild, offline and on a CPU.
@@ -53,6 +50,6 @@ def command(output: Path | None, family: str, dtype: str, as_json: bool) -> None
 
     from vlmbuild.demo.run import run
 
-    result = run(output, family=family, dtype=dtype, echo=functools.partial(click.echo, err=as_json))
+    result = run(output, family=family, echo=functools.partial(click.echo, err=as_json))
     if as_json:
         print_json(asdict(result))

@@ -16,7 +16,7 @@ from vlmbuild.demo.digits import Digits, Sample
 from vlmbuild.demo.task import LARGEST, READ, answers, exact_match, training_batch
 from vlmbuild.errors import OutputError
 from vlmbuild.planner.plan import plan
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.load import load
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.train.audit import audit_gradients
@@ -28,9 +28,6 @@ PUBLISHED = {
     "mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "pixtral": "mistral-community/pixtral-12b",
 }
-DTYPE = "float32"
-"""Default compute dtype; bfloat16 is slower on a CPU for a model this small."""
-
 SEED = 0
 RANK = 16
 HELD_OUT = 200
@@ -82,7 +79,6 @@ def run(
     output: Path,
     *,
     family: str = "qwen2_vl",
-    dtype: str = DTYPE,
     steps: int = 250,
     echo: Callable[[str], None] = print,
 ) -> DemoResult:
@@ -91,7 +87,6 @@ def run(
     Args:
         output: Folder for the artifact and the adapter; created if it is missing.
         family: Key of `vlmbuild.zoo.CHECKPOINTS`.
-        dtype: Compute dtype.
         steps: Number of training steps.
         echo: Called with each line of the report.
 
@@ -105,7 +100,7 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output} cannot be created: {error.strerror}. Choose another folder with -o.") from error
-    checkpoint, recipe = CHECKPOINTS[family], Recipe.from_mapping({"quantize": "nf4", "dtype": dtype}, where="demo")
+    checkpoint, recipe = CHECKPOINTS[family], Recipe(quantize=QuantSpec(), dtype="float32")
     artifact, adapter = output / f"{checkpoint}-nf4", output / f"{checkpoint}-adapter"
 
     echo(f"[1/6] Plan: {checkpoint}, from its config.json alone")
@@ -113,7 +108,7 @@ def run(
     repeated = [f"{region['name']} x {region['instances']}" for region in planned.regions if region["instances"] > 1]
     echo(f"      {planned.parameters:,} parameters, {planned.weight_bytes / 1e6:.2f} MB of weights as NF4")
     echo(f"      {len(planned.regions)} distinct graphs; repeated blocks: {', '.join(repeated)}")
-    echo(f"[2/6] Build: vlmbuild build {checkpoint} -o {artifact.name} --quantize nf4 --dtype {dtype}")
+    echo(f"[2/6] Build: vlmbuild build {checkpoint} -o {artifact.name} --quantize nf4 --dtype float32")
     for report in build(checkpoint, artifact, recipe, overwrite=True).reports:
         echo(f"      {report.name:16} {report.matches:4} matches")
     echo(f"[3/6] Verify: vlmbuild verify {artifact.name}")

@@ -17,6 +17,7 @@ import torch
 from parity import CANCELLED, relative
 from PIL import Image
 from processors import photographs
+from samples import SAMPLES
 from torch.overrides import TorchFunctionMode
 from traces import traced
 from transformers.image_utils import SizeDict
@@ -27,6 +28,7 @@ from vlmbuild.passes import passes_for
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.train.collator import VisionDataCollator
 
 __all__ = [
     "SETUPS",
@@ -82,25 +84,16 @@ class Setup:
 
 
 def shrink(setup: Setup) -> Setup:
-    """Reduce the vocabulary to the tokens of the conversations: a real one costs most of a tiny model's time."""
+    """Reduce the vocabulary to the tokens of conversations and samples: a real one costs most of a tiny model's time."""
     whole = [batch(setup, *said)[0]["input_ids"].unique() for said in conversations(setup).values()]
-    special = torch.tensor([value for key, value in setup.values.items() if "token_" in key and value is not None])
-    return with_vocabulary(replace(setup, vocabulary=torch.cat([*whole, special]).unique()))
-
-
-def with_vocabulary(setup: Setup) -> Setup:
-    """Renumber the ids of the config as the vocabulary does."""
-    assert setup.vocabulary is not None
-    ids = {
-        key: int(setup.shrunk(torch.tensor(value)))
-        for key, value in setup.values.items()
-        if "token_" in key and value is not None
-    }
-    size = len(setup.vocabulary) - bool(
-        setup.family.extra_embedding_rows
-    )  # an image token after the vocabulary stays there
+    whole.append(VisionDataCollator(setup.processor)(SAMPLES)["input_ids"].unique())
+    tokens = {key: value for key, value in setup.values.items() if "token_" in key and value is not None}
+    small = replace(setup, vocabulary=torch.cat([*whole, torch.tensor([*tokens.values()])]).unique())
+    assert small.vocabulary is not None
+    ids = {key: int(small.shrunk(torch.tensor(value))) for key, value in tokens.items()}
+    size = len(small.vocabulary) - bool(setup.family.extra_embedding_rows)  # an image token after it stays there
     text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    return replace(setup, values={**setup.values, **ids, "text_config": text})
+    return replace(small, values={**setup.values, **ids, "text_config": text})
 
 
 _TEXT = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}

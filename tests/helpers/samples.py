@@ -39,3 +39,15 @@ def two_images(first: str = "coffee", second: str = "tall") -> Example:
         turn("assistant", "The sky at night."),
     ]
     return {"messages": messages, "images": [photographs()[first], photographs()[second]]}
+
+
+SAMPLES = [
+    text_only(),
+    one_image("chelsea"),
+    two_images("coffee", "tall"),
+    one_image("wide", "Stars, far away."),
+    text_only("Write a haiku.", "No."),
+    two_images("camera", "rocket"),
+    one_image("retina", "An eye."),
+]
+"""Samples with no, one and two images."""

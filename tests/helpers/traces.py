@@ -22,7 +22,8 @@ _traced: dict[tuple[str, str], Program] = {}
 
 def traced(family: Family, config: Any, progress: Progress = silent) -> Program:
     """A copy of the model as captured and outlined, before any pass; with the progress of a trace."""
-    key = family.name, json.dumps(config.to_dict(), sort_keys=True, default=str)
+    values = {name: value for name, value in config.to_dict().items() if name != "dtype"}  # a trace has its own
+    key = family.name, json.dumps(values, sort_keys=True, default=str)
     if key not in _traced:
         _traced[key] = _trace(family, config, progress)
     else:

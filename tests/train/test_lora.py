@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 
 import peft
 import pytest
@@ -32,6 +34,17 @@ def shaken(model):
     return model
 
 
+@pytest.fixture(scope="module")
+def dequantized_base(nf4):
+    return dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+
+
+@pytest.fixture
+def base(dequantized_base):
+    """transformers' model with the values of the artifact's 4-bit weights."""
+    return copy.deepcopy(dequantized_base)
+
+
 @pytest.fixture
 def adapted(nf4):
     model, _ = vlmbuild.load(nf4.path)
@@ -39,18 +52,16 @@ def adapted(nf4):
     return shaken(model)
 
 
-def test_peft_reads_ours(adapted, nf4, tmp_path):
+def test_peft_reads_ours(adapted, base, nf4, tmp_path):
     before = logits(vlmbuild.load(nf4.path)[0])
     vlmbuild.save_adapter(adapted, tmp_path / "adapter")
-    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert (logits(adapted) - before).norm() > 0.05 * before.norm()
     assert_close(logits(adapted), logits(theirs), SAME_WEIGHTS_FP32)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "up_proj", "down_proj", "fc1"]])
-def test_we_read_pefts(targets, nf4, tmp_path):
-    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+def test_we_read_pefts(base, nf4, tmp_path):
+    targets = ["q_proj", "up_proj", "down_proj", "fc1"]
     theirs = shaken(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)))
     theirs.save_pretrained(tmp_path)
     ours, _ = vlmbuild.load(nf4.path)
@@ -68,16 +79,16 @@ def test_round_trip_through_a_compiled_model(adapted, nf4, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_rslora": True},
-        {"lora_dropout": 0.3},
-        {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
-        {"layers_to_transform": [0, 2]},
-        {"modules_to_save": ["merger"]},
+        {"use_rslora": True, "lora_dropout": 0.3, "layers_to_transform": [0, 2]},
+        {
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+            "alpha_pattern": {"v_proj": 3},
+            "modules_to_save": ["merger"],
+        },
     ],
-    ids=lambda options: next(iter(options)),
+    ids=["rslora, dropout, layers", "patterns, modules"],
 )
-def test_we_read_pefts_variants(options, nf4, tmp_path):
-    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+def test_we_read_pefts_variants(options, base, dequantized_base, nf4, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **options)
     theirs = shaken(peft.get_peft_model(base, config)).eval()
     with torch.no_grad():
@@ -97,17 +108,16 @@ def test_we_read_pefts_variants(options, nf4, tmp_path):
     assert {name for name, _ in ours.trainable_parameters()} == trainable
 
     vlmbuild.save_adapter(ours, tmp_path / "ours")
-    fresh = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+    fresh = copy.deepcopy(dequantized_base)
     assert_close(logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")), expected, SAME_WEIGHTS_FP32)
 
 
-def test_peft_reads_tied_embeddings_that_were_trained(nf4, tmp_path):
+def test_peft_reads_tied_embeddings_that_were_trained(base, nf4, tmp_path):
     ours, _ = vlmbuild.load(nf4.path)
     vlmbuild.add_lora(ours, r=2, modules_to_save=["lm_head"])
     with torch.no_grad():
         ours.lm_head.weight.add_(0.1 * torch.randn_like(ours.lm_head.weight))
     vlmbuild.save_adapter(shaken(ours), tmp_path)
-    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert_close(logits(ours), logits(theirs), SAME_WEIGHTS_FP32)
     again, _ = vlmbuild.load(nf4.path)
@@ -115,8 +125,7 @@ def test_peft_reads_tied_embeddings_that_were_trained(nf4, tmp_path):
     assert torch.equal(logits(again), logits(ours))
 
 
-def test_untied_embeddings_of_an_adapter_are_refused(nf4, tmp_path):
-    base = dequantized(AutoModelForImageTextToText.from_pretrained(nf4.path))
+def test_untied_embeddings_of_an_adapter_are_refused(base, nf4, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="lm_head.weight differs from .*embed_tokens.weight, but the model has one"):
@@ -169,38 +178,39 @@ def edit_weights(directory, change):
 FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda d: (d / "adapter_config.json").unlink(), "not a readable adapter"),
-        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "not a readable adapter"),
-        (lambda d: edit_config(d, peft_type="LOHA"), "only plain LoRA adapters can be loaded, not LOHA"),
-        (lambda d: edit_config(d, use_dora=True), "use_dora"),
-        (lambda d: edit_config(d, bias="all"), "bias='all'"),
-        (lambda d: edit_config(d, r=0), "r must be a whole number"),
-        (lambda d: edit_config(d, modules_to_save=["nowhere"]), "no module of the model is named 'nowhere'"),
-        (
-            lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")),
-            "q_proj.lora_B.default.weight is missing",
-        ),
-        (
-            lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})),
-            r"shape \[4, 7\]",
-        ),
-        (
-            lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
-            "other is not a linear layer",
-        ),
-    ],
-)
-def test_adapters_that_do_not_fit(adapted, nf4, tmp_path, spoil, message):
-    vlmbuild.save_adapter(adapted, tmp_path)
-    spoil(tmp_path)
+SPOILT = [
+    (lambda d: (d / "adapter_config.json").unlink(), "not a readable adapter"),
+    (lambda d: (d / "adapter_model.safetensors").write_bytes(b"x"), "not a readable adapter"),
+    (lambda d: edit_config(d, peft_type="LOHA"), "only plain LoRA adapters can be loaded, not LOHA"),
+    (lambda d: edit_config(d, use_dora=True), "use_dora"),
+    (lambda d: edit_config(d, bias="all"), "bias='all'"),
+    (lambda d: edit_config(d, r=0), "r must be a whole number"),
+    (lambda d: edit_config(d, modules_to_save=["nowhere"]), "no module of the model is named 'nowhere'"),
+    (
+        lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")),
+        "q_proj.lora_B.default.weight is missing",
+    ),
+    (
+        lambda d: edit_weights(d, lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(4, 7)})),
+        r"shape \[4, 7\]",
+    ),
+    (
+        lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+        "other is not a linear layer",
+    ),
+]
+
+
+def test_adapters_that_do_not_fit(adapted, nf4, tmp_path):
+    vlmbuild.save_adapter(adapted, tmp_path / "whole")
     model, _ = vlmbuild.load(nf4.path)
     before = set(model.state_dict())
-    with pytest.raises(SourceError, match=message):
-        vlmbuild.load_adapter(model, tmp_path)
-    assert set(model.state_dict()) == before
+    for number, (spoil, message) in enumerate(SPOILT):
+        directory = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        spoil(directory)
+        with pytest.raises(SourceError, match=message):
+            vlmbuild.load_adapter(model, directory)
+        assert set(model.state_dict()) == before
 
 
 def test_adapter_without_the_modules_that_it_trained(nf4, tmp_path):

@@ -9,29 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import CANCELLED, MODEL_FP32, relative
-from samples import one_image, text_only, two_images
+from samples import SAMPLES
 
 from vlmbuild import PackedDataset, VisionDataCollator, pack, padding_report
 from vlmbuild.errors import BatchError, UsageError
 
-SAMPLES = [
-    text_only(),
-    one_image("chelsea"),
-    two_images("coffee", "tall"),
-    one_image("wide", "Stars, far away."),
-    text_only("Write a haiku.", "No."),
-    two_images("camera", "rocket"),
-    one_image("retina", "An eye."),
-]
-
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
 def setup(request):
-    """With a vocabulary of the tokens that the samples have."""
-    whole = matrix.SETUPS[request.param](False)
-    ids = VisionDataCollator(whole.processor)(SAMPLES)["input_ids"].unique()
-    special = torch.tensor([value for key, value in whole.values.items() if "token_" in key and value is not None])
-    return matrix.with_vocabulary(matrix.replace(whole, vocabulary=torch.cat([ids, special]).unique()))
+    return matrix.tiny(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +93,6 @@ def test_a_pack_trains_as_its_samples_alone(dataset, collate, ours, theirs):
         assert_equal_steps(packed, accumulated(theirs, alone))
 
 
-def test_a_pack_trains_as_transformers_padded_batch(dataset, collate, ours, theirs):
-    for samples in dataset:
-        assert_equal_steps(accumulated(ours, [collate(samples)]), accumulated(theirs, [collate(samples)]))
-
-
 def test_the_model_computes_no_padding_of_a_pack(setup, dataset, collate):
     for number, samples in enumerate(dataset):
         prepared = setup.family.prepare(collate(samples), setup.config())
@@ -136,7 +117,7 @@ def test_images_that_would_pad_are_kept_apart(setup, dataset):
         assert any(len(found) > 1 for found in counts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.integers(1, 500), max_size=200),
     st.integers(1, 600),
@@ -183,10 +164,8 @@ def test_options_are_checked():
 
 def test_padding_report_counts():
     report = padding_report([10, 30, 20, 40], [[3], [1, 0], [2]], 2, max_tokens=40)
-    assert (report.tokens, report.padded, report.batches, report.batch_range) == (100, 140, 2, (60, 80))
-    assert (report.packs, report.packed, report.pack_range) == (3, 100, (20, 40))
-    assert report.padding_before == pytest.approx(40 / 140)
-    assert report.padding_after == 0
+    assert report.padded == ((60, 80), pytest.approx(40 / 140))
+    assert report.packed == ((40, 40, 20), 0)
     assert report.fill == pytest.approx(100 / 120)
     assert "28.6%" in str(report)
     assert "83.3% full" in str(report)
@@ -194,6 +173,8 @@ def test_padding_report_counts():
 
 def test_transformers_trainer_takes_packs(tmp_path, setup, ours):
     """One pass over the data, three packs to a step of the optimizer, with transformers' own loop."""
+    if setup.family.name != "qwen2_vl":
+        pytest.skip("the loop is the same for every family")
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 

@@ -8,7 +8,7 @@ would change results, and a warning otherwise; none is ignored silently.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,7 @@ class UnslothVisionDataCollator:
         max_seq_length: Most tokens of a sample; longer ones lose their end, but never a part of an image.
         formatting_func: Converts an entry of the data set to a sample.
         train_on_responses_only: Loss on the assistant's responses only; else on all the text.
+        ignore_columns: Columns of samples to leave out; others that are not read are errors.
     """
 
     def __init__(
@@ -241,12 +242,15 @@ class UnslothVisionDataCollator:
         max_seq_length: int | None = None,
         formatting_func: Callable[[Any], Any] | None = None,
         train_on_responses_only: bool = False,
+        ignore_columns: Collection[str] = (),
         **others: Any,
     ) -> None:
         check_others("UnslothVisionDataCollator", others)
         length = _settings(model).max_seq_length if max_seq_length is None else max_seq_length
         self.formatting_func = formatting_func
-        self.collator = VisionDataCollator(processor, max_length=length, responses_only=train_on_responses_only)
+        self.collator = VisionDataCollator(
+            processor, max_length=length, responses_only=train_on_responses_only, ignore_columns=ignore_columns
+        )
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Return the batch of these samples, with labels."""

@@ -63,9 +63,9 @@ class _Limits(NodeTransformer):
     """Passes what loops run over, and what literals and concatenations make, through functions with limits."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - the visitor's names
-        changed: Any = self.generic_visit(node)
-        changed.iter = _filtered(changed.iter, " counted")
-        return changed
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, " counted")
+        return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         changed: Any = self.generic_visit(node)

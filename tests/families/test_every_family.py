@@ -218,8 +218,6 @@ def test_bad_batches_are_named(setup, batch, config):
     labels = ids.masked_fill(mask == 0, -100)
     short = int(mask.sum(1).argmin())  # most padding
     padded = torch.where((mask == 0) & (torch.arange(3)[:, None] == short), 5, -100)
-    first = torch.full_like(ids, -100)
-    first[short, mask[short].argmax()] = 5
     none = torch.full_like(ids, -100)
     none[0, -1] = -1
     removed = ids.clone()
@@ -239,7 +237,6 @@ def test_bad_batches_are_named(setup, batch, config):
             {**batch, "labels": padded},
             rf"Sample {short}: \d+ labels are on padding.*labels\[attention_mask == 0\] = -100",
         ),
-        ({**batch, "labels": first}, f"Sample {short}: 1 labels would be predicted from the padding"),
         ({**batch, "labels": none}, "Sample 0: 1 labels are no token ids from 0 to"),
         ({**batch, "labels": torch.where(none == -1, 10**6, -100)}, "Sample 0: 1 labels are no token ids"),
         ({**batch, "labels": ids.float()}, "labels are torch.float32"),
@@ -259,6 +256,15 @@ def test_bad_batches_are_named(setup, batch, config):
     ):
         with pytest.raises(BatchError, match=message):
             setup.family.prepare(wrong, config)
+
+
+def test_labels_directly_behind_padding_are_left_out_with_a_warning(setup, batch, config):
+    mask = batch["attention_mask"]
+    short = int(mask.sum(1).argmin())
+    labels = torch.full_like(mask, -100)
+    labels[short, mask[short].argmax()] = 5
+    with pytest.warns(UserWarning, match=r"behind padding.*attention_mask\[:, :-1\] == 0\] = -100"):
+        setup.family.prepare({**batch, "labels": labels}, config)
 
 
 def test_unknown_names_list_the_supported():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,8 +83,8 @@ def read_tokens(batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vo
         vocabulary: Rows of the embedding table.
 
     Raises:
-        BatchError: A tensor is missing or has a wrong shape, no token is attended to, or a label is a placeholder, lies on or
-            directly behind padding, or is no token.
+        BatchError: A tensor is missing or has a wrong shape, no token is attended to, or a label is a placeholder, lies on
+            padding, or is no token.
     """
     for key in _REFUSED:
         if batch.get(key) is not None:
@@ -137,21 +138,20 @@ def _check_like(key: str, values: object, ids: Tensor) -> None:
 
 
 def _check_labels(labels: Tensor, mask: Tensor, vocabulary: int) -> None:
-    """Raise BatchError for labels that transformers would learn, or fail on, and that this package leaves out."""
+    """Raise BatchError for labels that transformers learns or fails on and this package leaves out; warn of first tokens."""
     labels = labels.cpu()
     chosen = labels != _IGNORED
-    behind = torch.zeros_like(chosen)
-    behind[:, 1:] = chosen[:, 1:] & mask[:, 1:] & ~mask[:, :-1]
+    if (chosen[:, 1:] & mask[:, 1:] & ~mask[:, :-1]).any():
+        warnings.warn(
+            "Labels directly behind padding on the left are left out, while transformers predicts them from the padding. Set "
+            "them to -100 for equal losses: labels[:, 1:][attention_mask[:, :-1] == 0] = -100.",
+            stacklevel=2,
+        )
     for wrong, fault, remedy in (
         (
             chosen & ~mask,
             "labels are on padding (attention_mask is 0 there)",
             "Set them to -100: labels[attention_mask == 0] = -100",
-        ),
-        (
-            behind,
-            "labels would be predicted from the padding before them",
-            "Set the first one after padding to -100: labels[:, 1:][attention_mask[:, :-1] == 0] = -100",
         ),
         (
             chosen & ((labels < 0) | (labels >= vocabulary)),

@@ -100,6 +100,13 @@ def test_num_items_in_batch_divides_the_summed_loss(model, reference):
     reference.zero_grad(set_to_none=True)
 
 
+def test_last_place_of_left_padding_predicts_nothing(model):
+    batch, labels = make_batch([[5], [9]], "left")
+    labelled = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        assert torch.equal(model(**batch, labels=labelled).loss, model(**batch, labels=labels).loss)
+
+
 def test_bfloat16_error_is_no_larger_than_transformers(bind, built, reference):
     wide = bind(built)
     narrow, theirs = copy.deepcopy(wide).to(torch.bfloat16), copy.deepcopy(reference).to(torch.bfloat16)

@@ -228,7 +228,8 @@ class Family(ABC):
             processor = self.load_processor(directory)
             if processor.chat_template is None:  # old checkpoints have it in tokenizer_config.json
                 processor.chat_template = processor.tokenizer.chat_template
-            pixels = self.processor_pixels(processor.image_processor)
+            frames = getattr(getattr(processor, "video_processor", None), "size", None) or {}
+            pixels = max(self.processor_pixels(processor.image_processor), *(n for n in dict(frames).values() if n), 0)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError for bad files
             raise SourceError(
                 f"The processor in {directory} cannot be loaded: {error} Add the files of a {self.title} checkpoint: a "

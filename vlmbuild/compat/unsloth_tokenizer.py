@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.checkpoint.source import PROCESSOR_FILES
+from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
@@ -42,7 +42,7 @@ def with_tokenizer(model: VisionLanguageModel, artifact: Path, processor: Any) -
     with tempfile.TemporaryDirectory() as directory:
         view = Path(directory)
         for file in artifact.iterdir():
-            if file.name not in PROCESSOR_FILES or file.name in _IMAGE_FILES:
+            if file.name in ("config.json", GENERATION_CONFIG, *_IMAGE_FILES) or ".safetensors" in file.name:
                 (view / file.name).symlink_to(file.resolve())
         tokenizer.save_pretrained(view)
         (view / "chat_template.jinja").write_text(template or stored.chat_template, encoding="utf-8")

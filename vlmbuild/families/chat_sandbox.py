@@ -78,7 +78,7 @@ class _Limits(NodeTransformer):
     visit_List = visit_Dict = _visit_literal  # noqa: N815
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filtered(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 

@@ -80,3 +80,8 @@ class GraphDiffersError(VlmbuildError):
     """A compiled program that differs from its lock. Raised by commands that have printed the differences."""
 
     exit_code = 6
+
+
+def reason(error: Exception) -> str:
+    """Return the text of an error; of an OSError without its number and path, which the message names already."""
+    return getattr(error, "strerror", None) or str(error)

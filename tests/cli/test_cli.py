@@ -98,11 +98,32 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--skip", "*"), 2, "--skip has no effect on source"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--budget", "5"), 2, "--quantize auto"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "int8", "--blocksize", "128"), 2, "--blocksize"),
-        (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "nf4", "--calibrate", "x.jsonl"), 2, "budget"),
+        (
+            (
+                "build",
+                "{checkpoint}",
+                "-o",
+                "{tmp}/out",
+                "--quantize",
+                "nf4",
+                "--calibrate",
+                "{checkpoint}/config.json",
+            ),
+            2,
+            "budget",
+        ),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize-module", "*.up_proj"), 2, "not PATTERN=FORMAT"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "auto"), 2, "auto needs one"),
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--quantize", "auto", "--budget", "4.01"), 2, "4.01"),
         (("plan", "{checkpoint}", "--quantize", "auto", "--budget", "5"), 2, "auto measures weights"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--calibrate", "{tmp}/x.jsonl"), 2, "x.jsonl"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--adapter", "{tmp}/x"), 2, "'{tmp}/x'"),
+        (("build", "{checkpoint}", "-o", "{tmp}/out", "--adapter", "{checkpoint}"), 1, "no adapter_config.json"),
+        (("plan", "{checkpoint}", "--image", "{tmp}/x.png"), 2, "--image {tmp}/x.png: there is no such file"),
+        (("plan", "{checkpoint}", "--require", "fuse_nothing"), 1, "fuse_nothing"),
+        (("plan", "{tmp}"), 1, "config.json"),
+        (("lock", "{checkpoint}", "-o", "{tmp}"), 1, "{tmp} cannot be written"),
+        (("inspect", "{checkpoint}", "--html", "{tmp}"), 1, "{tmp} cannot be written"),
         (("verify", "{tmp}"), 3, "manifest.json"),
         (("inspect", "{tmp}/missing"), 3, "missing"),
         (("teach",), 2, "No such command"),
@@ -114,7 +135,7 @@ def test_mistakes_are_one_paragraph_and_leave_nothing(run, arguments, code, mess
     filled = [argument.format(checkpoint=checkpoint, tmp=tmp_path) for argument in arguments]
     found, out, err = run(*filled)
     assert (found, out) == (code, "")
-    assert re.search(message, err), err
+    assert re.search(message.format(checkpoint=checkpoint, tmp=tmp_path), err), err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
 

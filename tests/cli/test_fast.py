@@ -54,6 +54,10 @@ def test_mistakes(monkeypatch):
         "build qwen2-vl-digits -o out --quantize nf5": 2,
         "build qwen2-vl-digits -o out --skip *": 2,
         "build qwen2-vl-digits -o out --calibrate x.jsonl": 2,
+        "build qwen2-vl-digits -o out --adapter no-such-folder": 2,
+        "build tests -o out": 1,
+        "plan qwen2-vl-digits --image missing.png": 2,
+        "lock qwen2-vl-digits -o tests": 1,
         "plan qwen2-vl-digits --batch 0": 2,
         "teach": 2,
     }

@@ -14,7 +14,7 @@ from vlmbuild.adapters.fit import check_finite, check_fits, with_module_names
 from vlmbuild.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from vlmbuild.artifact.files import hash_file
 from vlmbuild.artifact.manifest import ADAPTER_URI
-from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.errors import SourceError, UsageError, reason
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
 from vlmbuild.recipe import Recipe
@@ -67,7 +67,7 @@ def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -
 
     Raises:
         UsageError: The recipe measures layers, or the output lies in the adapter's folder.
-        SourceError: There is no such folder.
+        SourceError: There is no such folder, or it is no adapter.
     """
     path = reachable(directory, SourceError, "The adapter")
     if recipe.quantize is not None and recipe.quantize.format == "auto":
@@ -77,6 +77,10 @@ def check_mergeable(recipe: Recipe, directory: str | Path, output: str | Path) -
         )
     if not path.is_dir():
         raise SourceError(f"The adapter {path} is not a folder. Pass the folder with {CONFIG_FILE}.")
+    if not (path / CONFIG_FILE).is_file():
+        raise SourceError(
+            f"The folder {path} has no {CONFIG_FILE}, so it is not an adapter. Pass the folder that has it."
+        )
     if path.resolve() in (Path(output).resolve(), *Path(output).resolve().parents):
         raise UsageError(f"The output {output} lies in the adapter's folder {path}. Choose another output.")
 
@@ -100,7 +104,7 @@ def adapter_record(directory: Path) -> dict[str, Any]:
         files = [directory / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
         entries = [{"path": file.name, "size": file.stat().st_size, "digest": hash_file(file)} for file in files]
     except OSError as error:
-        raise SourceError(f"{directory} cannot be read: {error}. Check the disk and permissions.") from error
+        raise SourceError(f"{directory} cannot be read: {reason(error)}. Check the disk and permissions.") from error
     return {"uri": ADAPTER_URI, "files": entries}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
-from vlmbuild.errors import OutputError, SourceError, UsageError
+from vlmbuild.errors import OutputError, SourceError, UsageError, reason
 from vlmbuild.util.records import read_as
 from vlmbuild.util.validation import number
 
@@ -94,7 +94,7 @@ def write_adapter(
         (path / CONFIG_FILE).write_text(json.dumps(_config(spec, base, model_class), indent=2, sort_keys=True) + "\n")
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"The adapter cannot be written to {path}: {error}. Choose a directory with space."
+            f"The adapter cannot be written to {path}: {reason(error)}. Choose a directory with space."
         ) from error
 
 
@@ -155,7 +155,7 @@ def read_adapter(directory: str | Path) -> Adapter:
         return _adapter(stored, lora, ranks, alphas, modules, path)
     except _UNREADABLE as error:
         raise SourceError(
-            f"{path} is not a readable adapter ({type(error).__name__}: {error}). It must hold {CONFIG_FILE} and "
+            f"{path} is not a readable adapter ({type(error).__name__}: {reason(error)}). It must hold {CONFIG_FILE} and "
             f"{WEIGHTS_FILE} as PEFT writes them."
         ) from error
 

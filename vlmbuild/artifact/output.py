@@ -45,6 +45,16 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
     _check_replaceable(output)
 
 
+def check_file(output: Path) -> None:
+    """Raise OutputError when the file `output` cannot be written. Makes its folder, and leaves the file as it is."""
+    with output_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = not output.exists()
+        output.open("ab").close()
+        if new:
+            output.unlink()
+
+
 def _check_replaceable(output: Path) -> None:
     """Raise OutputError unless a folder is empty or holds an artifact and nothing of the user's."""
     found: set[str] = set()

@@ -29,7 +29,7 @@ from vlmbuild.passes import passes_for, quantization_passes
 from vlmbuild.quant.decide import Decision, decide
 from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
 from vlmbuild.recipe import Recipe
-from vlmbuild.rewrite.pass_manager import PassReport, run
+from vlmbuild.rewrite.pass_manager import PassReport, check_required, run
 from vlmbuild.targets import TARGETS, Request, Target
 from vlmbuild.util.devices import available_device
 from vlmbuild.util.progress import Progress, silent
@@ -97,6 +97,7 @@ def build(
     progress = progress or silent
     target = _checked_target(recipe, device)
     recipe.check_calibration(bool(calibration))
+    check_passes(recipe)
     check_output(output, overwrite=overwrite)
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
@@ -208,6 +209,16 @@ def apply_passes(
     return rewrite(program, recipe, decisions, progress)
 
 
+def check_passes(recipe: Recipe) -> None:
+    """Raise PassError, before any work, for a required pass that the recipe does not have."""
+    check_required(passes_for(recipe), _early(recipe))
+
+
+def _early(recipe: Recipe) -> list[str]:
+    """Return the required passes that run before quantization, which depends on the weights."""
+    return [name for name in recipe.require if name != QUANTIZE_PASS]
+
+
 def rewrite(
     program: Program, recipe: Recipe, decisions_for: Callable[[], dict[str, Decision]], progress: Progress
 ) -> tuple[tuple[PassReport, ...], dict[str, Decision]]:
@@ -222,8 +233,9 @@ def rewrite(
     passes = passes_for(recipe)
     progress("passes", 0, len(passes))
     done = iter(range(1, len(passes) + 1))
-    early = [name for name in recipe.require if name != QUANTIZE_PASS]
-    reports = run(passes, program, require=early, on_pass=lambda _: progress("passes", next(done), len(passes)))
+    reports = run(
+        passes, program, require=_early(recipe), on_pass=lambda _: progress("passes", next(done), len(passes))
+    )
     decisions = decisions_for()
     quantization = quantization_passes(recipe, decisions)
     if QUANTIZE_PASS in recipe.require and not quantization:

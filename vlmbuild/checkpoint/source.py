@@ -52,7 +52,7 @@ class Source:
         Raises:
             SourceError: It is missing or is not a JSON object.
         """
-        return read_json_object(self.directory / "config.json", "Is this the directory of a Hugging Face checkpoint?")
+        return read_json_object(self.directory / "config.json", "Pass the directory of a Hugging Face checkpoint.")
 
     def files(self, names: tuple[str, ...]) -> list[Path]:
         """Return the named files that exist."""

@@ -30,13 +30,13 @@ from vlmbuild.report.tables import build_report
 )
 @click.option(
     "--calibrate",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.jsonl",
     help='Conversations to measure layers on (auto), one per line: {"messages": [...]}.',
 )
 @click.option(
     "--adapter",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
     help="Merge a LoRA adapter in PEFT's format. The result is unquantized unless --quantize is given.",
 )
@@ -78,6 +78,7 @@ def command(
     check_output(output, overwrite=overwrite)
     with StageProgress(lines=not as_json) as progress:
         found = resolve(source, revision=revision, progress=progress)
+        found.config()  # a malformed one is refused before torch is imported
 
         from vlmbuild.builder.build import build
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vlmbuild.artifact.output import output_errors
+from vlmbuild.artifact.output import check_file, output_errors
 from vlmbuild.cli.options import fail_option, format_option, json_option, kernels_option
 from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import GraphDiffersError
@@ -59,9 +59,7 @@ def command(
     """
     files = lock_files(locks)
     if junit is not None:  # before minutes of work are lost
-        with output_errors(junit):
-            junit.parent.mkdir(parents=True, exist_ok=True)
-            junit.touch()
+        check_file(junit)
     with StageProgress(lines=False) as progress:
         from vlmbuild.locks import render
         from vlmbuild.locks.check import check, lock_parities

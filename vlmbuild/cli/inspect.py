@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vlmbuild.artifact.output import output_errors
+from vlmbuild.artifact.output import check_file, output_errors
 from vlmbuild.cli.options import json_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import UsageError
@@ -50,8 +50,7 @@ def command(artifact: Path, html: Path | None, style: str, as_json: bool) -> Non
 
 
 def _write_page(artifact: Path, html: Path) -> None:
-    with output_errors(html):
-        html.touch()  # before the work is lost
+    check_file(html)
     with StageProgress() as progress:
         from vlmbuild.report.html import page
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from vlmbuild.artifact.output import check_file
 from vlmbuild.checkpoint.source import resolve
 from vlmbuild.cli.options import json_option, kernels_option, recipe_from, recipe_options, revision_option
 from vlmbuild.cli.output import StageProgress, print_json
@@ -33,8 +34,10 @@ def command(source: str, output: Path, kernels: bool, revision: str | None, as_j
         vlmbuild lock ./my-checkpoint --recipe recipe.toml -o my-model.lock
     """
     recipe = recipe_from(options)
+    check_file(output)
     with StageProgress(lines=not as_json) as progress:
         found = resolve(source, revision=revision, weights=False, progress=progress)
+        found.config()  # a malformed one is refused before torch is imported
 
         from vlmbuild.locks.document import write_lock
         from vlmbuild.locks.sources import lock

@@ -87,6 +87,12 @@ _HELP = {
 }
 
 
+def check_image(image: str, form: str) -> None:
+    """Raise UsageError for an image that is no file, before torch is imported. Addresses are opened later."""
+    if "://" not in image and not Path(image).is_file():
+        raise UsageError(f"--image {image}: there is no such file. Pass {form}.")
+
+
 def recipe_options(command: Command) -> Command:
     """Add the options of a recipe; the command passes them on to `recipe_from` or `recipe_change`."""
     recipe = {field.name: type(field.default) for field in fields(Recipe) if field.init and field.name != "quantize"}

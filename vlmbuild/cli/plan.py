@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vlmbuild.checkpoint.source import resolve
-from vlmbuild.cli.options import device_option, json_option, recipe_from, recipe_options, revision_option
+from vlmbuild.cli.options import check_image, device_option, json_option, recipe_from, recipe_options, revision_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.report.tables import plan_report
 
@@ -56,8 +56,10 @@ def command(
         vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --image 2000x3000 --longest-edge 1003520
     """
     recipe = recipe_from(options)
+    sizes = [_image(image) for image in images]
     with StageProgress(lines=not as_json) as progress:
         found = resolve(source, revision=revision, weights=False, progress=progress)
+        found.config()  # a malformed one is refused before torch is imported
 
         from vlmbuild.planner.memory import Workload
         from vlmbuild.planner.plan import plan
@@ -67,7 +69,7 @@ def command(
         planned = plan(
             found,
             recipe,
-            images=map(_image, images),
+            images=sizes,
             limits={name: edge for name, edge in edges.items() if edge is not None},
             workload=Workload(batch, text_tokens, rank, device or best_device(recipe.target)),
             progress=progress,
@@ -77,4 +79,7 @@ def command(
 
 def _image(text: str) -> str | tuple[int, int]:
     size = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-    return (int(size[1]), int(size[2])) if size else text
+    if size:
+        return int(size[1]), int(size[2])
+    check_image(text, "a file or HEIGHTxWIDTH")
+    return text

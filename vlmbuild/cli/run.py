@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.cli.options import device_option, json_option, trust_option
+from vlmbuild.cli.options import check_image, device_option, json_option, trust_option
 from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import BatchError, UsageError
 
@@ -56,8 +56,7 @@ def command(
         raise UsageError('The prompt is empty. Pass a question, such as --prompt "What is in the picture?".')
     reader = ArtifactReader(artifact, verify=False)  # refuse a folder that is no artifact before torch is imported
     for image in images:
-        if "://" not in image and not Path(image).is_file():
-            raise UsageError(f"--image {image}: there is no such file. Pass the path of an image.")
+        check_image(image, "the path of an image")
     with StageProgress(lines=False):
         from transformers import TextStreamer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
 from vlmbuild.artifact.output import output_errors
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import UsageError, reason
 from vlmbuild.locks.toml_text import Row, to_toml
 from vlmbuild.recipe import Recipe
 from vlmbuild.util.records import read_as
@@ -205,7 +205,7 @@ def read_lock(path: Path) -> Lock:
     try:
         return Lock.from_text(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}. Pass a file that `vlmbuild lock` wrote.") from error
+        raise UsageError(f"{path} cannot be read: {reason(error)}. Pass a file that `vlmbuild lock` wrote.") from error
 
 
 def write_lock(path: Path, lock: Lock) -> None:

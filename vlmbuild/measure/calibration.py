@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import UsageError, reason
 from vlmbuild.families.chat import render_chat
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.interpret import run_calls
@@ -46,7 +46,9 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}. Give a file of one JSON conversation a line.") from error
+        raise UsageError(
+            f"{file} cannot be read: {reason(error)}. Give a file with one JSON conversation per line."
+        ) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.image_utils import SizeDict
 
-from vlmbuild.builder.build import apply_passes, trace_program
+from vlmbuild.builder.build import apply_passes, check_passes, trace_program
 from vlmbuild.builder.summary import WeightSummary, describe_regions, describe_roles, refusals_by_role, slot_roles
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.source import Source
-from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.errors import SourceError, UsageError, reason
 from vlmbuild.families import Family, ImageCost
 from vlmbuild.planner.memory import Memory, Workload, estimate_memory
 from vlmbuild.recipe import Recipe
@@ -139,6 +139,7 @@ def plan(
             "auto measures weights, and a plan reads none. Plan with nf4; a budget is the bits per weight of what is "
             "quantized."
         )
+    check_passes(recipe)
     sizes = [_size(image) for image in images]
     if limits and not sizes:
         raise UsageError("Limits on images change nothing without images. Pass --image FILE or --image HEIGHTxWIDTH.")
@@ -190,7 +191,7 @@ def _size(image: Image) -> tuple[str, int, int]:
                 return str(image), opened.height, opened.width
         except (OSError, Images.DecompressionBombError) as error:  # OSError also for a file that is no image
             raise UsageError(
-                f"{image} cannot be read as an image: {error}. Give an image file or HEIGHTxWIDTH."
+                f"{image} cannot be read as an image: {reason(error)}. Give an image file or HEIGHTxWIDTH."
             ) from error
     height, width = image
     if height < 1 or width < 1:

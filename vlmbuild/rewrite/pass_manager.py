@@ -134,9 +134,7 @@ def run(
             change, or a required pass matched nothing (or does not exist in this pipeline).
     """
     passes = tuple(passes)
-    if unknown := sorted(set(require) - {step.name for step in passes}):
-        known = ", ".join(step.name for step in passes)
-        raise PassError(f"Required pass {unknown[0]!r} is not part of this build. Require one of its passes: {known}.")
+    check_required(passes, require)
     reports: list[PassReport] = []
     for step in passes:
         report = _run_one(step, program, [*before, *reports])
@@ -150,6 +148,15 @@ def run(
         if on_pass is not None:
             on_pass(report)
     return tuple(reports)
+
+
+def check_required(passes: Iterable[Pass], require: Iterable[str]) -> None:
+    """Raise PassError for a required pass that is not among `passes`."""
+    known = [step.name for step in passes]
+    if unknown := sorted(set(require) - set(known)):
+        raise PassError(
+            f"Required pass {unknown[0]!r} is not part of this build. Require one of its passes: {', '.join(known)}."
+        )
 
 
 def _run_one(step: Pass, program: Program, before: list[PassReport]) -> PassReport:

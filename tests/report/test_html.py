@@ -53,8 +53,8 @@ def html(nf4, tmp_path_factory):
 
 
 def test_a_page_that_cannot_be_written(run, nf4, tmp_path):
-    code, _, err = run("inspect", nf4.path, "--html", tmp_path / "no" / "report.html")
-    assert code == 1 and str(tmp_path / "no") in err and "Traceback" not in err
+    code, _, err = run("inspect", nf4.path, "--html", tmp_path)
+    assert code == 1 and f"{tmp_path} cannot be written" in err and "Traceback" not in err
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,8 @@ def command(
     if update:
         _update(results)
         results = tuple(result for result in results if result.error)
-    _fail([result.path.stem for result in results if result.fails(limit)], parities)
+    unread = [result.path for result in results if result.error]
+    _fail(unread, [result.path for result in results if result.fails(limit) and not result.error], parities)
 
 
 def _parity_lines(parities: Mapping[Path, Parity]) -> Iterator[str]:
@@ -97,13 +98,16 @@ def _update(results: Iterable[Checked]) -> None:
             click.echo(f"{result.path}: updated", err=True)
 
 
-def _fail(failed: Sequence[str], parities: Mapping[Path, Parity]) -> None:
-    """Raise GraphDiffersError for locks that differ, or a pass that changes values."""
-    if failed:
-        names = ", ".join(failed[:5]) + (" and others" if len(failed) > 5 else "")
+def _fail(unread: Sequence[Path], different: Sequence[Path], parities: Mapping[Path, Parity]) -> None:
+    """Raise GraphDiffersError for locks that differ or cannot be compared, or a pass that changes values."""
+    if different:
         raise GraphDiffersError(
-            f"{len(failed)} lock{'s' * (len(failed) > 1)} differ{'s' * (len(failed) == 1)} from the code: {names}. "
+            f"{_count(different)} differ{'s' * (len(different) == 1)} from the code: {_names(different)}. "
             "If this is intended, run with --update and commit the result."
+        )
+    if unread:
+        raise GraphDiffersError(
+            f"{_count(unread)} cannot be compared: {_names(unread)}. Create them again with `vlmbuild lock`."
         )
     for path, parity in parities.items():
         if parity.refused:
@@ -113,3 +117,11 @@ def _fail(failed: Sequence[str], parities: Mapping[Path, Parity]) -> None:
                 f"{path}: the pass {parity.broken_by} changes values although it is declared exact. Fix the pass; the "
                 "table shows the errors."
             )
+
+
+def _count(paths: Sequence[Path]) -> str:
+    return f"{len(paths)} lock{'s' * (len(paths) > 1)}"
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.stem for path in paths[:5]) + (" and others" if len(paths) > 5 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
@@ -206,12 +206,27 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -
     """Make a table; `alignment` has "<" or ">" for each column."""
     from rich.table import Table
 
+    rows = list(rows)
     columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for head, side in zip(heads, alignment, strict=True):
-        columns.add_column(head, justify="left" if side == "<" else "right", overflow="fold")
+    widths = _widths([[head, *(row[index] for row in rows)] for index, head in enumerate(heads)])
+    for head, side, width in zip(heads, alignment, widths, strict=True):
+        justify: Literal["left", "right"] = "left" if side == "<" else "right"
+        columns.add_column(head, justify=justify, overflow="fold", max_width=width)
     for row in rows:
         columns.add_row(*row)
     return columns
+
+
+def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
+    """Return widths of columns that fit the terminal, narrowing the widest first: rich would break words."""
+    widths = [max(map(len, cells)) for cells in columns]
+    words = [max((len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+        loose = [index for index, width in enumerate(widths) if width > words[index]]
+        if not loose:
+            break
+        widths[max(loose, key=lambda index: widths[index])] -= 1
+    return widths
 
 
 def _section(part: Table | None) -> Report:

@@ -22,7 +22,7 @@ WORKER_BYTES = 3 << 30
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process a core, as memory allows, for the whole suite; none for tests named on the command line."""
+    """Take a process per core, as memory allows, for the whole suite, and none for tests named on the command line."""
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes inherit it: threads of each would wait for the others

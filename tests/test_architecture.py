@@ -61,12 +61,12 @@ def modules():
 
 
 def folder(name):
-    """vlmbuild.ir.dims -> ir; vlmbuild -> __init__."""
+    """Return the folder of a module: vlmbuild.ir.dims -> ir; vlmbuild -> __init__."""
     return (*name.split("."), "__init__")[1]
 
 
 def imports(path, known=()):
-    """Names that a file imports: of the packages' members in `known` their own."""
+    """Yield the names that a file imports; members of packages in `known` by their own name."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

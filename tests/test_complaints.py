@@ -155,7 +155,7 @@ def test_complaint_03_layers_quantized_by_accident(setup):
 
 
 def attributes(*modules):
-    """All attributes of modules and of their classes."""
+    """Return all attributes of modules and of their classes."""
     classes = [value for module in modules for value in vars(module).values() if isinstance(value, type)]
     return {(part.__name__, name): value for part in (*modules, *classes) for name, value in list(vars(part).items())}
 

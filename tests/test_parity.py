@@ -108,7 +108,7 @@ def test_nf4_equals_transformers_with_the_same_packed_weights(same, loaded, batc
 
 
 def images_of(inputs):
-    """(sample, index into pixel_values) of every image of "counts differ": two in the first sample, one in the second."""
+    """Return (sample, index into pixel_values) of every image of "counts differ": two in the first sample, one in the second."""
     if "image_grid_thw" in inputs:
         bounds = [0, *inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()]
         places = [slice(*bounds[number : number + 2]) for number in range(3)]

@@ -82,7 +82,7 @@ class Bench:
         self.cores = sorted(os.sched_getaffinity(0))
 
     def stage(self, stage: str, side: str, turn: int) -> dict[str, Any]:
-        """One fresh process."""
+        """Run one stage in a fresh process."""
         options = {
             "side": side,
             "checkpoint": self.source,
@@ -97,11 +97,11 @@ class Bench:
         return result
 
     def export(self) -> dict[str, Any]:
-        """Every side once."""
+        """Export every side once."""
         return {side: self.stage("export", side, 0) for side in self.arguments.sides if side not in SAME_FILES}
 
     def export_deep(self) -> dict[str, Any]:
-        """Those that compile, once, of a narrow model that is as deep as published ones."""
+        """Export the compiling sides once, from a narrow model that is as deep as published ones."""
         work = self.work / "deep"
         bench = Bench(work, checkpoint(work / "checkpoint", *DEEP), self.arguments)
         return {side: bench.stage("export", side, 0) for side in (COMPILED, INDUCTOR) if side in self.arguments.sides}
@@ -167,7 +167,7 @@ def speeds(report: dict[str, Any], tokens: int) -> dict[str, dict[str, Any]]:
 
 
 def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is asked, and what was measured."""
+    """Return the bars: the goal and the measurement of each."""
     found = []
     for side in (OURS, COMPILED, INT4, LARGE_BLOCKS):
         for name, label in (("tokens_per_second", "tokens after a prompt"), ("prompt_tokens_per_second", "prompt")):
@@ -192,7 +192,7 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _comparable(peer: str, side: str) -> bool:
-    """Whether a peer's weights have as many bits as a side's."""
+    """Return whether a peer's weights have as many bits as a side's."""
     kinds = [next((kind for kind in ("int4", "bfloat16") if kind in name), "float32") for name in (peer, side)]
     return not peer.startswith("vlmbuild") and kinds[0] == kinds[1]
 

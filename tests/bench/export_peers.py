@@ -1,7 +1,7 @@
 """Peers of `export.py`: transformers' exporters with ONNX Runtime, AOTInductor and OpenVINO, and optimum-intel.
 
 The exporters write no vision encoder for generation, so the tower is exported by itself, and of the parts for generation the
-one that takes any number of tokens on a cache. Inputs are those that their own capture of `generate` finds.
+one that takes any number of tokens on a cache. Inputs are what their own capture of `generate` finds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ExportersPeer(Side):
     """What all of transformers' exporters share."""
 
     def parts(self, checkpoint: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
-        """The tower and the decoder, with inputs to trace them with."""
+        """Return the tower and the decoder, with inputs to trace them with."""
         from transformers import AutoModelForImageTextToText, GenerationConfig
         from transformers.exporters.utils import decompose_for_generation
 
@@ -38,17 +38,17 @@ class ExportersPeer(Side):
         return {DECODE: stages[DECODE], VISION: (model.model.visual, tower)}
 
     def remember(self, config: Any, _checkpoint: Path) -> None:
-        """The cache's geometry."""
+        """Remember the cache's geometry."""
         heads = config.num_attention_heads
         self.geometry = (config.num_hidden_layers, config.num_key_value_heads, config.hidden_size // heads)
 
     def decoder_inputs(self, ids: Tensor) -> dict[str, Any]:
-        """What the captured decoder takes, beside the cache: one row of positions for text, and three."""
+        """Return the captured decoder's inputs beside the cache: one row of positions for text, and three."""
         positions = torch.arange(self.past, self.past + ids.shape[1]).expand(4, 1, -1).contiguous()
         return {"input_ids": ids, "position_ids": positions, "use_cache": True, "return_dict": True}
 
     def tower_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With what the exporter computes on the host."""
+        """Return the tower's inputs, with the ones that the exporter computes on the host."""
         from transformers.exporters.utils import precompute_export_inputs
 
         inputs = {"hidden_states": batch["pixel_values"], "grid_thw": batch["image_grid_thw"]}
@@ -56,7 +56,7 @@ class ExportersPeer(Side):
         return inputs
 
     def tower_model(self) -> Any:
-        """The tower without weights, which the exporter asks for its settings."""
+        """Make the tower without weights, which the exporter asks for its settings."""
         if not hasattr(self, "_tower"):
             from transformers import AutoConfig, Qwen2VLForConditionalGeneration
 
@@ -262,7 +262,7 @@ class OptimumPeer(Side):
 
 
 def _compiled(file: Path, precision: str) -> Any:
-    """An inference request of a model, one thread."""
+    """Compile a model to an inference request with one thread."""
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}

@@ -13,7 +13,7 @@ class Side:
     """One way to run a model.
 
     Args:
-        options: Of the worker.
+        options: Options of the worker.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Side:
         raise NotImplementedError
 
     def encode(self, batch: dict[str, Tensor]) -> object:
-        """The features of an image. Raises NotImplementedError with the reason where there is none."""
+        """Compute the features of an image. Raises NotImplementedError with the reason where there is none."""
         raise NotImplementedError
 
     def prompt(self, ids: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Side:
         raise NotImplementedError
 
     def bytes_per_token(self) -> int:
-        """Of weights that a token reads; 0 where it is not known."""
+        """Count the bytes of weights that a token reads; 0 where it is not known."""
         return 0
 
 

@@ -51,7 +51,7 @@ def prompt(tokens: int) -> torch.Tensor:
 
 
 def image_batch() -> dict[str, torch.Tensor]:
-    """One image of 448 x 448 pixels, as the processor makes it, and the prompt that shows it."""
+    """Make one image of 448 x 448 pixels, as the processor does, and the prompt that shows it."""
     patches = GRID[1] * GRID[2]
     ids = torch.cat([torch.tensor([[START] + [IMAGE] * (patches // 4) + [END]]), prompt(16)], 1)
     return {
@@ -64,7 +64,7 @@ def image_batch() -> dict[str, torch.Tensor]:
 
 
 def bandwidth() -> dict[str, float]:
-    """Bytes a second of one core: read in one pass, and read plus written in a copy; the best of some."""
+    """Measure bytes per second of one core: read in one pass, and read plus written in a copy; the best of some."""
     numbers = torch.ones(BUFFER)
     other = torch.empty_like(numbers)
     halves = numbers.chunk(2)

@@ -34,7 +34,7 @@ COLUMNS = ("logits", "loss", "gradient", "gate", "nf4 logits")
 
 
 def measure(name: str) -> list[dict[str, Any]]:
-    """One row a batch."""
+    """Measure one row per batch."""
     setup = matrix.shrink(matrix.SETUPS[name](True))
     theirs = matrix.reference(setup)
     ours = matrix.bind(setup, matrix.program(setup), theirs)

@@ -53,7 +53,7 @@ class Bench:
         return run_fresh("tests.bench.quantize_workers", name, self.threads, **options)
 
     def build(self, name: str, checkpoint: Path, **options: Any) -> dict[str, Any]:
-        """A build into the work directory, in place of the last one of that name."""
+        """Build into the work directory, in place of the last build of that name."""
         shutil.rmtree(self.work / name, ignore_errors=True)
         if options.get("side") == TRANSFORMERS:
             options["skip"] = skipped_modules(self.artifact("nf4"))
@@ -61,7 +61,7 @@ class Bench:
         return self.worker("build", checkpoint=checkpoint, output=self.work / name, **options)
 
     def artifact(self, name: str) -> Path:
-        """nf4, bf16 or peer, built when it is not there."""
+        """Return the artifact nf4, bf16 or peer, built when it is not there."""
         path = self.work / name
         if not path.exists():
             self.build(
@@ -93,7 +93,7 @@ def time_of(result: Mapping[str, Any]) -> float:
 
 
 def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several runs."""
+    """Summarize several runs in one record."""
     record = medians(results, ("process_seconds", "generate"))
     if "absent" in record:
         return {"absent": record["absent"]}
@@ -165,7 +165,7 @@ def part_e(bench: Bench) -> dict[str, Any]:
 
 
 def models(bench: Bench, worker: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A worker on both sides, each on 4-bit and on bfloat16 weights."""
+    """Run a worker on both sides, each on 4-bit and on bfloat16 weights."""
 
     def measure(side: str, quantized: bool) -> dict[str, Any]:
         path = bench.artifact("nf4" if quantized else "bf16")
@@ -199,8 +199,8 @@ def tensors(artifact: Path) -> Mapping[str, Any]:
 
 
 def token_bytes(artifact: Path) -> int:
-    """Bytes of weights that one token of text reads: everything but the vision tower; the tied head stands for the
-    embedding, of which one row is read."""
+    """Count the bytes of weights that one token of text reads: everything but the vision tower; the tied head is counted
+    in place of the embedding, of which one row is read."""
     skipped = ("quant_map", "quant_state")
     stored = tensors(artifact).items()
     return sum(info.nbytes for name, info in stored if "visual." not in name and not any(s in name for s in skipped))

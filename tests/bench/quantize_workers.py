@@ -71,9 +71,9 @@ def build_peer(checkpoint: str, output: str, skip: list[str]) -> dict[str, Any]:
 
 
 def compare(ours: str, theirs: str) -> dict[str, Any]:
-    """Bit equality of all tensors of two checkpoints, one at a time; names as transformers has them in memory.
+    """Compare all tensors of two checkpoints bit by bit, one at a time; names as transformers has them in memory.
 
-    Counts, by kind, of tensors in both and of those that differ. A weight's "scales" are its nested scales and offset: the
+    Counts, by kind, tensors in both and different ones. A weight's "scales" are its nested scales and offset: the
     offset is a mean over all scales, and the peer's sum of it depends on the number of threads.
     """
     from vlmbuild.artifact.weights_reader import CheckpointWeights
@@ -140,7 +140,7 @@ def _digest(file: Path) -> str:
 
 
 def forward(side: str, path: str, tokens: int = 256) -> dict[str, Any]:
-    """A forward pass in evaluation mode without gradients: seconds of each, and logits to hold the sides against each other."""
+    """Run forward passes in evaluation mode without gradients: seconds of each, and logits to compare the sides."""
     import torch
 
     model, batch = open_model(side, path).eval(), text_batch(tokens)
@@ -177,7 +177,7 @@ def backward(side: str, path: str, tokens: int = 256) -> dict[str, Any]:
 
 
 def decode(side: str, path: str) -> dict[str, Any]:
-    """One token a forward pass; and what transformers' cached generation takes for each of 16 tokens behind a prompt of 16."""
+    """Decode one token per forward pass, and time transformers' cached generation for each of 16 tokens behind a prompt of 16."""
     import torch
 
     model, batch, prompt = open_model(side, path).eval(), text_batch(1), text_batch(16)
@@ -193,7 +193,7 @@ def decode(side: str, path: str) -> dict[str, Any]:
 
 
 def bandwidth() -> dict[str, Any]:
-    """Bytes a second that this many threads read (a sum over 1 GB) and copy (read and write counted)."""
+    """Measure bytes per second that this many threads read (a sum over 1 GB) and copy (read and write counted)."""
     import torch
 
     values = torch.ones(250_000_000)
@@ -223,7 +223,7 @@ def text_batch(tokens: int) -> dict[str, Any]:
 
 
 def import_side(side: str) -> None:
-    """Everything that the timed call would import."""
+    """Import everything that the timed call would import."""
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Qwen2VLForConditionalGeneration  # noqa: F401
 

@@ -95,7 +95,7 @@ def write_shard(file: Path, shapes: Shapes, seed: int, rank: int) -> None:
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, rank: int) -> Tensor:
-    """A stored tensor's values, bfloat16."""
+    """Draw a stored tensor's values, bfloat16."""
     if len(shape) == 1:
         is_norm = name.endswith("weight")
         values = torch.ones(shape) if is_norm else BIAS * gaussian(f"{seed} {name}", *shape)
@@ -113,7 +113,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, rank: int) -> Tensor:
 
 
 def subspace(width: int, seed: int, rank: int) -> Tensor:
-    """`[rank, width]`, nearly orthonormal rows: the same for every weight at streams of one width."""
+    """Return `[rank, width]`, nearly orthonormal rows: the same for every weight at streams of one width."""
     return gaussian(f"{seed} subspace {width}", rank, width).div_(math.sqrt(width))
 
 
@@ -123,7 +123,7 @@ def gaussian(key: str, *shape: int) -> Tensor:
 
 
 def config_values(config: Path, layers: int | None, vision_layers: int | None, factor: int) -> dict[str, Any]:
-    """The published config.json, with other depths."""
+    """Return the published config.json, with other depths."""
     values: dict[str, Any] = json.loads((config / "config.json").read_text())
     values["num_hidden_layers"] = factor * (layers or values["num_hidden_layers"])
     values["max_window_layers"] = values["num_hidden_layers"]

@@ -35,7 +35,7 @@ PATCHES_A_TOKEN = 4
 
 
 def sources(work: Path) -> dict[str, Path]:
-    """A random checkpoint, its artifacts, and the adapter that all sides start from."""
+    """Make a random checkpoint, its artifacts, and the adapter that all sides start from."""
     import torch
 
     import vlmbuild
@@ -126,7 +126,7 @@ def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def data(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the batches are: tokens with padding and without, labels, and the share of padding."""
+    """Describe the batches: tokens with padding and without, labels, and the share of padding."""
     drawn = lengths(1, arguments.steps * arguments.samples)
     sizes = [p + a + sum(h * w // PATCHES_A_TOKEN + 2 for h, w in grids) for p, a, grids in drawn]
     rows = [sizes[n : n + arguments.samples] for n in range(0, len(sizes), arguments.samples)]

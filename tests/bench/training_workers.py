@@ -23,7 +23,7 @@ MERGE, PIXELS = 2, 1176
 
 
 def lengths(seed: int, count: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """(prompt tokens, answer tokens, grids of images) of samples, as visual instruction data has them: most have one image,
+    """Return (prompt tokens, answer tokens, grids of images) of samples, as visual instruction data has them: most have one image,
     some two or none, of many sizes and shapes (256 to 1,024 patches); prompts and answers are log-normal, with long tails."""
     import numpy as np
 
@@ -73,7 +73,7 @@ def batches(seed: int, count: int, samples: int) -> Iterator[dict[str, Any]]:
 
 
 def ours(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """An artifact with the adapter; `compile` compiles its regions."""
+    """Load an artifact with the adapter; `compile` compiles its regions."""
     import vlmbuild
 
     model, _ = vlmbuild.load(options["artifact"], verify=False, dtype=options["dtype"])
@@ -86,7 +86,7 @@ def ours(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
 
 def peer(options: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """transformers with bitsandbytes and PEFT, as their documentation has it."""
+    """Load transformers' model with bitsandbytes and PEFT, as their documentation has it."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText

@@ -34,7 +34,7 @@ def tensors_of(path):
 
 
 def transformers_checkpoint(checkpoint, path, reference, **options):
-    """What transformers makes of a checkpoint with bitsandbytes, with the processor beside it."""
+    """Quantize a checkpoint with transformers and bitsandbytes, with the processor beside it."""
     write_checkpoint(reference, path)
     (path / "model.safetensors").unlink()
     config = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **options)
@@ -45,7 +45,7 @@ def transformers_checkpoint(checkpoint, path, reference, **options):
 
 @pytest.fixture(scope="module")
 def four_bit(checkpoint, reference, tmp_path_factory):
-    """As published ones are: the vision tower quantized too, a layer's projection left out, single-quantized scales."""
+    """Quantize as published checkpoints are: the vision tower too, one projection left out, single-quantized scales."""
     skipped = ["lm_head", "model.visual.merger", "model.language_model.layers.1.mlp.down_proj"]
     path = tmp_path_factory.mktemp("bnb") / "nf4"
     return transformers_checkpoint(

@@ -41,7 +41,7 @@ def say(*content: Any, role: str = "user") -> dict[str, Any]:
 
 
 def process(name: str, texts: list[str], names: list[list[str]], **arguments: Any) -> Any:
-    """A processor's batch: rendered texts, and the photographs of each by name."""
+    """Make a processor's batch from rendered texts, and the photographs of each by name."""
     pictures = [[photographs()[picture] for picture in row] for row in names]
     return PROCESSORS[name]()(
         text=texts, images=pictures, padding=True, add_special_tokens=False, return_tensors="pt", **arguments
@@ -50,7 +50,7 @@ def process(name: str, texts: list[str], names: list[list[str]], **arguments: An
 
 @functools.cache
 def reference(name: str) -> Any:
-    """The vendor's own tokenizer."""
+    """Return the vendor's own tokenizer."""
     if name == "qwen2_vl":
         from dashscope.tokenizers.qwen_tokenizer import QwenTokenizer
 
@@ -287,7 +287,7 @@ def test_batches_hold_their_samples(name, side):
 
 
 def assert_equal_batches(name: str, loaded: Any) -> None:
-    """What a loaded processor makes of texts and photographs is what ours makes."""
+    """Compare the batches of a loaded processor with those of ours, for texts and photographs."""
     processor = PROCESSORS[name]()
     messages = [say("Look: ", IMAGE, *TEXTS), say("Ja.", role="assistant"), say(IMAGE, "Again?")]
     text = loaded.apply_chat_template(messages, add_generation_prompt=True)

@@ -26,5 +26,5 @@ def poisoned():
 
 @pytest.fixture(autouse=True)
 def drawn(request):
-    """A test's inputs do not depend on which tests ran before it."""
+    """Seed each test: its inputs do not depend on tests that ran before it."""
     exactness.GENERATOR.manual_seed(exactness.SEED + zlib.crc32(request.node.nodeid.rpartition("/")[2].encode()))

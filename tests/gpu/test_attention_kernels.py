@@ -26,7 +26,7 @@ def padding(batch: int, keys: int) -> torch.Tensor:
 
 
 def check(query, key, value, masks=Masks(), causal=False):  # type: ignore[no-untyped-def]
-    """Values and all gradients; returns the output and its errors."""
+    """Check values and all gradients; returns the output and its errors."""
     grad = randn(query.shape[0], query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype)
     wide = [x.double() for x in (query, key, value)]
     exact = attention_reference(*wide, masks, causal, SCALE)

@@ -12,7 +12,7 @@ import vlmbuild
 
 
 def write_adapter(artifact: Path, directory: Path, std: float = 0.05, **options) -> Path:
-    """A LoRA adapter of an artifact whose B and modules trained whole are away from where they start."""
+    """Write a LoRA adapter of an artifact whose B and modules trained whole differ from their initial values."""
     model, _ = vlmbuild.load(artifact)
     vlmbuild.add_lora(model, **{"r": 4, "alpha": 12, **options})
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def edit_adapter_config(directory: Path, **changes) -> None:
 
 
 def edit_adapter(directory: Path, change) -> None:
-    """`change` takes the tensors by name, and changes them in place or returns others in a new dict."""
+    """Edit an adapter: `change` takes the tensors by name, and changes them in place or returns others in a new dict."""
     tensors = load_file(directory / "adapter_model.safetensors")
     changed = change(tensors)
     tensors = changed if isinstance(changed, dict) else tensors

@@ -105,7 +105,7 @@ def wrapped_loop(artifact, output, case):
 
 
 def accelerates_fsdp2(model):
-    """What `Accelerator.prepare` does on GPUs; on a CPU it takes DDP, whatever its configuration says."""
+    """Wrap a model as `Accelerator.prepare` does on GPUs; on a CPU it takes DDP, whatever its configuration says."""
     accelerator = Accelerator(cpu=True)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
@@ -119,7 +119,7 @@ def accelerates_fsdp2(model):
 
 
 def held(model):
-    """Bytes of parameters and buffers in this process."""
+    """Count the bytes of parameters and buffers in this process."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum((tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes for tensor in tensors)
 
@@ -133,7 +133,7 @@ def refusal(model, batch):
 
 
 def train(artifact, output, world):
-    """Two batches a step in all, through transformers' Trainer, which takes DDP by itself."""
+    """Train two batches per step in all, through transformers' Trainer, which takes DDP by itself."""
     arguments = TrainingArguments(
         str(output),
         max_steps=3,

@@ -53,7 +53,7 @@ class Setup:
 
     Attributes:
         family: The family.
-        values: Of a tiny config.json.
+        values: Values of a tiny config.json.
         processor: Real, with its image processor's `size` lowered.
         largest, smallest: Images that it takes (width, height).
         media: Tokens that it writes for an image.
@@ -109,7 +109,7 @@ def _setup(name: str, size: dict[str, int], values: dict[str, Any], **limits: An
 
 
 def qwen2_vl(full: bool) -> Setup:
-    """`full` raises the limit to the processor class's 1280 tokens an image."""
+    """Make the setup; `full` raises the limit to the processor class's 1280 tokens per image."""
     values = {
         "model_type": "qwen2_vl",
         "tie_word_embeddings": True,
@@ -133,7 +133,7 @@ def qwen2_vl(full: bool) -> Setup:
 
 
 def mllama(full: bool) -> Setup:
-    """`full` has the published tiles of 560 pixels, else 112."""
+    """Make the setup; `full` has the published tiles of 560 pixels, else 112."""
     side = 560 if full else 112
     values = {
         "model_type": "mllama",
@@ -169,7 +169,7 @@ def mllama(full: bool) -> Setup:
 
 
 def pixtral(full: bool) -> Setup:
-    """`full` has the published longest edge of 1024 pixels, else 192."""
+    """Make the setup; `full` has the published longest edge of 1024 pixels, else 192."""
     edge = 1024 if full else 192
     values = {
         "model_type": "llava",
@@ -205,7 +205,7 @@ SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": ml
 
 @cache
 def tiny(name: str) -> Setup:
-    """A family's tiny setup with a small vocabulary, shared by all tests of a process; nobody may change it."""
+    """Return a family's tiny setup with a small vocabulary, shared by all tests of a process; nobody may change it."""
     return shrink(SETUPS[name](False))
 
 
@@ -328,7 +328,7 @@ def _step(model: Any, inputs: Batch, labels: torch.Tensor) -> tuple[Any, Gradien
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """transformers computes its loss in float32 whatever the model's dtype is; this is in the logits' own."""
+    """Compute the loss in the dtype of the logits; transformers always computes it in float32."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 

@@ -18,7 +18,7 @@ def quantize(tensor, form=NF4()):
 
 
 def reference(tensor, form=NF4()):
-    """The same of bitsandbytes."""
+    """Quantize with bitsandbytes."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(

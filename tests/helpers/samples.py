@@ -10,7 +10,7 @@ Example = dict[str, Any]
 
 
 def turn(role: str, *parts: Any) -> dict[str, Any]:
-    """A message; what is no text is an image in its content."""
+    """Make a message; parts that are no text are images in its content."""
     content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
     return {"role": role, "content": content}
 
@@ -20,12 +20,12 @@ def text_only(question: str = "Name three planets.", answer: str = "Mars, Venus 
 
 
 def one_image(name: str = "chelsea", answer: str = "A cat.") -> Example:
-    """As Unsloth's users have it: the image in the content."""
+    """Make a sample as Unsloth's users have it: the image in the content."""
     return {"messages": [turn("user", photographs()[name], "What is this?"), turn("assistant", answer)]}
 
 
 def two_images(first: str = "coffee", second: str = "tall") -> Example:
-    """As TRL's users have it: images in a column of their own; two turns."""
+    """Make a sample as TRL's users have it: images in a column of their own; two turns."""
     content = [
         {"type": "text", "text": "Compare"},
         {"type": "image"},

@@ -22,7 +22,7 @@ def test_text_of_a_region():
 
 
 def two_branches(swapped):
-    """relu(x) + neg(x), with the branches inserted in one order or the other, and other node names."""
+    """Build relu(x) + neg(x), with the branches inserted in one order or the other, and other node names."""
     region = linear_region(bias=False)
     graph = Graph()
     first = graph.placeholder("weight" if swapped else "w")

@@ -1,4 +1,4 @@
-"""Shapes from inputs alone are those that capture saw."""
+"""Shapes from inputs alone equal the captured ones."""
 
 from __future__ import annotations
 

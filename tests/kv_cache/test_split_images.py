@@ -10,7 +10,7 @@ from vlmbuild.kv_cache.split_images import split_images, split_region
 
 
 def mixed():
-    """A block that reads features, of which it makes keys, beside tokens."""
+    """Build a block that reads features, of which it makes keys, beside tokens."""
     slots = [Slot(name, (8, 8), COMPUTE_DTYPE, "parameter", "language") for name in ("q.weight", "k.weight")]
     slots.append(Slot("gate", (1,), COMPUTE_DTYPE, "parameter", "language"))
 

@@ -20,7 +20,7 @@ ONE = lock_files([LOCKS])[0]
 
 @pytest.fixture(scope="module")
 def locks(tmp_path_factory):
-    """Of a packaged checkpoint: without kernels, so that it takes seconds."""
+    """Locks of a packaged checkpoint, without kernels, so that it takes seconds."""
     folder = tmp_path_factory.mktemp("locks")
     for form in ("none", "nf4"):
         path = folder / f"digits-{form}.lock"

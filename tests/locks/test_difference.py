@@ -32,7 +32,7 @@ def lock(traced):
 
 @pytest.fixture
 def broken(traced, lock):
-    """What a check says after a change to the captured program."""
+    """Check after a change to the captured program."""
 
     def broken(change, recipe=RECIPE):
         program = copy.deepcopy(traced.program)
@@ -59,7 +59,7 @@ def test_the_same_program_has_no_difference(broken):
 
 
 def three_inputs(program):
-    """cat((-x2, x1)) of the rotation becomes cat((-x2, x1's first part, x1's second part))."""
+    """Turn cat((-x2, x1)) of the rotation into cat((-x2, x1's first part, x1's second part))."""
     for cat in nodes_of(program, aten.cat.default):
         negated, half = cat.args[0]
         graph = cat.graph
@@ -83,7 +83,7 @@ def test_a_pattern_that_no_longer_matches(broken):
 
 
 def widen_product(program):
-    """The gated product of the MLP is computed in float32."""
+    """Compute the gated product of the MLP in float32."""
     product = nodes_of(program, aten.mul.Tensor)[-1]
     graph = product.graph
     with graph.inserting_before(product):

@@ -46,7 +46,7 @@ print(small_lock_text(sys.argv[1]))
 
 
 def small_lock_text(path):
-    """Of a model that lies at the path; SDPA has few kernels to compile, here for one target."""
+    """Lock the model at the path; SDPA has few kernels to compile, here for one target."""
     kernel_table.TARGETS = (90,)
     return lock_traced(
         trace(tiny.config_values() | {"_name_or_path": path}, "tiny"), Recipe(attention="sdpa")

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here: figures, spills, tensor cores, and what is said where Triton is missing."""
+"""Kernels compiled for GPUs that are not here: figures, spills, tensor cores, and the reason where Triton is missing."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def family():
 
 
 def quiet(*_):
-    """No progress."""
+    """Report no progress."""
 
 
 @pytest.fixture(scope="module")

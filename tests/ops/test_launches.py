@@ -36,7 +36,7 @@ class Compiled:
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch):
-    """Names of kernels, one for each time that one is compiled."""
+    """List the names of kernels, one for each time that one is compiled."""
     found = []
     gpu = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),

@@ -41,7 +41,7 @@ def calls():
 
 
 def kernels_of_the_package():
-    """Names of Triton functions that are launched, in all modules of operators."""
+    """List the Triton functions that are launched, in all modules of operators."""
     from triton.runtime.jit import JITFunction
 
     modules = [import_module(found.name) for found in pkgutil.walk_packages(vlmbuild.ops.__path__, "vlmbuild.ops.")]

@@ -95,7 +95,7 @@ def highest(run):
 
 
 def measure(model, batch, labels, rank):
-    """Of inference, training, and training with checkpointing."""
+    """Measure inference, training, and training with checkpointing."""
     model.eval()
     with torch.no_grad():
         found = [highest(lambda: model(**batch))]
@@ -210,7 +210,7 @@ def test_plan_of_an_unquantized_build(checkpoint, tmp_path):
 
 
 def tensor_bytes(artifact):
-    """Of model.safetensors without its header, which begins with its length and is not loaded."""
+    """Count the bytes of model.safetensors without its header, which begins with its length and is not loaded."""
     with (artifact.path / "model.safetensors").open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     return artifact.manifest.entry("model.safetensors").size - 8 - header

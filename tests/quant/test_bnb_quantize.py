@@ -58,7 +58,7 @@ def bounds(quant_type):
 
 
 def neighbours(values, steps):
-    """The values, and on either side of each as many of the floats next to it."""
+    """Return the values with the floats next to each, on either side."""
     infinity = torch.tensor(torch.inf)
     found = [values]
     for direction in (infinity, -infinity):
@@ -70,7 +70,7 @@ def neighbours(values, steps):
 
 
 def blocks_around(values, absmax, blocksize):
-    """The values in blocks which each start with `absmax`, alternately positive and negative."""
+    """Return the values in blocks that each start with `absmax`, alternately positive and negative."""
     rows = torch.nn.functional.pad(values, (0, -values.numel() % (blocksize - 1))).view(-1, blocksize - 1)
     first = torch.full((rows.shape[0], 1), absmax)
     first[1::2] *= -1

@@ -28,7 +28,7 @@ def weight(shape, dtype=torch.bfloat16, seed=0):
 
 
 def library_state(values):
-    """The state dict of bitsandbytes' layer with this weight."""
+    """Return the state dict of bitsandbytes' layer with this weight."""
     layer = nn.Linear8bitLt(values.shape[1], values.shape[0], bias=False, has_fp16_weights=False)
     layer.weight.data = values.clone()
     return layer.to("cpu").state_dict(prefix="layer.")

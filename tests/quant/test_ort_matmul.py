@@ -17,7 +17,7 @@ ROWS = 24
 
 
 def product(weight, parts, x):
-    """What ONNX Runtime makes of a packed weight."""
+    """Multiply by a packed weight in ONNX Runtime."""
     names = [f"w{suffix}" for suffix in weight.parts]
     node = helper.make_node(weight.operator, ["x", *names], ["y"], domain="com.microsoft", **weight.attributes)
     graph = helper.make_graph(

@@ -1,4 +1,4 @@
-"""Contents of artifacts are read as data: names and sizes are those that families and headers say."""
+"""Contents of artifacts are read as data: names and sizes agree with families and headers."""
 
 from __future__ import annotations
 

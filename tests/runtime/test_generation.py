@@ -49,7 +49,7 @@ def ours(setup, theirs):
 
 
 def never_saying_media(model, setup):
-    """As trained models: the whole sequence would be refused with tokens of images that there are not."""
+    """Suppress media tokens, as trained models do: a sequence with tokens of missing images would be refused."""
     config = setup.config()
     size = config.text_config.vocab_size
     media = {config.image_token_id, getattr(config, "video_token_id", None), *setup.ids(setup.media).tolist()}

@@ -96,7 +96,7 @@ def test_another_compute_dtype(nf4, dtype):
 
 
 def rewritten(artifact, target, change):
-    """An artifact that verifies, with another program."""
+    """Write an artifact that verifies, with another program."""
     program = json.loads((artifact / "graph/program.json").read_text())
     change(program)
     with ArtifactWriter(target) as writer:

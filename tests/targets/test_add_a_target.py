@@ -18,7 +18,7 @@ from vlmbuild.targets.trainable import write_checkpoint
 
 
 def write(writer, request):
-    """A trainable checkpoint with a note beside it."""
+    """Write a trainable checkpoint with a note beside it."""
     write_checkpoint(writer, request)
     writer.write("note.txt", request.recipe.dtype.encode(), "data")
     return publish(writer, request, formats=[], numerics=request.measure(writer.staging))

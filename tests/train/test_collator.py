@@ -34,7 +34,7 @@ def processor(name):
 
 
 def learned(processor, batch):
-    """What each sample's labels say."""
+    """Decode each sample's labels."""
     return [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
 
 

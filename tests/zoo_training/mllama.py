@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """<|begin_of_text|>{% for message in messages %}<|start_header_
 
 
 def make_processor() -> Any:
-    """The family's processor with the zoo's tokenizer and small tiles."""
+    """Make the family's processor with the zoo's tokenizer and small tiles."""
     image_processor = MllamaImageProcessorPil(
         size={"height": TILE, "width": TILE},
         max_image_tiles=TILES,
@@ -66,7 +66,7 @@ def make_processor() -> Any:
 
 
 def make_config(tokenizer: Any) -> MllamaConfig:
-    """All layer kinds of the family: self- and cross-attention with grouped queries, local and global vision layers."""
+    """Make a config with all layer kinds: self- and cross-attention with grouped queries, local and global vision layers."""
     hidden, vision = 128, 128
     intermediate = [0, 1]  # after the first two local layers
     return MllamaConfig(
@@ -110,7 +110,7 @@ def make_config(tokenizer: Any) -> MllamaConfig:
 
 
 def make_model(config: Any) -> Any:
-    """The initialised model, all gates ajar: shut, as transformers makes them, no gradient reaches the vision tower.
+    """Make the initialised model with all gates ajar: shut, as transformers makes them, no gradient reaches the vision tower.
 
     Position embeddings start as large as what they are added to: attention has to find neighbours by them alone.
     """
@@ -125,12 +125,12 @@ def make_model(config: Any) -> Any:
 
 
 def vision_modules(model: Any) -> tuple[nn.Module, ...]:
-    """What the warm-up trains."""
+    """List the modules that the warm-up trains."""
     return model.model.vision_model, model.model.multi_modal_projector
 
 
 def patch_features(model: Any, images: Any) -> Tensor:
-    """The projected features of every patch of all four tiles of a batch of images, without the class embeddings'."""
+    """Compute the projected features of every patch of all four tiles of a batch of images, without the class embeddings'."""
     inputs = {name: images[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     tower = model.model.vision_model(**inputs).last_hidden_state
     features: Tensor = model.model.multi_modal_projector(tower)[:, :, :, 1:]
@@ -138,7 +138,7 @@ def patch_features(model: Any, images: Any) -> Tensor:
 
 
 def patch_cells(samples: Sequence[Sample], images: Any) -> Tensor:
-    """The digit at each row of `patch_features`; `IGNORED` where an image has no such tile."""
+    """Return the digit at each row of `patch_features`; `IGNORED` where an image has no such tile."""
     return torch.cat([_tile_cells(sample).flatten() for sample in samples])
 
 

@@ -41,7 +41,7 @@ CHAT_TEMPLATE = """<s>{% for message in messages %}{% if message['role'] == 'ass
 
 
 def make_processor() -> Any:
-    """The family's processor with the zoo's tokenizer and patches a little smaller than a digit."""
+    """Make the family's processor with the zoo's tokenizer and patches a little smaller than a digit."""
     image_processor = PixtralImageProcessorPil(
         size={"longest_edge": 8 * PATCH},
         patch_size={"height": PATCH, "width": PATCH},
@@ -53,7 +53,7 @@ def make_processor() -> Any:
 
 
 def make_config(tokenizer: Any) -> LlavaConfig:
-    """All layer kinds of Pixtral: grouped queries with a head_dim of their own, untied head, gated vision layers."""
+    """Make a config with all layer kinds of Pixtral: grouped queries with a head_dim of their own, untied head, gated vision layers."""
     return LlavaConfig(
         text_config={
             "model_type": "mistral",
@@ -96,24 +96,24 @@ def make_config(tokenizer: Any) -> LlavaConfig:
 
 
 def make_model(config: Any) -> Any:
-    """The randomly initialised model."""
+    """Make the randomly initialised model."""
     return LlavaForConditionalGeneration(config)
 
 
 def vision_modules(model: Any) -> tuple[nn.Module, ...]:
-    """What the warm-up trains."""
+    """List the modules that the warm-up trains."""
     return model.model.vision_tower, model.model.multi_modal_projector
 
 
 def patch_features(model: Any, images: Any) -> Tensor:
-    """The projected features of every patch of a batch of images."""
+    """Compute the projected features of every patch of a batch of images."""
     tower = model.model.vision_tower(images["pixel_values"], image_sizes=images["image_sizes"])
     features: Tensor = model.model.multi_modal_projector(tower.last_hidden_state)[0]
     return features
 
 
 def patch_cells(samples: Sequence[Sample], images: Any) -> Tensor:
-    """The digit at each row of `patch_features`: canvases are stretched to whole patches."""
+    """Return the digit at each row of `patch_features`: canvases are stretched to whole patches."""
     sizes = images["image_sizes"].tolist()
     cells = [
         cells_of(sample, height // PATCH, width // PATCH)

@@ -37,7 +37,7 @@ class ZooFamily(Protocol):
 
 
 def cells_of(sample: Sample, rows: int, columns: int) -> Tensor:
-    """The digit whose centre lies in each cell of a grid laid over the canvas, `EMPTY` for none: `[rows, columns]`."""
+    """Return the digit whose centre lies in each cell of a grid laid over the canvas, `EMPTY` for none: `[rows, columns]`."""
     cells = torch.full((rows, columns), EMPTY)
     for digit, (x, y) in zip(sample.digits, sample.centres, strict=True):
         cells[int(y * rows), int(x * columns)] = digit

@@ -43,7 +43,7 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """The zoo's vocabulary in the family's own tokenizer class."""
+    """Make the zoo's vocabulary in the family's own tokenizer class."""
     model = json.loads(byte_level_bpe().to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
@@ -56,7 +56,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_processor() -> Any:
-    """The family's processor with the zoo's tokenizer and small pixel limits."""
+    """Make the family's processor with the zoo's tokenizer and small pixel limits."""
     image_processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64},
         image_mean=[1.0] * 3,  # the paper is white: empty patches become zero
@@ -66,7 +66,7 @@ def make_processor() -> Any:
 
 
 def make_config(tokenizer: Any) -> Qwen2VLConfig:
-    """All layer kinds of Qwen2-VL: grouped queries, head_dim 128 with the published M-RoPE sections, tied head."""
+    """Make a config with all layer kinds of Qwen2-VL: grouped queries, head_dim 128 with the published M-RoPE sections, tied head."""
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     vocabulary = (max(ids.values()) + 64) // 64 * 64
     return Qwen2VLConfig(
@@ -95,23 +95,23 @@ def make_config(tokenizer: Any) -> Qwen2VLConfig:
 
 
 def make_model(config: Any) -> Any:
-    """The randomly initialised model."""
+    """Make the randomly initialised model."""
     return Qwen2VLForConditionalGeneration(config)
 
 
 def vision_modules(model: Any) -> tuple[nn.Module, ...]:
-    """What the warm-up trains."""
+    """List the modules that the warm-up trains."""
     return (model.model.visual,)
 
 
 def patch_features(model: Any, images: Any) -> Tensor:
-    """The vision tower's output for every merged patch of a batch of images."""
+    """Compute the vision tower's output for every merged patch of a batch of images."""
     features: Tensor = model.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
     return features
 
 
 def patch_cells(samples: Sequence[Sample], images: Any) -> Tensor:
-    """The digit at each row of `patch_features`: two by two patches are merged."""
+    """Return the digit at each row of `patch_features`: two by two patches are merged."""
     grids = images["image_grid_thw"].tolist()
     cells = [
         cells_of(sample, height // 2, width // 2) for sample, (_, height, width) in zip(samples, grids, strict=True)

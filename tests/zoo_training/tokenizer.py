@@ -24,7 +24,7 @@ BASE_TOKENS = 306
 
 
 def byte_level_bpe() -> Tokenizer:
-    """A byte-level BPE tokenizer without special tokens, the same at every call."""
+    """Make a byte-level BPE tokenizer without special tokens, the same at every call."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -42,7 +42,7 @@ def byte_level_bpe() -> Tokenizer:
 
 
 def fast_tokenizer(special_tokens: Sequence[str], bos: str, eos: str, pad: str) -> PreTrainedTokenizerFast:
-    """The vocabulary with special tokens from id `BASE_TOKENS` on, in their order."""
+    """Make the vocabulary with special tokens from id `BASE_TOKENS` on, in their order."""
     raw = byte_level_bpe()
     raw.add_special_tokens(list(special_tokens))
     return PreTrainedTokenizerFast(

@@ -94,7 +94,7 @@ def _share_trace() -> None:
 
 
 def _device(small: bool) -> tuple[str, str]:
-    """How to start processes, and the GPU's name. Looking at the GPU here would keep forked processes from using it."""
+    """Return how to start processes, and the GPU's name. Looking at the GPU here would keep forked processes from using it."""
     if small:
         return "fork", "none: a rehearsal on the CPU"
     for method in ("fork", "spawn"):

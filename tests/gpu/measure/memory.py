@@ -48,7 +48,7 @@ def _plan(setting: Setting, dtype: torch.dtype, samples: int, tokens: int) -> di
 
 
 def _measure(setting: Setting, dtype: torch.dtype, samples: int, tokens: int) -> Iterator[tuple[str, int]]:
-    """(step, peak in bytes), in the order of STEPS; the model is made when the first is taken."""
+    """Yield (step, peak in bytes), in the order of STEPS; the model is made when the first is taken."""
     from vlmbuild.train.lora import add_lora
 
     qwen.free()

@@ -21,7 +21,7 @@ PIXELS = 1176
 
 
 def config_values(setting: Setting, size: str) -> dict[str, Any]:
-    """Values of the published config.json, "2b" or "7b"; a tiny one's in the rehearsal."""
+    """Return the published config.json, "2b" or "7b"; a tiny one in the rehearsal."""
     if setting.small:
         import tiny
 

@@ -31,8 +31,8 @@ class Setting:
 
     Attributes:
         device: "cuda", or "cpu" in the rehearsal.
-        dtype: Of activations; Triton's interpreter cannot multiply bfloat16.
-        small: Whether this is the rehearsal.
+        dtype: Dtype of activations; Triton's interpreter cannot multiply bfloat16.
+        small: True in the rehearsal.
     """
 
     device: str
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def backend(self) -> str:
-        """The compiler backend; the rehearsal runs torch.compile's front end alone."""
+        """Compiler backend; the rehearsal runs torch.compile's front end alone."""
         return "eager" if self.small else "inductor"
 
 

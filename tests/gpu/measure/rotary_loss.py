@@ -122,7 +122,7 @@ def _loss(setting: Setting, rows: int, width: int, vocabulary: int) -> tuple[Run
 
 
 def _peak(setting: Setting, call: Run) -> int | None:
-    """Bytes of the highest point above what was there."""
+    """Return the peak in bytes above the start."""
     if setting.small:
         return None
     torch.cuda.synchronize()

@@ -15,7 +15,7 @@ SEGMENTS = torch.tensor([0, 3, 8, 8, 9], dtype=torch.int64)
 
 
 def query(dtype=torch.bfloat16, dim=64, cuda=True):
-    """The facts about a tensor that the choice reads."""
+    """Make a stand-in with the facts about a tensor that the choice reads."""
     return SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=(1, 4, 12, dim), device="cuda", numel=lambda: 48 * dim)
 
 
@@ -54,7 +54,7 @@ def test_unmeasured_kernels_are_for_masks_that_no_library_takes(monkeypatch, mas
 
 
 def per_segment(query, key, value, bounds, key_bounds, longest, longest_key, *, scale, window_size, enable_gqa):
-    """The meaning of `torch.nn.attention.varlen.varlen_attn`, one segment after the other."""
+    """Compute `torch.nn.attention.varlen.varlen_attn`, one segment after the other."""
     assert bounds is key_bounds
     assert bounds.dtype == torch.int32
     assert longest == longest_key == 5

@@ -30,7 +30,7 @@ def tensors(batch: int, heads: int, kv_heads: int, length: int, keys: int, dim: 
 
 
 def exact(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale):  # type: ignore[no-untyped-def]
-    """One row at a time, from the definition: the keys a query may see, and a softmax over just these."""
+    """Compute one row at a time, from the definition: a softmax over the keys that a query may see."""
     groups, shift = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     bounds = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
     rows = []

@@ -19,7 +19,7 @@ SHAPES = ((1, 64), (5, 64), (2, 5, 64), (1, 1, 64), (2, 0, 64), (0, 64))
 
 
 def layer(threshold: float = 6.0, biased: bool = True, dtype: torch.dtype = torch.float32, size=(64, 24)):  # type: ignore[no-untyped-def]
-    """bitsandbytes' layer in evaluation mode, with the operator's arguments after its input."""
+    """Make bitsandbytes' layer in evaluation mode, with the operator's arguments after its input."""
     module = nn.Linear8bitLt(*size, bias=biased, has_fp16_weights=False, threshold=threshold).eval()
     module.weight.data = torch.randn(size[1], size[0]).mul(0.2).to(dtype)
     module = module.to("cpu")
@@ -244,7 +244,7 @@ def test_exports_on_meta_with_symbolic_sizes() -> None:
 
 
 def peak_bytes(function, *arguments):  # type: ignore[no-untyped-def]
-    """The most bytes that a call allocates at once, and its result."""
+    """Return the most bytes that a call allocates at once, and its result."""
     function(*arguments)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function(*arguments)

@@ -115,7 +115,7 @@ class Client:
         self.dtype = kinds[next(entry.type for entry in self.decoder.get_inputs() if entry.name == "inputs_embeds")]
 
     def run(self, session, values):
-        """What a session does not declare is dropped; what it declares must be there."""
+        """Run a session: undeclared inputs are dropped, declared ones must be there."""
         declared = [entry.name for entry in session.get_inputs()]
         assert set(declared) <= set(values), f"Missing the following inputs: {set(declared) - set(values)}"
         names = [output.name for output in session.get_outputs()]

@@ -1,4 +1,4 @@
-"""Models that are not what they should be are refused with a reason, before ONNX Runtime sees them."""
+"""Malformed models are refused with a reason, before ONNX Runtime sees them."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def relocate(place):
 
 
 def external(model):
-    """The weight comes first."""
+    """Put the weight first."""
     model.graph.initializer.sort(key=lambda tensor: tensor.data_location != onnx.TensorProto.EXTERNAL)
 
 

@@ -1,4 +1,4 @@
-"""The process that compiles, seen from the build: what it says is collected, a failure names its reason, nothing stays behind."""
+"""The process that compiles, seen from the build: its output is collected, a failure names its reason, nothing stays behind."""
 
 import json
 import shlex
@@ -108,7 +108,7 @@ def interrupt(*_):
 
 
 def ends(pid):
-    """Whether a process does, in the seconds that a busy machine may take to end one that was killed."""
+    """Return whether a process ends, in the seconds that a busy machine may take after a kill."""
     until = time.monotonic() + 10
     while running(pid) and time.monotonic() < until:
         time.sleep(0.05)

@@ -14,7 +14,7 @@ from vlmbuild.targets.aoti import worker
 
 
 def compile_region(graph, package, level, *, one_token):
-    """What inductor may do."""
+    """Compile a region as inductor may."""
     print("g++ says hello")
     package.parent.mkdir(parents=True, exist_ok=True)
     package.write_bytes(b"code")

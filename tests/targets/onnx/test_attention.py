@@ -14,7 +14,7 @@ reference = flat(attention_reference)
 
 
 def run(arguments, causal, dtype=torch.float32):
-    """The translated operator on tensors; None is an argument that is left out."""
+    """Run the translated operator on tensors; None is an argument that is left out."""
     names = ["query", "key", "value", "key_mask", "cu_seqlens", "key_groups", "visible_groups"]
     builder = GraphBuilder(dtype)
     values = []

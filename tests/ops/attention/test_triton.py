@@ -38,7 +38,7 @@ def test_groups(groups):
 
 
 def check(found, seen):
-    """First and last-plus-one place that is seen, of every row of a mask; an empty range where there is none."""
+    """Return the first and last-plus-one position that each row of a mask sees; an empty range where there is none."""
     assert {ends.dtype for ends in found} == {torch.int32}
     for first, last, row in zip(*(ends.tolist() for ends in found), seen, strict=True):
         where = row.nonzero().flatten().tolist()

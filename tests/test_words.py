@@ -7,9 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = [
-    path for folder in ("vlmbuild", "passes", "targets", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
-]
+FILES = [path for folder in ("vlmbuild", "passes", "targets") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 # First words of a function's docstring that are no verbs.
 NOT_A_VERB = re.compile(
@@ -36,15 +34,6 @@ def is_property(function):
     return any(ast.unparse(decorator).endswith(PROPERTIES) for decorator in function.decorator_list)
 
 
-def is_free(function):
-    """Return whether a function's docstring may be a noun or a sentence: attributes, fixtures and tests."""
-    return (
-        is_property(function)
-        or function.name.startswith("test_")
-        or any("fixture" in ast.unparse(decorator) for decorator in function.decorator_list)
-    )
-
-
 def strings(path):
     """Yield (line, text) of every string that is a statement: docstrings, and descriptions below assignments."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -58,7 +47,7 @@ def unworded(paths):
         f"{path}:{node.lineno}: {text.splitlines()[0]}"
         for path in paths
         for node, text in functions(path)
-        if not is_free(node) and (NOT_A_VERB.match(text) or not text[0].isupper())
+        if not is_property(node) and (NOT_A_VERB.match(text) or not text[0].isupper())
     ]
 
 

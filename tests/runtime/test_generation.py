@@ -64,7 +64,7 @@ def words(model, count):
 
 
 def followed_by(more, batch, family):
-    """The batch with more text, which sees the images that its last token sees."""
+    """Extend the batch with more text, which sees the images that its last token sees."""
     names = [name for name, row in family.input_layout.items() if row == "token" and name in batch]
     last = {name: batch[name][:, -1:].expand(-1, more.shape[1], *[-1] * (batch[name].ndim - 2)) for name in names}
     added = {"input_ids": more, "attention_mask": torch.ones_like(more)} | last

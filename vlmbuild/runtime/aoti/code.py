@@ -18,6 +18,7 @@ from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Program, Region
 from vlmbuild.kv_cache.block import FORMS
 from vlmbuild.kv_cache.program import cached_inputs
+from vlmbuild.runtime.aoti.archive import check_package
 from vlmbuild.runtime.aoti.code_index import CODE_INDEX, CodeEntry, CodeFile, CodeIndex, compiled_regions
 from vlmbuild.runtime.aoti.platform import check_platform
 from vlmbuild.runtime.compiler import Compiler
@@ -170,6 +171,7 @@ def _entry(index: CodeIndex, program: Program, form: str, name: str, where: str)
 
 def _runner(package: bytes, where: str) -> Runner:
     """Open a package from a private file, which nobody else can write to."""
+    check_package(package, where)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "region.pt2"
         file.write_bytes(package)

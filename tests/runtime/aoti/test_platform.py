@@ -25,6 +25,7 @@ def test_record_holds_all():
         ({"machine": "riscv64"}, "for processors of type riscv64"),
         ({"features": ("avx2048",)}, "for processors with avx2048, which this one lacks"),
         ({"features": ()}, "for a processor whose features are not known"),
+        ({"level": "x86-64-v9"}, "for the level 'x86-64-v9', which is not known"),
         ({"torch": "2.1.0"}, "for torch 2.1.0, and"),
         ({"libc": "glibc 99.1"}, "for glibc 99.1 or newer"),
         ({"libc": "musl 1.2"}, "for musl 1.2 or newer"),
@@ -33,6 +34,14 @@ def test_record_holds_all():
 def test_code_for_another_machine_is_refused(other, message):
     with pytest.raises(IncompatibleError, match=f"^artifact: its code was compiled .*{message}"):
         check_platform(replace(HERE, **other), "artifact")
+
+
+def test_the_level_counts_whatever_the_features_say(monkeypatch):
+    needed = replace(HERE, level="x86-64-v4", features=("fma",))
+    monkeypatch.setattr(code_platform, "cpu_features", lambda: frozenset(code_platform._level_features("x86-64-v3")))
+    with pytest.raises(IncompatibleError, match="avx512bw, .*avx512vl, which this one lacks"):
+        check_platform(needed, "artifact")
+    check_platform(replace(needed, level="x86-64-v3"), "artifact")
 
 
 def test_older_c_library_is_no_reason():

@@ -88,9 +88,10 @@ def check_platform(needed: CodePlatform, where: str) -> None:
         IncompatibleError: It is for another processor, or for other versions of torch or of the C library.
     """
     here = this_platform()
-    missing = sorted(set(needed.features) - cpu_features())
+    missing = sorted({*needed.features, *_level_features(needed.level)} - cpu_features())
     problems = [
         (needed.machine != here.machine, f"for processors of type {needed.machine}, and this one is {here.machine}"),
+        (needed.level not in ("", *_LEVELS), f"for the level {needed.level!r}, which is not known"),
         (not needed.features, "for a processor whose features are not known"),
         (bool(missing), f"for processors with {', '.join(missing)}, which this one lacks"),
         (needed.torch != here.torch, f"for torch {needed.torch}, and {here.torch} is installed"),
@@ -104,6 +105,12 @@ def check_platform(needed: CodePlatform, where: str) -> None:
             raise IncompatibleError(
                 f"{where}: its code was compiled {problem}. Build the artifact again on a machine like this one."
             )
+
+
+def _level_features(level: str) -> list[str]:
+    """Return the features of a level and of those before it."""
+    names = list(_LEVELS)
+    return [feature for name in names[: names.index(level) + 1] for feature in _LEVELS[name]] if level in names else []
 
 
 def cpu_features() -> frozenset[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.canonical import canonical_json
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.canonical import canonical_json
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.measure.aoti_parity import code_measurement
 from vlmbuild.runtime.aoti.code_index import CODE_INDEX

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from vlmbuild.artifact.manifest import Manifest, canonical_json
+from vlmbuild.artifact.canonical import canonical_json
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import SourceError

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmbuild.artifact import manifest as module
-from vlmbuild.artifact.manifest import FileEntry, Manifest, canonical_json
+from vlmbuild.artifact.canonical import canonical_json
+from vlmbuild.artifact.manifest import FileEntry, Manifest
 from vlmbuild.errors import IncompatibleError, IntegrityError
 
 DIGEST = hashlib.sha256(b"x").hexdigest()
@@ -75,13 +76,14 @@ ENTRY = st.builds(
 )
 
 
+@settings(max_examples=20)
 @given(st.lists(ENTRY, unique_by=lambda entry: entry.path, max_size=5), st.dictionaries(NAMES, st.integers(0, 9)))
 def test_any_manifest_round_trips(entries, recipe):
     manifest = example(files=tuple(sorted(entries, key=lambda entry: entry.path)), recipe=recipe)
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_changed_byte_is_refused_or_changes_the_id(data):
     written = bytearray(example().to_bytes())
@@ -167,10 +169,6 @@ def test_order_and_collisions_of_files():
 
 
 def test_too_many_files(monkeypatch):
-    monkeypatch.setattr(module, "MAX_FILES", 1)
-    with pytest.raises(IntegrityError, match="lists 2 files; the limit is 1"):
-        example()
-    monkeypatch.setattr(module, "MAX_FILES", 100_000)
     data = example().to_bytes()
     monkeypatch.setattr(module, "MAX_FILES", 1)
     with pytest.raises(IntegrityError, match="lists 2 files; the limit is 1"):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmbuild.artifact import files
-from vlmbuild.artifact.manifest import canonical_json
+from vlmbuild.artifact.canonical import canonical_json
 from vlmbuild.artifact.reader import ArtifactReader, verify
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import IncompatibleError, IntegrityError
@@ -148,7 +148,7 @@ def test_special_files_do_not_hang(artifact, monkeypatch):
         refused(artifact, "not plain files: config.json, socket")
     (artifact / "manifest.json").unlink()
     os.mkfifo(artifact / "manifest.json")
-    refused(artifact, "manifest.json is not a regular file")
+    refused(artifact, "manifest.json cannot be read: it is not a regular file")
 
 
 def test_a_folder_instead_of_a_file(artifact):
@@ -157,9 +157,10 @@ def test_a_folder_instead_of_a_file(artifact):
     refused(artifact, "empty folders: config.json/; missing: config.json")
 
 
-def test_hard_links_do_not_matter(artifact, tmp_path):
+def test_hard_links_are_refused_unless_allowed(artifact, tmp_path):
     os.link(artifact / "config.json", tmp_path / "other")
-    verify(artifact)
+    refused(artifact, "hard links: config.json.*--allow-hardlinks")
+    verify(artifact, allow_hardlinks=True)
 
 
 def test_changed_sums(artifact):
@@ -210,7 +211,7 @@ def test_a_read_error_is_typed(artifact, monkeypatch):
     def broken(descriptor, *, on_chunk=None):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("vlmbuild.artifact.reader.hash_descriptor", broken)
+    monkeypatch.setattr("vlmbuild.artifact.comparison.hash_descriptor", broken)
     refused(artifact, "cannot be read: Input/output error. Check the disk")
 
 
@@ -231,7 +232,7 @@ def test_verifying_leaves_no_descriptors(artifact):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_any_mutation_is_rejected(pristine, data):
     with tempfile.TemporaryDirectory() as folder:
@@ -278,6 +279,37 @@ def test_reader_refuses_a_file_changed_later(artifact, check):
     (artifact / "config.json").write_bytes(b"[]")
     with pytest.raises(IntegrityError, match="config.json is not what manifest.json says"):
         reader.read("config.json")
+
+
+def test_reader_reads_the_file_that_it_verified(artifact):
+    reader = ArtifactReader(artifact)
+    (artifact / "other").write_bytes(b"[]")
+    os.replace(artifact / "other", artifact / "config.json")
+    assert reader.read("config.json") == b"{}"
+    (artifact / "config.json").unlink()
+    with reader.copied("config") as copy:
+        assert (copy / "config.json").read_bytes() == b"{}"
+    reader.check_unchanged()
+    with pytest.raises(IntegrityError, match="changed while it was loaded: config.json"):
+        reader.check_unchanged(by_name=True)
+
+
+def test_where_nothing_can_be_written_files_are_read_by_name(artifact, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda **_: (_ for _ in ()).throw(FileNotFoundError(2, "none")))
+    reader = ArtifactReader(artifact, verify=False)
+    with reader.verifying(), reader.copied("config") as folder:
+        assert folder == artifact
+    with (
+        pytest.raises(IntegrityError, match="changed while it was loaded: config.json"),
+        reader.verifying(),
+        reader.copied("config"),
+    ):
+        shutil.copy(artifact / "config.json", artifact / "copy")
+        os.replace(artifact / "copy", artifact / "config.json")
+
+
+def test_reader_without_verifying_opens_a_file_when_it_is_read(artifact):
+    reader = ArtifactReader(artifact, verify=False)
     (artifact / "config.json").unlink()
     with pytest.raises(IntegrityError, match="config.json cannot be read: No such file"):
         reader.read("config.json")
@@ -295,10 +327,10 @@ def test_reader_notices_replaced_files(artifact):
     os.replace(copy, artifact / "config.json")  # same bytes, another file
     (artifact / "model.safetensors").unlink()
     with pytest.raises(IntegrityError, match="changed while it was loaded: config.json, model.safetensors"):
-        reader.check_unchanged()
+        reader.check_unchanged(by_name=True)
 
 
 def test_open_beneath_follows_no_link_on_the_way(artifact, tmp_path):
     (tmp_path / "inner").symlink_to(artifact / "graph")
-    with files.open_directory(tmp_path) as root, pytest.raises(OSError), files.open_beneath(root, "inner/program.json"):
-        pass
+    with files.closing(files.open_directory(tmp_path)) as root, pytest.raises(OSError):
+        files.open_beneath(root, "inner/program.json")

@@ -12,10 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmbuild.artifact import safetensors as tensors
-from vlmbuild.artifact.safetensors import dtypes, encode_header, frame_header, read_header, tensor_bytes
+from vlmbuild.artifact.safetensors import codes, encode_header, frame_header, tensor_bytes
 from vlmbuild.errors import SourceError
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def dtypes():
+    return {code: dtype for dtype, code in codes().items()}
+
+
+def read_header(path):
+    with path.open("rb") as stream:
+        return tensors.read_header(stream.fileno(), path, path.name)
 
 
 def write(path, header, data=bytes(8)):
@@ -75,7 +84,6 @@ def test_truncation_is_counted(tmp_path):
     refused(path, "it is truncated: 20 bytes of at least")
     path.write_bytes(b"")
     refused(path, "it is truncated: 0 bytes of at least 8")
-    refused(tmp_path / "none", "none cannot be read: No such file")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +135,7 @@ def test_empty_tensors_and_scalars(tmp_path):
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_never_accepts_what_the_library_refuses(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "x"

@@ -79,13 +79,13 @@ def test_a_file_that_changes(sharded):
     data = bytearray((sharded / ONE).read_bytes())
     data[-1] ^= 1
     (sharded / ONE).write_bytes(data)
-    with pytest.raises(SourceError, match=f"{ONE} changed while it was read, at tensor 'a'"):
+    with pytest.raises(SourceError, match=f"{ONE} changed while it was read"):
         weights.read("a")
     (sharded / ONE).write_bytes(data[:-30])
     with pytest.raises(SourceError, match="changed while it was read"):
         weights.read("b")
     (sharded / ONE).unlink()
-    with pytest.raises(SourceError, match="cannot be read: No such file"):
+    with pytest.raises(SourceError, match=f"{ONE} changed"):
         weights.read("a")
 
 
@@ -101,16 +101,16 @@ def test_truncated_shard_is_named(sharded):
 
 def test_index_and_shards_agree(sharded):
     index(sharded, {"a": ONE, "b": ONE, "c": TWO, "d": TWO})
-    refused(sharded, f"{TWO} lacks the tensor 'd' that")
+    refused(sharded, f"{TWO} and {INDEX} disagree about d")
     index(sharded, {"a": ONE, "c": TWO})
-    refused(sharded, f"{ONE} holds the tensor 'b', but")
+    refused(sharded, f"{ONE} and {INDEX} disagree about b")
     index(sharded, {"a": ONE, "b": TWO, "c": TWO})
-    refused(sharded, f"{TWO} lacks the tensor 'b'")
+    refused(sharded, "disagree about b")
 
 
 def test_a_tensor_in_two_shards(sharded):
     safetensors.torch.save_file({"c": TENSORS["c"], "a": TENSORS["a"]}, sharded / TWO)
-    refused(sharded, f"{TWO} holds the tensor 'a', but")
+    refused(sharded, f"{TWO} and {INDEX} disagree about a")
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/x.safetensors", "a\\b", "", 1, None])

@@ -156,7 +156,8 @@ def _tensors() -> list[bytes]:
 def _read_tensors(path: Path) -> object:
     from vlmbuild.artifact.safetensors import read_header
 
-    return read_header(path)
+    with path.open("rb") as stream:
+        return read_header(stream.fileno(), path, path.name)
 
 
 def _indices() -> list[bytes]:

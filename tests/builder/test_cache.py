@@ -11,7 +11,7 @@ import pytest
 from checkpoints import copied
 
 import vlmbuild
-from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.errors import IntegrityError, SourceError, UsageError
 
 SCRIPT = """
 import os, sys
@@ -46,7 +46,10 @@ def test_two_processes_share_one_build_and_a_damaged_one_is_rebuilt(checkpoint, 
     assert (entry / "manifest.json").stat().st_mtime_ns == written
 
     (entry / "model.safetensors").write_bytes(b"damaged")
-    vlmbuild.from_pretrained(source, **options)
+    model, _ = vlmbuild.from_pretrained(source, expected_id=nf4.manifest.id, **options)
+    assert model.artifact_id == nf4.manifest.id
+    with pytest.raises(IntegrityError, match=f"found {nf4.manifest.id}"):
+        vlmbuild.from_pretrained(source, expected_id="sha256:" + "0" * 64, **options)
     assert entries(cache) == [entry]
     assert vlmbuild.verify(entry).id == nf4.manifest.id
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from vlmbuild.adapters.peft_files import read_adapter
+from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.source import resolve
 from vlmbuild.errors import SourceError
 from vlmbuild.zoo import ZOO
@@ -31,6 +35,35 @@ def test_file_is_no_source(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(SourceError, match="is a file. Name the directory"):
         resolve(file)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_pipes_and_huge_files_are_refused_at_once(checkpoint, tmp_path, name):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    os.truncate(source / name, 6 * 2**30)  # sparse
+    with pytest.raises(SourceError, match=rf"{name}.* (has|more than) \d+ bytes"):
+        resolve(source).config()
+    (source / name).unlink()
+    os.mkfifo(source / name)
+    with pytest.raises(SourceError, match=f"{name} cannot be read: it is not a regular file"):
+        resolve(source).config()
+
+
+def test_weights_that_are_a_pipe(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    os.mkfifo(source / "model.safetensors")
+    with pytest.raises(SourceError, match="model.safetensors cannot be read: it is not a regular file"):
+        CheckpointWeights(source)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_is_a_pipe(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(SourceError, match="is not a readable adapter.*not a regular file"):
+        read_adapter(tmp_path)
 
 
 SCRIPT = """

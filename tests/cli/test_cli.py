@@ -12,8 +12,10 @@ import time
 
 import pytest
 from checkpoints import copied, interruptible
+from republish import republish
 
 from vlmbuild import verify
+from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.cli import COMMANDS
 
 
@@ -35,6 +37,18 @@ def test_build_inspect_verify(run, checkpoint, nf4, tmp_path):
 
     code, out, _ = run("verify", nf4.path, "--id", nf4.manifest.id)
     assert (code, nf4.manifest.id in out) == (0, True)
+
+
+def test_text_of_others_moves_no_cursor(run, nf4, tmp_path):
+    """In a manifest, and in an error that quotes a name."""
+    with ArtifactWriter(tmp_path / "art") as writer:
+        writer.write("config.json", b"{}", "config")
+        writer.publish(name="m\x1b[2Jx\x9b", target="t\x1b[31m")
+    hostile = republish(nf4.path, tmp_path / "other", {}, name="m\x1b[2Jx\x9b")
+    for command in (("verify", tmp_path / "art"), ("inspect", hostile), ("run", tmp_path / "art", "--prompt", "x")):
+        _, out, err = run(*command)
+        assert not {"\x1b", "\x9b"} & set(out + err), command
+    assert r"m\x1b[2Jx\x9b" in run("inspect", hostile)[1]
 
 
 def test_plan_is_for_people_and_machines(run, checkpoint):

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from vlmbuild.artifact.weights_writer import CheckpointWeights, WeightsWriter
+from vlmbuild.artifact.weights_reader import CheckpointWeights
+from vlmbuild.artifact.weights_writer import WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.ops.linear_8bit.op import linear_8bit

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 
 import pytest
+import safetensors.torch
 import torch
+from huggingface_hub import constants
 from parity import assert_close
+from republish import republish
 from tiny import ATTENDED, BATCH, LABELS
 
 import vlmbuild
 from vlmbuild import load
-from vlmbuild.artifact.manifest import canonical_json
+from vlmbuild.artifact import comparison
+from vlmbuild.artifact.canonical import canonical_json
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.errors import DeviceError, IncompatibleError, IntegrityError, UsageError
+from vlmbuild.errors import DeviceError, IncompatibleError, IntegrityError, SourceError, UsageError
 from vlmbuild.runtime import load as loading
 
 
@@ -40,29 +46,6 @@ def test_changed_artifacts_are_refused(spoilt, spoil, message):
     spoil(spoilt)
     with pytest.raises(IntegrityError, match=message):
         load(spoilt)
-
-
-def test_a_directory_that_is_replaced_is_read_again(spoilt, plain, tmp_path, monkeypatch):
-    """Another artifact takes its place between the manifest and the files."""
-    other, opened = shutil.copytree(plain.path, tmp_path / "other"), []
-
-    def replaced(path, **options):
-        found = reader(path, **options)
-        if not opened:
-            spoilt.rename(tmp_path / "old")
-            other.rename(spoilt)
-        opened.append(path)
-        return found
-
-    reader = loading.ArtifactReader
-    monkeypatch.setattr(loading, "ArtifactReader", replaced)
-    model, _ = load(spoilt)
-    assert len(opened) == 2
-    assert not any("absmax" in name for name in model.state_dict())
-    flip(spoilt / "model.safetensors")
-    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
-        load(spoilt)
-    assert len(opened) == 3  # it stayed where it was
 
 
 def test_not_a_directory(tmp_path):
@@ -99,16 +82,7 @@ def rewritten(artifact, target, change):
     """Write an artifact that verifies, with another program."""
     program = json.loads((artifact / "graph/program.json").read_text())
     change(program)
-    with ArtifactWriter(target) as writer:
-        for file in sorted(path for path in artifact.rglob("*") if path.is_file()):
-            name = str(file.relative_to(artifact))
-            if name in ("manifest.json", "SHA256SUMS"):
-                continue
-            role = "graph" if name.startswith("graph") else "weights" if "safetensors" in name else "config"
-            data = canonical_json(program) if name == "graph/program.json" else file.read_bytes()
-            writer.write(name, data, role)
-        writer.publish(name="changed", target="trainable", recipe={"dtype": "float32"})
-    return target
+    return republish(artifact, target, {"graph/program.json": canonical_json(program)})
 
 
 def region(program, name):
@@ -167,3 +141,167 @@ def test_quantized_state_dict_round_trips(nf4):
     other.load_state_dict(state)
     with torch.no_grad():
         assert torch.equal(other(**BATCH).logits, model(**BATCH).logits)
+
+
+def weights_of(artifact, change):
+    """The artifact's weights with a change, as bytes."""
+    tensors = safetensors.torch.load_file(artifact / "model.safetensors")
+    change(tensors)
+    return {"model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"})}
+
+
+def as_dtype(ending, dtype):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith(ending))
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"model.more.weight": torch.zeros(2)}), "hold model.more.weight, which its program"),
+        (as_dtype("norm.weight", torch.int32), "norm.weight.* is stored as int32, .* needs float32"),
+        (as_dtype("norm.weight", torch.float16), "norm.weight.* is stored as float16, .* needs float32"),
+        (as_dtype("q_proj.weight", torch.int8), "q_proj.weight.* is stored as int8, .* needs uint8"),
+        (as_dtype("absmax", torch.int16), "absmax.* is stored as int16"),
+        (lambda t: t.pop(next(name for name in t if name.endswith("norm.weight"))), "norm.weight"),
+    ],
+)
+def test_tensors_are_exactly_those_of_the_program(nf4, tmp_path, change, message):
+    with pytest.raises(IncompatibleError, match=message):
+        load(republish(nf4.path, tmp_path / "changed", weights_of(nf4.path, change)))
+
+
+def test_a_pinned_id(nf4, tmp_path):
+    artifact_id = nf4.manifest.id
+    model, _ = load(nf4.path, expected_id=artifact_id)
+    assert model.artifact_id == artifact_id
+    other = republish(nf4.path, tmp_path / "other", {"graph/program.txt": b"another"})
+    for verified in (True, False):
+        with pytest.raises(IntegrityError, match=f"expected {artifact_id}, found sha256:"):
+            load(other, expected_id=artifact_id, verify=verified)
+    with pytest.raises(UsageError, match="64 hexadecimal digits"):
+        load(nf4.path, expected_id=artifact_id[:20])
+
+
+def test_what_is_hashed_is_what_is_loaded(nf4, spoilt, tmp_path, monkeypatch):
+    """Other weights while they are mapped, the right ones before they are hashed."""
+    right = shutil.copy(spoilt / "model.safetensors", tmp_path / "right")
+    tensors = safetensors.torch.load_file(right)
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    tensors[name] += 777
+    safetensors.torch.save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    (spoilt / "model.safetensors").write_bytes(
+        (spoilt / "model.safetensors").read_bytes()[: os.path.getsize(right)].ljust(os.path.getsize(right), b"\0")
+    )
+    bound, hash_descriptor, bind = threading.Event(), comparison.hash_descriptor, loading.bind_artifact
+
+    def late_hash(descriptor, **options):
+        bound.wait()
+        return hash_descriptor(descriptor, **options)
+
+    def bind_and_replace(*arguments):
+        try:
+            return bind(*arguments)
+        finally:
+            os.replace(right, spoilt / "model.safetensors")
+            bound.set()
+
+    monkeypatch.setattr(comparison, "hash_descriptor", late_hash)
+    monkeypatch.setattr(loading, "bind_artifact", bind_and_replace)
+    with pytest.raises(IntegrityError, match="changed: model.safetensors"):
+        load(spoilt)
+
+
+def test_processor_files_are_those_that_were_verified(nf4, spoilt, monkeypatch):
+    """Other files under their names, for as long as the processor is loaded."""
+    family = type(load(nf4.path)[0].family)
+    load_processor = family.load_processor
+
+    def replace_and_load(self, directory):
+        os.rename(spoilt, f"{spoilt}.away")
+        shutil.copytree(f"{spoilt}.away", spoilt)
+        (spoilt / "tokenizer_config.json").write_text('{"pad_token": "!"}')
+        try:
+            return load_processor(self, directory)
+        finally:
+            shutil.rmtree(spoilt)
+            os.rename(f"{spoilt}.away", spoilt)
+
+    monkeypatch.setattr(family, "load_processor", replace_and_load)
+    _, processor = load(spoilt)
+    assert processor.tokenizer.pad_token != "!"
+    assert processor.tokenizer.name_or_path == str(spoilt)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_pipes_do_not_hang(spoilt, name, verify):
+    (spoilt / name).unlink()
+    os.mkfifo(spoilt / name)
+    with pytest.raises((IntegrityError, IncompatibleError), match=name):
+        load(spoilt, verify=verify)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "graph/program.json"])
+def test_sizes_are_compared_before_anything_is_read(spoilt, name, monkeypatch):
+    os.truncate(spoilt / name, 6 * 2**30)
+    monkeypatch.setattr(loading, "bind_artifact", None)
+    with pytest.raises(IntegrityError, match=f"too long: {name}"):
+        load(spoilt)
+
+
+def test_hard_links_are_refused_unless_allowed(spoilt, tmp_path):
+    os.link(spoilt / "model.safetensors", tmp_path / "mine")
+    with pytest.raises(IntegrityError, match="hard links: model.safetensors.*allow_hardlinks=True"):
+        load(spoilt)
+    load(spoilt, allow_hardlinks=True)
+
+
+def test_an_artifact_that_is_overwritten_while_it_is_loaded(nf4, tmp_path, monkeypatch):
+    """What was opened first stays complete; what is opened too late is opened again, from the new one."""
+    path = republish(nf4.path, tmp_path / "art", {})
+    bind, overwritten = loading.bind_artifact, []
+
+    def overwrite():
+        if not overwritten:
+            overwritten.append(True)
+            republish(nf4.path, path, {"graph/program.txt": b"new"}, overwrite=True)
+
+    def bind_late(*arguments):
+        overwrite()
+        return bind(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "bind_artifact", bind_late)
+        model, _ = load(path)
+        assert model.artifact_id == nf4.manifest.id
+    overwritten.clear()
+    path = republish(nf4.path, path, {}, overwrite=True)
+    list_tree = comparison.list_tree
+
+    def list_late(*arguments, **options):
+        overwrite()
+        return list_tree(*arguments, **options)
+
+    monkeypatch.setattr(comparison, "list_tree", list_late)
+    new = load(path)[0].artifact_id
+    assert new != nf4.manifest.id
+    assert vlmbuild.verify(path).id == new
+
+
+def test_a_hub_id(nf4, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub/models--owner--name/snapshots" / ("0" * 40)
+    shutil.copytree(nf4.path, snapshot)
+    (tmp_path / "hub/models--owner--name/refs").mkdir()
+    (tmp_path / "hub/models--owner--name/refs/v1").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, _ = load("owner/name", revision="v1")
+    assert (model.artifact_id, model.path) == (nf4.manifest.id, snapshot)
+    with pytest.raises(SourceError, match="owner/name"):
+        load("owner/name", revision="v2")
+    with pytest.raises(UsageError, match="has no revision 'v1'"):
+        load(nf4.path, revision="v1")

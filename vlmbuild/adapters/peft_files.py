@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
+from vlmbuild.artifact.files import closing, open_file, read_file
 from vlmbuild.errors import OutputError, SourceError, UsageError, reason
 from vlmbuild.util.records import read_as
 from vlmbuild.util.validation import number
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_MAX_CONFIG_BYTES = 64 * 2**20
 _UNREADABLE = (
     *(UsageError, OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError),
     *(SafetensorError, re.error),
@@ -141,8 +143,9 @@ def read_adapter(directory: str | Path) -> Adapter:
     """
     path = Path(directory)
     try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        stored = load_file(path / WEIGHTS_FILE)
+        config = json.loads(read_file(path / CONFIG_FILE, _MAX_CONFIG_BYTES))
+        with closing(open_file(path / WEIGHTS_FILE)):  # refused here if it is a pipe, which the library would wait for
+            stored = load_file(path / WEIGHTS_FILE)
         _check_config(config, path)
         lora = Lora(
             config["r"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -13,9 +14,9 @@ from pathlib import Path
 CHUNK_BYTES = 2**20
 _HASH_BYTES = 2**23
 """Hashed in one call: between calls a thread waits for its turn with whatever Python code runs beside it."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK: opening a FIFO would otherwise wait for a writer that never comes.
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +31,21 @@ class Identity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        """Return the identity of an open file."""
+        """Return the identity of a file from its status."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass
 class Listing:
-    """All entries below a directory, sorted into what may be there and what may not."""
+    """All entries below a directory, sorted into what may be there and what may not.
+
+    Attributes:
+        files: Regular files and their sizes.
+        linked: Files with a second name, which may lie outside of the directory.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
+    linked: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     special: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
@@ -46,34 +53,63 @@ class Listing:
 
 
 @contextmanager
-def open_directory(path: Path) -> Iterator[int]:
-    """Open a directory as a descriptor; the last component may be a link, as the user's own name for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def closing(descriptor: int) -> Iterator[int]:
+    """Close a descriptor at the end."""
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-@contextmanager
-def open_beneath(root: int, path: str) -> Iterator[int]:
-    """Open a regular file under `root` as a descriptor; no component may be a link. Raises OSError."""
-    *folders, name = path.split("/")
-    directory = os.dup(root)
-    try:
-        for folder in folders:
-            inner = os.open(folder, _DIRECTORY, dir_fd=directory)
-            os.close(directory)
-            directory = inner
-        descriptor = os.open(name, _FILE, dir_fd=directory)
-    finally:
-        os.close(directory)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is not a regular file")
-        yield descriptor
-    finally:
+def open_directory(path: Path) -> int:
+    """Open a directory; the last component may be a link, as the user's own name for it. Raises OSError."""
+    return os.open(path, _DIRECTORY)
+
+
+def open_file(path: Path | str) -> int:
+    """Open a regular file, also behind links. Raises OSError."""
+    return _only_regular(os.open(path, _FILE), str(path))
+
+
+def open_beneath(root: int, path: str) -> int:
+    """Open a regular file under `root`; no component may be a link. Raises OSError."""
+    folder, _, name = path.rpartition("/")
+    with closing(_open_folder(root, folder)) as directory:
+        return _only_regular(os.open(name, _FILE | os.O_NOFOLLOW, dir_fd=directory), path)
+
+
+def _only_regular(descriptor: int, path: str) -> int:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    return descriptor
+
+
+def _open_folder(root: int, folder: str) -> int:
+    descriptor = os.dup(root)
+    for component in filter(None, folder.split("/")):
+        with closing(descriptor):
+            descriptor = os.open(component, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+    return descriptor
+
+
+def read_at_most(descriptor: int, limit: int) -> bytes:
+    """Read up to one byte more than `limit`, so that a longer file shows without being read."""
+    parts: list[bytes] = []
+    total = 0
+    while part := os.pread(descriptor, min(limit + 1 - total, 2**24), total):
+        parts.append(part)
+        total += len(part)
+    return b"".join(parts)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Read a regular file. Raises OSError, and ValueError when it has more than `limit` bytes."""
+    with closing(open_file(path)) as descriptor:
+        data = read_at_most(descriptor, limit)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
 
 
 def list_tree(root: int, *, limit: int, depth: int) -> Listing:
@@ -83,46 +119,35 @@ def list_tree(root: int, *, limit: int, depth: int) -> Listing:
     seen = 0
     while pending:
         folder = pending.pop()
-        with _open_folder(root, folder) as descriptor, os.scandir(descriptor) as entries:
-            count = 0
+        before = seen
+        with closing(_open_folder(root, folder)) as descriptor, os.scandir(descriptor) as entries:
             for entry in entries:
-                count, seen = count + 1, seen + 1
+                seen += 1
                 path = f"{folder}{entry.name}"
                 if seen > limit or path.count("/") > depth:
                     listing.too_many = True
                     return listing
-                _sort_entry(entry, path, listing, pending)
-        if count == 0 and folder:
+                if entry.is_symlink():
+                    listing.links.append(path)
+                elif entry.is_dir(follow_symlinks=False):
+                    pending.append(f"{path}/")
+                elif entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    listing.files[path] = status.st_size
+                    if status.st_nlink > 1:
+                        listing.linked.append(path)
+                else:
+                    listing.special.append(path)
+        if seen == before and folder:
             listing.empty.append(folder)
     return listing
 
 
-def _sort_entry(entry: os.DirEntry[str], path: str, listing: Listing, pending: list[str]) -> None:
-    if entry.is_symlink():
-        listing.links.append(path)
-    elif entry.is_dir(follow_symlinks=False):
-        pending.append(f"{path}/")
-    elif entry.is_file(follow_symlinks=False):
-        listing.files[path] = entry.stat(follow_symlinks=False).st_size
-    else:
-        listing.special.append(path)
-
-
-@contextmanager
-def _open_folder(root: int, folder: str) -> Iterator[int]:
-    descriptor = os.dup(root)
-    try:
-        for component in folder.split("/")[:-1]:
-            inner = os.open(component, _DIRECTORY, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = inner
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None = None) -> tuple[int, str]:
-    """Return the number of bytes and the SHA-256 of an open file, read from its start."""
+    """Return the size and the SHA-256 of an open file, read from its start.
+
+    `on_chunk` is called with the bytes of each step.
+    """
     digest = hashlib.sha256()
     size = os.fstat(descriptor).st_size
     buffer = memoryview(bytearray(min(_HASH_BYTES, max(size, 1))))
@@ -137,8 +162,8 @@ def hash_descriptor(descriptor: int, *, on_chunk: Callable[[int], None] | None =
 
 def hash_file(path: Path, *, on_chunk: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file. Raises OSError."""
-    with path.open("rb") as stream:
-        return hash_descriptor(stream.fileno(), on_chunk=on_chunk)[1]
+    with closing(open_file(path)) as descriptor:
+        return hash_descriptor(descriptor, on_chunk=on_chunk)[1]
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -151,5 +176,5 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int
 
 def sync_directory(path: Path) -> None:
     """Make a directory's entries durable. Raises OSError."""
-    with open_directory(path) as descriptor:
+    with closing(open_directory(path)) as descriptor:
         os.fsync(descriptor)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from vlmbuild.artifact.canonical import canonical_json, check_json, parse_canonical
-from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME, check_collisions, check_path
+from vlmbuild.artifact.canonical import canonical_json, parse_canonical, plain_json
+from vlmbuild.artifact.paths import MANIFEST_NAME, check_collisions, check_path
 from vlmbuild.errors import IncompatibleError, IntegrityError
-
-__all__ = [
-    "MANIFEST_NAME",
-    "SUMS_NAME",
-    "FileEntry",
-    "Manifest",
-    "canonical_json",
-    "check_collisions",
-    "check_path",
-    "parse_canonical",
-]
 
 SCHEMA: Final = "vlmbuild.artifact/2"
 READABLE: Final = ("vlmbuild.artifact/1", SCHEMA)
@@ -35,24 +23,7 @@ ADAPTER_URI: Final = "adapter"
 MAX_FILES: Final = 100_000
 
 # Loading one of these can run code, whatever the manifest calls it, so it may carry no other role.
-_CODE_SUFFIXES = (
-    ".pt2",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".joblib",
-    ".py",
-    ".pyc",
-    ".so",
-    ".dll",
-    ".dylib",
-    ".o",
-    ".cubin",
-    ".fatbin",
-    ".ptx",
-)
+_CODE_SUFFIX = re.compile(r"\.(pt2?|pth|ckpt|pkl|pickle|joblib|pyc?|so|dll|dylib|o|cubin|fatbin|ptx)$", re.IGNORECASE)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,7 +47,7 @@ class FileEntry:
             raise _invalid(f"{self.path}: the digest {self.digest!r} is not 64 lowercase hexadecimal digits")
         if self.role not in ROLES:
             raise _invalid(f"{self.path}: the role {self.role!r} is not one of {', '.join(ROLES)}")
-        if self.path.casefold().endswith(_CODE_SUFFIXES) and self.role != "code":
+        if _CODE_SUFFIX.search(self.path) and self.role != "code":
             raise _invalid(f"{self.path}: loading such a file can run code, so its role is 'code', not {self.role!r}")
 
 
@@ -103,14 +74,12 @@ class Manifest:
         for text in ("name", "target"):
             if not isinstance(getattr(self, text), str) or not getattr(self, text):
                 raise _invalid(f"{text} is not a string, or empty")
-        if len(self.files) > MAX_FILES:
-            raise _invalid(f"it lists {len(self.files)} files; the limit is {MAX_FILES}")
         paths = [entry.path for entry in self.files]
         check_collisions(paths)
         if paths != sorted(paths):
             raise _invalid("its files are not sorted by path")
         for name in ("recipe", "toolchain"):
-            # A round trip through JSON takes a private copy and makes tuples lists, so equal manifests compare equal.
+            # A private copy whose tuples are lists, so that equal manifests compare equal.
             object.__setattr__(self, name, _plain_mapping(name, getattr(self, name)))
         for name in ("source", "passes", "numerics"):
             items = getattr(self, name)
@@ -146,9 +115,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the bytes of manifest.json."""
-        value = {name: getattr(self, name) for name in _TOP_KEYS - {"files"}}
-        value["files"] = [{name: getattr(entry, name) for name in _FILE_KEYS} for entry in self.files]
-        return canonical_json(value)
+        files = [{name: getattr(entry, name) for name in _FILE_KEYS} for entry in self.files]
+        return canonical_json({name: getattr(self, name) for name in _TOP_KEYS} | {"files": files})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
@@ -162,13 +130,12 @@ class Manifest:
             raise _invalid("files is not a list")
         if len(value["files"]) > MAX_FILES:
             raise _invalid(f"it lists {len(value['files'])} files; the limit is {MAX_FILES}")
-        entries = []
         for number, item in enumerate(value["files"]):
             _check_keys(f"files[{number}]", item, _FILE_KEYS)
-            entries.append(FileEntry(**item))
-        manifest = cls(files=tuple(entries), **{name: value[name] for name in _TOP_KEYS - _DERIVED - {"files"}})
+        derived = {name: value.pop(name) for name in _DERIVED}
+        manifest = cls(**value | {"files": tuple(FileEntry(**item) for item in value["files"])})
         for name in sorted(_DERIVED):
-            if value[name] != getattr(manifest, name):
+            if derived[name] != getattr(manifest, name):
                 raise _invalid(f"{name} does not follow from its files")
         return manifest
 
@@ -207,10 +174,8 @@ def _check_keys(where: str, value: object, expected: frozenset[str]) -> None:
 
 
 def _check_pass(record: Mapping[str, Any]) -> None:
-    known = {"name", "matches", "refusals"}
-    _check_keys(
-        "an entry of passes", {key: record[key] for key in record if key not in _PASS_DETAILS}, frozenset(known)
-    )
+    required = {key: value for key, value in record.items() if key not in _PASS_DETAILS}
+    _check_keys("an entry of passes", required, frozenset({"name", "matches", "refusals"}))
     if not isinstance(record["name"], str) or not isinstance(record["refusals"], list):
         raise _invalid("an entry of passes has a name that is not a string, or refusals that are not a list")
     if type(record["matches"]) is not int or record["matches"] < 0:
@@ -220,8 +185,7 @@ def _check_pass(record: Mapping[str, Any]) -> None:
 def _plain_mapping(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise _invalid(f"{name} holds something that is not a JSON object")
-    check_json(value, name, 1)
-    plain: dict[str, Any] = json.loads(canonical_json(value))
+    plain: dict[str, Any] = plain_json(value, name, 1)
     return plain
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlmbuild.artifact.canonical import MAX_BYTES
+from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
 from vlmbuild.artifact.staging import restore_replaced
 from vlmbuild.errors import OutputError
@@ -80,11 +82,15 @@ def _check_replaceable(output: Path) -> None:
 def _listed_files(output: Path) -> set[str] | None:
     """Return the files that a manifest of any schema version lists, or None when there is no such manifest."""
     try:
-        value = json.loads((output / MANIFEST_NAME).read_bytes())
+        value = json.loads(read_file(output / MANIFEST_NAME, MAX_BYTES))
         if not value["schema"].startswith("vlmbuild.artifact/"):
             return None
         return {str(entry["path"]) for entry in value["files"]}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # missing, or no file
+            return None
+        raise cannot_write(output / MANIFEST_NAME, error) from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -113,15 +119,10 @@ def cannot_write(where: Path, error: OSError) -> OutputError:
     """Return the error of an output that cannot be written; it names the file below `where`, if the system does."""
     inner = os.fsdecode(error.filename or "").partition(".staging-")[2].partition("/")[2]
     where = where if str(where).endswith(inner) else where / inner
+    advice = "Check the disk and permissions, or choose another output."
     if error.errno in FULL_DISK:
-        return OutputError(
-            f"{where} cannot be written: {error.strerror}. Nothing was left there. Free space, raise the quota or file "
-            "size limit, or choose an output on another disk."
-        )
-    return OutputError(
-        f"{where} cannot be written: {error.strerror or error}. Nothing was left there. Check the disk and permissions, "
-        "or choose another output."
-    )
+        advice = "Free space, raise the quota or file size limit, or choose an output on another disk."
+    return OutputError(f"{where} cannot be written: {error.strerror or error}. Nothing was left there. {advice}")
 
 
 def human_size(count: int) -> str:

@@ -27,25 +27,11 @@ def check_path(path: object) -> str:
     """
     if not isinstance(path, str):
         raise IntegrityError(f"The file path {path!r} is not a string. Build the artifact again.")
-    reason = _path_problem(path)
+    reason = next((reason for reason, broken in _PATH_RULES if broken(path)), None)
+    reason = reason or next(filter(None, map(_component_problem, path.split("/"))), None)
     if reason:
         raise IntegrityError(f"The file path {path!r} is refused: {reason}. Rename the file, then build again.")
     return path
-
-
-def _path_problem(path: str) -> str | None:
-    reasons = (reason for reason, broken in _PATH_RULES if broken(path))
-    return next(reasons, None) or next(filter(None, map(_component_problem, path.split("/"))), None)
-
-
-def _component_problem(component: str) -> str | None:
-    if component in ("", ".", ".."):
-        return f"it has the component {component!r}"
-    if component != component.strip(" ") or component.endswith("."):
-        return f"the component {component!r} begins or ends with a space, or ends with a dot"
-    if _RESERVED.fullmatch(component):
-        return f"the component {component!r} is a reserved name"
-    return None
 
 
 # In order: a later rule may rely on an earlier one.
@@ -61,6 +47,16 @@ _PATH_RULES: Final[tuple[tuple[str, Callable[[str], bool]], ...]] = (
 )
 
 
+def _component_problem(component: str) -> str | None:
+    if component in ("", ".", ".."):
+        return f"it has the component {component!r}"
+    if component != component.strip(" ") or component.endswith("."):
+        return f"the component {component!r} begins or ends with a space, or ends with a dot"
+    if _RESERVED.fullmatch(component):
+        return f"the component {component!r} is a reserved name"
+    return None
+
+
 def _is_invisible(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
 
@@ -72,14 +68,10 @@ def check_collisions(paths: Iterable[str]) -> None:
         parts = path.split("/")
         for length in range(1, len(parts) + 1):
             here = ("/".join(parts[:length]), length == len(parts))
-            other = spelled.setdefault(_folded(here[0]), here)
+            other = spelled.setdefault(unicodedata.normalize("NFC", here[0].casefold()), here)
             # The same folder may come again; a file may not, and neither may another spelling.
             if other is not here and (other != here or here[1]):
                 raise IntegrityError(
                     f"The file paths {other[0]!r} and {here[0]!r} collide on a file system that ignores case, or name "
                     "both a file and a folder. Rename one of them, then build again."
                 )
-
-
-def _folded(path: str) -> str:
-    return unicodedata.normalize("NFC", path.casefold())

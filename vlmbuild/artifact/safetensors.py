@@ -23,63 +23,55 @@ MAX_HEADER_BYTES: Final = 32 * 2**20
 MAX_TENSORS: Final = 100_000
 METADATA_KEY: Final = "__metadata__"
 
-ITEM_SIZES: Final[Mapping[str, int]] = MappingProxyType(
-    {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8, "C64": 8}
-    | {"F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E5M2FNUZ": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-)
-"""Code of each dtype in headers -> bytes of an element."""
-
-
-@functools.cache
-def dtypes() -> Mapping[str, torch.dtype]:
-    """Return the dtype of each code; headers can be read without it, and so without torch."""
-    import torch
-
-    return MappingProxyType(
-        {
-            "BOOL": torch.bool,
-            "U8": torch.uint8,
-            "I8": torch.int8,
-            "U16": torch.uint16,
-            "I16": torch.int16,
-            "U32": torch.uint32,
-            "I32": torch.int32,
-            "U64": torch.uint64,
-            "I64": torch.int64,
-            "F8_E4M3": torch.float8_e4m3fn,
-            "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-            "F8_E5M2": torch.float8_e5m2,
-            "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-            "F16": torch.float16,
-            "BF16": torch.bfloat16,
-            "F32": torch.float32,
-            "F64": torch.float64,
-            "C64": torch.complex64,
-        }
-    )
+_DTYPES: Final = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
+}
+"""Code in headers -> name in torch, and bytes of an element: headers are read without torch."""
 
 
 @functools.cache
 def codes() -> Mapping[torch.dtype, str]:
     """Return the code of each dtype."""
-    return MappingProxyType({dtype: code for code, dtype in dtypes().items()})
+    import torch
+
+    return MappingProxyType({getattr(torch, name): code for code, (name, _) in _DTYPES.items()})
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: bytes `start` to `end` of `file`, counted from the beginning of the file."""
+    """Where a tensor lies: bytes `start` to `end` of a checkpoint's `file`, from its beginning."""
 
     name: str
     code: str
     shape: tuple[int, ...]
-    file: Path
+    file: str
     start: int
     end: int
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its elements."""
-        return dtypes()[self.code]
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _DTYPES[self.code][0])
+        return dtype
 
     @property
     def nbytes(self) -> int:
@@ -87,34 +79,38 @@ class TensorInfo:
         return self.end - self.start
 
 
-def read_header(file: Path | str) -> dict[str, TensorInfo]:
-    """Read the tensors of a safetensors file, in the order of their data, without reading the data.
+def read_header(descriptor: int, path: Path, file: str) -> dict[str, TensorInfo]:
+    """Read the tensors of an open safetensors file, in the order of their data, without reading the data.
 
-    Raises SourceError, naming the file, for everything that the format forbids (truncation, holes, overlaps, bytes
-    left over) and for two things that the library lets pass: duplicate names, and a header that begins with a space.
+    Args:
+        descriptor: The open file.
+        path: Its path in messages.
+        file: Its name in the checkpoint.
+
+    Raises:
+        SourceError: Something that the format forbids (truncation, holes, overlaps, bytes left over), or one of two things
+            that the library lets pass: duplicate names, and a header that begins with a space.
     """
-    path = Path(file)
-    try:
-        with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = _header_length(path, size, stream.read(8))
-            data = stream.read(length)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}. Check the path and permissions.") from error
-    if len(data) != length:
-        raise _malformed(path, f"it is truncated: {8 + len(data)} bytes of at least {8 + length}")
-    return _check_tensors(path, _parse_header(path, data), 8 + length, size)
-
-
-def _header_length(path: Path, size: int, prefix: bytes) -> int:
-    if len(prefix) < 8:
-        raise _malformed(path, f"it is truncated: {size} bytes of at least 8")
-    length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
+    size = os.fstat(descriptor).st_size
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if size >= 8 and length > MAX_HEADER_BYTES:
         raise _malformed(path, f"its header is {length} bytes long; the limit is {MAX_HEADER_BYTES}")
-    if 8 + length > size:
+    if size < 8 + length:
         raise _malformed(path, f"it is truncated: {size} bytes of at least {8 + length}")
-    return length
+    header = _parse_header(path, os.pread(descriptor, length, 8))
+    infos = [_tensor_info(path, file, name, value, 8 + length) for name, value in header.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = 8 + length
+    for info in infos:
+        if info.start != position:
+            kind = "overlaps the one before it" if info.start < position else "leaves a hole before it"
+            raise _malformed(path, f"the data of tensor {info.name!r} {kind}")
+        position = info.end
+    if size < position:
+        raise _malformed(path, f"it is truncated: {size} bytes of {position}")
+    if size > position:
+        raise _malformed(path, f"{size - position} bytes follow its last tensor")
+    return {info.name: info for info in infos}
 
 
 def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
@@ -133,35 +129,19 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_tensors(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
-    infos = [_tensor_info(path, name, value, data_start) for name, value in header.items()]
-    infos.sort(key=lambda info: (info.start, info.end))
-    position = data_start
-    for info in infos:
-        if info.start != position:
-            kind = "overlaps the one before it" if info.start < position else "leaves a hole before it"
-            raise _malformed(path, f"the data of tensor {info.name!r} {kind}")
-        position = info.end
-    if size < position:
-        raise _malformed(path, f"it is truncated: {size} bytes of {position}")
-    if size > position:
-        raise _malformed(path, f"{size - position} bytes follow its last tensor")
-    return {info.name: info for info in infos}
-
-
-def _tensor_info(path: Path, name: str, value: object, data_start: int) -> TensorInfo:
+def _tensor_info(path: Path, file: str, name: str, value: object, data_start: int) -> TensorInfo:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(path, f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in ITEM_SIZES:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise _malformed(path, f"tensor {name!r} has the unknown dtype {code!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _malformed(path, f"tensor {name!r} has a shape or data_offsets that are not lists of sizes")
     start, end = offsets
-    expected = math.prod(shape) * ITEM_SIZES[code]
+    expected = math.prod(shape) * _DTYPES[code][1]
     if end - start != expected:
         raise _malformed(path, f"tensor {name!r} has {end - start} bytes of data, but {code} {shape} needs {expected}")
-    return TensorInfo(name, code, tuple(shape), path, data_start + start, data_start + end)
+    return TensorInfo(name, code, tuple(shape), file, data_start + start, data_start + end)
 
 
 def _are_sizes(value: object) -> bool:

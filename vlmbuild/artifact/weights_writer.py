@@ -1,32 +1,23 @@
-"""Writing weights to safetensors files, one tensor at a time; reading them is re-exported from `checkpoint`."""
+"""Writing weights to safetensors files, one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 
-from vlmbuild.artifact.safetensors import (
-    METADATA_KEY,
-    TensorInfo,
-    codes,
-    encode_header,
-    frame_header,
-    read_header,
-    tensor_bytes,
-)
-from vlmbuild.artifact.weights_reader import INDEX, SINGLE, CheckpointWeights
+from vlmbuild.artifact.safetensors import METADATA_KEY, codes, encode_header, frame_header, tensor_bytes
+from vlmbuild.artifact.weights_reader import INDEX, SINGLE
 from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.errors import OutputError
 
 SHARD_BYTES = 2**28
 """Bytes of a shard: moderate, so that all cores can write, hash and verify one artifact."""
-
-__all__ = ["CheckpointWeights", "TensorInfo", "TensorSpec", "WeightsWriter", "read_header"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +34,12 @@ class TensorSpec:
         """The bytes of the data, or the most that they can be."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor has this shape, or one that is small enough."""
+        if self.exact:
+            return tuple(tensor.shape) == self.shape
+        return tensor.dim() == len(self.shape) and all(map(operator.le, tensor.shape, self.shape))
+
 
 @dataclass
 class _Shard:
@@ -52,10 +49,27 @@ class _Shard:
     specs: tuple[TensorSpec, ...]
     greatest_header: bytes
     starts: dict[str, int]
+    file: OutputFile
+    remaining: int
     written: dict[str, int] = field(default_factory=dict)
     deferred: dict[str, torch.Tensor] = field(default_factory=dict)
-    file: OutputFile | None = None
-    remaining: int = 0
+
+    def finish(self) -> None:
+        """Write what was deferred and the header, and close the file."""
+        if self.deferred:
+            entries = []
+            position = 0
+            for spec in self.specs:
+                tensor = self.deferred.get(spec.name)
+                shape = spec.shape if tensor is None else tuple(tensor.shape)
+                end = position + math.prod(shape) * spec.dtype.itemsize
+                entries.append((spec.name, spec.dtype, shape, position, end))
+                if tensor is not None:
+                    self.file.write_at(tensor_bytes(tensor), len(self.greatest_header) + position)
+                position = end
+            self.file.write_at(frame_header(encode_header(entries), len(self.greatest_header)), 0)
+            self.deferred.clear()
+        self.file.close()
 
 
 class WeightsWriter:
@@ -85,11 +99,15 @@ class WeightsWriter:
         self._writer = writer
         groups = [spec if isinstance(spec, tuple) else (spec,) for spec in specs]
         _check_specs([spec for group in groups for spec in group])
-        self._shards = [_plan_shard(name, group) for name, group in _name_shards(_split(groups, shard_bytes))]
+        parts = list(_split(groups, shard_bytes))
+        names = (
+            [SINGLE]
+            if len(parts) == 1
+            else [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
+        )
+        self._shards = [_open_shard(writer, name, part) for name, part in zip(names, parts, strict=True)]
         self._shard_of = {spec.name: shard for shard in self._shards for spec in shard.specs}
         self._specs = {spec.name: spec for shard in self._shards for spec in shard.specs}
-        for shard in self._shards:
-            shard.file = _open_shard(writer, shard)
 
     def shards(self) -> list[tuple[str, ...]]:
         """Return the tensor names of each shard."""
@@ -100,11 +118,8 @@ class WeightsWriter:
         shard, spec = self._announced(name, tensor)
         if name in shard.written:
             raise OutputError(f"The tensor {name!r} is written twice to {self._writer.output}.")
-        if not _fits(spec, tuple(tensor.shape)):
-            raise OutputError(
-                f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
-                f"announced for {self._writer.output}."
-            )
+        if not spec.fits(tensor):
+            raise self._differs(tensor, spec)
         if spec.exact:
             self.append(name, tensor)
         else:
@@ -117,7 +132,6 @@ class WeightsWriter:
         done = shard.written.get(name, 0)
         if not spec.exact or done + chunk.nbytes > spec.nbytes:
             raise OutputError(f"More of the tensor {name!r} than was announced is written to {self._writer.output}.")
-        assert shard.file is not None
         if chunk.nbytes:
             shard.file.write_at(tensor_bytes(chunk), len(shard.greatest_header) + shard.starts[name] + done)
         self._count(shard, name, done + chunk.nbytes, complete=done + chunk.nbytes == spec.nbytes)
@@ -127,18 +141,20 @@ class WeightsWriter:
         if spec is None:
             raise OutputError(f"The tensor {name!r} is not among those announced for {self._writer.output}.")
         if tensor.dtype != spec.dtype:
-            raise OutputError(
-                f"The tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
-                f"announced for {self._writer.output}."
-            )
+            raise self._differs(tensor, spec)
         return self._shard_of[name], spec
+
+    def _differs(self, tensor: torch.Tensor, spec: TensorSpec) -> OutputError:
+        return OutputError(
+            f"The tensor {spec.name!r} is {tensor.dtype} {tuple(tensor.shape)}, but {spec.dtype} {spec.shape} was "
+            f"announced for {self._writer.output}."
+        )
 
     def _count(self, shard: _Shard, name: str, nbytes: int, *, complete: bool) -> None:
         shard.written[name] = nbytes
         shard.remaining -= complete
         if not shard.remaining:
-            assert shard.file is not None
-            _finish(shard, shard.file)
+            shard.finish()
 
     def finish(self) -> None:
         """Write the index, if there are shards. Raises OutputError when a tensor is missing."""
@@ -167,8 +183,7 @@ class WeightsWriter:
             self.finish()
         else:
             for shard in self._shards:
-                if shard.file is not None:
-                    shard.file.abandon()
+                shard.file.abandon()
 
 
 def _check_specs(specs: Sequence[TensorSpec]) -> None:
@@ -196,57 +211,19 @@ def _split(groups: Sequence[tuple[TensorSpec, ...]], shard_bytes: int) -> Iterat
     yield shard
 
 
-def _name_shards(groups: Iterator[list[TensorSpec]]) -> Iterator[tuple[str, list[TensorSpec]]]:
-    known = list(groups)
-    for number, group in enumerate(known, 1):
-        yield ((SINGLE if len(known) == 1 else f"model-{number:05d}-of-{len(known):05d}.safetensors"), group)
-
-
-def _plan_shard(name: str, group: list[TensorSpec]) -> _Shard:
+def _open_shard(writer: ArtifactWriter, name: str, group: list[TensorSpec]) -> _Shard:
     # By falling item size, so that every tensor is aligned to its dtype, as the safetensors library does it;
     # those of unknown size last, so that no other place depends on them.
     specs = tuple(sorted(group, key=lambda spec: (not spec.exact, -spec.dtype.itemsize)))
     starts: dict[str, int] = {}
+    entries = []
     position = 0
     for spec in specs:
         starts[spec.name] = position
         position += spec.nbytes
-    greatest = encode_header((spec.name, spec.dtype, spec.shape, *_span(spec, starts)) for spec in specs)
-    return _Shard(name, specs, frame_header(greatest), starts, remaining=len(specs))
-
-
-def _span(spec: TensorSpec, starts: Mapping[str, int]) -> tuple[int, int]:
-    return starts[spec.name], starts[spec.name] + spec.nbytes
-
-
-def _fits(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
-    if spec.exact:
-        return shape == spec.shape
-    return len(shape) == len(spec.shape) and all(size <= most for size, most in zip(shape, spec.shape, strict=True))
-
-
-def _open_shard(writer: ArtifactWriter, shard: _Shard) -> OutputFile:
-    file = writer.open(shard.name, "weights")
-    if all(spec.exact for spec in shard.specs):
+        entries.append((spec.name, spec.dtype, spec.shape, starts[spec.name], position))
+    shard = _Shard(name, specs, frame_header(encode_header(entries)), starts, writer.open(name, "weights"), len(specs))
+    if all(spec.exact for spec in specs):
         # With the header first and tensors in order, whole or in chunks, the file is hashed as it is written.
-        file.write(shard.greatest_header)
-    return file
-
-
-def _finish(shard: _Shard, file: OutputFile) -> None:
-    if not shard.deferred:
-        file.close()
-        return
-    entries = []
-    position = 0
-    for spec in shard.specs:
-        tensor = shard.deferred.get(spec.name)
-        shape = spec.shape if tensor is None else tuple(tensor.shape)
-        end = position + math.prod(shape) * spec.dtype.itemsize
-        entries.append((spec.name, spec.dtype, shape, position, end))
-        if tensor is not None:
-            file.write_at(tensor_bytes(tensor), len(shard.greatest_header) + position)
-        position = end
-    file.write_at(frame_header(encode_header(entries), len(shard.greatest_header)), 0)
-    file.close()
-    shard.deferred.clear()
+        shard.file.write(shard.greatest_header)
+    return shard

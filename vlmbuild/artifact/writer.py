@@ -6,15 +6,15 @@ import errno
 import hashlib
 import os
 import shutil
-import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vlmbuild.artifact.files import CHUNK_BYTES, hash_descriptor, sync_directory, write_all
-from vlmbuild.artifact.manifest import MANIFEST_NAME, SUMS_NAME, FileEntry, Manifest, check_collisions, check_path
+from vlmbuild.artifact.files import CHUNK_BYTES, closing, hash_descriptor, open_file, sync_directory, write_all
+from vlmbuild.artifact.manifest import FileEntry, Manifest
 from vlmbuild.artifact.output import FULL_DISK, cannot_write, check_output, check_space, output_errors
+from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME, check_collisions, check_path
 from vlmbuild.artifact.reader import verify
 from vlmbuild.artifact.staging import create_staging, publish_exchange, publish_new, remove_abandoned
 from vlmbuild.errors import IncompatibleError, IntegrityError, OutputError, SourceError
@@ -70,67 +70,54 @@ class ArtifactWriter:
         check_path(path)
         check_collisions([*self._entries, path])
         FileEntry(path, 0, "0" * 64, role)  # refuse a wrong role now, not after gigabytes are written
+        where = self.staging / path
         with output_errors(self.output / path):
-            self._make_folders(path)
-            file = OutputFile(self, path, role)
+            where.parent.mkdir(parents=True, exist_ok=True)
+            file = OutputFile(
+                where,
+                self.output / path,
+                lambda size, digest: self._entries.update({path: FileEntry(path, size, digest, role)}),
+            )
         self._entries[path] = None
         return file
 
-    def write(self, path: str, data: bytes, role: str) -> FileEntry:
+    def write(self, path: str, data: bytes, role: str) -> None:
         """Write one file. Raises the errors of `open`."""
         with self.open(path, role) as file:
             file.write(data)
-        return file.entry
 
-    def copy(self, source: Path | str, path: str, role: str) -> FileEntry:
+    def copy(self, source: Path | str, path: str, role: str) -> None:
         """Copy one file in chunks. Raises SourceError when it cannot be read, and the errors of `open`."""
         try:
-            descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = open_file(source)
         except OSError as error:
-            raise SourceError(f"{source} cannot be read: {error.strerror}. Check the path and permissions.") from error
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise SourceError(f"{source} is not a regular file. Give a file.")
-            with self.open(path, role) as file:
-                while chunk := _read_source(descriptor, source):
-                    file.write(chunk)
-        finally:
-            os.close(descriptor)
-        return file.entry
+            raise _unreadable(source, error) from error
+        with closing(descriptor), self.open(path, role) as file:
+            while chunk := _read_source(descriptor, source):
+                file.write(chunk)
 
-    def publish(
-        self,
-        *,
-        name: str,
-        target: str,
-        source: Sequence[Mapping[str, Any]] = (),
-        recipe: Mapping[str, Any] | None = None,
-        passes: Sequence[Mapping[str, Any]] = (),
-        toolchain: Mapping[str, Any] | None = None,
-        numerics: Sequence[Mapping[str, Any]] = (),
-    ) -> Manifest:
+    def publish(self, *, name: str, target: str, **details: Any) -> Manifest:
         """Write the manifest, verify what lies on the disk, and make it the output in one rename.
 
-        Raises OutputError when the output appeared or changed during the build or cannot be written, IntegrityError when the
-        disk holds something else than was written.
+        Args:
+            name: Name of the artifact.
+            target: What it was built for.
+            **details: Further fields of `Manifest`.
+
+        Raises:
+            OutputError: The output appeared or changed during the build, or cannot be written.
+            IntegrityError: The disk holds something else than was written.
         """
         open_files = [path for path, entry in self._entries.items() if entry is None]
         if open_files:
             raise OutputError(f"Files of {self.output} are still open: {', '.join(open_files)}. Close them first.")
-        manifest = Manifest(
-            name=name,
-            target=target,
-            files=tuple(entry for _, entry in sorted(self._entries.items()) if entry is not None),
-            source=tuple(source),
-            recipe=recipe or {},
-            passes=tuple(passes),
-            toolchain=toolchain or {},
-            numerics=tuple(numerics),
-        )
+        files = tuple(entry for _, entry in sorted(self._entries.items()) if entry is not None)
+        manifest = Manifest(name, target, files, **details)
         staging = self.staging
         with output_errors(self.output):
-            _write_plain(staging / SUMS_NAME, manifest.sums())
-            _write_plain(staging / MANIFEST_NAME, manifest.to_bytes())
+            for path, data in ((SUMS_NAME, manifest.sums()), (MANIFEST_NAME, manifest.to_bytes())):
+                with OutputFile(staging / path, self.output / path) as file:
+                    file.write(data)
             _settle(staging)
             self._verify_written(staging, manifest)
             self._rename(staging, manifest)
@@ -141,9 +128,7 @@ class ArtifactWriter:
                 f"{self.output} is complete, but the disk did not confirm its name ({error.strerror}), so it may be "
                 "gone after a power loss. Check the disk, then verify the artifact."
             ) from error
-        # Only now that the new name is durable: what lies at the staging path, if anything, is the replaced output.
-        shutil.rmtree(staging, ignore_errors=True)
-        self._staging = None
+        # Only now that the new name is durable is a replaced output removed, which lies at the staging path.
         return manifest
 
     def _verify_written(self, staging: Path, manifest: Manifest) -> None:
@@ -173,36 +158,23 @@ class ArtifactWriter:
                     "artifact, build again with --overwrite."
                 ) from error
 
-    def _make_folders(self, path: str) -> None:
-        folder = self.staging
-        for component in path.split("/")[:-1]:
-            folder = folder / component
-            folder.mkdir(exist_ok=True)
-
-    def _add(self, entry: FileEntry) -> None:
-        self._entries[entry.path] = entry
-
 
 class OutputFile:
     """One file being written. Its digest is taken on the way, or by reading back where bytes came out of order."""
 
-    def __init__(self, writer: ArtifactWriter, path: str, role: str) -> None:
-        self.path = path
-        self._writer, self._role = writer, role
-        self._where = writer.output / path
+    def __init__(self, path: Path, where: Path, on_close: Callable[[int, str], None] | None = None) -> None:
+        """
+        Args:
+            path: The file to create.
+            where: Its path in messages.
+            on_close: Called with its size and SHA-256.
+        """
+        self._where, self._on_close = where, on_close
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor: int | None = os.open(writer.staging / path, flags, 0o600)
+        self._descriptor: int | None = os.open(path, flags, 0o600)
         self._end = 0
         self._in_order = hashlib.sha256()
         self._scattered = False
-
-    @property
-    def entry(self) -> FileEntry:
-        """The manifest entry of a closed file."""
-        entry = self._writer._entries[self.path]
-        if entry is None:
-            raise OutputError(f"{self._where} is still open. Close it first.")
-        return entry
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append. Raises OutputError."""
@@ -234,7 +206,8 @@ class OutputFile:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         self.abandon()
-        self._writer._add(FileEntry(self.path, self._end, digest, self._role))
+        if self._on_close:
+            self._on_close(self._end, digest)
 
     def abandon(self) -> None:
         """Close without making the file part of the artifact."""
@@ -256,7 +229,11 @@ def _read_source(descriptor: int, source: Path | str) -> bytes:
     try:
         return os.read(descriptor, CHUNK_BYTES)
     except OSError as error:
-        raise SourceError(f"{source} cannot be read: {error.strerror}. Check the disk.") from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Path | str, error: OSError) -> SourceError:
+    return SourceError(f"{source} cannot be read: {error.strerror}. Check the path, the disk and permissions.")
 
 
 def _holds(output: Path, expected_id: str) -> bool:
@@ -265,16 +242,6 @@ def _holds(output: Path, expected_id: str) -> bool:
     except (IntegrityError, IncompatibleError):
         return False
     return True
-
-
-def _write_plain(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        write_all(descriptor, data, 0)
-        os.fchmod(descriptor, 0o644)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _settle(staging: Path) -> None:

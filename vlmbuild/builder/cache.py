@@ -31,6 +31,7 @@ def from_pretrained(
     cache_dir: str | Path | None = None,
     device: str | torch.device | None = None,
     processor: str | Path | None = None,
+    expected_id: str | None = None,
     **recipe: Any,
 ) -> tuple[Model, Any]:
     """Build on first use into a cache, load from then on. Safe when several processes start at once.
@@ -44,10 +45,12 @@ def from_pretrained(
         cache_dir: Where builds are kept; $VLMBUILD_CACHE or ~/.cache/vlmbuild by default.
         device: Device of `vlmbuild.load`.
         processor: Source of the processor's files, as for `build`.
+        expected_id: The id that the artifact must have; `model.artifact_id` is the one that it has.
         **recipe: Fields of `Recipe`, for example quantize="nf4".
 
     Raises:
         UsageError: The target's artifacts hold code.
+        IntegrityError: The artifact has another id than expected.
         VlmbuildError: As `build` and `load`.
     """
     chosen = Recipe.from_mapping(recipe, where="from_pretrained")
@@ -66,12 +69,13 @@ def from_pretrained(
         lock = FileLock(f"{path}.lock")
         lock.acquire()
     try:
-        if not _is_sound(path):
+        artifact_id = _sound_id(path)
+        if artifact_id is None:
             shutil.rmtree(path, ignore_errors=True)  # ours, whatever became of it; nothing of the user's is here
-            build(source, path, chosen, revision=revision, processor=processor)
+            artifact_id = build(source, path, chosen, revision=revision, processor=processor).manifest.id
     finally:
         lock.release()
-    model, processor = load(path, device=device, verify=False)
+    model, processor = load(path, device=device, verify=False, expected_id=expected_id or artifact_id)
     if isinstance(model, VisionLanguageModel):
         model.source = str(source)
     return model, processor
@@ -88,9 +92,9 @@ def _cache_key(sources: Iterable[Source], recipe: Recipe) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _is_sound(path: Path) -> bool:
+def _sound_id(path: Path) -> str | None:
+    """Return the id of an artifact, or None where there is none that verifies."""
     try:
-        verify(path)
+        return verify(path).id
     except ArtifactError:
-        return False
-    return True
+        return None

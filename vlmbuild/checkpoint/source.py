@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmbuild.artifact.files import closing, open_file, read_file
+from vlmbuild.artifact.hub import HUB_ID, download
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.util.progress import Progress, silent
@@ -31,7 +34,10 @@ PROCESSOR_FILES = (
 )
 """Files of a processor in published checkpoints."""
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_JSON_BYTES = 64 * 2**20
+"""Of a config; the largest published one has 70 kB."""
+_MAX_SIDE_BYTES = 2**28
+"""Of a file of the processor, which transformers reads into memory whole; the largest published tokenizer has 35 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +90,13 @@ def resolve(
     if revision is not None and (path.exists() or str(source) in ZOO):
         raise UsageError(f"{source} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
     if path.is_dir():
+        _check_side_files(path)
         return Source(path, "directory")
     if path.exists():
         raise SourceError(f"{source} is a file. Name the directory that holds config.json and *.safetensors.")
     if str(source) in ZOO:
         return Source(ZOO[str(source)], f"zoo:{source}")
-    if _HUB_ID.fullmatch(str(source)):
+    if HUB_ID.fullmatch(str(source)):
         progress = progress or silent
         progress("download", 0, 1)
         found = _download(str(source), revision, weights)
@@ -100,6 +107,25 @@ def resolve(
     )
 
 
+def _check_side_files(directory: Path) -> None:
+    """Raise SourceError for a file that a library would wait for, or fill the memory with."""
+    for name in (*PROCESSOR_FILES, GENERATION_CONFIG):
+        with suppress(FileNotFoundError), closing(_open(directory / name)) as descriptor:
+            if (size := os.fstat(descriptor).st_size) > _MAX_SIDE_BYTES:
+                raise SourceError(
+                    f"{directory / name} has {size} bytes; the limit is {_MAX_SIDE_BYTES}. Download the checkpoint again."
+                )
+
+
+def _open(file: Path) -> int:
+    try:
+        return open_file(file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error.strerror}. Download the checkpoint again.") from error
+
+
 def read_json_object(path: Path, hint: str) -> dict[str, Any]:
     """Read a JSON file that holds one object.
 
@@ -107,7 +133,7 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
         SourceError: The file cannot be read as such; the message ends with the hint.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_file(path, MAX_JSON_BYTES))
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}. {hint}") from error
     except (ValueError, RecursionError) as error:
@@ -118,21 +144,7 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     wanted = ["config.json", "adapter_config.json", *PROCESSOR_FILES, GENERATION_CONFIG]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
-    try:
-        directory = snapshot_download(name, revision=revision, allow_patterns=wanted)
-    except LocalEntryNotFoundError as error:
-        raise SourceError(
-            f"{name} is neither a directory here nor in the local cache, and the hub cannot be reached. Check the "
-            "network (or HF_HUB_OFFLINE), or download the checkpoint elsewhere and give its directory."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise SourceError(
-            f"{name}{f' at revision {revision}' if revision else ''} cannot be downloaded: {error}. Check the name and "
-            "the revision; for a gated model, log in with `hf auth login`."
-        ) from error
-    return Source(Path(directory), f"{name}@{Path(directory).name}")
+    directory = download(name, revision, wanted)
+    return Source(directory, f"{name}@{directory.name}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import click
 
-from vlmbuild.cli.output import quiet_libraries
+from vlmbuild.cli.output import printable, quiet_libraries
 from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
 from vlmbuild.util.interrupt import TERMINATED, check_interrupted, ending_signals
 
@@ -118,7 +118,7 @@ def _fail(arguments: Sequence[str], kind: str, message: str, code: int) -> int:
 def _say(text: str, *, err: bool = False) -> None:
     """Print even if the reader has closed the pipe: the exit code must still be the error's."""
     try:
-        click.echo(text, err=err)
+        click.echo(printable(text), err=err)
     except BrokenPipeError:
         stream = sys.stderr if err else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # where the interpreter flushes at exit

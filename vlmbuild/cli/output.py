@@ -48,6 +48,20 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, default=str))
 
 
+def printable(text: str) -> str:
+    """Escape what would move a terminal's cursor or change its colours: text of others may hold it."""
+    return "".join(mark if mark.isprintable() or mark in "\n\t" else repr(mark)[1:-1] for mark in text)
+
+
+def _printable(value: Any) -> Any:
+    """Escape all texts of a document."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
     """Print a command's document as JSON, or as the lines and tables that `report` makes of it.
 
@@ -61,7 +75,7 @@ def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = min(console.width, _MAX_WIDTH)
     with console.capture() as captured:
-        for part in report(document):
+        for part in report(_printable(document)):
             console.print(part, soft_wrap=isinstance(part, str))
     for line in captured.get().splitlines():
         click.echo(line.rstrip())  # rich fills cells with spaces

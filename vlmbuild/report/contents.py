@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmbuild.artifact.manifest import parse_canonical
+from vlmbuild.artifact.canonical import parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.summary import WeightSummary, describe_roles, refusals_by_role

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmbuild.artifact.manifest import parse_canonical
+from vlmbuild.artifact.canonical import parse_canonical
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import IncompatibleError, SourceError
@@ -17,6 +18,7 @@ from vlmbuild.families import Family, family_named
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.util.dtypes import dtype_name
 
 Read = Callable[[str], bytes]
 """Content of an artifact's file, by its path."""
@@ -34,26 +36,54 @@ def bind_artifact(reader: ArtifactReader, dtype: torch.dtype) -> VisionLanguageM
         IntegrityError: A file differs from the manifest.
         IncompatibleError: Files are intact and do not fit each other.
     """
-    model = _bind(reader.read, reader.path, dtype)
-    model.processor = model.family.processor(reader.path)
+    stored = getattr(torch, str(reader.manifest.recipe.get("dtype")), dtype)
+    model = _bind(reader.read, reader.path, dtype, stored, reader.open)
+    model.processor = artifact_processor(reader, model.family)
     return model
+
+
+def artifact_processor(reader: ArtifactReader, family: Family) -> Any:
+    """Load an artifact's processor from verified bytes. Raises IntegrityError, SourceError."""
+    with reader.copied("config", "processor") as directory:
+        processor = family.processor(directory)
+    for part in vars(processor).values():
+        if getattr(part, "name_or_path", None) == str(directory):
+            part.name_or_path = part.init_kwargs["name_or_path"] = str(reader.path)
+    return processor
 
 
 def bind_directory(directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
     """Bind the program and weights of an artifact that is being built. Raises IncompatibleError."""
-    return _bind(lambda name: (directory / name).read_bytes(), directory, dtype)
+    return _bind(lambda name: (directory / name).read_bytes(), directory, dtype, dtype)
 
 
 def _program(read: Read) -> Program:
     return from_json(parse_canonical(read(PROGRAM_FILE), where=PROGRAM_FILE))
 
 
-def _bind(read: Read, directory: Path, dtype: torch.dtype) -> VisionLanguageModel:
+def _bind(
+    read: Read,
+    directory: Path,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    open_name: Callable[[str], int] | None = None,
+) -> VisionLanguageModel:
+    """Bind a program to its weights.
+
+    Args:
+        read: Reads a file of the artifact.
+        directory: The artifact.
+        dtype: The compute dtype.
+        stored: Dtype of tensors that are not quantized.
+        open_name: Opens a file of the artifact; by default in the directory.
+    """
     program = _program(read)
     family = family_named(program.family)
     try:
         config = family.config(json.loads(read("config.json")))
-        tensors = _read_tensors(program, family, CheckpointWeights(directory))
+        weights = CheckpointWeights(directory, open_name)
+        _check_stored(program, family, weights, stored)
+        tensors = _read_tensors(program, family, weights)
         return VisionLanguageModel(program, family, config, tensors, dtype)
     except SourceError as error:
         raise IncompatibleError(f"The files of {directory} do not belong together: {error}") from error
@@ -61,6 +91,29 @@ def _bind(read: Read, directory: Path, dtype: torch.dtype) -> VisionLanguageMode
         raise IncompatibleError(
             f"The program of {directory} does not fit its weights: {error}. Build the artifact again."
         ) from error
+
+
+def _check_stored(program: Program, family: Family, weights: CheckpointWeights, dtype: torch.dtype) -> None:
+    """Raise IncompatibleError for a tensor that no build of the program stores, or stores in another dtype."""
+    expected: dict[str, torch.dtype] = {}
+    for name, shape, form in program.source_weights():
+        stored = family.stored_name(name)
+        if form is None:
+            expected[stored] = dtype
+        else:
+            parts = form.parts(stored.removesuffix(".weight"), shape, dtype)
+            expected |= {part.name: part.dtype for part in parts}
+    if extra := sorted(weights.tensors.keys() - expected):
+        raise IncompatibleError(
+            f"The weights of {weights.directory} hold {', '.join(extra[:20])}, which its program does not use. Build it "
+            "again."
+        )
+    for name, info in weights.tensors.items():
+        if info.dtype != expected[name]:
+            raise IncompatibleError(
+                f"{name} of {weights.directory} is stored as {dtype_name(info.dtype)}, and its program needs "
+                f"{dtype_name(expected[name])}. Build it again."
+            )
 
 
 def _read_tensors(program: Program, family: Family, weights: CheckpointWeights) -> dict[str, Tensor]:

@@ -124,6 +124,7 @@ class Model(GenerationMixin):
         generation_config: Defaults and ends of generation, the checkpoint's own where it has them.
         processor: Makes the batches that the model is called with, and sets their pixel limits.
         path: Directory of its artifact.
+        artifact_id: Id of its artifact.
     """
 
     family: Family
@@ -131,6 +132,7 @@ class Model(GenerationMixin):
     generation_config: GenerationConfig
     processor: Any
     path: Path | None
+    artifact_id: str | None
     main_input_name = "input_ids"
     """Argument that generation treats as the prompt, and that the Trainer counts tokens of."""
     _is_stateful = False

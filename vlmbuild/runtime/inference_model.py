@@ -27,6 +27,7 @@ class InferenceModel(Model):
         self.config = config
         self.processor = processor
         self.path = path
+        self.artifact_id = None
         self.generation_config = GenerationConfig.from_model_config(config)
 
     def logits(self, batch: dict[str, Tensor], cache: KeyValueCache, keep: int) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from vlmbuild.artifact.hub import HUB_ID, download
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
-from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.errors import IncompatibleError, TrustError, UsageError, VlmbuildError
+from vlmbuild.artifact.reader import ArtifactReader, check_id, read_again_if_replaced
+from vlmbuild.errors import IncompatibleError, TrustError, UsageError
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.bind import bind_artifact
 from vlmbuild.runtime.hf import Model
@@ -25,8 +26,6 @@ from vlmbuild.util.dtypes import dtype_name
 from vlmbuild.util.validation import one_of
 
 Device = str | torch.device | None
-_RETRIES = 4
-"""Times that a directory is read again because another one took its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +53,12 @@ class Opener:
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
+    expected_id: str | None = None,
+    allow_hardlinks: bool = False,
     trust: Collection[str] = (),
 ) -> tuple[Model, Any]:
     """Open an artifact.
@@ -66,10 +68,14 @@ def load(
     replaced while it is read is read again from the start, a few times.
 
     Args:
-        path: The artifact's directory.
+        path: The artifact's directory, or the hub id ("owner/name") of one, which is downloaded into the hub's cache.
+        revision: Branch, tag or commit of a hub id.
         device: Where the weights go; None is the CPU.
         dtype: Compute dtype; None is the one that the artifact was built with.
         verify: Check every file against the manifest first. Turn it off only for an artifact just verified.
+        expected_id: The id that the artifact must have, as `vlmbuild inspect` prints it: everything else is refused, an older
+            version of the artifact too. `model.artifact_id` is the id of what was loaded.
+        allow_hardlinks: Accept files with a second name, through which others may write to them.
         trust: ("code",) allows the target aoti, whose compiled code runs with the caller's rights. The others hold none.
 
     Returns:
@@ -77,51 +83,51 @@ def load(
         `CompiledVisionLanguageModel`, and the processor.
 
     Raises:
-        IntegrityError: A file differs from the manifest.
+        IntegrityError: A file differs from the manifest, or the artifact is another one than expected.
         TrustError: The artifact holds code, and `trust` does not allow it.
         IncompatibleError: The artifact is of another target, newer than this vlmbuild, or compiled for another machine.
         DeviceError: The device is not available here.
+        SourceError: A hub id cannot be downloaded.
         UsageError: The dtype is none that a model computes in.
     """
     if dtype is not None:
         one_of("dtype", dtype_name(dtype), DTYPES)
-    for _ in range(_RETRIES):
-        before = _identity(path)
-        try:
-            return _load(path, device, dtype, verify, trust)
-        except VlmbuildError:
-            if _identity(path) == before:
-                raise
-    return _load(path, device, dtype, verify, trust)
+    check_id(expected_id)
+
+    def open_artifact(reader: ArtifactReader) -> Model:
+        model = _open(reader, device, dtype, verify, trust)
+        model.artifact_id = reader.manifest.id
+        return model
+
+    options = {"expected_id": expected_id, "allow_hardlinks": allow_hardlinks}
+    model = read_again_if_replaced(_directory(path, revision), open_artifact, **options)
+    return model, model.processor
 
 
-def _identity(path: str | Path) -> tuple[int, int] | None:
-    """Return what tells a directory from another one that is renamed to its path."""
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+def _directory(path: str | Path, revision: str | None) -> Path:
+    if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
+        return download(str(path), revision)
+    if revision is not None:
+        raise UsageError(f"{path} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
+    return Path(path)
 
 
-def _load(
-    path: str | Path, device: Device, dtype: str | torch.dtype | None, verify: bool, trust: Collection[str]
-) -> tuple[Model, Any]:
-    reader = ArtifactReader(path, verify=False)
-    opener = OPENERS.get(reader.manifest.target)
+def _open(reader: ArtifactReader, device: Device, dtype: Any, verify: bool, trust: Collection[str]) -> Model:
+    manifest = reader.manifest
+    opener = OPENERS.get(manifest.target)
     if opener is None:
         raise IncompatibleError(
-            f"{path} has target {reader.manifest.target!r}; this vlmbuild loads {', '.join(map(repr, OPENERS))}. Install one "
-            "that knows it."
+            f"{reader.path} has target {manifest.target!r}; this vlmbuild loads {', '.join(map(repr, OPENERS))}. Install "
+            "one that knows it."
         )
-    check_trust(reader.path, reader.manifest, trust)
-    chosen_dtype = _dtype(dtype, reader.manifest, opener)
+    check_trust(reader.path, manifest, trust)
+    chosen_dtype = _dtype(dtype, manifest, opener)
     chosen_device = opener.device(device)
     with reader.verifying(first=opener.proven_first) if verify else nullcontext():
         model = opener.open(reader, chosen_device, chosen_dtype)
-        if reader.manifest.entry(GENERATION_CONFIG) is not None:
+        if manifest.entry(GENERATION_CONFIG) is not None:
             model.generation_config = _generation_config(reader)
-    return model, model.processor
+    return model
 
 
 def best_device(target: str) -> str:
@@ -175,7 +181,7 @@ def _open_trainable(reader: ArtifactReader, device: torch.device, dtype: torch.d
 def _open_onnx(reader: ArtifactReader, device: torch.device, _: torch.dtype) -> Model:
     from vlmbuild.runtime.onnx.model import open_model
 
-    return open_model(reader.path, device.type)
+    return open_model(reader, device.type)
 
 
 def _onnx_device(device: Device) -> torch.device:

@@ -54,4 +54,5 @@ def _end_of_member(package: bytes, member: zipfile.ZipInfo) -> int:
         raise ValueError(f"{member.filename!r} has no header of a stored member")
     if package[start : start + name_length] != member.orig_filename.encode():
         raise ValueError(f"{member.filename!r} has another name before its data")
-    return start + name_length + extra_length + member.file_size
+    end: int = start + name_length + extra_length + member.file_size
+    return end

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families import Family, family_named
 from vlmbuild.ir.serialize import PROGRAM_FILE
+from vlmbuild.runtime.bind import artifact_processor
 from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.decoding import OnnxDecoding, OnnxModels
@@ -55,18 +57,18 @@ class OnnxVisionLanguageModel(InferenceModel):
         return f"Inputs and outputs are on the CPU. To run the models on {target}, load with device={str(target)!r}."
 
 
-def open_model(directory: Path, device: str) -> OnnxVisionLanguageModel:
+def open_model(reader: ArtifactReader, device: str) -> OnnxVisionLanguageModel:
     """Open the model of an ONNX artifact whose files have been verified.
 
     Raises:
         DeviceError: There is no execution provider for the device.
         IncompatibleError: A file does not fit the others.
     """
+    directory = reader.path
     try:
-        program = json.loads((directory / PROGRAM_FILE).read_text(encoding="utf-8"))
-        family = family_named(program["family"])
-        config = family.config(json.loads((directory / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError, SourceError) as error:
+        family = family_named(json.loads(reader.read(PROGRAM_FILE))["family"])
+        config = family.config(json.loads(reader.read("config.json")))
+    except (ValueError, LookupError, TypeError, SourceError) as error:
         raise IncompatibleError(f"The files of {directory} do not belong together: {error} Build it again.") from error
-    processor = family.processor(directory)
+    processor = artifact_processor(reader, family)
     return OnnxVisionLanguageModel(OnnxModels.open(directory, device), family, config, processor, directory)

@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from vlmbuild.artifact.hub import cached_blob
 from vlmbuild.errors import DeviceError, IncompatibleError
 from vlmbuild.ir.dims import Dim
 from vlmbuild.ir.program import Input
@@ -150,7 +151,8 @@ def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
             f"{file}: the weight {tensor} lies at {location!r}, outside of the folder of its model. Build it again; "
             "such a model is not opened."
         )
-    if data.is_symlink() or not data.is_file():
+    cached = cached_blob(file.parent.parent.resolve(), f"{FOLDER}/{location}")  # a link that the hub made, if any
+    if (data.is_symlink() and cached is None) or not data.is_file():
         raise IncompatibleError(
             f"{file}: its weights {location!r} are missing. Copy the whole folder, or build it again."
         )

@@ -54,6 +54,7 @@ class VisionLanguageModel(TrainerConventions):
         self.family = family
         self.processor = None
         self.path = None
+        self.artifact_id = None
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
         self._base: Program | None = None

@@ -1,0 +1,75 @@
+"""Artifacts as model hubs and signing tools hand them over: links into a download cache, and files beside the artifact's."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from vlmbuild.errors import SourceError
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_RECORDS = ".cache/huggingface/"
+_EXTRA_NAMES = frozenset(
+    {
+        "model.sig",  # OpenSSF model signing
+        "README.md",
+        ".gitattributes",
+        *(f"{_RECORDS}{name}" for name in ("CACHEDIR.TAG", ".gitignore", ".gitignore.lock")),
+    }
+)
+_EXTRA_PATTERN = re.compile(r"[^/]+\.intoto\.jsonl")
+_RECORD_PATTERN = re.compile(re.escape(_RECORDS) + r"(?:download|upload)/(.+)\.(?:metadata|lock)")
+
+
+def is_extra(path: str, listed: Collection[str]) -> bool:
+    """Return whether a file may be in an artifact without being listed, since no loader opens it.
+
+    These are signatures and attestations, the hub's own two files of a repository, and the records that `hf download
+    --local-dir` keeps of each file.
+    """
+    if path in _EXTRA_NAMES or _EXTRA_PATTERN.fullmatch(path):
+        return True
+    record = _RECORD_PATTERN.fullmatch(path)
+    return record is not None and (record[1] in listed or record[1] in _EXTRA_NAMES)
+
+
+def cached_blob(directory: Path, name: str) -> Path | None:
+    """Return the file that a link in a snapshot of the hub's download cache leads to; None for every other link.
+
+    A snapshot is `models--OWNER--NAME/snapshots/REVISION`. Its links lead to `blobs` of the same repository, or from there
+    to the cache's common `blobs`. The file's content is still to be verified.
+
+    Args:
+        directory: The snapshot, without links in its path.
+        name: Path of the link in it.
+    """
+    if directory.parent.name != "snapshots":
+        return None
+    repository = directory.parent.parent
+    blob = Path(os.path.realpath(directory / name))
+    own = blob.parent == repository / "blobs"
+    common = blob.parent.parent == repository.parent / "blobs" and re.fullmatch(r"[0-9a-f]{2}", blob.parent.name)
+    return blob if own or common else None
+
+
+def download(name: str, revision: str | None, patterns: list[str] | None = None) -> Path:
+    """Download files of a repository into the hub's cache, or find them there. Raises SourceError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{name} is neither a directory here nor in the local cache, and the hub cannot be reached. Check the "
+            "network (or HF_HUB_OFFLINE), or download it elsewhere and give its directory."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{name}{f' at revision {revision}' if revision else ''} cannot be downloaded: {error}. Check the name and "
+            "the revision; for a gated model, log in with `hf auth login`."
+        ) from error

@@ -78,10 +78,10 @@ from vlmbuild.ir.serialize import from_json
 from vlmbuild.targets.aoti import worker
 from vlmbuild.targets.aoti.compilation import inductor_cache
 program, folder = map(pathlib.Path, sys.argv[1:])
-programs = worker.cached_programs(from_json(json.loads(program.read_text())))
-platform = worker.platform_compiled_for()
 with inductor_cache() as cache:
-    os.environ |= cache
+    os.environ |= cache  # first, as the process that compiles gets it
+    programs = worker.cached_programs(from_json(json.loads(program.read_text())))
+    platform = worker.platform_compiled_for()
     print(worker.compile_unit(programs, worker.Unit("dynamic", "visual.blocks"), "float32", platform, folder))
 """
 

@@ -94,7 +94,7 @@ def region(program, name):
     [
         (lambda p: p["regions"][0]["nodes"][0].update(op="os.system"), "os.system"),
         (lambda p: p.update(family="other"), "Unknown model family 'other'"),
-        (lambda p: p["regions"][0]["slots"][0].update(shape=[1, 2]), r"\[?\(?1, 2"),
+        (lambda p: p["regions"][0]["slots"][0].update(shape=[1, 2]), r"1, 2|channel dimensions"),
         (
             lambda p: region(p, "language_model.layers")["recipes"][0]["format"].update(blocksize=128),
             "blocks of 64.*blocks of 128",

@@ -16,14 +16,14 @@ from vlmbuild.artifact.hub import HUB_ID, download
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader, check_id, read_again_if_replaced
-from vlmbuild.errors import IncompatibleError, TrustError, UsageError
+from vlmbuild.errors import IncompatibleError, IntegrityError, TrustError, UsageError
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.bind import bind_artifact
 from vlmbuild.runtime.hf import Model
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.devices import available_device, named_device
 from vlmbuild.util.dtypes import dtype_name
-from vlmbuild.util.validation import one_of
+from vlmbuild.util.validation import one_of, reachable
 
 Device = str | torch.device | None
 
@@ -105,11 +105,12 @@ def load(
 
 
 def _directory(path: str | Path, revision: str | None) -> Path:
-    if HUB_ID.fullmatch(str(path)) and not Path(path).exists():
+    directory = reachable(path, IntegrityError, "The artifact")
+    if HUB_ID.fullmatch(str(path)) and not directory.exists():
         return download(str(path), revision)
     if revision is not None:
         raise UsageError(f"{path} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
-    return Path(path)
+    return directory
 
 
 def _open(reader: ArtifactReader, device: Device, dtype: Any, verify: bool, trust: Collection[str]) -> Model:

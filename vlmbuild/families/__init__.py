@@ -8,7 +8,8 @@ real processor), which runs the tests that hold for every family, and `tests/fam
    what differs; abstract methods are what a family must say.
 2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
-3. `prepare.py`: everything that depends on data, on the host, packed (`batch.py`). Name the sample in every refusal. Where
+3. `prepare.py`: everything that depends on data, on the host, packed (`batch.py`); a tower's windows are segments from
+   `GridFamily.vision_tensors`. Name the sample in every refusal. Where
    transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
 4. `processor.py`: loading without torchvision, the cost of an image, tokens of media, files for transformers.js (`js.py`).
 

@@ -1,4 +1,5 @@
-"""Checks of the numbers in a config.json, each by its range and with the others, before anything is made of it."""
+"""Checks of a config.json before anything is made of it: ranges of numbers, rope types, activations, and each with the
+others."""
 
 from __future__ import annotations
 

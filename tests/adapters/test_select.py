@@ -78,7 +78,7 @@ def test_scaling():
         ((True, 1.0), "whole number"),
         ((2, math.nan), "alpha"),
         ((2, 1.0, 1.0), "below 1"),
-        ((2, 1.0, -0.1), "at least 0"),
+        ((2, 1.0, -0.1), "from 0"),
     ],
 )
 def test_bad_values(values, message):

@@ -53,7 +53,8 @@ def test_compiled_code_uses_it(tmp_path):
     for node, value in zip(nodes, inputs, strict=True):
         node.meta["val"] = mode.from_tensor(value)
     lower(module)
-    package = compile_region(module, "layer", platform_compiled_for().level, tmp_path)
+    package = tmp_path / "layer.pt2"
+    compile_region(module, package, platform_compiled_for().level)
     (found,) = torch._inductor.aoti_load_package(str(package)).loader.boxed_run(list(inputs))
     torch.testing.assert_close(found, F.linear(*inputs), rtol=1e-4, atol=1e-4)
     with zipfile.ZipFile(package) as files:

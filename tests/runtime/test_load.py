@@ -300,6 +300,7 @@ def test_a_hub_id(nf4, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model, _ = load("owner/name", revision="v1")
+    assert model.source == "owner/name"
     assert (model.artifact_id, model.path) == (nf4.manifest.id, snapshot)
     with pytest.raises(SourceError, match="owner/name"):
         load("owner/name", revision="v2")

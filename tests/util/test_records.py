@@ -37,15 +37,15 @@ def test_values_become_records():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": 1}, "file.name is 1, and not str"),
+        ({"name": 1}, "file.name is 1; expected str"),
         ({"name": None}, "file.name is None"),
-        ({"kind": "c"}, "file.kind is 'c', and not one of 'a', 'b'"),
+        ({"kind": "c"}, "file.kind is 'c'; expected one of 'a', 'b'"),
         ({"kind": ["a"]}, "file.kind"),
         ({"rows": []}, "file.rows"),
         ({"rows": {"r": {}}}, "file.rows.r: 'size' is missing"),
-        ({"rows": {"r": {"size": True}}}, "file.rows.r.size is True, and not int"),
+        ({"rows": {"r": {"size": True}}}, "file.rows.r.size is True; expected int"),
         ({"rows": {1: {"size": 1}}}, "file.rows has the name 1"),
-        ({"pairs": [[1]]}, r"file.pairs\[0\] has 1 values, and not 2"),
+        ({"pairs": [[1]]}, r"file.pairs\[0\] has 1 values; expected 2"),
         ({"pairs": [[1, "y"], "ab"]}, r"file.pairs\[1\]"),
         ({"more": 3}, "file.more"),
         ({"extra": 1}, "file has extra, which is unknown"),
@@ -57,5 +57,5 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 def test_something_that_is_no_table():
-    with pytest.raises(UsageError, match="file is 3, and not a table"):
+    with pytest.raises(UsageError, match="file is 3; expected a table"):
         read_as(Record, 3, "file")

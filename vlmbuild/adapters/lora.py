@@ -28,11 +28,11 @@ class Lora:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise UsageError(f"r must be a whole number of at least 1, got {self.r!r}.")
+            raise UsageError(f"r is {self.r!r}. Pass a whole number, at least 1.")
         if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha):
-            raise UsageError(f"alpha must be a number, got {self.alpha!r}.")
+            raise UsageError(f"alpha is {self.alpha!r}. Pass a finite number.")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
+            raise UsageError(f"dropout is {self.dropout!r}. Pass a number from 0 to below 1.")
 
     @property
     def scaling(self) -> float:

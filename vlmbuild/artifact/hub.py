@@ -70,6 +70,7 @@ def download(name: str, revision: str | None, patterns: list[str] | None = None)
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise SourceError(
-            f"{name}{f' at revision {revision}' if revision else ''} cannot be downloaded: {error}. Check the name and "
-            "the revision; for a gated model, log in with `hf auth login`."
+            f"{name}{f' at revision {revision}' if revision else ''} is no directory here, and cannot be "
+            f"downloaded: {error}. Check the path, or the name and the revision; for a gated model, log in with "
+            "`hf auth login`."
         ) from error

@@ -186,7 +186,7 @@ class ArtifactReader:
         if entry.size > _MAX_READ_BYTES:
             raise IncompatibleError(
                 f"{self.path / name} has {entry.size} bytes; the limit of a file that is read whole is {_MAX_READ_BYTES}. "
-                "Build the artifact again."
+                "Check that it is the file that the build wrote, and get the artifact again."
             )
         with reading_errors(self.path, name), closing(self.open(name)) as descriptor:
             data = read_at_most(descriptor, entry.size)
@@ -278,7 +278,10 @@ def _open_artifact(path: Path) -> int:
     try:
         return open_directory(path)
     except FileNotFoundError as error:
-        raise IntegrityError(f"There is no artifact at {path}. Give the folder of an artifact.") from error
+        raise IntegrityError(
+            f"There is no artifact at {path}. Give the folder of an artifact; get one from a hub with `hf download NAME "
+            "--local-dir DIR`."
+        ) from error
     except NotADirectoryError as error:
         raise IntegrityError(
             f"{path} is not a folder, so it is not an artifact. Give the folder that holds {MANIFEST_NAME}."

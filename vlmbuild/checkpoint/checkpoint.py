@@ -14,7 +14,7 @@ from vlmbuild.artifact.files import Identity, hash_descriptor
 from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.layout import check_model, check_names, check_strays, check_weight_files
+from vlmbuild.checkpoint.layout import check_no_adapter, check_no_prefix, check_strays, check_weight_files
 from vlmbuild.checkpoint.source import PROCESSOR_FILES, Source, read_json_object, resolve
 from vlmbuild.checkpoint.tensors import SourceTensor, same_values, source_tensors
 from vlmbuild.errors import SourceError
@@ -82,7 +82,7 @@ class Checkpoint:
         Options and errors are those of `resolve` and of the constructor; `processor` is a source too.
         """
         found = resolve(source, revision=revision, weights=weights, progress=progress)
-        check_model(found.directory)
+        check_no_adapter(found.directory)
         other = None if processor is None else resolve(processor, weights=False, progress=progress)
         checkpoint = cls(found, processor=other, strip_prefix=strip_prefix)
         side = [*checkpoint.processor_source.files(PROCESSOR_FILES), *found.files((GENERATION_CONFIG,))]
@@ -156,7 +156,7 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:
         """Every parameter by module name, plain or quantized."""
-        check_names(self.source.directory, self.weights.tensors, self.family.module_name)
+        check_no_prefix(self.source.directory, self.weights.tensors, self.family.module_name)
         tensors = source_tensors(self.weights, self.family, self._raw_values)
         for alias, owner in self._raw_ties().items():
             if alias in tensors and owner not in tensors:  # either name may stand for both

@@ -42,7 +42,10 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     linear = {f"{layer.module}.weight" for layer in linear_layers(program) if not layer.shared}
     for name, tensor in tensors.items():
         if tensor.format is not None and name in needed and name not in linear:
-            raise SourceError(f"{directory}: {tensor.name} is quantized, but it is not the weight of a linear layer.")
+            raise SourceError(
+                f"{directory}: {tensor.name} is quantized, but it is not the weight of a linear layer. "
+                "Get the original checkpoint."
+            )
     extra = sorted(
         name for name in set(tensors) - set(needed) - set(program.ties) if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
     )

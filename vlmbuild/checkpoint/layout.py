@@ -18,7 +18,7 @@ _FSDP = re.compile(r".*\.distcp|\.metadata|pytorch_model_fsdp_\d+|.*_rank_\d+.*\
 _DEEPSPEED = re.compile(r"global_step\d+|zero_to_fp32\.py|.*(optim|model)_states\.pt")
 
 
-def check_model(directory: Path) -> None:
+def check_no_adapter(directory: Path) -> None:
     """Raise SourceError for the directory of an adapter, alone or beside a model."""
     adapter = directory / ADAPTER_CONFIG
     if not adapter.is_file():
@@ -78,7 +78,7 @@ def check_strays(directory: Path, files: Iterable[Path]) -> None:
         )
 
 
-def check_names(directory: Path, names: Collection[str], module_name: Callable[[str], str]) -> None:
+def check_no_prefix(directory: Path, names: Collection[str], module_name: Callable[[str], str]) -> None:
     """Raise SourceError when all tensors have a prefix that a wrapper added, with the option that removes it.
 
     `module_name` translates a name in files to the model's.

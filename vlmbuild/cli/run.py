@@ -103,7 +103,9 @@ def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]
     except BatchError:
         raise
     except ValueError as error:
-        raise BatchError(f"--image: the artifact's processor refuses the images: {error}") from error
+        raise BatchError(
+            f"--image: the artifact's processor refuses the images: {error}. Pass other images, or leave --image out."
+        ) from error
 
 
 def _generation(config: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:

@@ -70,13 +70,13 @@ def check_others(caller: str, others: Mapping[str, Any]) -> None:
         elif name in _WARNINGS:
             warnings.warn(f"{caller}: {name} makes no difference: {_WARNINGS[name]}.", stacklevel=3)
         else:
-            raise UsageError(f"{caller}: unknown argument {name!r}.")
+            raise UsageError(f"{caller}: unknown argument {name!r}. Leave it out, or check its spelling.")
 
 
 def quantize_format(source: str, revision: str | None, four: bool | None, eight: bool, plain: bool) -> str | None:
     """Return the value of `quantize`; None keeps a source that is quantized already."""
     if eight and plain:
-        raise UsageError("load_in_8bit and load_in_16bit (or full_finetuning) exclude each other.")
+        raise UsageError("load_in_8bit and load_in_16bit (or full_finetuning) exclude each other. Pass one of them.")
     config = resolve(source, revision=revision, weights=False).config().get("quantization_config")
     if isinstance(config, Mapping):
         if not plain:

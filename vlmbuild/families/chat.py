@@ -36,7 +36,10 @@ def render_chat(
             _plain({**values, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt})
         )
     except Exception as error:  # templates fail in every way
-        raise BatchError(f"The chat template refuses the messages: {error or type(error).__name__}") from error
+        raise BatchError(
+            f"The chat template refuses the messages: {str(error).rstrip('.') or type(error).__name__}. Use the model's "
+            "published template, or other messages."
+        ) from error
 
 
 def chat_template(processor: Any, tools: bool = False) -> str:

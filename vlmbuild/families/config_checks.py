@@ -59,16 +59,27 @@ def check_values(values: Mapping[str, Any]) -> None:
         elif key in _COUNTS:
             whole = isinstance(value, int) and not isinstance(value, bool)
             high = _COUNTS[key]
-            require(whole and 1 <= value <= high, field, value, f"must be a whole number from 1 to {high}. Restore it.")
+            require(
+                whole and 1 <= value <= high,
+                field,
+                value,
+                f"must be a whole number from 1 to {high}. Restore the published value.",
+            )
         elif key in _POSITIVE:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             most = _POSITIVE[key]
             require(
-                number and 0 < value <= most, field, value, f"must be a number above 0, up to {most:g}. Restore it."
+                number and 0 < value <= most,
+                field,
+                value,
+                f"must be a number above 0, up to {most:g}. Restore the published value.",
             )
         elif isinstance(value, int | float):
             require(
-                math.isfinite(value) and abs(value) < 2**63, field, value, "is no number to compute with. Restore it."
+                math.isfinite(value) and abs(value) < 2**63,
+                field,
+                value,
+                "must be finite and below 2**63 in size. Restore the published value.",
             )
         elif key.endswith("hidden_act"):
             known = isinstance(value, str) and value in ACT2FN
@@ -99,12 +110,19 @@ def check_text(text: Any) -> None:
     )
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        require(low < high, "low_freq_factor", low, f"must be below high_freq_factor {high}. Restore them.")
+        require(
+            low < high, "low_freq_factor", low, f"must be below high_freq_factor {high}. Restore the published values."
+        )
     dropout = getattr(text, "attention_dropout", 0) or getattr(text, "dropout", 0)
     require(not dropout, "attention dropout", dropout, "is not supported. Set it to 0, as published configs do.")
     check_heads("text_config", text.hidden_size, text.num_attention_heads, getattr(text, "head_dim", None), axes=1)
     heads, groups = text.num_attention_heads, text.num_key_value_heads
-    require(heads % groups == 0, "num_key_value_heads", groups, f"must divide num_attention_heads {heads}. Restore it.")
+    require(
+        heads % groups == 0,
+        "num_key_value_heads",
+        groups,
+        f"must divide num_attention_heads {heads}. Restore the published value.",
+    )
     padding, rows = getattr(text, "pad_token_id", None), text.vocab_size
     require(
         padding is None or -rows <= padding < rows, "pad_token_id", padding, f"exceeds vocab_size {rows}. Correct it."
@@ -112,20 +130,25 @@ def check_text(text: Any) -> None:
 
 
 def check_heads(part: str, width: int, heads: int, head_size: int | None, axes: int) -> None:
-    """Raise SourceError unless `heads` divide the width and each of `axes` of positions rotates whole pairs of a head."""
+    """Raise SourceError unless heads divide the width, and a head's size divides into pairs for each of the `axes`."""
     if head_size is None:
-        require(width % heads == 0, f"{part}: width", width, f"must be a multiple of its {heads} heads. Restore them.")
+        require(
+            width % heads == 0,
+            f"{part}: width",
+            width,
+            f"must be a multiple of its {heads} heads. Restore the published values.",
+        )
         head_size = width // heads
     if axes:
         require(
             head_size % (2 * axes) == 0,
             f"{part}: head size",
             head_size,
-            f"must be a multiple of {2 * axes}. Restore it.",
+            f"must be a multiple of {2 * axes}. Restore the published value.",
         )
 
 
 def check_placeholder(token: Any, field: str, rows: int) -> None:
     """Raise SourceError unless a token has an embedding."""
     known = isinstance(token, int) and 0 <= token < rows
-    require(known, field, token, f"must be an id of the vocabulary, 0 to {rows - 1}. Restore it.")
+    require(known, field, token, f"must be an id of the vocabulary, 0 to {rows - 1}. Restore the published value.")

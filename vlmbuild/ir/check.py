@@ -56,7 +56,7 @@ def check_program(program: Program) -> None:
     """Refuse what cannot be a model.
 
     Raises:
-        IncompatibleError: A region computes more than one of a model, or an operator gets what it cannot take.
+        IncompatibleError: A region computes more than a model of its size does, or an operator gets what it cannot take.
         ValueError: A name cannot become a module's attribute, or a call does not fit.
     """
     _check_names(program)
@@ -138,7 +138,8 @@ class _Measured(Interpreter):
             tensor, *dim = self.fetch_args_kwargs_from_env(n)[0]
             if tensor.shape[dim[0] if dim else 0] > _LONGEST_LIST:
                 raise IncompatibleError(
-                    f"The stored program makes a list of {tensor.shape} in {self._name}. Build it again."
+                    f"The stored program splits {tuple(tensor.shape)} into more than {_LONGEST_LIST} tensors in {self._name}. "
+                    "Build the artifact again."
                 )
         result = super().run_node(n)
         if n.op == "call_function":

@@ -1,7 +1,7 @@
 """Hooks of transformers, accelerate and TRL that are not public API, each with its caller and the reason.
 
 Other modules of the runtime import public names of `transformers` alone, so that a new version needs changes here and in
-`families/*/model.py` only. Read against transformers 5.23, accelerate 1.15 and TRL 1.16.
+`model.py` and `processor.py` of the families only. Read against transformers 5.23, accelerate 1.15 and TRL 1.16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from vlmbuild.runtime.key_value_cache import KeyValueCache
 __all__ = ["BaseModelOutputWithPast", "CausalLMOutputWithPast", "Model", "TrainerHooks", "TrainingOutput"]
 
 _HABITUAL = {"return_dict", "use_cache", "position_ids", "inputs_embeds", "past_key_values", "logits_to_keep"}
-"""Arguments that callers of transformers' models pass by habit, and that `prepare` refuses with its own reason."""
+"""Arguments that callers pass by habit: return_dict, use_cache and logits_to_keep have no effect; `prepare` refuses the
+others."""
 _LENGTH_MULTIPLE = 64
 """Static caches have room for a multiple of this many tokens, to compile for few lengths."""
 

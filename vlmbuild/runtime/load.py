@@ -72,7 +72,7 @@ def load(
         revision: Branch, tag or commit of a hub id.
         device: Where the weights go; None is the CPU.
         dtype: Compute dtype; None is the one that the artifact was built with.
-        verify: Check every file against the manifest first. Turn it off only for an artifact just verified.
+        verify: Check every file against the manifest before returning. Turn it off only for an artifact just verified.
         expected_id: The id that the artifact must have, as `vlmbuild inspect` prints it: everything else is refused, an older
             version of the artifact too. `model.artifact_id` is the id of what was loaded.
         allow_hardlinks: Accept files with a second name, through which others may write to them.
@@ -97,6 +97,8 @@ def load(
     def open_artifact(reader: ArtifactReader) -> Model:
         model = _open(reader, device, dtype, verify, trust)
         model.artifact_id = reader.manifest.id
+        if isinstance(model, VisionLanguageModel):
+            model.source = str(path)  # a hub id, not the folder of its cache
         return model
 
     options = {"expected_id": expected_id, "allow_hardlinks": allow_hardlinks}
@@ -172,10 +174,9 @@ def _generation_config(reader: ArtifactReader) -> GenerationConfig:
 
 def _open_trainable(reader: ArtifactReader, device: torch.device, dtype: torch.dtype) -> VisionLanguageModel:
     model = bind_artifact(reader, dtype)
-    model.path, model.source = reader.path, str(reader.path)
-    model.name_or_path = model.config._name_or_path = str(
-        reader.path
-    )  # trainers load processors and references from it
+    model.path = reader.path
+    # Trainers load processors and references from it.
+    model.name_or_path = model.config._name_or_path = str(reader.path)
     return model.eval().to(device)
 
 

@@ -126,7 +126,8 @@ def with_media_first(
     first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise BatchError(
-            f"{where} has {len(media)} images but no user message to put them into. Add one, or placeholders."
+            f"{where} has {len(media)} images and videos beside its messages, but no user message to put them into. Add one, "
+            "or placeholders."
         )
     content = messages[first]["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -143,14 +143,19 @@ def _fitting(measured: Sequence[tuple[int, Measure]], collator: VisionDataCollat
     left_out = [(index, measure) for index, measure in measured if not measure.fits]
     if left_out:
         unusable = sum(not measure.tokens for _, measure in left_out)
-        what = (
-            f"of {len(measured)} samples, {len(left_out) - unusable} have an image or their first response beyond max_length="
-            f"{collator.max_length}, and {unusable} have an image that cannot be processed; the first is sample "
-            f"{left_out[0][0]} of the data set"
-        )
-        refused = collator.overlong == "error" and unusable < len(left_out)
+        overlong = len(left_out) - unusable
+        faults = []
+        if overlong:
+            faults.append(f"{overlong} have an image or their first response beyond max_length={collator.max_length}")
+        if unusable:
+            faults.append(f"{unusable} have an image that cannot be processed")
+        shown = " and ".join(faults)
+        what = f"of {len(measured)} samples, {shown}; the first is sample {left_out[0][0]} of the data set"
+        refused = collator.overlong == "error" and overlong > 0
         if refused or len(left_out) == len(measured):
-            raise BatchError(f'{what.capitalize()}. Raise max_length, keep fewer pixels per image, or overlong="drop".')
+            remedy = "Raise max_length or keep fewer pixels per image" if overlong else "Replace these images"
+            also = ', or pass overlong="drop" to the collator' if refused else ""
+            raise BatchError(f"{what.capitalize()}. {remedy}{also}.")
         warnings.warn(f"Left out {what}.", stacklevel=3)
     return [index for index, measure in measured if measure.fits]
 

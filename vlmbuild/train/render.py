@@ -117,7 +117,8 @@ def _write(
     except BatchError as error:
         shown = "the whole conversation" if turns == len(conversation.messages) else f"its first {turns} messages"
         raise BatchError(
-            f"{conversation.where}: {shown}: {error} Use the roles in the order that the template expects."
+            f"{conversation.where}: {shown}: {str(error).rstrip('.')}. Use the roles in the order that the "
+            "template expects; if it exceeds a limit, use the model's published template."
         ) from error
 
 

@@ -31,7 +31,7 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
-            raise UsageError(f"{where} has {len(value)} values, and not {len(kinds)}")
+            raise UsageError(f"{where} has {len(value)} values; expected {len(kinds)}")
         pairs = zip(kinds, value, strict=True)
         return tuple(read_as(item_kind, item, f"{where}[{index}]") for index, (item_kind, item) in enumerate(pairs))
     if origin is UnionType:
@@ -40,18 +40,18 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     if value in arguments if origin is Literal else type(value) is kind:
         return value
     expected = f"one of {', '.join(map(repr, arguments))}" if origin is Literal else getattr(kind, "__name__", kind)
-    raise UsageError(f"{where} is {value!r}, and not {expected}")
+    raise UsageError(f"{where} is {value!r}; expected {expected}")
 
 
 def _name(key: Any, where: str) -> str:
     if type(key) is not str:
-        raise UsageError(f"{where} has the name {key!r}, and not a str")
+        raise UsageError(f"{where} has the name {key!r}; expected a str")
     return key
 
 
 def _record(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not dict:
-        raise UsageError(f"{where} is {value!r}, and not a table")
+        raise UsageError(f"{where} is {value!r}; expected a table")
     types = get_type_hints(kind)
     if unknown := sorted(map(str, value.keys() - types.keys())):
         raise UsageError(f"{where} has {', '.join(unknown)}, which is unknown. Known: {', '.join(types)}.")

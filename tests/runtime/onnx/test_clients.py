@@ -201,6 +201,6 @@ def test_settings_that_the_client_needs(onnx_artifact):
     assert {"num_hidden_layers", "num_key_value_heads", "num_attention_heads", "hidden_size"} <= set(values)
     assert {"image_token_id", "video_token_id", "vision_start_token_id", "vision_config"} <= set(values)
     assert values["model_type"] == "qwen2_vl"
-    assert values["transformers.js_config"]["dtype"] == "fp32"  # files without a suffix, in a browser too
+    assert values["transformers.js_config"]["dtype"] == "q4"  # the suffix of its files, in a browser too
     processor = json.loads((directories[1] / "processor_config.json").read_text())
     assert {"image_token", "image_break_token", "image_end_token", "patch_size", "spatial_merge_size"} <= set(processor)

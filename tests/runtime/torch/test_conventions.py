@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import peft
 import pytest
@@ -114,6 +115,21 @@ def test_nothing_is_saved_into_the_models_artifact(nf4):
     model, _ = vlmbuild.load(nf4.path)
     with pytest.raises(UsageError, match="holds the artifact that this model reads"):
         model.save_pretrained(nf4.path)
+
+
+def test_signatures_and_cards_of_the_artifact_stay_behind(plain, tmp_path):
+    source = shutil.copytree(plain.path, tmp_path / "artifact")
+    for name in ("model.sig", "README.md"):
+        (source / name).write_text("about the artifact")
+    vlmbuild.load(source)[0].save_pretrained(tmp_path / "saved")
+    names = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert {"config.json", "tokenizer.json"} <= names and not {"model.sig", "README.md"} & names
+
+
+def test_options_of_checkpointing_without_an_effect_are_said(plain):
+    model, _ = vlmbuild.load(plain.path)
+    with pytest.warns(UserWarning, match="ignores context_fn"):
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": None})
 
 
 def test_shards_have_an_index(plain, tmp_path):

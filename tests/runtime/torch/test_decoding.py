@@ -77,6 +77,8 @@ def test_a_full_static_cache_is_said(batches, model):
         model(input_ids=torch.ones(2, 1).long(), past_key_values=cache)
     with pytest.raises(UsageError, match="static cache has room for"):
         model(**batch, past_key_values=model.new_cache(3))
+    with pytest.raises(UsageError, match=r"past_key_values or labels"):
+        model(**batch, labels=batch["input_ids"], past_key_values=cache)
 
 
 @pytest.mark.slow

@@ -47,7 +47,9 @@ def _triton_backward(*args: Any) -> Grads:
 
 def _require_triton() -> None:
     if not tiles.has_triton():
-        raise DeviceError("attention_triton: triton is not installed (it is Linux only); use 'sdpa' or 'auto'")
+        raise DeviceError(
+            "attention_triton needs triton, which is not installed (it is Linux only). Build with --attention sdpa or auto."
+        )
 
 
 def auto_kernels(query: Tensor, masks: Masks) -> tuple[Forward, Backward]:

@@ -1,8 +1,8 @@
 """Attention as one operator: padding, packed segments, groups of keys, causal order, grouped queries, and no S x T mask.
 
 `vlmbuild::attention` defines the meaning, and its eager form is the dense reference. `attention_sdpa`,
-`attention_triton` and `attention_auto` have the same signature and meaning, and a lowering pass puts them in its
-place. Each is a thin composite over a forward that also returns the log-sum-exp of every row, which the backward needs.
+`attention_triton` and `attention_auto` have the same signature and meaning, and the pass `swap_attention` puts one of them in
+its place. Each is a thin composite over a forward that also returns the log-sum-exp of every row, for the backward.
 """
 
 from __future__ import annotations

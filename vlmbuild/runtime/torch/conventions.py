@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ class TrainerConventions(ProgramModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.source: str | None = None
-        """Artifact as its user named it: a path or hub id."""
+        """Source as its user named it (path, hub id or zoo name), which saved adapters name as their base."""
         self.merged_writer: Callable[..., None] | None = None
         """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
 
@@ -42,7 +43,7 @@ class TrainerConventions(ProgramModel):
 
         Args:
             activation_checkpointing_kwargs: `every_n_layers` and `offload`, as trainers pass them on, and torch's options:
-                `use_reentrant` must not be true, the others have no effect.
+                `use_reentrant` must not be true, the others are ignored with a warning.
             every_n_layers: Checkpoint every n-th block.
             offload: Keep these inputs in host memory.
 
@@ -56,6 +57,12 @@ class TrainerConventions(ProgramModel):
         every, offload = options.pop("every_n_layers", every_n_layers), options.pop("offload", offload)
         if unknown := sorted(options.keys() - _TORCH_OPTIONS):
             raise UsageError(f"Gradient checkpointing has no option {unknown[0]!r}; it has every_n_layers and offload.")
+        if options:
+            warnings.warn(
+                f"Gradient checkpointing ignores {', '.join(sorted(options))}. Leave them out; every_n_layers and offload "
+                "choose what is kept.",
+                stacklevel=2,
+            )
         self.checkpointing = Checkpointing(every, offload)
 
     def gradient_checkpointing_enable(

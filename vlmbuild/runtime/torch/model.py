@@ -185,7 +185,7 @@ class VisionLanguageModel(TrainerConventions):
             num_items_in_batch: Divisor of the summed loss, for gradient accumulation; None averages over the labels.
             past_key_values: Cache from `new_cache`, which receives the batch's keys and values. Once it has some, `input_ids`
                 are the following tokens, and `attention_mask` covers all.
-            logits_to_keep: Number of last tokens per row that get logits; 0 is all.
+            logits_to_keep: Number of last tokens per row that get logits; 0 is all. No effect with labels.
             **batch: Output of the processor.
 
         Returns:
@@ -193,11 +193,16 @@ class VisionLanguageModel(TrainerConventions):
 
         Raises:
             BatchError: The batch contradicts itself; the message names the sample.
+            UsageError: There are labels and a cache.
         """
+        if past_key_values is not None and labels is not None:
+            raise UsageError(
+                "A loss needs the whole text, and past_key_values holds a part of it. Leave past_key_values or labels out."
+            )
         compiler = swap_compiler(None)  # before anything that a compiler would look into
         try:
             with self._own_precision():
-                if past_key_values is not None and labels is None:
+                if past_key_values is not None:
                     check_names(self.family, "model", batch)
                     logits = Decoding(self, past_key_values, logits_to_keep, compiler).logits(batch)
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

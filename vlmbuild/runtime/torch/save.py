@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlmbuild.adapters.peft_files import WEIGHTS_FILE, whole
+from vlmbuild.artifact.hub import is_extra
 from vlmbuild.artifact.weights_reader import SINGLE, CheckpointWeights
 from vlmbuild.errors import OutputError, UsageError
 from vlmbuild.runtime.torch.program_model import ProgramModel
@@ -50,11 +51,14 @@ def write_checkpoint(
         config["dtype"] = dtype_name(model.dtype)
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in sorted(model.path.iterdir()):
-            if file.is_file() and file.name not in _NOT_COPIED and ".safetensors" not in file.name:
+            # Signatures and model cards beside an artifact are about other weights.
+            skipped = file.name in _NOT_COPIED or is_extra(file.name, ()) or ".safetensors" in file.name
+            if file.is_file() and not skipped:
                 shutil.copy(file, directory)
     except (OSError, SafetensorError) as error:
         raise OutputError(
-            f"The model cannot be written to {directory}: {error}. Choose a directory with space."
+            f"The model cannot be written to {directory}: {error}. Check the permissions and the free space, or choose "
+            "another directory."
         ) from error
 
 
@@ -68,4 +72,6 @@ def link_weights(directory: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copy(directory / WEIGHTS_FILE, link)
     except OSError as error:
-        raise OutputError(f"{link} cannot be written: {error}. Choose a directory with space.") from error
+        raise OutputError(
+            f"{link} cannot be written: {error}. Check the permissions and the free space, or choose another directory."
+        ) from error

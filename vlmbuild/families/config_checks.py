@@ -3,7 +3,6 @@ others."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,7 +75,7 @@ def check_values(values: Mapping[str, Any]) -> None:
             )
         elif isinstance(value, int | float):
             require(
-                math.isfinite(value) and abs(value) < 2**63,
+                abs(value) < 2**63,
                 field,
                 value,
                 "must be finite and below 2**63 in size. Restore the published value.",

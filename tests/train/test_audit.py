@@ -76,9 +76,9 @@ def test_gradient_that_is_not_finite_is_named(model):
 def test_lost_in_recomputation_is_named(model, monkeypatch):
     vlmbuild.add_lora(model, r=2, target="q_proj")
 
-    def forgetful(self, block, compiler, tensors, *, random):
+    def forgetful(self, block, runner, compiler, tensors):
         with torch.no_grad():
-            return tuple(t.requires_grad_() for t in block(compiler, *tensors))
+            return tuple(t.requires_grad_() for t in block(*tensors, runner=runner, compiler=compiler))
 
     monkeypatch.setattr(Checkpointing, "run", forgetful)
     with pytest.raises(GradientError, match=r"q_proj.lora_A.default.weight gets no gradient with checkpointing"):

@@ -18,6 +18,14 @@ from vlmbuild.util.interrupt import check_interrupted, ending_signals
 ENDS = [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as in a terminal: shells start what they put into the background with SIGINT ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 class Thing:
     """An object that weak references can refer to."""
 

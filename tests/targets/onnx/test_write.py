@@ -139,11 +139,11 @@ def test_a_quantized_source_is_not_rounded_again(tmp_path):
     name = "model.language_model.layers.0.mlp.down_proj.weight"
     from vlmbuild.ops.linear_4bit.dequantize import Packed4bit, dequantize_4bit
 
-    slots = [model.tensor(f"{name}{part}") for part in ("", "_absmax", "_nested_absmax", "_nested_offset")]
+    slots = [model.get_buffer(f"{name}{part}") for part in ("", "_absmax", "_nested_absmax", "_nested_offset")]
     shape = ours.tensor(name).shape
     exact = dequantize_4bit(Packed4bit(*slots, shape[1], shape[0], 64, "nf4", torch.float32))
     assert ours.tensor(name).equal(exact)
-    codes, scales = (model.tensor(f"{INT8}{part}") for part in ("", "_scb"))
+    codes, scales = (model.get_buffer(f"{INT8}{part}") for part in ("", "_scb"))
     torch.testing.assert_close(ours.tensor(INT8), codes * scales[:, None] / 127, rtol=1e-6, atol=1e-9)
     assert {weight.operator for weight in ours.packed.values()} == {"MatMulBnb4", "MatMulNBits"}
 

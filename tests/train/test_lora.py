@@ -184,7 +184,7 @@ SPOILT = [
     (lambda d: edit_config(d, peft_type="LOHA"), "only plain LoRA adapters can be loaded, not LOHA"),
     (lambda d: edit_config(d, use_dora=True), "use_dora"),
     (lambda d: edit_config(d, bias="all"), "bias='all'"),
-    (lambda d: edit_config(d, r=0), "r must be a whole number"),
+    (lambda d: edit_config(d, r=0), "r is 0"),
     (lambda d: edit_config(d, modules_to_save=["nowhere"]), "no module of the model is named 'nowhere'"),
     (
         lambda d: edit_weights(d, lambda t: t.pop(f"{FIRST}.lora_B.weight")),

@@ -94,7 +94,10 @@ def region(program, name):
     [
         (lambda p: p["regions"][0]["nodes"][0].update(op="os.system"), "os.system"),
         (lambda p: p.update(family="other"), "Unknown model family 'other'"),
-        (lambda p: p["regions"][0]["slots"][0].update(shape=[1, 2]), r"1, 2|channel dimensions"),
+        (
+            lambda p: p["regions"][0]["slots"][0].update(shape=[1, 2]),
+            "cannot run: variant 'image': Invalid channel dimensions",
+        ),
         (
             lambda p: region(p, "language_model.layers")["recipes"][0]["format"].update(blocksize=128),
             "blocks of 64.*blocks of 128",
@@ -241,7 +244,7 @@ def test_processor_files_are_those_that_were_verified(nf4, spoilt, monkeypatch):
 def test_pipes_do_not_hang(spoilt, name, verify):
     (spoilt / name).unlink()
     os.mkfifo(spoilt / name)
-    with pytest.raises((IntegrityError, IncompatibleError), match=name):
+    with pytest.raises(IntegrityError, match=name):
         load(spoilt, verify=verify)
 
 
@@ -261,7 +264,7 @@ def test_hard_links_are_refused_unless_allowed(spoilt, tmp_path):
 
 
 def test_an_artifact_that_is_overwritten_while_it_is_loaded(nf4, tmp_path, monkeypatch):
-    """What was opened first stays complete; what is opened too late is opened again, from the new one."""
+    """Files already open keep the old content; a load that finds the directory replaced starts again on the new artifact."""
     path = republish(nf4.path, tmp_path / "art", {})
     bind, overwritten = loading.bind_artifact, []
 

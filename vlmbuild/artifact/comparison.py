@@ -17,6 +17,7 @@ from vlmbuild.artifact.manifest import MAX_FILES, FileEntry, Manifest
 from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
 from vlmbuild.errors import IntegrityError
 from vlmbuild.util.pool import cancellable_pool
+from vlmbuild.util.text import listed
 
 ByteProgress = Callable[[int, int], None]
 """Called with the bytes done and their total."""
@@ -118,17 +119,10 @@ class Comparison:
                 other = owner.get(digests[entry.path])
                 self._add("changed", [f"{entry.path} (holds the content of {other})" if other else entry.path])
         if self.problems:
-            found = "; ".join(f"{kind}: {listed(names)}" for kind, names in self.problems.items())
+            found = "; ".join(f"{kind}: {listed(names, _NAMES_SHOWN)}" for kind, names in self.problems.items())
             remedies = [remedy for kind, remedy in _REMEDIES.items() if kind in self.problems]
             remedies += [REMEDY] if self.problems.keys() - _REMEDIES else []
             raise IntegrityError(f"{self.path} is not what its {MANIFEST_NAME} says. {found}. {' '.join(remedies)}")
-
-
-def listed(names: list[str]) -> str:
-    """List names in a message."""
-    # repr: a name on disk is not checked yet, and may hold control characters.
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 @contextmanager

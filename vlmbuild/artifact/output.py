@@ -15,6 +15,7 @@ from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
 from vlmbuild.artifact.staging import restore_replaced
 from vlmbuild.errors import OutputError
+from vlmbuild.util.text import listed
 from vlmbuild.util.validation import reachable
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,16 +66,15 @@ def _check_replaceable(output: Path) -> None:
         found.update(Path(folder, name).relative_to(output).as_posix() for name in names + links)
     if not found and not any(output.iterdir()):
         return
-    listed = _listed_files(output)
-    if listed is None:
+    own = _listed_files(output)
+    if own is None:
         raise OutputError(
             f"The output {output} exists and is not a vlmbuild artifact, so --overwrite does not replace it. "
             "Choose another output, or remove the folder yourself."
         )
-    if foreign := sorted(found - listed - {MANIFEST_NAME, SUMS_NAME}):
-        shown = ", ".join(foreign[:20]) + (f" and {len(foreign) - 20} more" if len(foreign) > 20 else "")
+    if foreign := sorted(found - own - {MANIFEST_NAME, SUMS_NAME}):
         raise OutputError(
-            f"The output {output} is an artifact that also holds files which are not part of it: {shown}. "
+            f"The output {output} is an artifact that also holds files which are not part of it: {listed(foreign)}. "
             "Move them elsewhere, then use --overwrite."
         )
 

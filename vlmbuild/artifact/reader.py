@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vlmbuild.artifact.canonical import MAX_BYTES
-from vlmbuild.artifact.comparison import REMEDY, ByteProgress, Comparison, listed, reading_errors
+from vlmbuild.artifact.comparison import REMEDY, ByteProgress, Comparison, reading_errors
 from vlmbuild.artifact.files import (
     Identity,
     closing,
@@ -30,6 +30,7 @@ from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import MANIFEST_NAME
 from vlmbuild.errors import IncompatibleError, IntegrityError, UsageError, VlmbuildError
 from vlmbuild.util.pool import cancellable_pool
+from vlmbuild.util.text import listed
 from vlmbuild.util.validation import reachable
 
 Result = TypeVar("Result")
@@ -154,12 +155,17 @@ class ArtifactReader:
         return tuple(entry.path for entry in self.manifest.files if entry.role == role)
 
     def open(self, name: str) -> int:
-        """Open a file of the manifest as a descriptor, which the caller closes. Raises OSError."""
+        """Open a file of the manifest as a descriptor, which the caller closes.
+
+        Raises FileNotFoundError for a name that the manifest does not list, IntegrityError when the file cannot be opened.
+        """
         with self._lock:
             if name not in self._descriptors:
                 if name not in self._entries:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-                self._descriptors[name] = self._resources.enter_context(closing(self._open(name)))
+                with reading_errors(self.path, name):
+                    descriptor = self._open(name)
+                self._descriptors[name] = self._resources.enter_context(closing(descriptor))
                 self._identities[name] = Identity.of(os.fstat(self._descriptors[name]))
             return os.dup(self._descriptors[name])
 

@@ -17,6 +17,7 @@ from vlmbuild.artifact.files import Identity, closing, open_file, read_at_most
 from vlmbuild.artifact.paths import check_path
 from vlmbuild.artifact.safetensors import TensorInfo, pickled_files, read_header
 from vlmbuild.errors import IntegrityError, SourceError
+from vlmbuild.util.text import listed
 
 if TYPE_CHECKING:
     import torch
@@ -93,14 +94,14 @@ class CheckpointWeights:
             claimed = {tensor for tensor, file in weight_map.items() if file == shard}
             if wrong := sorted(claimed ^ infos.keys()):
                 raise SourceError(
-                    f"{self.directory / shard} and {INDEX} disagree about {', '.join(wrong[:20])}. Download both again."
+                    f"{self.directory / shard} and {INDEX} disagree about {listed(wrong)}. Download both again."
                 )
         return {tensor: found[shard][tensor] for tensor, shard in weight_map.items()}
 
     def _read_index(self) -> dict[str, str]:
+        with self._reading(INDEX), closing(self._open_name(INDEX)) as descriptor:
+            data = read_at_most(descriptor, _MAX_INDEX_BYTES)
         try:
-            with self._reading(INDEX), closing(self._open_name(INDEX)) as descriptor:
-                data = read_at_most(descriptor, _MAX_INDEX_BYTES)
             if len(data) > _MAX_INDEX_BYTES:
                 raise ValueError(f"it is larger than {_MAX_INDEX_BYTES} bytes")
             weight_map: dict[str, str] = json.loads(data.decode(), object_pairs_hook=unique_keys)["weight_map"]

@@ -15,6 +15,7 @@ from vlmbuild.artifact.safetensors import METADATA_KEY, codes, encode_header, fr
 from vlmbuild.artifact.weights_reader import INDEX, SINGLE
 from vlmbuild.artifact.writer import ArtifactWriter, OutputFile
 from vlmbuild.errors import OutputError
+from vlmbuild.util.text import listed
 
 SHARD_BYTES = 2**28
 """Bytes of a shard: moderate, so that all cores can write, hash and verify one artifact."""
@@ -165,8 +166,7 @@ class WeightsWriter:
             if spec.name not in shard.written or (spec.exact and shard.written[spec.name] < spec.nbytes)
         )
         if missing:
-            shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-            raise OutputError(f"Tensors announced for {self._writer.output} were never written: {shown}.")
+            raise OutputError(f"Tensors announced for {self._writer.output} were never written: {listed(missing)}.")
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(sum(shard.written.values()) for shard in self._shards)},

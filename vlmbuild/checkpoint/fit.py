@@ -6,9 +6,9 @@ import re
 
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.errors import SourceError
-from vlmbuild.families import Family
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
+from vlmbuild.util.text import listed
 
 _IGNORED_SOURCE_TENSORS = re.compile(r".*rotary_emb\.inv_freq|.*rotary_pos_emb\.inv_freq")
 """Buffers that old checkpoints store; they follow from the config."""
@@ -22,11 +22,11 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     """
     family, tensors, directory = checkpoint.family, checkpoint.tensors, checkpoint.source.directory
     needed = {name: slot for name, slot in program.slots() if slot.kind == "parameter"}
-    missing = sorted(set(needed) - set(tensors))
+    missing = [family.stored_name(name) for name in sorted(set(needed) - set(tensors))]
     if missing:
         raise SourceError(
-            f"{directory} lacks {_listed(missing, family)}, which config.json asks for. The checkpoint is "
-            "incomplete, or its config.json belongs to another model."
+            f"{directory} lacks {listed(missing, 5)}, which config.json asks for. The checkpoint is incomplete, or "
+            "its config.json belongs to another model."
         )
     for name, slot in needed.items():
         if tensors[name].shape != slot.shape:
@@ -46,16 +46,13 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
                 f"{directory}: {tensor.name} is quantized, but it is not the weight of a linear layer. "
                 "Get the original checkpoint."
             )
-    extra = sorted(
-        name for name in set(tensors) - set(needed) - set(program.ties) if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
-    )
+    extra = [
+        family.stored_name(name)
+        for name in sorted(set(tensors) - set(needed) - set(program.ties))
+        if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
+    ]
     if extra:
         raise SourceError(
-            f"{directory} holds {_listed(extra, family)}, which a model with this config.json does not have. "
+            f"{directory} holds {listed(extra, 5)}, which a model with this config.json does not have. "
             "Building would lose them; check num_hidden_layers and depth."
         )
-
-
-def _listed(names: list[str], family: Family) -> str:
-    shown = ", ".join(family.stored_name(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more tensors" if len(names) > 5 else "")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vlmbuild.artifact.weights_reader import INDEX, SINGLE
 from vlmbuild.errors import SourceError
+from vlmbuild.util.text import listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 _EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -49,20 +50,22 @@ def check_weight_files(directory: Path) -> None:
         return
     others = [name for name in names if name.endswith(".safetensors")]
     if any(map(_SHARD.fullmatch, others)):
-        raise SourceError(f"{directory} holds shards ({_listed(others)}) without their index {INDEX}. Download it too.")
+        raise SourceError(
+            f"{directory} holds shards ({listed(others, 3)}) without their index {INDEX}. Download it too."
+        )
     if others:
         raise SourceError(
-            f"{directory} has neither {SINGLE} nor {INDEX}, but {_listed(others)}. If that is the whole model, rename it to "
+            f"{directory} has neither {SINGLE} nor {INDEX}, but {listed(others, 3)}. If that is the whole model, rename it to "
             f"{SINGLE}."
         )
     if found := [name for name in names if _DEEPSPEED.fullmatch(name)]:
         raise SourceError(
-            f"{directory} holds shards of a DeepSpeed run ({_listed(found)}). Join them where they were written: "
+            f"{directory} holds shards of a DeepSpeed run ({listed(found, 3)}). Join them where they were written: "
             "python zero_to_fp32.py . OUT --safe_serialization"
         )
     if found := [name for name in names if _FSDP.fullmatch(name)]:
         raise SourceError(
-            f"{directory} holds shards of an FSDP run ({_listed(found)}). Join them: accelerate merge-weights DIR OUT"
+            f"{directory} holds shards of an FSDP run ({listed(found, 3)}). Join them: accelerate merge-weights DIR OUT"
         )
 
 
@@ -74,7 +77,7 @@ def check_strays(directory: Path, files: Iterable[Path]) -> None:
     )
     if strays:
         raise SourceError(
-            f"{directory} holds two sets of weights: {_listed(strays)} belong to none of the files in use. Move them away."
+            f"{directory} holds two sets of weights: {listed(strays, 3)} belong to none of the files in use. Move them away."
         )
 
 
@@ -94,7 +97,3 @@ def check_no_prefix(directory: Path, names: Collection[str], module_name: Callab
                 f"All names of tensors in {directory} begin with {prefix!r}, which a wrapper such as DataParallel, "
                 f"torch.compile or PEFT added. Pass --strip-prefix {prefix}"
             )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

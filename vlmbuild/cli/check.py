@@ -14,6 +14,7 @@ from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import GraphDiffersError
 from vlmbuild.locks.difference import Severity
 from vlmbuild.locks.document import lock_files
+from vlmbuild.util.text import listed
 
 if TYPE_CHECKING:
     from vlmbuild.locks.check import Checked
@@ -124,4 +125,4 @@ def _count(paths: Sequence[Path]) -> str:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(path.stem for path in paths[:5]) + (" and others" if len(paths) > 5 else "")
+    return listed([path.stem for path in paths], 5)

@@ -19,6 +19,7 @@ from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.dtypes import dtype_name
+from vlmbuild.util.text import listed
 
 Read = Callable[[str], bytes]
 """Content of an artifact's file, by its path."""
@@ -105,8 +106,7 @@ def _check_stored(program: Program, family: Family, weights: CheckpointWeights, 
             expected |= {part.name: part.dtype for part in parts}
     if extra := sorted(weights.tensors.keys() - expected):
         raise IncompatibleError(
-            f"The weights of {weights.directory} hold {', '.join(extra[:20])}, which its program does not use. Build it "
-            "again."
+            f"The weights of {weights.directory} hold {listed(extra)}, which its program does not use. Build it again."
         )
     for name, info in weights.tensors.items():
         if info.dtype != expected[name]:

@@ -1,0 +1,14 @@
+"""Text in messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """List names, at most `most` of them, and say how many more there are.
+
+    Names may come from a disk or a manifest that nobody has checked: control characters are shown escaped.
+    """
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

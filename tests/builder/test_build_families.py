@@ -8,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from adapters import edit_adapter, write_adapter
+from adapters import answer_logits, edit_adapter, write_adapter
 from parity import MODEL_FP32, assert_close
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -20,8 +20,6 @@ from vlmbuild.adapters.lora import Lora
 from vlmbuild.adapters.peft_files import read_adapter
 from vlmbuild.adapters.select import Targets, adaptable_layers, choose
 from vlmbuild.builder.build import build
-from vlmbuild.demo.digits import Digits
-from vlmbuild.demo.task import LARGEST, training_batch
 from vlmbuild.errors import SourceError
 from vlmbuild.families import FAMILIES
 from vlmbuild.ir.program import join
@@ -60,14 +58,6 @@ def adapter(base, tmp_path_factory):
     return write_adapter(base, tmp_path_factory.mktemp("adapter") / "adapter", vision=True)
 
 
-def logits(model, processor):
-    batch = training_batch(processor, LARGEST, Digits("held_out", 3).take(3))
-    batch.pop("labels", None)
-    attended = batch["attention_mask"].bool()
-    with torch.no_grad():
-        return model.eval()(**batch).logits[attended]
-
-
 def test_merged_weights_are_source_and_adapter(base, adapter, tmp_path):
     merged = build(base, tmp_path / "merged", FLOAT32, adapter=adapter)
     (record,) = merged.manifest.numerics
@@ -76,11 +66,13 @@ def test_merged_weights_are_source_and_adapter(base, adapter, tmp_path):
     assert float(record["effect"]) > 0.01
     model, processor = vlmbuild.load(merged.path)
     theirs = AutoModelForImageTextToText.from_pretrained(base)
-    before = logits(theirs, processor)
-    expected = logits(peft.PeftModel.from_pretrained(theirs, adapter), processor)
+    before = answer_logits(theirs, processor)
+    expected = answer_logits(peft.PeftModel.from_pretrained(theirs, adapter), processor)
     assert (expected - before).norm() > 0.01 * expected.norm()
-    assert_close(logits(model, processor), expected, MODEL_FP32)
-    assert_close(logits(AutoModelForImageTextToText.from_pretrained(merged.path), processor), expected, MODEL_FP32)
+    assert_close(answer_logits(model, processor), expected, MODEL_FP32)
+    assert_close(
+        answer_logits(AutoModelForImageTextToText.from_pretrained(merged.path), processor), expected, MODEL_FP32
+    )
 
 
 def test_adapters_with_names_of_older_versions(family, adapter, tmp_path):

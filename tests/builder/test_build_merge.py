@@ -9,7 +9,7 @@ import shutil
 import peft
 import pytest
 import torch
-from adapters import edit_adapter, edit_adapter_config, write_adapter
+from adapters import answer_logits, edit_adapter, edit_adapter_config, write_adapter
 from parity import MODEL_FP32, SAME_WEIGHTS_FP32, assert_close
 from processors import photographs
 from safetensors.torch import load_file
@@ -21,8 +21,6 @@ from vlmbuild.adapters.merge import Merge, read_merge
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.build import build
 from vlmbuild.cli import main
-from vlmbuild.demo.digits import Digits
-from vlmbuild.demo.task import LARGEST, training_batch
 from vlmbuild.errors import ParityError, SourceError, UsageError
 from vlmbuild.measure.merge_parity import TOLERANCES
 from vlmbuild.quant.spec import QuantSpec
@@ -61,23 +59,15 @@ def quantized(tmp_path_factory):
     return artifact, write_adapter(artifact, folder / "adapter", target=["q_proj"], std=0.2)
 
 
-def logits(model, processor):
-    batch = training_batch(processor, LARGEST, Digits("held_out", 3).take(3))
-    batch.pop("labels", None)
-    attended = batch["attention_mask"].bool()
-    with torch.no_grad():
-        return model.eval()(**batch).logits[attended]
-
-
 def adapted(artifact, adapter):
     model, processor = vlmbuild.load(artifact)
     vlmbuild.load_adapter(model, adapter)
-    return logits(model, processor)
+    return answer_logits(model, processor)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_are_within_the_tolerance(dtype, base, adapter, tmp_path):
-    """Of a checkpoint that is no artifact, in another dtype than it has; photographs differ less than the manifest says."""
+    """Merge into a checkpoint in another dtype than its own; photographs differ by less than the manifest records."""
     merged = build(QWEN, tmp_path / "merged", Recipe(dtype=dtype), adapter=adapter)
     (record,) = merged.manifest.numerics
     assert 0 < float(record["error"]) < min(TOLERANCES[dtype], 0.1 * float(record["effect"]))
@@ -108,7 +98,7 @@ def test_quantized_source_is_dequantized(quantized, tmp_path):
     source, adapter = quantized
     merged = build(source, tmp_path / "merged", FLOAT32, adapter=adapter)
     assert "quantization_config" not in json.loads((merged.path / "config.json").read_text())
-    assert_close(logits(*vlmbuild.load(merged.path)), adapted(source, adapter), SAME_WEIGHTS_FP32)
+    assert_close(answer_logits(*vlmbuild.load(merged.path)), adapted(source, adapter), SAME_WEIGHTS_FP32)
     assert merged.manifest.recipe["quantize"] is None
 
 
@@ -120,7 +110,7 @@ def test_onnx_models_are_source_and_adapter(quantized, tmp_path):
     record = merged.manifest.numerics[-1]
     assert record["case"] == "merged against source and adapter"
     assert float(record["error"]) < float(record["effect"]) / 2
-    found, before = (logits(*vlmbuild.load(artifact)) for artifact in (merged.path, source))
+    found, before = (answer_logits(*vlmbuild.load(artifact)) for artifact in (merged.path, source))
     expected = adapted(source, adapter)
     assert float((found - expected).norm()) < float((before - expected).norm()) / 2
 
@@ -157,7 +147,7 @@ def test_another_format_is_refused_only_where_nothing_is_merged(quantized, tmp_p
 def test_parameters_that_were_trained_whole(modules, base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter", target=["q_proj"], modules_to_save=modules, std=0.02)
     merged = build(base, tmp_path / "merged", FLOAT32, adapter=adapter)
-    assert_close(logits(*vlmbuild.load(merged.path)), adapted(base, adapter), MODEL_FP32)
+    assert_close(answer_logits(*vlmbuild.load(merged.path)), adapted(base, adapter), MODEL_FP32)
 
 
 def test_manifest_names_the_adapter_and_inputs_decide_the_id(base, adapter, merged, tmp_path):
@@ -194,7 +184,7 @@ def test_clients_of_peft_open_an_adapter_with_its_base(base, adapter):
             adapter, dtype=torch.float32
         ),  # as transformers itself finds adapters
     ):
-        assert_close(logits(opened, processor), expected, MODEL_FP32)
+        assert_close(answer_logits(opened, processor), expected, MODEL_FP32)
 
 
 def test_adapters_of_other_tasks_are_read_too(base, adapter, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from adapters import fill_adapter
 from checkpoints import edit_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -114,10 +115,7 @@ def with_spare_rows(directory):
 def test_merged_model_answers_like_the_adapter(tmp_path):
     model, tokenizer = FastVisionModel.from_pretrained(with_spare_rows(tmp_path / "source"), dtype=torch.float32)
     FastVisionModel.get_peft_model(model, r=4)
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
+    fill_adapter(model, 0.02)
     tokenizer.tokenizer.add_tokens(["<|medicine|>"])
     tokenizer.chat_template = "{# changed #}" + tokenizer.chat_template
     token = tokenizer.tokenizer.convert_tokens_to_ids("<|medicine|>")

@@ -9,6 +9,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlmbuild
+from vlmbuild.demo.digits import Digits
+from vlmbuild.demo.task import LARGEST, training_batch
+
+
+def fill_adapter(model, std: float = 0.05):
+    """Give the adapter's second matrices random values, since they start at zero; returns the model."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=std)
+    return model
+
+
+def answer_logits(model, processor):
+    """Return the logits of the attended tokens of three samples of digits."""
+    batch = training_batch(processor, LARGEST, Digits("held_out", 3).take(3))
+    batch.pop("labels", None)
+    attended = batch["attention_mask"].bool()
+    with torch.no_grad():
+        return model.eval()(**batch).logits[attended]
 
 
 def write_adapter(artifact: Path, directory: Path, std: float = 0.05, **options) -> Path:

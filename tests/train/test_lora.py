@@ -9,6 +9,7 @@ import shutil
 import peft
 import pytest
 import torch
+from adapters import fill_adapter
 from checkpoints import dequantized
 from parity import SAME_WEIGHTS_FP32, assert_close
 from safetensors.torch import load_file, save_file
@@ -22,16 +23,6 @@ from vlmbuild.errors import SourceError, UsageError
 def logits(model):
     with torch.no_grad():
         return model.eval()(**BATCH).logits[ATTENDED]
-
-
-def shaken(model):
-    """Adapters that do something: B starts at zero."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +40,7 @@ def base(dequantized_base):
 def adapted(nf4):
     model, _ = vlmbuild.load(nf4.path)
     vlmbuild.add_lora(model, r=4, alpha=12)
-    return shaken(model)
+    return fill_adapter(model, 0.2)
 
 
 def test_peft_reads_ours(adapted, base, nf4, tmp_path):
@@ -62,7 +53,7 @@ def test_peft_reads_ours(adapted, base, nf4, tmp_path):
 
 def test_we_read_pefts(base, nf4, tmp_path):
     targets = ["q_proj", "up_proj", "down_proj", "fc1"]
-    theirs = shaken(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)))
+    theirs = fill_adapter(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)), 0.2)
     theirs.save_pretrained(tmp_path)
     ours, _ = vlmbuild.load(nf4.path)
     vlmbuild.load_adapter(ours, tmp_path)
@@ -90,7 +81,7 @@ def test_round_trip_through_a_compiled_model(adapted, nf4, tmp_path):
 )
 def test_we_read_pefts_variants(options, base, dequantized_base, nf4, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **options)
-    theirs = shaken(peft.get_peft_model(base, config)).eval()
+    theirs = fill_adapter(peft.get_peft_model(base, config), 0.2).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "modules_to_save" in name:
@@ -117,7 +108,7 @@ def test_peft_reads_tied_embeddings_that_were_trained(base, nf4, tmp_path):
     vlmbuild.add_lora(ours, r=2, modules_to_save=["lm_head"])
     with torch.no_grad():
         ours.lm_head.weight.add_(0.1 * torch.randn_like(ours.lm_head.weight))
-    vlmbuild.save_adapter(shaken(ours), tmp_path)
+    vlmbuild.save_adapter(fill_adapter(ours, 0.2), tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     assert_close(logits(ours), logits(theirs), SAME_WEIGHTS_FP32)
     again, _ = vlmbuild.load(nf4.path)
@@ -135,7 +126,7 @@ def test_untied_embeddings_of_an_adapter_are_refused(base, nf4, tmp_path):
 def test_dropout_acts_in_training_only_and_the_same_in_recomputation(nf4):
     model, _ = vlmbuild.load(nf4.path)
     vlmbuild.add_lora(model, r=4, dropout=0.5)
-    shaken(model)
+    fill_adapter(model, 0.2)
     labels = BATCH["input_ids"].masked_fill(~ATTENDED, -100)
     labels[BATCH["mm_token_type_ids"] > 0] = -100
     assert torch.equal(logits(model), logits(model))

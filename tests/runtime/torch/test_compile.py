@@ -5,6 +5,7 @@ from __future__ import annotations
 import matrix
 import pytest
 import torch
+from adapters import fill_adapter
 from parity import MODEL_FP32, assert_close
 from tiny import make_batch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -104,10 +105,7 @@ def test_an_adapter_after_compilation_with_checkpointing(model, counter):
     before = counter.frame_count
     assert before == 6
     add_lora(compiled, r=4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
+    fill_adapter(model, 0.1)
     for layout in LAYOUTS[:2]:
         assert_same_step(compiled, model, layout)
     assert gradients(model).keys() == {name for name, p in model.named_parameters() if ".lora_" in name}

@@ -9,6 +9,7 @@ import shutil
 import peft
 import pytest
 import torch
+from adapters import fill_adapter
 from parity import MODEL_FP32, assert_close
 from safetensors.torch import load_file
 from tiny import ATTENDED, BATCH, LABELS
@@ -43,21 +44,11 @@ def logits(model):
         return model.eval()(**BATCH).logits[ATTENDED].float()
 
 
-def filled(model):
-    """Give the adapter's second matrices values."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.trainable_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    return model
-
-
 @pytest.fixture
 def adapted(nf4):
     model, _ = vlmbuild.load(nf4.path)
     vlmbuild.add_lora(model, r=4)
-    return filled(model)
+    return fill_adapter(model)
 
 
 def test_a_trainers_output_is_an_adapter_and_resumes(nf4, adapted, tmp_path):
@@ -207,7 +198,7 @@ def test_merging_in_memory(plain, adapted):
     with pytest.raises(UsageError, match="no adapter to merge"):
         model.merge_and_unload()
     vlmbuild.add_lora(model, r=4, vision=True, modules_to_save=["embed_tokens"])
-    expected = logits(filled(model))
+    expected = logits(fill_adapter(model))
     merged = model.merge_and_unload()
     assert merged is model and model.adapter is None and not any("lora" in name for name in model.state_dict())
     assert_close(logits(model), expected, MODEL_FP32)
@@ -222,7 +213,7 @@ def test_it_is_pickled(adapted):
 
 
 def test_trainers_find_the_reference_by_the_configs_name(plain):
-    """As DPO without `ref_model` and GRPO with `beta` do."""
+    """DPO without `ref_model` and GRPO with `beta` load the reference model by this name."""
     model, _ = vlmbuild.load(plain.path)
     vlmbuild.add_lora(model, r=4)
     reference = create_model_from_path(get_config_model_id(model.config))

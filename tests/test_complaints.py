@@ -1,4 +1,4 @@
-"""What users of other tools complain of most: each is impossible here, or refused with a message that says what to do.
+"""Common complaints about other tools: each is impossible here, or refused with a message that says what to do.
 
 Complaint 12, processes with and without images, is in `runtime/torch/test_distributed.py` (the case "ddp").
 """
@@ -144,7 +144,7 @@ def setup(request):
 
 
 def test_complaint_03_layers_quantized_by_accident(setup):
-    """What is quantized is decided by what a layer does; a pattern that matches nothing is an error, not a list that drifted."""
+    """Layers are chosen for quantization by their role in the graph; a pattern that matches nothing is an error."""
     program = matrix.program(setup)
     roles = {layer.module: layer.role for layer in linear_layers(program)}
     chosen = {module for module, decision in decide(program, QuantSpec()).items() if decision.format}

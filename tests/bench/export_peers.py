@@ -19,7 +19,7 @@ VISION, DECODE, COMPILED = "vision", "decode", "compiled.pt2"
 
 
 class ExportersPeer(Side):
-    """What all of transformers' exporters share."""
+    """Base of the runners of transformers' exporters."""
 
     def parts(self, checkpoint: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
         """Return the tower and the decoder, with inputs to trace them with."""

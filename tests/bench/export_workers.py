@@ -23,7 +23,7 @@ from tests.bench.export_sides import Eager, Ours, Side
 from tests.bench.fresh import PeakMemory, timed
 
 IMAGE, START, END, WORDS = 318, 315, 316, 300
-"""Of the zoo's vocabulary, which the checkpoint has."""
+"""Token ids from the zoo's vocabulary, which the checkpoint shares."""
 GRID = (1, 32, 32)
 BUFFER = 50_000_000
 """Numbers that are read to measure the memory's bandwidth: 200 MB, six times the cache."""

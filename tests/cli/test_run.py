@@ -56,7 +56,7 @@ def test_several_images_sampling_and_json(digits, samples, run, tmp_path):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_prompts_of_all_families(name, samples):
-    """What each family's model says is in `demo/test_zoo.py`."""
+    """The answers themselves are tested in `demo/test_zoo.py`."""
     source = resolve(name)
     family = family_of(source.config(), name)
     processor = family.processor(source.directory)

@@ -1,4 +1,4 @@
-"""What processes of torchrun do in runtime/torch/test_distributed.py, and what one process does for comparison.
+"""Worker script of runtime/torch/test_distributed.py under torchrun, and its single-process counterpart.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 distributed.py ARTIFACT OUTPUT CASE...
 """

@@ -77,7 +77,7 @@ def test_program_text_does_not_grow_with_depth(built):
 
 
 def test_a_digest_without_shapes_does_not_depend_on_them(built):
-    """As code is compared with graphs: of a program that was annotated, and of the same from a file."""
+    """The digest that ties compiled code to its graph is the same for an annotated program and for one read from a file."""
     stored = from_json(to_json(built))
     assert {digest(region) for region in built.regions.values()}.isdisjoint(map(digest, stored.regions.values()))
     for name, region in built.regions.items():

@@ -43,7 +43,7 @@ def test_what_it_is_for(states, weight, suits):
 @has_onednn
 @pytest.mark.slow
 def test_compiled_code_uses_it(tmp_path):
-    """As AOTInductor gets a linear layer: weights are inputs of the code, and C++ calls oneDNN."""
+    """Weights are inputs of AOTInductor's code, and its C++ calls oneDNN."""
     graph = Graph()
     inputs = torch.randn(3, 512), torch.randn(LARGE), torch.randn(512)
     nodes = tuple(graph.placeholder(f"in{place}") for place in range(len(inputs)))

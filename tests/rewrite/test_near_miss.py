@@ -1,4 +1,4 @@
-"""What is said of a place that almost matches a pattern."""
+"""Reports of sites that almost match a pattern."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from threading import Barrier
 import matrix
 import pytest
 import torch
+from adapters import fill_adapter
 from parity import relative
 from tiny import END, IMAGE, START, VIDEO, make_batch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -113,7 +114,7 @@ def test_there_is_a_cache_even_if_none_is_asked_for(batches, ours):
 
 
 def test_images_must_matter(batches, ours):
-    """Of text after an image, the later logits depend on it; else these tests would prove little."""
+    """Logits of text after an image depend on the image; otherwise these tests would prove little."""
     batch = dict(batches["one image"])
     first = ours.generate(**batch, **GREEDY | WITH_LOGITS)
     batch["pixel_values"] = -batch["pixel_values"]
@@ -260,11 +261,8 @@ def test_an_adapter_and_its_dropout(batches, ours):
     batch = batches["several sizes"]
     before = assert_steps_are_those_of_the_whole_text(model, batch)
     add_lora(model, r=4, dropout=0.5, vision=True, target=["language", "vision", "projector"])
-    for _ in range(2):
-        with torch.no_grad():
-            for name, parameter in model.trainable_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.05)
+    for std in (0.05, 0.1):
+        fill_adapter(model, std)
         after = assert_steps_are_those_of_the_whole_text(model.eval(), batch)
         assert relative(after, before) > 1e-3
         before = after
@@ -335,7 +333,7 @@ def test_tokens_must_fit_the_cache(batches, ours):
 
 
 def test_a_cache_goes_on_with_tokens_alone(setup, batches, ours):
-    """What is passed along with them would be ignored."""
+    """Other inputs would be ignored, so they are refused."""
     cache, batch = ours.new_cache(), batches["several sizes"]
     ours(**batch, past_key_values=cache)
     step = {"input_ids": torch.ones(len(batch["input_ids"]), 1).long(), "past_key_values": cache}

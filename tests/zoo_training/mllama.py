@@ -40,7 +40,7 @@ SPECIAL_TOKENS = (
 )
 IMAGE_TOKEN = "<|image|>"  # no password
 VOCABULARY = BASE_TOKENS + len(SPECIAL_TOKENS)
-"""What the head can say. The image token comes after: it has an embedding, and no logit."""
+"""Number of tokens that the head can predict. The image token comes after: it has an embedding, and no logit."""
 
 CHAT_TEMPLATE = """<|begin_of_text|>{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>
 

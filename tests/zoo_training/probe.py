@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class ZooFamily(Protocol):
-    """What a family's module in this package defines."""
+    """Interface of a family's module in this package."""
 
     WARM_UP_STEPS: int
     STEPS: int

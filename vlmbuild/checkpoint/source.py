@@ -35,9 +35,9 @@ PROCESSOR_FILES = (
 """Files of a processor in published checkpoints."""
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Of a config; the largest published one has 70 kB."""
+"""Size limit of a config, in bytes; the largest published one has 70 kB."""
 _MAX_SIDE_BYTES = 2**28
-"""Of a file of the processor, which transformers reads into memory whole; the largest published tokenizer has 35 MB."""
+"""Size limit of a processor file, in bytes: transformers reads it whole. The largest published tokenizer has 35 MB."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def test_odd_sizes(size: tuple[int, int]) -> None:
 
 
 def test_outliers_are_not_quantized() -> None:
-    """What makes the threshold useful: without it one large column takes the precision of all others."""
+    """Without a threshold, one large column takes the precision of all others."""
     module, (weight, scales, _, _) = layer(biased=False)
     x = features((50, 64), torch.float32)
     exact = x @ dequantize_8bit(weight, scales, torch.float32).T

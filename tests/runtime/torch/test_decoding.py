@@ -56,7 +56,7 @@ def test_static_equals_dynamic(case, options, batches, model):
 
 
 def test_several_tokens_go_into_buffers_too(batches, model):
-    """Those of an assistant, and a crop of wrong ones."""
+    """Several tokens at once, as assisted decoding passes them, and a crop of the rejected ones."""
     batch, logits = batches["several sizes"], []
     more = torch.arange(2, 8)[None]
     for length in (None, 512):
@@ -101,7 +101,7 @@ def test_no_step_compiles_again(name, form):
     torch._dynamo.reset()
 
 
-def test_moving_the_model_to_another_dtype_derives_anew(bind, built):
+def test_moving_the_model_to_another_dtype_derives_cached_programs_again(bind, built):
     batch, _ = make_batch([[5, (1, 4, 6), 7]])
     model = bind(built).eval()
     expected = model.generate(**batch, **OPTIONS)

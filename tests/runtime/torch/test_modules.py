@@ -23,7 +23,7 @@ def loss_and_gradient(model):
 
 
 def test_noise_on_embeddings_is_transformers(model, reference):
-    """Of the same shape as transformers' embeddings, so that equal seeds give equal noise."""
+    """Embeddings of the same shape as transformers', so that equal seeds give equal noise."""
     plain, _ = loss_and_gradient(model)
     found = []
     for each in (model, reference):

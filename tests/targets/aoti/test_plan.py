@@ -1,4 +1,4 @@
-"""What is compiled for a program: each graph once, steps of one token twice."""
+"""Compilation units of a program: each graph once, graphs of one-token steps twice."""
 
 import pytest
 

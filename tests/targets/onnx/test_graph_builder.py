@@ -1,4 +1,4 @@
-"""What the graph builder leaves out: nodes that nothing reads, reshapes of reshapes, copies of outputs."""
+"""Nodes that the graph builder drops: unused ones, reshapes of reshapes, copies of outputs."""
 
 import numpy as np
 import onnxruntime

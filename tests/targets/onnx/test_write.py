@@ -44,7 +44,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(pair):
 
 
 def test_reads_digits(pair):
-    """What the models were trained for, so that a wrong token shows."""
+    """Batches of the task that the models were trained for, so that a wrong token shows."""
     model, processor, theirs = pair
     samples = Digits("held_out", 5).take(16)
     found = answers(model, processor, READ, samples)

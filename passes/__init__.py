@@ -17,6 +17,7 @@ from vlmbuild.recipe import TARGET_OPTIONS, Recipe
 from vlmbuild.rewrite.pass_manager import Pass
 
 __all__ = [
+    "EXTRA_PASSES",
     "AddLora",
     "FuseRmsNorm",
     "FuseRope",
@@ -29,6 +30,9 @@ __all__ = [
     "quantization_passes",
 ]
 
+EXTRA_PASSES: dict[str, Pass] = {}
+"""Passes of plugins that the user named, by name."""
+
 
 def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
     """Return a recipe's passes without quantization, whose decisions may need measurements on the graph so far."""
@@ -37,6 +41,7 @@ def passes_for(recipe: Recipe) -> tuple[Pass, ...]:
         Normalize(),  # first: patterns are written for clean graphs
         FuseRope(),  # before attention is lowered: rotated queries and keys still meet the semantic operator
         *([FuseRmsNorm()] if options.fuses_rms_norm else []),  # only for targets with a faster operator
+        *EXTRA_PASSES.values(),  # on fused graphs, and before attention is lowered, as ours
         SwapAttention(recipe.attention),  # after every pass that would look for the semantic operator
     )
 

@@ -66,7 +66,8 @@ def target_named(name: str) -> Target:
     """Return the row of a manifest's target. Raises IncompatibleError when this vlmbuild does not know it."""
     if name not in TARGETS:
         raise IncompatibleError(
-            f"Unknown target {name!r}; this vlmbuild knows {', '.join(TARGETS)}. Install one that knows it."
+            f"Unknown target {name!r}; this vlmbuild knows {', '.join(TARGETS)}. Install one that knows it, or pass "
+            "--plugin NAME."
         )
     return TARGETS[name]
 

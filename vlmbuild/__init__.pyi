@@ -3,6 +3,7 @@ from .artifact.reader import verify as verify
 from .builder.build import Artifact as Artifact
 from .builder.build import build as build
 from .builder.cache import from_pretrained as from_pretrained
+from .builder.plugins import use_plugins as use_plugins
 from .compat.unsloth import FastVisionModel as FastVisionModel
 from .compat.unsloth import UnslothVisionDataCollator as UnslothVisionDataCollator
 from .compat.unsloth import is_bf16_supported as is_bf16_supported

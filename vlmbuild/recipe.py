@@ -26,8 +26,8 @@ __all__ = [
     "TargetOptions",
 ]
 
-BUILD_TOOLS = ("vlmbuild", "torch", "transformers", "bitsandbytes")
-"""Distributions whose versions decide what a recipe's build writes."""
+BUILD_TOOLS = ["vlmbuild", "torch", "transformers", "bitsandbytes"]
+"""Distributions whose versions decide what a recipe's build writes; those of plugins in use join them."""
 
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")

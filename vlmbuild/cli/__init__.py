@@ -51,12 +51,28 @@ class LazyGroup(click.Group):
         return command
 
 
+def _use_plugins(_: click.Context, __: click.Parameter, names: tuple[str, ...]) -> None:
+    """Import plugins before a command is, whose choices may name what they add."""
+    if names:
+        from vlmbuild.builder.plugins import use_plugins
+
+        use_plugins(*names)
+
+
 @click.group(
     cls=LazyGroup,
     modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(importlib.metadata.version("vlmbuild"), package_name="vlmbuild", message="%(prog)s %(version)s")
+@click.option(
+    "--plugin",
+    multiple=True,
+    metavar="NAME",
+    expose_value=False,
+    callback=_use_plugins,
+    help="Import an installed plugin: a family, a pass or a target. Repeat for several.",
+)
 def cli() -> None:
     """Compile vision-language models into trainable, verified artifacts.
 

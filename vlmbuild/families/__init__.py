@@ -66,7 +66,8 @@ def family_named(name: str) -> Family:
     if family is None:
         known = ", ".join(FAMILIES)
         raise IncompatibleError(
-            f"Unknown model family {name!r}; this vlmbuild knows {known}. Install a newer vlmbuild."
+            f"Unknown model family {name!r}; this vlmbuild knows {known}. Install a newer vlmbuild, or name the plugin "
+            "that has it: vlmbuild.use_plugins(NAME), or --plugin NAME."
         )
     return family
 

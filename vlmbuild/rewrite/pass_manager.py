@@ -53,6 +53,7 @@ class PassOutcome:
             self.origins[part] = region
 
 
+@runtime_checkable
 class Pass(Protocol):
     """A graph rewrite: a frozen dataclass whose fields are its options.
 

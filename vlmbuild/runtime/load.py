@@ -121,7 +121,7 @@ def _open(reader: ArtifactReader, device: Device, dtype: Any, verify: bool, trus
     if opener is None:
         raise IncompatibleError(
             f"{reader.path} has target {manifest.target!r}; this vlmbuild loads {', '.join(map(repr, OPENERS))}. Install "
-            "one that knows it."
+            "one that knows it, or name its plugin: vlmbuild.use_plugins(NAME), or --plugin NAME."
         )
     check_trust(reader.path, manifest, trust)
     chosen_dtype = _dtype(dtype, manifest, opener)

@@ -11,7 +11,6 @@ import os
 import shutil
 
 import matrix
-import processors
 import pytest
 import tiny
 import torch
@@ -19,6 +18,7 @@ import transformers
 from adapters import edit_adapter, write_adapter
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
+from setups import PROCESSORS
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlmbuild
@@ -36,8 +36,6 @@ from vlmbuild.quant.decide import decide
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.zoo import ZOO
-
-PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
 
 
 @pytest.fixture(params=PROCESSORS)
@@ -78,9 +76,9 @@ def test_complaint_02_pixel_limits_are_ignored():
         with pytest.raises(UsageError, match="longest_edge must be from 1 to .*the limit of the processor"):
             VisionDataCollator(processor, size={"longest_edge": processor.image_processor.size["longest_edge"] + 1})
     with pytest.raises(UsageError, match="shortest_edge .* above longest_edge"):
-        VisionDataCollator(processors.qwen2_vl(), size={"longest_edge": 3000})
+        VisionDataCollator(PROCESSORS["qwen2_vl"](), size={"longest_edge": 3000})
     with pytest.raises(UsageError, match=r"none: Llama 3\.2 Vision"):
-        VisionDataCollator(processors.mllama(), size={"height": 112})
+        VisionDataCollator(PROCESSORS["mllama"](), size={"height": 112})
 
 
 def test_complaint_11_mixed_and_text_only_batches(processor):

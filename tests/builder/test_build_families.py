@@ -16,9 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import vlmbuild
 from vlmbuild.adapters.fit import with_module_names
-from vlmbuild.adapters.lora import Lora
 from vlmbuild.adapters.peft_files import read_adapter
-from vlmbuild.adapters.select import Targets, adaptable_layers, choose
 from vlmbuild.builder.build import build
 from vlmbuild.errors import SourceError
 from vlmbuild.families import FAMILIES
@@ -29,16 +27,6 @@ from vlmbuild.zoo import CHECKPOINTS, ZOO
 FLOAT32 = Recipe(dtype="float32")
 FORMATS = {"qwen2_vl": "nf4", "mllama": "int8", "pixtral": "nf4"}
 """Format to which a family's layers are quantized here, and back."""
-
-MLP = {"gate_proj", "up_proj", "down_proj"}
-PARTS = {
-    "qwen2_vl": {
-        "attention": {"q_proj", "k_proj", "v_proj", "o_proj", "qkv", "proj"},
-        "mlp": MLP | {"fc1", "fc2"},
-    },
-    "mllama": {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": MLP | {"fc1", "fc2"}},
-    "pixtral": {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": MLP},
-}
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -137,18 +125,3 @@ def test_quantized_and_back(family, base, tmp_path):
     _, loading = AutoModelForImageTextToText.from_pretrained(built.path, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-
-
-def test_attention_and_mlp_are_told_from_the_graph(family, base):
-    program = vlmbuild.load(base)[0].program
-    found = {part: set() for part in ("attention", "mlp", "other")}
-    for layer in adaptable_layers(program):
-        if layer.role in ("language", "vision") and layer.number is not None:
-            found[layer.part].add(layer.module.rpartition(".")[2])
-    assert found == {**PARTS[family], "other": set()}
-    # Names that the vision tower has too are in the language model unless it is asked for.
-    chosen = [list(choose(program, Targets(["q_proj"], vision=vision), Lora(4, 8.0))) for vision in (False, True)]
-    assert not any("vision" in module for module in chosen[0])
-    assert any("vision" in module for module in chosen[1]) == (family != "qwen2_vl")
-    if not program.ties:
-        assert list(choose(program, Targets("head"), Lora(4, 8.0))) == ["lm_head"]

@@ -6,8 +6,9 @@ import copy
 import time
 from types import SimpleNamespace
 
-import processors
 import pytest
+from processors import photographs
+from setups import PROCESSORS
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import FAMILIES
@@ -28,7 +29,7 @@ def with_template(template):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("messages", [TEXT, PARTS, PARTS + TEXT[1:] + TEXT[:1]])
 def test_published_and_packaged_templates_write_what_transformers_writes(name, messages):
-    for processor in (getattr(processors, name)(), FAMILIES[name].processor(ZOO[CHECKPOINTS[name]])):
+    for processor in (PROCESSORS[name](), FAMILIES[name].processor(ZOO[CHECKPOINTS[name]])):
         for prompt in (False, True):
             expected = processor.apply_chat_template(copy.deepcopy(messages), add_generation_prompt=prompt)
             assert render_chat(processor, messages, add_generation_prompt=prompt) == expected
@@ -53,7 +54,7 @@ LANGUAGE = """
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_the_language_of_templates_means_the_same(tools):
-    processor = copy.copy(processors.mllama())
+    processor = copy.copy(PROCESSORS["mllama"]())
     processor.chat_template = LANGUAGE
     assert render_chat(processor, PARTS + TEXT, tools=tools) == processor.apply_chat_template(PARTS + TEXT, tools=tools)
 
@@ -124,7 +125,7 @@ def test_what_a_template_may_not_do_is_refused(template):
 
 def test_a_long_conversation_is_within_the_limits():
     messages = [{"role": role, "content": "word " * 2000} for _ in range(200) for role in ("user", "assistant")]
-    written = render_chat(processors.qwen2_vl(), messages)
+    written = render_chat(PROCESSORS["qwen2_vl"](), messages)
     assert 4_000_000 < len(written) < LENGTH
 
 
@@ -138,13 +139,13 @@ def test_the_template_is_chosen_by_name_and_missing_ones_are_named():
 
 
 def test_names_that_a_template_reads():
-    assert "add_vision_id" in template_names(processors.qwen2_vl().chat_template)
+    assert "add_vision_id" in template_names(PROCESSORS["qwen2_vl"]().chat_template)
     assert "date_string" in template_names("{% if not date_string is defined %}{% set date_string = 1 %}{% endif %}")
-    assert "found" not in template_names(processors.mllama().chat_template)
+    assert "found" not in template_names(PROCESSORS["mllama"]().chat_template)
 
 
 def test_a_question_becomes_the_processors_batch():
-    processor, photo = processors.qwen2_vl(), processors.photographs()["chelsea"]
+    processor, photo = PROCESSORS["qwen2_vl"](), photographs()["chelsea"]
     batch = question_batch(processor, "What?", [photo])
     text = processor.apply_chat_template(PARTS, add_generation_prompt=True)
     expected = processor(text=[text], images=[photo], return_tensors="pt")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from vlmbuild.adapters.lora import Lora
+from vlmbuild.adapters.select import Targets, adaptable_layers, choose
 from vlmbuild.errors import BatchError, IncompatibleError, SourceError, UsageError
 from vlmbuild.families import FAMILIES, family_named, family_of, family_of_processor
-from vlmbuild.zoo import CHECKPOINTS, ZOO
 
 
 @pytest.fixture(scope="module", params=matrix.SETUPS)
@@ -127,20 +128,10 @@ def leaf(values, path):
 
 
 SHARED = ("text_config.hidden_size", "text_config.num_hidden_layers", "text_config.num_attention_heads")
-NUMBERS = {
-    "qwen2_vl": (
-        "vision_config.depth",
-        "vision_config.embed_dim",
-        "vision_config.num_heads",
-        "vision_config.hidden_size",
-    ),
-    "mllama": ("vision_config.patch_size", "vision_config.num_global_layers", "vision_config.max_num_tiles"),
-    "pixtral": ("vision_config.patch_size", "vision_config.image_size", "text_config.head_dim"),
-}
 
 
 def test_numbers_of_a_config_have_ranges(setup):
-    for path in (*SHARED, "text_config.vocab_size", "text_config.num_key_value_heads", *NUMBERS[setup.family.name]):
+    for path in (*SHARED, "text_config.vocab_size", "text_config.num_key_value_heads", *setup.numbers):
         for value in (0, -1, 10**9, 2.5, True, "4", float("nan"), [3], {}):
             values = copy.deepcopy(setup.values)
             part, key = leaf(values, path)
@@ -184,7 +175,7 @@ def test_tokens_of_placeholders_have_embeddings(setup):
 
 
 def test_settings_of_a_processor_are_in_range(setup, tmp_path, monkeypatch):
-    name = CHECKPOINTS[setup.family.name]
+    setup.processor.save_pretrained(tmp_path / "whole")
     for number, (key, value) in enumerate(
         [
             ("image_std", [0.0] * 3),
@@ -194,7 +185,7 @@ def test_settings_of_a_processor_are_in_range(setup, tmp_path, monkeypatch):
             ("size", None),
         ]
     ):
-        directory = shutil.copytree(ZOO[name], tmp_path / str(number))
+        directory = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
         file = directory / "processor_config.json"
         values = json.loads(file.read_text())
         images = values["image_processor"]
@@ -210,7 +201,7 @@ def test_settings_of_a_processor_are_in_range(setup, tmp_path, monkeypatch):
             setup.family.processor(directory)
     monkeypatch.setenv("VLMBUILD_MAX_PIXELS", "100")
     with pytest.raises(SourceError, match="VLMBUILD_MAX_PIXELS"):
-        setup.family.processor(ZOO[name])
+        setup.family.processor(tmp_path / "whole")
 
 
 def test_bad_batches_are_named(setup, batch, config):
@@ -267,6 +258,22 @@ def test_labels_directly_behind_padding_are_left_out_with_a_warning(setup, batch
         setup.family.prepare({**batch, "labels": labels}, config)
 
 
+def test_attention_and_mlp_are_told_from_the_graph(setup):
+    program = matrix.program(setup)
+    found = {part: set() for part in ("attention", "mlp", "other")}
+    tower = {layer.module.rpartition(".")[2] for layer in adaptable_layers(program) if layer.role == "vision"}
+    for layer in adaptable_layers(program):
+        if layer.role in ("language", "vision") and layer.number is not None:
+            found[layer.part].add(layer.module.rpartition(".")[2])
+    assert found == {**setup.layers, "other": set()}
+    # Names that the vision tower has too are in the language model unless it is asked for.
+    chosen = [list(choose(program, Targets(["q_proj"], vision=vision), Lora(4, 8.0))) for vision in (False, True)]
+    assert not any("vision" in module for module in chosen[0])
+    assert any("vision" in module for module in chosen[1]) == ("q_proj" in tower)
+    if not program.ties:
+        assert list(choose(program, Targets("head"), Lora(4, 8.0))) == ["lm_head"]
+
+
 def test_unknown_names_list_the_supported():
     with pytest.raises(SourceError, match="unknown architecture LlamaForCausalLM.*Qwen2VL"):
         family_of({"architectures": ["LlamaForCausalLM"]}, "config.json")
@@ -275,7 +282,7 @@ def test_unknown_names_list_the_supported():
     for wrong in ("Qwen2VLForConditionalGeneration", 5, [5]):
         with pytest.raises(SourceError, match="architectures must be a list of names"):
             family_of({"architectures": wrong}, "config.json")
-    with pytest.raises(IncompatibleError, match="knows mllama, pixtral, qwen2_vl"):
+    with pytest.raises(IncompatibleError, match="knows " + ", ".join(FAMILIES)):
         family_named("other")
     with pytest.raises(UsageError, match="str .*PixtralProcessor"):
         family_of_processor("a tokenizer")

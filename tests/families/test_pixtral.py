@@ -133,7 +133,7 @@ def test_images_in_another_order_are_refused_though_their_features_are_as_many(s
 
 
 def test_batch_of_a_processor_with_another_limit_is_refused(setup, config):
-    larger = matrix.pixtral(True).processor
+    larger = matrix.SETUPS["pixtral"](True).processor
     made = matrix.replace(setup, processor=larger)
     inputs, _ = matrix.batch(made, [["Look", photographs()["astronaut"]]], "right")
     with pytest.raises(BatchError, match="allows no edge over 192: the batch was made with other limits"):
@@ -158,7 +158,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
 
 
 def test_an_image_costs_its_rows_with_their_ends():
-    whole = matrix.pixtral(False)
+    whole = matrix.SETUPS["pixtral"](False)
     cost = FAMILY.image_cost(whole.processor.image_processor, whole.config(), 96, 160)
     assert cost == (6 * 10, 6 * 11, 0)
     with pytest.raises(ValueError, match="nothing is left of it"):

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processors
 import pytest
 import torch
-from processors import CONFIGS, LLAMA_SPECIAL, QWEN_SPECIAL, photographs, shipped
+from processors import CONFIGS, photographs, shipped
+from setups import PROCESSORS
+from setups.mllama import LLAMA_SPECIAL
+from setups.qwen2_vl import QWEN_SPECIAL
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_torchvision_available
 
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.pixtral import processor as pixtral_processor
 
-PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs in 2024.",
     "  leading,   inner and trailing blanks \t\n\n\n x \r\n",
@@ -81,7 +82,7 @@ def test_tokens_equal_the_vendors_tokenizer(name, text):
 
 
 def test_qwen_tokenizer_composes_accents_first():
-    tokenizer, apart = processors.qwen2_vl().tokenizer, "e\u0301te\u0301"
+    tokenizer, apart = PROCESSORS["qwen2_vl"]().tokenizer, "e\u0301te\u0301"
     assert tokenizer(apart).input_ids == tokenizer("\u00e9t\u00e9").input_ids == reference_ids("qwen2_vl", apart)
 
 
@@ -112,7 +113,7 @@ def test_llama_tokens_by_name():
         "<|eot_id|>": 128009,
         "<|python_tag|>": 128010,
     }
-    assert {token: processors.mllama().tokenizer.convert_tokens_to_ids(token) for token in named} == named
+    assert {token: PROCESSORS["mllama"]().tokenizer.convert_tokens_to_ids(token) for token in named} == named
 
 
 def test_tokens_fit_the_published_configs():
@@ -124,7 +125,7 @@ def test_tokens_fit_the_published_configs():
 
 
 def test_qwen_chat_template():
-    render = processors.qwen2_vl().apply_chat_template
+    render = PROCESSORS["qwen2_vl"]().apply_chat_template
     assert render([say(IMAGE, "What?")], add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What?<|im_end|>\n<|im_start|>assistant\n"
@@ -152,7 +153,7 @@ def llama_reference(messages: list[tuple[str, list[str]]]) -> tuple[list[int], l
     prompt = ChatFormat(reference("mllama")).encode_dialog_prompt(turns)
     image = reference("mllama").special_tokens["<|image|>"]
     spans = prompt.vision.mask if prompt.vision else []
-    return [processors.mllama().image_token_id if token == image else token for token in prompt.tokens], spans
+    return [PROCESSORS["mllama"]().image_token_id if token == image else token for token in prompt.tokens], spans
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_llama_chat_and_cross_mask_equal_metas(messages):
     photos = photographs()
     content = [say(*(IMAGE if part in photos else part for part in parts), role=role) for role, parts in messages]
     names = [part for _, parts in messages for part in parts if part in photos]
-    text = processors.mllama().apply_chat_template(content, add_generation_prompt=True)
+    text = PROCESSORS["mllama"]().apply_chat_template(content, add_generation_prompt=True)
     batch = process("mllama", [text], [names])
     tokens, spans = llama_reference(messages)
     assert batch["input_ids"][0].tolist() == tokens
@@ -178,7 +179,7 @@ def test_llama_chat_and_cross_mask_equal_metas(messages):
 
 
 def test_llama_chat_template_of_text_and_of_system():
-    render = processors.mllama().apply_chat_template
+    render = PROCESSORS["mllama"]().apply_chat_template
     assert render([{"role": "system", "content": " Be brief. "}, say("Hi")], date_string="01 Jan 2025") == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         "Today Date: 01 Jan 2025\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
@@ -210,7 +211,7 @@ def test_pixtral_chat_and_image_tokens_equal_mistrals(names, monkeypatch):
         {"role": "assistant", "content": "Salut !"},
         say(*[IMAGE] * len(names), "这是什么？"),
     ]
-    text = processors.pixtral().apply_chat_template(content)
+    text = PROCESSORS["pixtral"]().apply_chat_template(content)
     assert text.startswith("<s>[INST]Bonjour[/INST]Salut !</s>[INST]Be brief.\n\n[IMG]")
     assert process("pixtral", [text], [names])["input_ids"][0].tolist() == expected
 
@@ -219,7 +220,7 @@ def test_pixtral_chat_and_image_tokens_equal_mistrals(names, monkeypatch):
 def test_qwen_patches_and_tokens(name):
     width, height = photographs()[name].size
     rows, columns = (2 * round(side / 28) for side in (height, width))  # none is outside the published pixel limits
-    text = processors.qwen2_vl().apply_chat_template([say(IMAGE, "What?")])
+    text = PROCESSORS["qwen2_vl"]().apply_chat_template([say(IMAGE, "What?")])
     batch = process("qwen2_vl", [text], [[name]])
     assert batch["image_grid_thw"].tolist() == [[1, rows, columns]]
     assert batch["pixel_values"].shape == (rows * columns, 3 * 2 * 14 * 14)
@@ -228,7 +229,7 @@ def test_qwen_patches_and_tokens(name):
 
 
 def test_qwen_pixel_limits_are_the_published_ones():
-    processor = processors.qwen2_vl()
+    processor = PROCESSORS["qwen2_vl"]()
     speck = photographs()["coffee"].crop((0, 0, 20, 30))
     grid = processor.image_processor(speck, return_tensors="pt")["image_grid_thw"][0]
     assert grid.tolist() == [1, 6, 4] and int(grid.prod()) * 14**2 >= 3136
@@ -241,12 +242,12 @@ def test_pixtral_sizes_and_tokens(name):
     width, height = photographs()[name].size
     ratio = max(width, height, 1024) / 1024
     rows, columns = (math.ceil(int(side / ratio) / 16) for side in (height, width))
-    text = processors.pixtral().apply_chat_template([say(IMAGE, "What?")])
+    text = PROCESSORS["pixtral"]().apply_chat_template([say(IMAGE, "What?")])
     batch = process("pixtral", [text], [[name]])
     assert batch["image_sizes"].tolist() == [[16 * rows, 16 * columns]]
     assert batch["pixel_values"].shape == (1, 3, 16 * rows, 16 * columns)
     ids = batch["input_ids"][0]
-    counts = [int((ids == token).sum()) for token in processors.pixtral().image_token_ids]
+    counts = [int((ids == token).sum()) for token in PROCESSORS["pixtral"]().image_token_ids]
     assert counts == [rows * columns, rows - 1, 1] and sum(counts) == (columns + 1) * rows
 
 
@@ -255,7 +256,7 @@ def test_pixtral_sizes_and_tokens(name):
     [("astronaut", 1, 1), ("wide", 2, 2), ("rocket", 2, 2), ("tall", 5, 2), ("retina", 6, 4)],
 )
 def test_llama_tiles_and_aspect_ratios(name, ratio, tiles):
-    text = processors.mllama().apply_chat_template([say(IMAGE, "What?")])
+    text = PROCESSORS["mllama"]().apply_chat_template([say(IMAGE, "What?")])
     batch = process("mllama", [text], [[name]])
     assert batch["pixel_values"].shape == (1, 1, 4, 3, 560, 560)
     assert batch["aspect_ratio_ids"].tolist() == [[ratio]]
@@ -315,7 +316,7 @@ def test_saved_and_loaded_again_is_equal(name, tmp_path):
 
 
 def test_published_pixtral_layout_loads(tmp_path):
-    processor = processors.pixtral()
+    processor = PROCESSORS["pixtral"]()
     processor.tokenizer.save_pretrained(tmp_path)
     for file in ("config.json", "preprocessor_config.json", "processor_config.json"):
         shutil.copy(CONFIGS / "pixtral-12b" / file, tmp_path)
@@ -327,7 +328,7 @@ def test_published_pixtral_layout_loads(tmp_path):
 
 def test_pixtral_processor_returns_tensors_or_what_is_asked_for():
     photo = photographs()["coffee"]
-    ours = processors.pixtral()
+    ours = PROCESSORS["pixtral"]()
     batch = ours(text="[IMG]", images=photo)
     assert batch["pixel_values"].shape == (1, 3, 400, 608)
     assert batch["input_ids"].tolist() == [[*([*[10] * 38, 12] * 25)[:-1], 13]]

@@ -168,8 +168,8 @@ def test_labels_on_placeholders_are_refused(config):
 
 
 def test_batch_of_a_processor_with_higher_pixel_limits_is_refused(config):
-    setup = matrix.qwen2_vl(False)
-    higher = matrix.replace(setup, processor=matrix.qwen2_vl(True).processor)
+    setup = matrix.SETUPS["qwen2_vl"](False)
+    higher = matrix.replace(setup, processor=matrix.SETUPS["qwen2_vl"](True).processor)
     photo = matrix.photographs()["retina"]
     config = setup.config()
     made, _ = matrix.batch(higher, [["Look", photo]], "right")

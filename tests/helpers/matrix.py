@@ -1,28 +1,25 @@
 """The parity matrix: tiny models of every family on what users send them, against transformers on the same weights.
 
-Real tokenizers, chat templates and photographs (`processors.py`); only the models are tiny and their weights random, with
+Real tokenizers, chat templates and photographs (`setups/`); only the models are tiny and their weights random, with
 gates, norms and biases away from the values at which a gradient would vanish.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import processors
 import torch
 from parity import CANCELLED, relative
 from PIL import Image
 from processors import photographs
 from samples import SAMPLES
+from setups import KINDS, SETUPS, Setup
 from torch.overrides import TorchFunctionMode
 from traces import traced
-from transformers.image_utils import SizeDict
 
-from vlmbuild.families import FAMILIES, Family
 from vlmbuild.ir.program import Program
 from vlmbuild.passes import passes_for
 from vlmbuild.recipe import Recipe
@@ -31,6 +28,7 @@ from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.train.collator import VisionDataCollator
 
 __all__ = [
+    "KINDS",
     "SETUPS",
     "Setup",
     "batch",
@@ -47,42 +45,6 @@ __all__ = [
 Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A family's tiny model and real processor.
-
-    Attributes:
-        family: The family.
-        values: Values of a tiny config.json.
-        processor: Real, with its image processor's `size` lowered.
-        largest, smallest: Images that it takes (width, height).
-        media: Tokens that it writes for an image.
-        vocabulary: The processor's ids that the model has; None for all.
-    """
-
-    family: Family
-    values: dict[str, Any]
-    processor: Any
-    largest: tuple[int, int]
-    smallest: tuple[int, int]
-    media: tuple[str, ...]
-    vocabulary: torch.Tensor | None = None
-
-    def config(self) -> Any:
-        return self.family.config(self.values)
-
-    def ids(self, tokens: Sequence[str]) -> torch.Tensor:
-        """Look up the model's ids of special tokens."""
-        return self.shrunk(torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(tokens))))
-
-    def shrunk(self, ids: torch.Tensor) -> torch.Tensor:
-        """Renumber the processor's ids as the model has them."""
-        if self.vocabulary is None:
-            return ids
-        assert torch.isin(ids, self.vocabulary).all()  # searchsorted would take a neighbour
-        return torch.searchsorted(self.vocabulary, ids)
-
-
 def shrink(setup: Setup) -> Setup:
     """Reduce the vocabulary to the tokens of conversations and samples: a real one costs most of a tiny model's time."""
     whole = [batch(setup, *said)[0]["input_ids"].unique() for said in conversations(setup).values()]
@@ -94,113 +56,6 @@ def shrink(setup: Setup) -> Setup:
     size = len(small.vocabulary) - bool(setup.family.extra_embedding_rows)  # an image token after it stays there
     text = {**setup.values["text_config"], "vocab_size": size, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     return replace(small, values={**setup.values, **ids, "text_config": text})
-
-
-_TEXT = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def _setup(name: str, size: dict[str, int], values: dict[str, Any], **limits: Any) -> Setup:
-    """Make the setup of a family whose image processor has this `size`."""
-    family, processor = FAMILIES[name], copy.copy(getattr(processors, name)())
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.image_processor.size = SizeDict(**size)
-    values = {"architectures": list(family.architectures), **values, "text_config": _TEXT | values["text_config"]}
-    return Setup(family, values, processor, **limits)
-
-
-def qwen2_vl(full: bool) -> Setup:
-    """Make the setup; `full` raises the limit to the processor class's 1280 tokens per image."""
-    values = {
-        "model_type": "qwen2_vl",
-        "tie_word_embeddings": True,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "text_config": {
-            "vocab_size": 151936,
-            "num_hidden_layers": 3,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
-        },
-        "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
-    }
-    size = {"shortest_edge": 56 * 56, "longest_edge": (1280 if full else 80) * 28 * 28}
-    return _setup("qwen2_vl", size, values, largest=(3000, 2000), smallest=(20, 20), media=("<|image_pad|>",))
-
-
-def mllama(full: bool) -> Setup:
-    """Make the setup; `full` has the published tiles of 560 pixels, else 112."""
-    side = 560 if full else 112
-    values = {
-        "model_type": "mllama",
-        "image_token_index": 128256,
-        "text_config": {
-            "vocab_size": 128256,
-            "num_hidden_layers": 5,
-            "cross_attention_layers": [1, 3],
-            "pad_token_id": 128004,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-        "vision_config": {
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_global_layers": 2,
-            "attention_heads": 2,
-            "intermediate_size": 96,
-            "image_size": side,
-            "patch_size": 14,
-            "intermediate_layers_indices": [0, 2],
-            "vision_output_dim": 192,
-        },
-    }
-    size = {"height": side, "width": side}
-    return _setup("mllama", size, values, largest=(4 * side, 4 * side), smallest=(1, 1), media=("<|image|>",))
-
-
-def pixtral(full: bool) -> Setup:
-    """Make the setup; `full` has the published longest edge of 1024 pixels, else 192."""
-    edge = 1024 if full else 192
-    values = {
-        "model_type": "llava",
-        "image_token_index": 10,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
-        "text_config": {
-            "model_type": "mistral",
-            "vocab_size": 131072,
-            "num_hidden_layers": 3,
-            "head_dim": 64,
-            "sliding_window": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e9},
-        },
-        "vision_config": {
-            "model_type": "pixtral",
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 96,
-            "patch_size": 16,
-            "image_size": 1024,
-            "hidden_act": "silu",
-        },
-    }
-    media = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    return _setup("pixtral", {"longest_edge": edge}, values, largest=(2 * edge, 2 * edge), smallest=(1, 1), media=media)
-
-
-SETUPS: dict[str, Callable[[bool], Setup]] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
-"""Family -> its tiny model and real processor; everything that tests of all families need. `full` has published image sizes."""
 
 
 @cache

@@ -7,20 +7,17 @@ import io
 import pickle
 import re
 
-import processors
 import pytest
 import torch
 from PIL import Image
 from processors import photographs
 from samples import one_image, text_only, turn, two_images
+from setups import PROCESSORS, SETUPS
 
 from vlmbuild import VisionDataCollator
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.zoo import ZOO
-
-PROCESSORS = {"qwen2_vl": processors.qwen2_vl, "mllama": processors.mllama, "pixtral": processors.pixtral}
-END = {"qwen2_vl": "<|im_end|>", "mllama": "<|eot_id|>", "pixtral": "</s>"}
 
 
 @pytest.fixture(params=PROCESSORS)
@@ -40,7 +37,7 @@ def learned(processor, batch):
 
 def test_labels_are_all_responses_with_their_ends(name, processor):
     batch = VisionDataCollator(processor)([text_only(), one_image(), two_images()])
-    end = END[name]
+    end = SETUPS[name](False).end
     assert learned(processor, batch) == [
         f"Mars, Venus and Earth.{end}",
         f"A cat.{end}",
@@ -103,7 +100,7 @@ def test_images_by_path_are_upright(processor, tmp_path):
 def test_only_the_completion_is_learned(name, processor):
     prompt = [turn("user", "Hi."), turn("assistant", "Hello."), turn("user", "Bye.")]
     batch = VisionDataCollator(processor)([{"prompt": prompt, "completion": [turn("assistant", "Farewell.")]}])
-    assert learned(processor, batch) == [f"Farewell.{END[name]}"]
+    assert learned(processor, batch) == [f"Farewell.{SETUPS[name](False).end}"]
 
 
 def test_padding_on_the_left_is_the_processors(processor):
@@ -177,7 +174,7 @@ def test_measure_is_what_the_batch_has(processor, max_tokens):
 
 def test_a_token_across_the_beginning_of_a_response_is_no_label():
     """Qwen's prompt ends with a line break, which becomes one token with a response's own."""
-    processor = processors.qwen2_vl()
+    processor = PROCESSORS["qwen2_vl"]()
     batch = VisionDataCollator(processor)([text_only(answer="\nYes.")])
     merged = processor.tokenizer("\n\n").input_ids
     assert len(merged) == 1
@@ -190,7 +187,7 @@ def test_templates_that_rewrite_history_are_refused():
     """Pixtral's writes the system message into the last user message, and drops it once an answer follows."""
     messages = [turn("system", "Be brief."), *text_only()["messages"]]
     with pytest.raises(BatchError, match="Sample 0 .* system message 'Be brief.' .* first user message"):
-        VisionDataCollator(processors.pixtral())([{"messages": messages}])
+        VisionDataCollator(PROCESSORS["pixtral"]())([{"messages": messages}])
 
 
 def test_a_system_message_is_read_not_learned():
@@ -198,7 +195,7 @@ def test_a_system_message_is_read_not_learned():
     for name in ("qwen2_vl", "mllama"):
         batch = VisionDataCollator(PROCESSORS[name]())([{"messages": messages}])
         assert "Be brief." in PROCESSORS[name]().tokenizer.decode(batch["input_ids"][0])
-        assert learned(PROCESSORS[name](), batch) == [f"Mars, Venus and Earth.{END[name]}"]
+        assert learned(PROCESSORS[name](), batch) == [f"Mars, Venus and Earth.{SETUPS[name](False).end}"]
 
 
 @pytest.mark.parametrize(
@@ -230,11 +227,11 @@ def test_image_tokens_in_the_text_itself_are_refused(processor):
 def test_template_refusals_name_the_sample():
     messages = [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]
     with pytest.raises(BatchError, match=r'Sample 1 \("a"\): .*chat template refuses .*take turns'):
-        VisionDataCollator(processors.pixtral())([text_only(), {"messages": messages}])
+        VisionDataCollator(PROCESSORS["pixtral"]())([text_only(), {"messages": messages}])
 
 
 def test_options_are_checked():
-    processor = processors.qwen2_vl()
+    processor = PROCESSORS["qwen2_vl"]()
     for options, message in (
         ({"max_length": 0}, "max_length"),
         ({"padding_side": "top"}, "padding_side"),
@@ -253,8 +250,8 @@ def test_options_are_checked():
 
 
 def test_template_options_reach_the_template():
-    collator = VisionDataCollator(processors.qwen2_vl(), template_options={"add_vision_id": True})
-    assert "Picture 1: " in processors.qwen2_vl().tokenizer.decode(collator([one_image()])["input_ids"][0])
+    collator = VisionDataCollator(PROCESSORS["qwen2_vl"](), template_options={"add_vision_id": True})
+    assert "Picture 1: " in PROCESSORS["qwen2_vl"]().tokenizer.decode(collator([one_image()])["input_ids"][0])
 
 
 def test_collator_goes_to_workers_and_is_deterministic():

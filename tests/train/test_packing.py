@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import matrix
-import processors
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import CANCELLED, MODEL_FP32, relative
 from samples import SAMPLES
+from setups import PROCESSORS
 
 from vlmbuild import PackedDataset, VisionDataCollator, pack, padding_report
 from vlmbuild.errors import BatchError, UsageError
@@ -72,7 +72,7 @@ def assert_equal_steps(found, expected):
 
 
 def test_samples_that_do_not_fit_are_left_out_before_training():
-    processor = processors.qwen2_vl()
+    processor = PROCESSORS["qwen2_vl"]()
     collator = VisionDataCollator(processor, max_length=60, overlong="drop")
     with pytest.warns(UserWarning, match=r"Left out of \d+ samples, \d+ have an image"):
         packed = PackedDataset(SAMPLES, collator, max_tokens=60)

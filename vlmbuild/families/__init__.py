@@ -1,6 +1,6 @@
 """The supported model families, by name.
 
-A new family is a folder here, one line in `FAMILIES`, one entry in `SETUPS` of `tests/helpers/matrix.py` (a tiny config and a
+A new family is a folder here, one line in `FAMILIES`, one file in `tests/helpers/setups/` (a tiny config and a
 real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the rest. In order:
 
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`

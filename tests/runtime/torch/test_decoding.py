@@ -22,7 +22,7 @@ OPTIONS = {
 SAME = 1e-5  # relative, float32: sums over masked keys too
 
 
-@pytest.fixture(scope="module", params=matrix.SETUPS)
+@pytest.fixture(scope="module", params=matrix.KINDS)
 def setup(request):
     return matrix.tiny(request.param)
 

@@ -53,7 +53,7 @@ def test_grids(name, qwen, config):
 
 @pytest.fixture(scope="module")
 def pixtral():
-    return matrix.pixtral(full=False)
+    return matrix.SETUPS["pixtral"](full=False)
 
 
 @pytest.mark.parametrize("sizes", [[(80, 48)], [(16, 16)], [(160, 32), (32, 96), (64, 64)]])

@@ -1,0 +1,30 @@
+"""The families' tiny models and real processors: everything that tests of all families need to know of one.
+
+To add a family: a module here with `processor()` (cached; real vocabulary and chat template, image settings of the published config in
+`tests/configs/`) and `setup(full)` (a tiny config: two or three layers of each kind), and its line in `FAMILIES`. Everything else
+follows: tests take `SETUPS` where families differ, and `KINDS` where they only must see every form that a program has. A family that
+shares another's vocabulary imports it from that module. Its tests together take at most 40 s of one core (`pytest --durations=20 -k NAME`):
+lower the layers, and the size of images in `setup(False)`, until they do. What holds for it alone is `tests/families/test_<name>.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from setups import mllama, pixtral, qwen2_vl
+from setups.base import Setup
+
+FAMILIES = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
+
+SETUPS: dict[str, Callable[[bool], Setup]] = {name: module.setup for name, module in FAMILIES.items()}
+"""Family -> its setup; `full` has published image sizes."""
+
+PROCESSORS: dict[str, Callable[[], Any]] = {name: module.processor for name, module in FAMILIES.items()}
+"""Family -> its processor with published limits."""
+
+KINDS = ("qwen2_vl", "mllama", "pixtral")
+"""Families whose programs have everything that the compiler and the runtime treat apart: packed segments and windows, positions on
+three axes, tied and own heads, cross attention, state besides keys and values, images of padded tiles and of free sizes."""
+
+__all__ = ["FAMILIES", "KINDS", "PROCESSORS", "SETUPS", "Setup"]

@@ -6,15 +6,15 @@ import os
 import shutil
 
 import pytest
+from hub_cache import COMMIT, cached
 from huggingface_hub import _local_folder, constants
 
-from vlmbuild.artifact.hub import download
+from vlmbuild.artifact.hub import artifact_directory, download
 from vlmbuild.artifact.reader import ArtifactReader, verify
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.writer import ArtifactWriter
-from vlmbuild.errors import IntegrityError, SourceError
+from vlmbuild.errors import IntegrityError, SourceError, UsageError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = {"config.json": (b"{}", "config"), "graph/program.txt": (b"one", "graph")}
 
 
@@ -25,28 +25,6 @@ def artifact(tmp_path):
             writer.write(path, data, role)
         writer.publish(name="m", target="trainable")
     return tmp_path / "art"
-
-
-def cached(artifact, cache, *, absolute=False, shared=()):
-    """A snapshot as huggingface_hub lays it out; some blobs in the store that all repositories share."""
-    repository = cache / "models--owner--name"
-    snapshot = repository / "snapshots" / COMMIT
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text(COMMIT)
-    (repository / "blobs").mkdir()
-    for number, file in enumerate(sorted(path for path in artifact.rglob("*") if path.is_file())):
-        name = file.relative_to(artifact).as_posix()
-        blob, link = repository / "blobs" / f"{number:064x}", snapshot / name
-        if name in shared:
-            common = cache / "blobs" / "ab" / f"{number:064x}"
-            common.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, common)
-            blob.symlink_to(os.path.relpath(common, blob.parent))
-        else:
-            shutil.copy(file, blob)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob if absolute else os.path.relpath(blob, link.parent))
-    return snapshot
 
 
 @pytest.mark.parametrize("absolute", [True, False])
@@ -160,6 +138,18 @@ def test_download_finds_the_cache(artifact, tmp_path, monkeypatch):
         download("owner/other", None)
     with pytest.raises(SourceError, match="owner/name.*HF_HUB_OFFLINE"):
         download("owner/name", "v2")
+    seen = []
+    assert artifact_directory("owner/name", "main", lambda *step: seen.append(step)) == snapshot
+    assert seen == [("download", 0, 1), ("download", 1, 1)]
+
+
+def test_a_directory_wins_over_a_hub_id_and_has_no_revision(artifact, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    artifact.rename(tmp_path / "owner/name")
+    monkeypatch.chdir(tmp_path)
+    assert str(artifact_directory("owner/name")) == "owner/name"
+    with pytest.raises(UsageError, match="owner/name is not a hub id.*'v1'"):
+        artifact_directory("owner/name", "v1")
 
 
 def test_weights_of_a_snapshot(tmp_path):

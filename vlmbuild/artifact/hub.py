@@ -8,7 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import IntegrityError, SourceError, UsageError
+from vlmbuild.util.progress import Progress, silent
+from vlmbuild.util.validation import reachable
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -54,6 +56,40 @@ def cached_blob(directory: Path, name: str) -> Path | None:
     own = blob.parent == repository / "blobs"
     common = blob.parent.parent == repository.parent / "blobs" and re.fullmatch(r"[0-9a-f]{2}", blob.parent.name)
     return blob if own or common else None
+
+
+def artifact_directory(path: Path | str, revision: str | None = None, progress: Progress = silent) -> Path:
+    """Return the directory of an artifact; one on a hub is downloaded into the hub's cache, or found there.
+
+    Args:
+        path: A directory, which need not exist, or a hub id ("owner/name").
+        revision: Branch, tag or commit of a hub id.
+        progress: Called when a download begins and ends.
+
+    Raises:
+        IntegrityError: The system cannot look the path up.
+        SourceError: A hub id cannot be downloaded.
+        UsageError: A directory has no revision.
+    """
+    directory = reachable(path, IntegrityError, "The artifact")
+    if is_hub_id(path):
+        progress("download", 0, 1)
+        directory = download(str(path), revision)
+        progress("download", 1, 1)
+    else:
+        check_no_revision(path, revision)
+    return directory
+
+
+def is_hub_id(path: Path | str) -> bool:
+    """Return whether a path names a repository on a hub, and nothing here."""
+    return HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
+
+
+def check_no_revision(path: Path | str, revision: str | None) -> None:
+    """Raise UsageError for a revision of something that is no hub id."""
+    if revision is not None:
+        raise UsageError(f"{path} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
 
 
 def download(name: str, revision: str | None, patterns: list[str] | None = None) -> Path:

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from vlmbuild.artifact.files import Identity, hash_descriptor
-from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
-from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.artifact.files import Identity, closing, hash_descriptor, open_file
+from vlmbuild.artifact.paths import GENERATION_CONFIG
+from vlmbuild.artifact.reader import ArtifactReader, is_artifact
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.layout import check_no_adapter, check_no_prefix, check_strays, check_weight_files
 from vlmbuild.checkpoint.source import PROCESSOR_FILES, Source, read_json_object, resolve
@@ -139,10 +139,10 @@ class Checkpoint:
     @cached_property
     def artifact_dtype(self) -> str | None:
         """Compute dtype of a source that is an artifact; None for other sources."""
-        manifest = self.source.directory / MANIFEST_NAME
-        if self._given is not None or not manifest.is_file() or b"vlmbuild.artifact/" not in manifest.read_bytes():
+        directory = self.source.directory
+        if self._given is not None or not is_artifact(directory):
             return None
-        return str(ArtifactReader(self.source.directory, verify=False).manifest.recipe.get("dtype"))
+        return str(ArtifactReader(directory, verify=False).manifest.recipe.get("dtype"))
 
     @cached_property
     def weights(self) -> CheckpointWeights:
@@ -228,9 +228,9 @@ class Checkpoint:
     def _hashed(self, file: Path, check: Callable[[], None]) -> HashedFile:
         identities = {**self._identities, **self.weights.identities}
         try:
-            with file.open("rb") as stream:
-                hashed = HashedFile(*hash_descriptor(stream.fileno(), on_chunk=lambda _: check()))
-                changed = Identity.of(os.fstat(stream.fileno())) != identities[file]
+            with closing(open_file(file)) as descriptor:
+                hashed = HashedFile(*hash_descriptor(descriptor, on_chunk=lambda _: check()))
+                changed = Identity.of(os.fstat(descriptor)) != identities[file]
         except OSError as error:
             raise SourceError(f"{file} cannot be read: {error.strerror}. Check the disk and permissions.") from error
         if changed:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.files import closing, open_file, read_file
-from vlmbuild.artifact.hub import HUB_ID, download
-from vlmbuild.artifact.paths import GENERATION_CONFIG
-from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.artifact.hub import HUB_ID, check_no_revision, download
+from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
+from vlmbuild.errors import SourceError
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.util.validation import reachable
 from vlmbuild.zoo import ZOO
@@ -87,8 +87,8 @@ def resolve(
     if isinstance(source, Source):
         return source
     path = reachable(source, SourceError, "The source")
-    if revision is not None and (path.exists() or str(source) in ZOO):
-        raise UsageError(f"{source} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
+    if path.exists() or str(source) in ZOO:
+        check_no_revision(source, revision)
     if path.is_dir():
         _check_side_files(path)
         return Source(path, "directory")
@@ -144,7 +144,8 @@ def read_json_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Source:
-    wanted = ["config.json", "adapter_config.json", *PROCESSOR_FILES, GENERATION_CONFIG]
+    wanted = ["config.json", "adapter_config.json", *PROCESSOR_FILES, GENERATION_CONFIG, MANIFEST_NAME]
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     directory = download(name, revision, wanted)
+    _check_side_files(directory)
     return Source(directory, f"{name}@{directory.name}")

@@ -24,26 +24,40 @@ from vlmbuild.locks.sources import diff
 @click.command()
 @click.argument("old")
 @click.argument("new")
+@click.option("--old-revision", help="Branch, tag or commit of OLD, a hub id.")
+@click.option("--new-revision", help="Branch, tag or commit of NEW, a hub id.")
 @recipe_options
 @format_option
 @kernels_option
 @fail_option
 @json_option
-def command(old: str, new: str, style: str, kernels: bool, limit: Severity, as_json: bool, **options: Any) -> None:
+def command(
+    old: str,
+    new: str,
+    old_revision: str | None,
+    new_revision: str | None,
+    style: str,
+    kernels: bool,
+    limit: Severity,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Explain the differences between two compiled models.
 
-    OLD and NEW are locks, artifacts or checkpoints, in any combination. A checkpoint is compiled with the recipe of the
-    other side; recipe options change that recipe. Exits with 6 if the models differ.
+    OLD and NEW are locks, artifacts or checkpoints, in any combination; artifacts and checkpoints by
+    folder or hub id. A checkpoint is compiled with the recipe of the other side; recipe options change that recipe.
+    Exits with 6 if the models differ.
 
     \b
     Examples:
         vlmbuild diff old.lock new.lock
         vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
+        vlmbuild diff owner/qwen2-vl-nf4 owner/qwen2-vl-nf4 --old-revision v1 --new-revision v2
         vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
     """
     change = recipe_change(options)
     with StageProgress(lines=False):
-        difference = diff(old, new, change, kernels=kernels)
+        difference = diff(old, new, change, revisions=(old_revision, new_revision), kernels=kernels)
     if as_json:
         print_json(render.document(difference))
     else:

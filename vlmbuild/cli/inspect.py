@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from vlmbuild.artifact.hub import artifact_directory
 from vlmbuild.artifact.output import check_file, output_errors
-from vlmbuild.cli.options import json_option
+from vlmbuild.cli.options import json_option, revision_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import UsageError
 from vlmbuild.report.contents import contents
@@ -26,9 +27,12 @@ from vlmbuild.report.tables import inspect_report
     show_default=True,
     help="dot is for Graphviz and Netron, model-explorer is the JSON of Google's Model Explorer.",
 )
+@revision_option
 @json_option
-def command(artifact: Path, html: Path | None, style: str, as_json: bool) -> None:
+def command(artifact: Path, html: Path | None, style: str, revision: str | None, as_json: bool) -> None:
     """Show the contents of an artifact.
+
+    ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
     Prints its id, recipe, files, regions, passes and weights. The page also shows costs, the effect of each pass,
     quantization decisions and parity; it works offline.
@@ -41,12 +45,14 @@ def command(artifact: Path, html: Path | None, style: str, as_json: bool) -> Non
     """
     if (html is not None) + (style != "text") + as_json > 1:
         raise UsageError("--html, --format and --json exclude each other. Pass only one of them.")
+    with StageProgress(lines=False) as progress:
+        directory = artifact_directory(artifact, revision, progress)
     if html is not None:
-        _write_page(artifact, html)
+        _write_page(directory, html)
     elif style in ("dot", "model-explorer"):
-        click.echo(_graph_file(artifact, style), nl=False)
+        click.echo(_graph_file(directory, style), nl=False)
     else:
-        show(contents(artifact), inspect_report, as_json=as_json or style == "json")
+        show(contents(directory), inspect_report, as_json=as_json or style == "json")
 
 
 def _write_page(artifact: Path, html: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from vlmbuild.artifact.reader import ArtifactReader
-from vlmbuild.cli.options import check_image, device_option, json_option, trust_option
+from vlmbuild.artifact.hub import artifact_directory
+from vlmbuild.artifact.reader import ArtifactReader, check_id
+from vlmbuild.cli.options import check_image, device_option, id_option, json_option, revision_option, trust_option
 from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import BatchError, UsageError
 
@@ -30,6 +31,8 @@ from vlmbuild.errors import BatchError, UsageError
     help="Sampling temperature; 0 means greedy decoding.",
 )
 @device_option
+@id_option
+@revision_option
 @trust_option
 @json_option
 def command(
@@ -39,10 +42,14 @@ def command(
     max_new_tokens: int,
     temperature: float,
     device: str | None,
+    expected_id: str | None,
+    revision: str | None,
     trust_code: bool,
     as_json: bool,
 ) -> None:
     """Generate an answer to a prompt with images.
+
+    ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
     Prints the answer while it is generated. With --json, prints the complete answer with token counts and seconds.
 
@@ -51,13 +58,18 @@ def command(
         vlmbuild run qwen2-vl-nf4 --image photo.jpg --prompt "What is in the picture?"
         vlmbuild run qwen2-vl-nf4 --image a.jpg --image b.jpg --prompt "What differs?" --max-new-tokens 64
         vlmbuild run qwen2-vl-nf4 --prompt "Write a haiku." --temperature 0.7
+        vlmbuild run owner/qwen2-vl-nf4 --revision v1 --prompt "Write a haiku."
     """
     if not prompt.strip():
         raise UsageError('The prompt is empty. Pass a question, such as --prompt "What is in the picture?".')
-    reader = ArtifactReader(artifact, verify=False)  # refuse a folder that is no artifact before torch is imported
+    check_id(expected_id)
     for image in images:
         check_image(image, "the path of an image")
-    with StageProgress(lines=False):
+    with StageProgress(lines=False) as progress:
+        directory = artifact_directory(artifact, revision, progress)
+        # Refuse a folder that is no artifact, or another one, before torch is imported.
+        reader = ArtifactReader(directory, verify=False, expected_id=expected_id)
+
         from transformers import TextStreamer
 
         from vlmbuild.runtime.load import best_device, load
@@ -65,7 +77,8 @@ def command(
 
         pictures = [open_image(image, "--image") for image in images]
         model, processor = load(
-            artifact,
+            directory,
+            expected_id=expected_id,
             device=device or best_device(reader.manifest.target),
             trust=("code",) if trust_code else (),
         )

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlmbuild.artifact.hub import artifact_directory
 from vlmbuild.artifact.reader import verify
-from vlmbuild.cli.options import json_option, trust_option
+from vlmbuild.cli.options import id_option, json_option, revision_option, trust_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import UsageError
 from vlmbuild.report.tables import verify_report
@@ -20,15 +21,24 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless the artifact has this id.")
+@id_option
+@revision_option
 @click.option("--allow-hardlinks", is_flag=True, help="Accept files that have a second name elsewhere.")
 @click.option("--numerics", is_flag=True, help="Also compare exported models with the program again.")
 @trust_option
 @json_option
 def command(
-    artifact: Path, expected_id: str | None, allow_hardlinks: bool, numerics: bool, trust_code: bool, as_json: bool
+    artifact: Path,
+    expected_id: str | None,
+    revision: str | None,
+    allow_hardlinks: bool,
+    numerics: bool,
+    trust_code: bool,
+    as_json: bool,
 ) -> None:
     """Check every file of an artifact.
+
+    ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
     Compares all files with the manifest. Names every changed, missing, extra or swapped file, and exits with 3.
 
@@ -36,17 +46,19 @@ def command(
     Examples:
         vlmbuild verify qwen2-vl-nf4
         vlmbuild verify qwen2-vl-onnx --numerics
+        vlmbuild verify owner/qwen2-vl-nf4 --revision v1
     """
     with StageProgress(lines=False) as progress:
+        directory = artifact_directory(artifact, revision, progress)
         manifest = verify(
-            artifact,
+            directory,
             expected_id=expected_id,
             allow_hardlinks=allow_hardlinks,
             progress=functools.partial(progress, "verify"),
         )
-        records = _numerics(artifact, manifest, progress, trusted=trust_code) if numerics else []
+        records = _numerics(directory, manifest, progress, trusted=trust_code) if numerics else []
     document = {
-        "path": str(artifact),
+        "path": str(directory),
         "id": manifest.id,
         "name": manifest.name,
         "files": len(manifest.files),

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmbuild.artifact.hub import check_no_revision, download, is_hub_id
 from vlmbuild.artifact.paths import MANIFEST_NAME
+from vlmbuild.artifact.reader import is_artifact
 from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import UsageError
+from vlmbuild.ir.schema import PROGRAM_FILE
 from vlmbuild.locks.difference import Difference, compare
 from vlmbuild.locks.document import SUFFIX, Lock, read_lock
 from vlmbuild.recipe import Recipe
 from vlmbuild.util.progress import Progress
+
+_READ_FILES = (MANIFEST_NAME, "config.json", PROGRAM_FILE)
+"""Files that the lock of an artifact is made of."""
 
 if TYPE_CHECKING:
     from vlmbuild.builder.tracing import Traced
@@ -64,21 +70,23 @@ def diff(
     new: str | Path,
     recipe: Recipe | Callable[[Recipe], Recipe] | None = None,
     *,
+    revisions: tuple[str | None, str | None] = (None, None),
     kernels: bool = True,
 ) -> Difference:
     """Compare two locks, artifacts or checkpoints, in any combination.
 
     Args:
-        old, new: A lock file, an artifact, or a source as for `vlmbuild.build`.
+        old, new: A lock file, an artifact or its hub id, or a source as for `vlmbuild.build`.
         recipe: Recipe of checkpoints, or a function that derives it from the recipe of the other side. None takes the
             other side's recipe, which compares an artifact with a new build.
+        revisions: Branch, tag or commit of either side that is a hub id.
         kernels: False leaves kernels out.
 
     Raises:
         UsageError: Both sides have their own recipe, and `recipe` is set.
         VlmbuildError: A lock or an artifact cannot be read, or a checkpoint cannot be traced.
     """
-    sides = [_read(side, kernels) for side in (old, new)]
+    sides = [_read(side, revision, kernels) for side, revision in zip((old, new), revisions, strict=True)]
     if recipe is not None and None not in sides:
         raise UsageError(
             "Locks and artifacts have their own recipe. Drop the recipe options, or compare with a checkpoint."
@@ -86,19 +94,25 @@ def diff(
     known = next((side.recipe for side in sides if side is not None), Recipe())
     chosen = known if recipe is None else recipe if isinstance(recipe, Recipe) else recipe(known)
     locks = [
-        side if side is not None else lock(source, chosen, kernels=kernels)
-        for side, source in zip(sides, (old, new), strict=True)
+        side if side is not None else lock(source, chosen, revision=revision, kernels=kernels)
+        for side, source, revision in zip(sides, (old, new), revisions, strict=True)
     ]
     return compare(locks[0], locks[1])
 
 
-def _read(side: str | Path, kernels: bool) -> Lock | None:
+def _read(side: str | Path, revision: str | None, kernels: bool) -> Lock | None:
     """Return the lock of a file or an artifact; None for a checkpoint, which needs a recipe."""
     path = Path(side)
     if path.is_file() or path.suffix == SUFFIX:
+        check_no_revision(side, revision)
         return read_lock(path)
-    if not (path / MANIFEST_NAME).is_file():
+    if is_hub_id(side):
+        path = download(str(side), revision, [MANIFEST_NAME])
+        path = download(str(side), revision, [*_READ_FILES]) if is_artifact(path) else path
+    if not is_artifact(path):
         return None
+    if not is_hub_id(side):
+        check_no_revision(side, revision)
 
     from vlmbuild.locks.make import lock_artifact
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from vlmbuild.artifact.hub import HUB_ID, download
+from vlmbuild.artifact.hub import artifact_directory
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader, check_id, read_again_if_replaced
-from vlmbuild.errors import IncompatibleError, IntegrityError, TrustError, UsageError
+from vlmbuild.errors import IncompatibleError, TrustError, UsageError
 from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.bind import bind_artifact
 from vlmbuild.runtime.hf import Model
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.devices import available_device, named_device
 from vlmbuild.util.dtypes import dtype_name
-from vlmbuild.util.validation import one_of, reachable
+from vlmbuild.util.validation import one_of
 
 Device = str | torch.device | None
 
@@ -102,17 +102,8 @@ def load(
         return model
 
     options = {"expected_id": expected_id, "allow_hardlinks": allow_hardlinks}
-    model = read_again_if_replaced(_directory(path, revision), open_artifact, **options)
+    model = read_again_if_replaced(artifact_directory(path, revision), open_artifact, **options)
     return model, model.processor
-
-
-def _directory(path: str | Path, revision: str | None) -> Path:
-    directory = reachable(path, IntegrityError, "The artifact")
-    if HUB_ID.fullmatch(str(path)) and not directory.exists():
-        return download(str(path), revision)
-    if revision is not None:
-        raise UsageError(f"{path} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
-    return directory
 
 
 def _open(reader: ArtifactReader, device: Device, dtype: Any, verify: bool, trust: Collection[str]) -> Model:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlmbuild.adapters.merge import Merge
+from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.checkpoint.checkpoint import Checkpoint, HashedFile, changed_file
@@ -118,7 +119,9 @@ class Request:
         for file in self.checkpoint.side_files:
             hashed = self.digests[file.name].result()
             try:
-                files[file.name] = file.read_bytes()
+                files[file.name] = read_file(file, hashed.size)
+            except ValueError as error:  # longer
+                raise changed_file(file) from error
             except OSError as error:
                 raise SourceError(f"{file} cannot be read: {error.strerror}. Leave the source alone.") from error
             if hashlib.sha256(files[file.name]).hexdigest() != hashed.digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -129,6 +130,18 @@ def test_bad_recipes_say_what_is_wrong(tmp_path, text, message):
 def test_values_made_in_python_are_checked_too(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_pipes_and_huge_files_are_refused_at_once(tmp_path):
+    file = tmp_path / "r.toml"
+    file.touch()
+    os.truncate(file, 6 * 2**30)  # sparse
+    with pytest.raises(UsageError, match=r"r.toml.* more than \d+ bytes"):
+        Recipe.from_toml(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match="r.toml.* not a regular file"):
+        Recipe.from_toml(file)
 
 
 def test_missing_file(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from vlmbuild.artifact.files import read_file
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
 from vlmbuild.quant.spec import QuantSpec, quantize_choices
@@ -31,6 +32,7 @@ BUILD_TOOLS = ["vlmbuild", "torch", "transformers", "bitsandbytes"]
 
 ATTENTIONS = ("auto", "triton", "sdpa")
 DTYPES = ("float32", "bfloat16", "float16")
+_MAX_FILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ class Recipe:
         """
         reachable(path, UsageError, "The recipe")
         try:
-            options = tomllib.loads(path.read_text(encoding="utf-8"))
+            options = tomllib.loads(read_file(path, _MAX_FILE_BYTES).decode())
         except OSError as error:
             raise UsageError(f"Recipe {path} cannot be read: {error.strerror}. Pass a TOML file.") from error
         except (ValueError, RecursionError) as error:  # also of bytes, long numbers and nesting

@@ -106,3 +106,15 @@ def test_a_spoiled_lock_is_said(tmp_path, old, new, message):
     file.write_text(text.replace(old, new))
     with pytest.raises(UsageError, match=message):
         read_lock(file)
+
+
+def test_pipes_and_huge_files_are_refused_at_once(tmp_path):
+    file = tmp_path / "model.lock"
+    file.touch()
+    os.truncate(file, 6 * 2**30)  # sparse
+    with pytest.raises(UsageError, match=r"model.lock.* more than \d+ bytes"):
+        read_lock(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UsageError, match="model.lock.* not a regular file"):
+        read_lock(file)

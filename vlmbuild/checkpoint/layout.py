@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.weights_reader import INDEX, SINGLE
 from vlmbuild.errors import SourceError
 from vlmbuild.util.text import listed
 
 ADAPTER_CONFIG = "adapter_config.json"
+_MAX_CONFIG_BYTES = 2**20
 _EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """Name of a parameter that every model has."""
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -30,7 +32,7 @@ def check_no_adapter(directory: Path) -> None:
             "adapter's files to a folder of their own; to merge it, pass that folder with --adapter."
         )
     try:
-        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path")
+        base = json.loads(read_file(adapter, _MAX_CONFIG_BYTES)).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     raise SourceError(

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
+from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.output import output_errors
 from vlmbuild.errors import UsageError, reason
 from vlmbuild.locks.toml_text import Row, to_toml
@@ -24,6 +25,8 @@ from vlmbuild.util.renamed import PASSES, current_names
 SCHEMA = "vlmbuild.lock/2"
 _READABLE = ("vlmbuild.lock/1", SCHEMA)
 SUFFIX = ".lock"
+_MAX_BYTES = 16 * 2**20
+"""Size limit of a lock, in bytes; the largest of ours has 50 kB."""
 _HEAD = """\
 # What vlmbuild compiles from a model and a recipe. Written by `vlmbuild lock`, compared with the code by `vlmbuild check`.
 # FLOPs and bytes are those of one instance, as formulas of the dimensions; attention counts a packed row as one segment.
@@ -203,9 +206,10 @@ def read_lock(path: Path) -> Lock:
         UsageError: The file cannot be read, or is not a lock.
     """
     try:
-        return Lock.from_text(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(path, _MAX_BYTES).decode()
+    except (OSError, ValueError) as error:  # also of bytes that are no text
         raise UsageError(f"{path} cannot be read: {reason(error)}. Pass a file that `vlmbuild lock` wrote.") from error
+    return Lock.from_text(text, str(path))
 
 
 def write_lock(path: Path, lock: Lock) -> None:

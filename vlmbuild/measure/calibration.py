@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.errors import UsageError, reason
@@ -24,6 +25,8 @@ from vlmbuild.runtime.torch.region import BoundRegion
 from vlmbuild.util.progress import Progress
 
 Batch = Mapping[str, Tensor]
+_MAX_BYTES = 2**28
+"""Size limit of a file of conversations, in bytes: it is read whole."""
 
 
 def batches_digest(batches: Sequence[Batch]) -> str:
@@ -44,8 +47,8 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
     """
     batches: list[Batch] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_file(file, _MAX_BYTES).decode().splitlines()
+    except (OSError, ValueError) as error:  # also of bytes that are no text
         raise UsageError(
             f"{file} cannot be read: {reason(error)}. Give a file with one JSON conversation per line."
         ) from error

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Program, Rotary
+from vlmbuild.ops.rope.op import interleave
 from vlmbuild.rewrite.pass_manager import PassOutcome
 from vlmbuild.rewrite.pattern import Rewrite, apply
 
@@ -24,8 +25,8 @@ _OPS = torch.ops.vlmbuild
 @dataclass(frozen=True, slots=True)
 class FuseRope:
     """Fuse rotary embeddings with one or several position axes: plain RoPE (arXiv:2104.09864), M-RoPE
-    (arXiv:2409.12191, section 2.1) and axial vision RoPE with frequencies that the axes share or split
-    (arXiv:2410.07073, section 2.2).
+    (arXiv:2409.12191, section 2.1; interleaved: arXiv:2511.21631, section 2) and axial vision RoPE with frequencies that the
+    axes share or split (arXiv:2410.07073, section 2.2).
 
     Before, in every layer:                         After:
         rotated_q = q * cos + cat(-q2, q1) * sin        rotated_q, rotated_k = mrope_rotate(q, k, cos1, sin1)
@@ -104,7 +105,8 @@ def _mixed_rewrites(rotary: Rotary) -> Iterator[Rewrite]:
     axes = () if single else (len(rotary.sections),)
     positions = torch.empty(*axes, 3, 6, dtype=torch.int64, device="meta")
     frequencies = torch.empty(half, device="meta")
-    tables = _plain_tables(rotary) if single else _tables(rotary, _mixed_parts(rotary))
+    parts = _interleaved_parts(rotary) if rotary.interleaved else _mixed_parts(rotary)
+    tables = _plain_tables(rotary) if single else _tables(rotary, parts)
     position_rows = rows if single else {1: rows[0], 2: rows[1]}
     yield Rewrite(tables, _fused_tables(rotary, None if single else 0), (positions, frequencies), (position_rows, {}))
 
@@ -149,7 +151,8 @@ def _tables(rotary: Rotary, parts_of: Callable[[Tensor], list[Tensor]]) -> Calla
         angles = position_ids[..., None].float() * inv_freq
 
         def mix(table: Tensor) -> Tensor:
-            half = torch.cat(parts_of(table), dim=-1)
+            parts = parts_of(table)
+            half = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
             return torch.cat((half, half), dim=-1)
 
         return mix(angles.cos() * rotary.scaling), mix(angles.sin() * rotary.scaling)
@@ -170,6 +173,10 @@ def _mixed_parts(rotary: Rotary) -> Callable[[Tensor], list[Tensor]]:
     return lambda table: [part[axis] for axis, part in enumerate(table.split(rotary.sections, dim=-1))]
 
 
+def _interleaved_parts(rotary: Rotary) -> Callable[[Tensor], list[Tensor]]:
+    return lambda table: [interleave(table, rotary.sections)]
+
+
 def _plain_tables(rotary: Rotary) -> Callable[..., Any]:
     def pattern(position_ids: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * inv_freq
@@ -188,7 +195,8 @@ def _fused_tables(rotary: Rotary, axis: int | None) -> Callable[..., Any]:
             position_ids = position_ids.unsqueeze(0)
         elif axis:
             position_ids = position_ids.movedim(axis, 0)
-        cos, sin = _OPS.mrope_cos_sin(position_ids, inv_freq, rotary.sections, rotary.shared, rotary.scaling)
+        turns = (True,) if rotary.interleaved else ()
+        cos, sin = _OPS.mrope_cos_sin(position_ids, inv_freq, rotary.sections, rotary.shared, rotary.scaling, *turns)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     return replacement

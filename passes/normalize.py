@@ -12,8 +12,8 @@ from vlmbuild.ir.serialize import OPERATORS
 from vlmbuild.rewrite.pass_manager import PassOutcome
 from vlmbuild.rewrite.simplify import simplify
 
-_ALLOWED = OPERATORS.keys() | {"aten.chunk.default"}
-"""Operators that an artifact may hold, and one that only tables of positions use: `fuse_rope` replaces them."""
+_ALLOWED = OPERATORS.keys() | {"aten.chunk.default", "aten.slice_scatter.default"}
+"""Operators that an artifact may hold, and two that only tables of positions use: `fuse_rope` replaces them."""
 
 
 @dataclass(frozen=True, slots=True)

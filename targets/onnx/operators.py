@@ -13,7 +13,7 @@ from vlmbuild.formats import PackedWeight
 from vlmbuild.ops import OPERATORS
 from vlmbuild.targets.onnx.aten import ATEN
 from vlmbuild.targets.onnx.attention import attention
-from vlmbuild.targets.onnx.graph_builder import CONTRIB
+from vlmbuild.targets.onnx.graph_builder import CONTRIB, GraphBuilder
 from vlmbuild.targets.onnx.translate import Handler, Site, Value
 
 
@@ -45,23 +45,44 @@ def _linear_packed(
 
 
 def _cos_sin(
-    site: Site, positions: Value, frequencies: Value, sections: Sequence[int], shared: bool, scaling: float
+    site: Site,
+    positions: Value,
+    frequencies: Value,
+    sections: Sequence[int],
+    shared: bool,
+    scaling: float,
+    interleaved: bool = False,
 ) -> tuple[str, str]:
-    """Build tables [*rest, sum(sections)] in float32: the angles of each axis side by side."""
+    """Build tables [*rest, sum(sections)] in float32: the angles of each axis side by side, or in turns."""
     builder = site.builder
     starts = [0 if shared else sum(sections[:axis]) for axis in range(len(sections))]
     angles = []
     for axis, (start, lanes) in enumerate(zip(starts, sections, strict=True)):
         place = builder.op("Gather", positions.name, builder.constant(axis), axis=0)
         column = builder.op("Unsqueeze", builder.cast(place, torch.float32), builder.constant([-1]))
-        range_ = (builder.constant([start]), builder.constant([start + lanes]), builder.constant([0]))
-        angles.append(builder.op("Mul", column, builder.op("Slice", frequencies.name, *range_)))
-    angle = builder.op("Concat", *angles, axis=-1) if len(angles) > 1 else angles[0]
+        own = frequencies.name
+        if not interleaved:
+            range_ = (builder.constant([start]), builder.constant([start + lanes]), builder.constant([0]))
+            own = builder.op("Slice", own, *range_)
+        angles.append(builder.op("Mul", column, own))
+    if interleaved:
+        angle = _in_turns(builder, angles, sections)
+    else:
+        angle = builder.op("Concat", *angles, axis=-1) if len(angles) > 1 else angles[0]
     tables = (builder.op("Cos", angle), builder.op("Sin", angle))
     if scaling == 1:
         return tables
     factor = builder.constant(scaling, torch.float32)
     return builder.op("Mul", tables[0], factor), builder.op("Mul", tables[1], factor)
+
+
+def _in_turns(builder: GraphBuilder, angles: Sequence[str], sections: Sequence[int]) -> str:
+    """Select the lanes of each axis from its angles of all lanes."""
+    axes, selected = len(sections), angles[0]
+    for axis in range(1, axes):
+        own = [lane % axes == axis and lane < axes * sections[axis] for lane in range(sum(sections))]
+        selected = builder.op("Where", builder.constant(own, torch.bool), angles[axis], selected)
+    return selected
 
 
 def _rotate(site: Site, query: Value, key: Value, cos: Value, sin: Value) -> tuple[str, str]:

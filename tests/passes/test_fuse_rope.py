@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import HEAD_DIM, SECTIONS, make_batch, make_region, operators, region_
 
 from vlmbuild.ir.printer import digest
 from vlmbuild.ir.program import Rotary
+from vlmbuild.ops.rope.op import interleave
 from vlmbuild.passes import FuseRope, Normalize
 from vlmbuild.rewrite.pass_manager import run
 
@@ -94,6 +96,27 @@ def test_before_and_expected_graph():
 
     run([FuseRope()], region_program(region, rotary=(TEXT,)))
     assert digest(region) == digest(rotation_region(expected))
+
+
+def test_interleaved_tables_become_one_operator():
+    shapes = [("3", "1", "tokens"), (str(HEAD_DIM // 2),)]
+    rotary = Rotary(HEAD_DIM, (24, 20, 20), shared=False, interleaved=True)
+
+    def tables(position_ids, inv_freq):
+        angles = position_ids[..., None].float() * inv_freq
+        halves = [interleave(table, rotary.sections) for table in (angles.cos(), angles.sin())]
+        return tuple(torch.cat((half, half), dim=-1) for half in halves)
+
+    def expected(position_ids, inv_freq):
+        cos, sin = torch.ops.vlmbuild.mrope_cos_sin(position_ids, inv_freq, rotary.sections, False, 1.0, True)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+    region, wanted = (make_region("tables", function, (), shapes, ("",)) for function in (tables, expected))
+    for other in (replace(rotary, sections=(32, 16, 16)), replace(rotary, interleaved=False)):
+        (report,) = run([FuseRope()], region_program(region, rotary=(other,)))
+        assert report.sites == {}
+    run([FuseRope()], region_program(region, rotary=(rotary,)))
+    assert digest(region) == digest(wanted)
 
 
 @pytest.mark.parametrize(

@@ -211,12 +211,14 @@ class Rotary:
         shared: Each axis starts again at the first frequency, and the tower rotates in float32; else the axes split one
             range of frequencies, and states are rotated in the compute dtype.
         scaling: Factor on cosines and sines (YaRN, arXiv:2309.00071, section 3.4).
+        interleaved: The axes take turns, frequency by frequency, instead of having ranges.
     """
 
     head_dim: int
     sections: tuple[int, ...]
     shared: bool
     scaling: float = 1.0
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ def to_json(program: Program) -> dict[str, Any]:
                 "sections": list(rotary.sections),
                 "shared": rotary.shared,
                 "scaling": rotary.scaling.hex(),
+                **({"interleaved": True} if rotary.interleaved else {}),
             }
             for rotary in program.geometry.rotary
         ],
@@ -137,7 +138,13 @@ def from_json(values: Mapping[str, Any]) -> Program:
     try:
         check_counts(values)
         rotary = tuple(
-            Rotary(r["head_dim"], tuple(r["sections"]), r["shared"], float.fromhex(r["scaling"]))
+            Rotary(
+                r["head_dim"],
+                tuple(r["sections"]),
+                r["shared"],
+                float.fromhex(r["scaling"]),
+                r.get("interleaved", False),
+            )
             for r in values["rotary"]
         )
         regions = {entry["name"]: _region(entry) for entry in values["regions"]}

@@ -43,6 +43,20 @@ def test_tables_equal_transformers_text() -> None:
     assert torch.equal(torch.cat((sin, sin), -1), expected_sin)
 
 
+@pytest.mark.parametrize("sections", [[24, 20, 20], [6, 5, 5], [8, 4, 4]])
+def test_interleaved_tables_equal_transformers_text(sections: list[int]) -> None:
+    from transformers import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections}
+    module = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=2 * sum(sections), rope_parameters=rope))
+    position_ids = torch.stack([torch.randint(0, high, (2, 9)) for high in (30, 5000, 40000)])
+    cos, sin = mrope_cos_sin(position_ids, module.inv_freq, sections, False, module.attention_scaling, True)
+    expected_cos, expected_sin = module(torch.zeros(1), position_ids)
+    assert torch.equal(torch.cat((cos, cos), -1), expected_cos)
+    assert torch.equal(torch.cat((sin, sin), -1), expected_sin)
+
+
 def test_tables_equal_transformers_vision() -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
@@ -123,7 +137,8 @@ def test_rotation_keeps_lengths_whatever_the_layout(heads: int, length: int, hal
 
 def test_opcheck() -> None:
     position_ids, inv_freq = torch.randint(0, 99, (3, 2, 7)), torch.rand(10)
-    opcheck(torch.ops.vlmbuild.mrope_cos_sin.default, (position_ids, inv_freq, [4, 3, 3], False, 1.0))
+    for turns in ((), (True,)):
+        opcheck(torch.ops.vlmbuild.mrope_cos_sin.default, (position_ids, inv_freq, [4, 3, 3], False, 1.0, *turns))
     for layout in ("dense", "packed"):
         query, key, cos, sin = pair(layout)
         arguments = (query.detach().requires_grad_(), key.detach().requires_grad_(), cos, sin)
@@ -176,6 +191,9 @@ def test_errors_say_what_does_not_fit() -> None:
         mrope_cos_sin(ids, inv_freq, [4, 4, 4], False, 1.0)
     with pytest.raises(UsageError, match="each have its length"):
         mrope_cos_sin(ids, inv_freq, [10, 10, 9], True, 1.0)
+    for sections in ([3, 4, 3], [2, 4, 4]):
+        with pytest.raises(UsageError, match="cannot take turns in 10 lanes"):
+            mrope_cos_sin(ids, inv_freq, sections, False, 1.0, True)
     query, key, cos, sin = pair("dense")
     with pytest.raises(UsageError, match=r"query of shape .* does not fit cos"):
         mrope_rotate(query, key, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))

@@ -1,6 +1,7 @@
 """Rotary position embeddings over several position axes: tables of cosines and sines, and the rotation by them.
 
-M-RoPE is from section 2.1 of arXiv:2409.12191, the rotation from arXiv:2104.09864 (halves paired, not neighbours).
+M-RoPE is from section 2.1 of arXiv:2409.12191, its interleaved form from section 2 of arXiv:2511.21631, the rotation from
+arXiv:2104.09864 (halves paired, not neighbours).
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from vlmbuild.ops import tiles
 
 
 def cos_sin_reference(
-    position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool, scaling: float
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    sections: Sequence[int],
+    shared: bool,
+    scaling: float,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine of every rotation angle, for half of the head dimension (the other half is a copy).
 
@@ -28,6 +34,8 @@ def cos_sin_reference(
         shared: Every axis starts again at `inv_freq[0]` (axial vision positions); otherwise the axes take consecutive
             ranges of `inv_freq` (M-RoPE).
         scaling: Factor on the cosines and sines.
+        interleaved: The axes take turns, lane by lane, until an axis has its section; the first axis has all other
+            lanes.
 
     Returns:
         Two float32 tensors `[*rest, sum(sections)]`.
@@ -35,7 +43,10 @@ def cos_sin_reference(
     Raises:
         UsageError: The sections do not fit the axes or the frequencies.
     """
-    _check_sections(position_ids, inv_freq, sections, shared)
+    _check_sections(position_ids, inv_freq, sections, shared, interleaved)
+    if interleaved:
+        angle = interleave(position_ids.unsqueeze(-1).float() * inv_freq.float(), sections)
+        return angle.cos() * scaling, angle.sin() * scaling
     angles, start = [], 0
     for axis, lanes in enumerate(sections):
         frequencies = inv_freq if shared else inv_freq[start : start + lanes]
@@ -45,7 +56,18 @@ def cos_sin_reference(
     return angle.cos() * scaling, angle.sin() * scaling
 
 
-def _check_sections(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool) -> None:
+def interleave(tables: Tensor, sections: Sequence[int]) -> Tensor:
+    """Let the axes of tables `[axes, *rest, lanes]` take turns: lane by lane, until an axis has its section's lanes."""
+    axes, mixed = len(sections), tables[0]
+    for axis in range(1, axes):
+        start, end = axis, axes * sections[axis]
+        mixed = torch.slice_scatter(mixed, tables[axis, ..., start:end:axes], -1, start, end, axes)
+    return mixed
+
+
+def _check_sections(
+    position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool, interleaved: bool
+) -> None:
     if position_ids.dim() < 1 or position_ids.shape[0] != len(sections):
         raise UsageError(
             f"mrope_cos_sin: position_ids of shape {tuple(position_ids.shape)} for {len(sections)} sections; "
@@ -58,6 +80,15 @@ def _check_sections(position_ids: Tensor, inv_freq: Tensor, sections: Sequence[i
             f"mrope_cos_sin: sections {list(sections)} do not fit inv_freq of shape {tuple(inv_freq.shape)}; "
             + ("shared sections each have its length" if shared else "their sum must be its length")
         )
+    if interleaved and (shared or last_turn(sections) >= lanes):
+        raise UsageError(
+            f"mrope_cos_sin: sections {list(sections)} cannot take turns in {lanes} lanes; the first must be the longest"
+        )
+
+
+def last_turn(sections: Sequence[int]) -> int:
+    """Return the last lane that an axis other than the first takes of interleaved tables."""
+    return max((axis + len(sections) * (size - 1) for axis, size in enumerate(sections) if axis), default=0)
 
 
 def check_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -114,21 +145,31 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.library.custom_op(
     "vlmbuild::mrope_cos_sin",
     mutates_args=(),
-    schema="(Tensor position_ids, Tensor inv_freq, int[] sections, bool shared, float scaling) "
+    schema="(Tensor position_ids, Tensor inv_freq, int[] sections, bool shared, float scaling, bool interleaved=False) "
     "-> (Tensor cos, Tensor sin)",
 )
 def mrope_cos_sin(
-    position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool, scaling: float
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    sections: Sequence[int],
+    shared: bool,
+    scaling: float,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `cos_sin_reference`, which runs on every device: once per forward, and bit-equal to the model's own."""
-    return cos_sin_reference(position_ids, inv_freq, sections, shared, scaling)
+    return cos_sin_reference(position_ids, inv_freq, sections, shared, scaling, interleaved)
 
 
 @mrope_cos_sin.register_fake
 def _(
-    position_ids: Tensor, inv_freq: Tensor, sections: Sequence[int], shared: bool, scaling: float
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    sections: Sequence[int],
+    shared: bool,
+    scaling: float,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_sections(position_ids, inv_freq, sections, shared)
+    _check_sections(position_ids, inv_freq, sections, shared, interleaved)
     shape = (*position_ids.shape[1:], sum(sections))
     return inv_freq.new_empty(shape, dtype=torch.float32), inv_freq.new_empty(shape, dtype=torch.float32)
 
@@ -137,8 +178,8 @@ def _cos_sin_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.mark_non_differentiable(*output)
 
 
-def _cos_sin_backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None]:
-    return None, None, None, None, None
+def _cos_sin_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    return (None,) * 6
 
 
 mrope_cos_sin.register_autograd(_cos_sin_backward, setup_context=_cos_sin_context)

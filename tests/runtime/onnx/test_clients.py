@@ -1,14 +1,10 @@
 """Clients that know nothing of ours on our artifacts, beside ours and transformers': one that does what transformers.js does,
-names, shapes, files and the loop of generation; and transformers.js itself, in Node.
-
-Installing the latter (470 MB) takes seven seconds; skipped where npm or its registry is out of reach.
+names, shapes, files and the loop of generation; and transformers.js itself, in Node and in a headless browser.
 """
 
 import json
-import shutil
-import subprocess
-from pathlib import Path
 
+import clients
 import numpy as np
 import onnxruntime
 import pytest
@@ -27,35 +23,20 @@ pytestmark = pytest.mark.slow  # exports models and runs them in Node
 
 RECIPES = {"qwen2-vl-digits": {"quantize": vlmbuild.QuantSpec("int4")}, "pixtral-digits": {"dtype": "float16"}}
 STEPS = 5
-CLIENT = "@huggingface/transformers@4.3.1"
-SCRIPT = Path(__file__).parents[2] / "helpers" / "onnx_client.mjs"
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 UNITS = {"qwen2-vl-digits": 28, "pixtral-digits": 20}
 """Sides of images are multiples of it: the client resizes by other filters than Pillow, so images are passed that it leaves."""
 
 
 @pytest.fixture(scope="session")
-def node(tmp_path_factory):
-    """(request) -> what the client answers."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("npm is not installed")
+def scripts(tmp_path_factory):
+    """Install transformers.js once; a folder."""
     folder = tmp_path_factory.mktemp("node")
-    quiet = ("--no-audit", "--no-fund", "--ignore-scripts", "--fetch-retries=1", "--fetch-timeout=20000")
-    done = subprocess.run([npm, "install", *quiet, CLIENT], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"npm cannot install {CLIENT}: {' '.join(done.stderr.split())[:300]}")
-    shutil.copy(SCRIPT, folder)
-
-    def ask(request):
-        (folder / "request.json").write_text(json.dumps(request, default=str))
-        answer = subprocess.run(
-            ["node", SCRIPT.name, "request.json"], cwd=folder, capture_output=True, text=True, timeout=120
-        )
-        assert answer.returncode == 0, answer.stderr[-2000:]
-        return json.loads(answer.stdout.splitlines()[-1])
-
-    return ask
+    try:
+        clients.install(folder)
+    except clients.UnavailableError as reason:
+        pytest.skip(str(reason))
+    return folder
 
 
 def canvases(zoo):
@@ -74,16 +55,18 @@ def reference(zoo, artifact):
     return model
 
 
+@pytest.mark.parametrize("ask", [clients.ask_node, clients.ask_browser], ids=["Node", "browser"])
 @pytest.mark.parametrize("zoo", RECIPES)
-def test_says_what_transformers_and_ours_say(node, onnx_artifact, tmp_path, zoo):
+def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, zoo, ask):
     directory = onnx_artifact(zoo, **RECIPES[zoo]).path
     images = canvases(zoo)
     files = [tmp_path / f"{number}.png" for number in range(len(images))]
     for image, file in zip(images, files, strict=True):
         image.save(file)
-    found = node(
-        {"directory": directory, "question": READ.question, "images": files, "steps": GREEDY["max_new_tokens"]}
-    )
+    try:
+        found = ask(scripts, directory, images=files, question=READ.question, steps=GREEDY["max_new_tokens"])
+    except clients.UnavailableError as reason:
+        pytest.skip(str(reason))
     ours, processor = vlmbuild.load(directory)
     theirs, text = reference(zoo, directory), prompt(processor, READ)
     for image, answer in zip(images, found, strict=True):

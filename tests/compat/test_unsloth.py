@@ -9,8 +9,10 @@ import pytest
 import torch
 from adapters import fill_adapter
 from checkpoints import edit_config
+from parity import MODEL_FP32, assert_close
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import vlmbuild
 from vlmbuild import FastVisionModel, UnslothVisionDataCollator
@@ -130,7 +132,7 @@ def test_merged_model_answers_like_the_adapter(tmp_path):
     with pytest.warns(UserWarning, match="tokenizer makes no difference"):
         model.save_pretrained_merged(tmp_path / "adapter", tokenizer, save_method="lora")
     tokenizer.tokenizer.add_tokens([f"<|{number}|>" for number in range(200)])
-    with pytest.raises(UsageError, match="embeddings for 0 to 383"):
+    with pytest.raises(UsageError, match=r"embeddings for 0 to 383.*resize_token_embeddings\(len\(tokenizer\)\)"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer)
     processor.image_processor.size["longest_edge"] //= 2
     with pytest.raises(UsageError, match="image settings differ"):
@@ -138,6 +140,27 @@ def test_merged_model_answers_like_the_adapter(tmp_path):
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     with pytest.raises(UsageError, match="save_method 'gguf' is unknown"):
         model.save_pretrained_merged(tmp_path / "x", tokenizer, save_method="gguf")
+
+
+def test_merged_model_has_the_rows_of_added_tokens(tmp_path):
+    model, tokenizer = loaded(load_in_4bit=True)
+    tokenizer.tokenizer.add_tokens(["<|medicine|>", "<|dose|>"])
+    model.resize_token_embeddings(len(tokenizer.tokenizer), pad_to_multiple_of=32)
+    FastVisionModel.get_peft_model(model, r=4, modules_to_save=["embed_tokens", "lm_head"])
+    fill_adapter(model, 0.02)
+    with torch.no_grad():
+        model.lm_head.weight[-31:].normal_()
+    model.save_pretrained_merged(tmp_path / "merged", tokenizer)
+    merged, processor = vlmbuild.load(tmp_path / "merged")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    batch = UnslothVisionDataCollator(merged, processor)([conversation(s) for s in Digits("train", 1).take(3)])
+    batch["input_ids"][:, -2:] = torch.tensor(processor.tokenizer("<|medicine|><|dose|>").input_ids)
+    labels, attended = batch.pop("labels"), batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits[attended]
+        assert expected.shape[-1] == 352 and labels.max() < 352
+        assert_close(merged(**batch).logits[attended], expected, MODEL_FP32)
+        assert_close(theirs(**batch).logits[attended], expected, MODEL_FP32)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from parity import relative
 
-from vlmbuild.errors import BatchError, SourceError
+from vlmbuild.errors import BatchError, SourceError, UsageError
 from vlmbuild.families import FAMILIES
 from vlmbuild.ir.dims import parse_shape
 
@@ -171,3 +171,15 @@ def test_an_image_costs_its_padded_tiles(setup, batch, config):
     assert cost == (4 * 72, 1, 4 * 65)
     tensors = FAMILY.prepare(batch, config).tensors  # three samples of two images
     assert (len(tensors["patch_groups"]), len(tensors["feature_groups"])) == (6 * cost.patches, 6 * cost.cross_keys)
+
+
+def test_rows_after_the_vocabulary(model, batch):
+    """Their ids have embeddings and no logits, so that no label may be one, and no checkpoint has rows behind them."""
+    image, rows = model.config.image_token_id, model.vocabulary
+    assert image == rows
+    with pytest.raises(UsageError, match=r"8 rows after the vocabulary.*reserved tokens"):
+        model.resize_token_embeddings(rows + 20)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, -1] = rows + 1
+    with pytest.raises(BatchError, match=f"1 labels are no token ids from 0 to {rows - 1}"):
+        model(**batch, labels=labels)

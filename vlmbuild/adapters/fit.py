@@ -89,6 +89,8 @@ def _check_trained(program: Program, adapter: Adapter, directory: str | Path) ->
                 f"{directory}: {name} is not a parameter of the model, or it is quantized there. Use an adapter of this model."
             )
         if tuple(tensor.shape) != shapes[owner]:
+            if tuple(tensor.shape[1:]) == shapes[owner][1:]:
+                raise _rows_error(directory, name, len(tensor), shapes[owner][0])
             raise _shape_error(directory, name, tensor, shapes[owner])
         if owner != name and not torch.equal(tensor, adapter.trained.get(owner, tensor.new_empty(0))):
             raise SourceError(
@@ -100,6 +102,14 @@ def _check_trained(program: Program, adapter: Adapter, directory: str | Path) ->
 def _shape_error(directory: str | Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> SourceError:
     return SourceError(
         f"{directory}: {name} has shape {list(tensor.shape)}, not {list(shape)}. Use an adapter of this model."
+    )
+
+
+def _rows_error(directory: str | Path, name: str, rows: int, expected: int) -> SourceError:
+    return SourceError(
+        f"{directory}: {name} has {rows} rows, not {expected}: the vocabulary was resized before training. Load the adapter "
+        "with FastVisionModel.from_pretrained and merge it with save_pretrained_merged, or resize the source first: "
+        f"model.resize_token_embeddings({rows}), model.save_pretrained(SOURCE)."
     )
 
 

@@ -42,6 +42,8 @@ _UNSUPPORTED = (
     "arrow_config",
 )
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+_EMBEDDING_LAYERS = ("embed_tokens.weight", "lm_head.weight")
+"""Ends of names that PEFT stores beside LoRA without naming them, where the vocabulary was resized."""
 _SLOT = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.default\.weight")
 _STORED = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.weight")
 
@@ -178,6 +180,9 @@ def _adapter(
             module = match["module"]
             loras[module] = with_patterns(lora, module, ranks, alphas)
             tensors[f"{module}.{match['part']}.default.weight"] = tensor
+        elif name.endswith(_EMBEDDING_LAYERS) and not any(f".{module}." in f".{name}" for module in modules):
+            modules += (name.removesuffix(".weight"),)
+            trained[name] = tensor
         elif ".lora_" in name or not any(f".{module}." in f".{name}" for module in modules):
             raise SourceError(
                 f"{path}: {name} is neither a plain LoRA matrix nor part of a module in modules_to_save. Save it again with "

@@ -18,7 +18,7 @@ _ERRORS: dict[str, tuple[Any, str]] = {
     "token": (None, "Set the environment variable HF_TOKEN, which the hub's client reads."),
     "rope_scaling": (None, "Positions are scaled as config.json says; change it there."),
     "trust_remote_code": (False, "No code of a checkpoint is ever run."),
-    "resize_model_vocab": (None, "The vocabulary is the checkpoint's."),
+    "resize_model_vocab": (None, "Call model.resize_token_embeddings(ROWS) after loading."),
     "fast_inference": (False, "Serve the merged model (save_pretrained_merged) with vLLM itself."),
     "float8_kv_cache": (False, "There is no such cache."),
     "qat_scheme": (None, "There is no quantization-aware training."),

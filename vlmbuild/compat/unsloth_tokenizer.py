@@ -11,6 +11,7 @@ from typing import Any
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.runtime.torch.save import write_checkpoint
 
 _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -18,6 +19,8 @@ _IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", "video_prep
 @contextmanager
 def with_tokenizer(model: VisionLanguageModel, artifact: Path, processor: Any) -> Iterator[Path]:
     """Make a directory of an artifact's files (links) with another tokenizer and chat template; removed afterwards.
+
+    The weights of a resized model are written there, since the artifact's have other rows.
 
     Args:
         model: Model of the artifact.
@@ -36,24 +39,27 @@ def with_tokenizer(model: VisionLanguageModel, artifact: Path, processor: Any) -
         or template not in (None, stored.chat_template)
     )
     _check(model, stored, processor, tokenizer)
-    if not changed:
+    if not changed and not model.resized:
         yield artifact
         return
     with tempfile.TemporaryDirectory() as directory:
         view = Path(directory)
-        for file in artifact.iterdir():
+        if model.resized:  # the artifact's tables have other rows
+            write_checkpoint(model, view, dict(model.named_parameters()), "50GB")
+        for file in () if model.resized else artifact.iterdir():
             if file.name in ("config.json", GENERATION_CONFIG, *_IMAGE_FILES) or ".safetensors" in file.name:
                 (view / file.name).symlink_to(file.resolve())
-        tokenizer.save_pretrained(view)
-        (view / "chat_template.jinja").write_text(template or stored.chat_template, encoding="utf-8")
+        if changed:
+            tokenizer.save_pretrained(view)
+            (view / "chat_template.jinja").write_text(template or stored.chat_template, encoding="utf-8")
         yield view
 
 
 def _check(model: VisionLanguageModel, stored: Any, processor: Any, tokenizer: Any) -> None:
     if tokenizer is not None and (highest := max(tokenizer.get_vocab().values())) >= model.vocabulary:
         raise UsageError(
-            f"The tokenizer has token ids up to {highest}, but the model has embeddings for 0 to {model.vocabulary - 1}. Add "
-            "no more tokens than the model has spare rows."
+            f"The tokenizer has token ids up to {highest}, but the model has embeddings for 0 to {model.vocabulary - 1}. Call "
+            "model.resize_token_embeddings(len(tokenizer)) before add_lora."
         )
     images = getattr(processor, "image_processor", None)
     if images is not None and images.to_dict() != stored.image_processor.to_dict():

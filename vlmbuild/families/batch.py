@@ -74,13 +74,16 @@ class Tokens:
         }
 
 
-def read_tokens(batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vocabulary: int) -> Tokens:
+def read_tokens(
+    batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vocabulary: int, logits: int | None = None
+) -> Tokens:
     """Read the text of a processor's output.
 
     Args:
         batch: `input_ids` (b, s), optionally `attention_mask` (b, s) and `labels` (b, s).
         placeholders: Token ids that mark images and videos -> "image" or "video"; they are never labels.
         vocabulary: Rows of the embedding table.
+        logits: Logits of a token; None is one for each row.
 
     Raises:
         BatchError: A tensor is missing or has a wrong shape, no token is attended to, or a label is a placeholder, lies on
@@ -107,7 +110,7 @@ def read_tokens(batch: Mapping[str, Tensor], placeholders: Mapping[int, str], vo
     mask = mask.cpu()
     if (labels := batch.get("labels")) is not None:
         _check_placeholder_labels(labels, placeholders)
-        _check_labels(labels, mask, vocabulary)
+        _check_labels(labels, mask, logits or vocabulary)
     return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
 
 
@@ -120,7 +123,8 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
         sample = int(wrong.int().argmax())
         raise BatchError(
             f"Sample {sample} has token ids from {int(ids[sample].min())} to {int(ids[sample].max())}, but the model has "
-            f"embeddings for 0 to {vocabulary - 1}. Use the model's own tokenizer, without added tokens."
+            f"embeddings for 0 to {vocabulary - 1}. Use the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) for added tokens."
         )
 
 

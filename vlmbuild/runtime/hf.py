@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
@@ -106,11 +106,22 @@ class TrainerHooks(PreTrainedModel):
     delete_adapter = _refusal("delete_adapter", "Load the artifact again, or call model.merge_and_unload().")
     disable_adapters = _refusal("disable_adapters", "Use `with model.disable_adapter():`.")
     enable_adapters = _refusal("enable_adapters", "Use `with model.disable_adapter():`.")
-    resize_token_embeddings = _refusal(
-        "resize_token_embeddings", "Resize the checkpoint with transformers, and build it."
-    )
     set_attn_implementation = _refusal("set_attn_implementation", "Build with --attention.")
     dequantize = _refusal("dequantize", "Build the source with --quantize none.")
+
+    def resized_tables(self, embeddings: Tensor, head: Tensor, rows: int, mean: bool) -> tuple[Tensor, Tensor]:
+        """Add or drop rows at the end of two tables, as `resize_token_embeddings` of transformers does.
+
+        These are its own steps, which need its own modules, so that equal seeds give equal rows. A head that is the
+        embeddings stays that.
+        """
+        table = nn.Embedding.from_pretrained(embeddings.detach())
+        new: Tensor = self._get_resized_embeddings(table, rows, mean_resizing=mean).weight.detach()
+        if head is embeddings:
+            return new, new
+        linear = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(head.detach())
+        return new, self._get_resized_lm_head(linear, rows, mean_resizing=mean).weight.detach()
 
 
 class Model(GenerationMixin):

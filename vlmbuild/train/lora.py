@@ -16,6 +16,7 @@ from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
 from vlmbuild.builder.passes import adapt
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
+from vlmbuild.runtime.torch.vocabulary import owners, set_rows, tables_of
 
 
 def add_lora(
@@ -60,6 +61,7 @@ def add_lora(
     lora = Lora(r, 2 * r if alpha is None else alpha, dropout, use_rslora)
     names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
     trained = trained_parameters(model.program, names)
+    _check_rows_are_stored(model, trained, model.resized)
     loras = choose(model.program, Targets(target, language, vision, attention, mlp, layers), lora)
     covered = {module: lora for module, lora in loras.items() if not _inside(module, trained)}
     _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())))
@@ -67,6 +69,9 @@ def add_lora(
 
 def load_adapter(model: nn.Module, directory: str | Path) -> None:
     """Add the adapter from a directory in PEFT's format to a model without one, trainable.
+
+    One that stores the embeddings and the head with other rows than the model's, trained after `resize_token_embeddings`,
+    resizes the model.
 
     Raises:
         UsageError: The model has an adapter already.
@@ -76,9 +81,16 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     _check_free(model)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program
+    rows = tables_of(adapter.trained) or model.vocabulary
+    resizes = rows != model.vocabulary and not model.family.extra_embedding_rows
+    if resizes:
+        set_rows(program := copy.deepcopy(program), rows)
     check_fits(program, adapter, directory)
     aliases = {alias: name for alias, name in program.ties.items() if alias in adapter.trained}
     trained = trained_parameters(program, adapter.modules)
+    _check_rows_are_stored(model, trained, model.resized or resizes)
+    if resizes:
+        model.resize_token_embeddings(rows)
     _add(model, AdapterSpec(adapter.loras, tuple(trained), frozenset().union(*trained.values())))
     with torch.no_grad():
         for name, tensor in {**adapter.tensors, **adapter.trained}.items():
@@ -114,6 +126,16 @@ def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
 def _check_free(model: VisionLanguageModel) -> None:
     if model.adapter is not None:
         raise UsageError("The model has an adapter already. Load the artifact again for another one.")
+
+
+def _check_rows_are_stored(model: VisionLanguageModel, trained: Mapping[str, frozenset[str]], resized: bool) -> None:
+    """Raise UsageError for an adapter that would leave out rows of a resized vocabulary."""
+    if resized and not owners(model.program.ties) <= frozenset().union(*trained.values()):
+        raise UsageError(
+            "The vocabulary of the model was resized, and an adapter without its embeddings and its head would lose the new "
+            'rows. Pass modules_to_save=["embed_tokens", "lm_head"] to add_lora, or save the resized model with '
+            "model.save_pretrained(DIRECTORY) and build it."
+        )
 
 
 def _inside(module: str, trained: Mapping[str, object]) -> bool:

@@ -74,7 +74,8 @@ class MllamaPrologue(Family):
         """Run the host prologue; see `Family.prepare`. All tensors of the images are needed: without `cross_attention_mask`
         transformers' SDPA sees causally, and its eager attention sees everything."""
         vision = config.vision_config
-        tokens = read_tokens(batch, {config.image_token_id: "image"}, self.vocabulary(config))
+        rows, logits = self.vocabulary(config), config.get_text_config().vocab_size
+        tokens = read_tokens(batch, {config.image_token_id: "image"}, rows, logits)
         text = tokens.inputs(tokens.positions())
         tiles = _read_tiles(batch, tokens, vision)
         _check_images(tokens, tiles, config)

@@ -15,9 +15,10 @@ from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.hf import BaseModelOutputWithPast
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
-from vlmbuild.runtime.torch.modules import EMBEDDINGS
+from vlmbuild.runtime.torch.modules import EMBEDDINGS, Embeddings
 from vlmbuild.runtime.torch.program_model import ProgramModel
 from vlmbuild.runtime.torch.save import link_weights, write_checkpoint
+from vlmbuild.runtime.torch.vocabulary import resize_vocabulary
 
 _TORCH_OPTIONS = {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 """Options of `torch.utils.checkpoint.checkpoint`."""
@@ -129,6 +130,34 @@ class TrainerConventions(ProgramModel):
                 "vlmbuild build ARTIFACT --adapter DIRECTORY -o OUTPUT."
             )
         self.merged_writer(self, save_directory, *arguments, **options)
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Embeddings:
+        """Add rows at the end of the embeddings and the head for new tokens, or drop rows there, as transformers does.
+
+        A tokenizer may have fewer tokens than the model has rows: its new tokens then have rows already. Whatever is trained
+        and saved afterwards has the new rows. An adapter stores them if both tables are trained whole, as `add_lora` demands:
+        `modules_to_save=["embed_tokens", "lm_head"]`.
+
+        Args:
+            new_num_tokens: Rows, `len(processor.tokenizer)`; None keeps their number.
+            pad_to_multiple_of: Round the number up to a multiple.
+            mean_resizing: Draw new rows around the mean of the old ones, with 1e-9 of their covariance; else from a normal
+                distribution with the config's `initializer_range`. The drawn values are transformers' for the same seed.
+
+        Returns:
+            The module of the embeddings.
+
+        Raises:
+            UsageError: The model has an adapter, a table is quantized or sharded, or a token that the config names would have
+                no row.
+        """
+        resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return self.get_input_embeddings()
 
     # Adapters, as in PEFT ---------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class ProgramModel(Model, TrainerHooks):
     Attributes:
         program: After its passes.
         vocabulary: Number of logits of a token.
+        resized: Whether its tables have other rows than its artifact's.
         bound: The program's regions in the compute dtype, by name.
         adapter: The adapter on it, if any.
         checkpointing: The blocks that are recomputed in backward, if any.
@@ -58,6 +59,7 @@ class ProgramModel(Model, TrainerHooks):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.adapter: AdapterSpec | None = None
+        self.resized = False
         self.checkpointing: Checkpointing | None = None
         self._adapter_disabled = False
         add_state_hooks(self)

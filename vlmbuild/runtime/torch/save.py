@@ -17,6 +17,7 @@ from vlmbuild.artifact.hub import is_extra
 from vlmbuild.artifact.weights_reader import SINGLE, CheckpointWeights
 from vlmbuild.errors import OutputError, UsageError
 from vlmbuild.runtime.torch.program_model import ProgramModel
+from vlmbuild.runtime.torch.vocabulary import set_config_rows
 from vlmbuild.util.dtypes import dtype_name
 
 _NOT_COPIED = {"config.json", "manifest.json", "SHA256SUMS"}
@@ -45,6 +46,8 @@ def write_checkpoint(
     trained = {model.family.stored_name(name): parameter for name, parameter in parameters.items()}
     tensors = {name: whole(trained[name]) if name in trained else weights.map(name) for name in weights.tensors}
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    if model.resized:
+        set_config_rows(config, model.vocabulary)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(tensors, directory, max_shard_size=shard_size, metadata={"format": "pt"})

@@ -1,0 +1,114 @@
+"""Rows of the embeddings and the head of a loaded model, for tokens that its user adds or leaves out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families.config_checks import check_text
+from vlmbuild.ir.program import Program
+from vlmbuild.runtime.torch.modules import EMBEDDINGS, HEAD
+from vlmbuild.runtime.torch.program_model import ProgramModel
+
+TABLES = (f"{EMBEDDINGS}.weight", f"{HEAD}.weight")
+"""Parameters with a row for every token."""
+
+
+def resize_vocabulary(model: ProgramModel, rows: int | None, multiple: int | None, mean: bool) -> None:
+    """Give the embeddings and the head of a model `rows` rows, or the next multiple; see `resize_token_embeddings`.
+
+    Raises:
+        UsageError: A number is none of rows, or the model cannot be resized; it is unchanged.
+    """
+    for name, number in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise UsageError(f"resize_token_embeddings: {name} is {number!r}. Pass a whole number, at least 1.")
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    before = model.vocabulary
+    step = multiple or 1
+    after = -(-(rows or before) // step) * step
+    if after == before:
+        return
+    _check_resizable(model)
+    _check_tokens(model, after)
+    resized = model.resized_tables(embeddings.weight, head.weight, after, mean)
+    for module, new in zip((embeddings, head), resized, strict=True):
+        module.register_parameter("weight", nn.Parameter(new, requires_grad=module.weight.requires_grad))
+    set_rows(model.program, after)
+    model.tie_weights()
+    model.config.get_text_config().vocab_size = after
+    model.vocabulary, model.resized = after, True
+    model._cached.clear()
+
+
+def set_rows(program: Program, rows: int) -> None:
+    """Give the slots of the embeddings and the head another number of rows, in place."""
+    for region in program.regions.values():
+        for node, slot in region.slot_nodes().items():
+            if slot.name in TABLES and "val" in node.meta:
+                node.meta["val"] = node.meta["val"].new_empty((rows, *slot.shape[1:]))
+        region.slots = tuple(
+            replace(slot, shape=(rows, *slot.shape[1:])) if slot.name in TABLES else slot for slot in region.slots
+        )
+
+
+def set_config_rows(values: dict[str, Any], rows: int) -> None:
+    """Set the size of the vocabulary in the values of a config.json, in place."""
+    text = values.get("text_config")
+    for owner in (text, values):
+        if isinstance(owner, dict) and (owner is text or "vocab_size" in owner or not isinstance(text, dict)):
+            owner["vocab_size"] = rows
+
+
+def owners(ties: Mapping[str, str]) -> frozenset[str]:
+    """Return the parameters that hold the tables."""
+    return frozenset(ties.get(name, name) for name in TABLES)
+
+
+def _check_resizable(model: ProgramModel) -> None:
+    if model.family.extra_embedding_rows:
+        raise UsageError(
+            f"resize_token_embeddings: the embeddings of {model.family.title} have {model.family.extra_embedding_rows} rows "
+            "after the vocabulary, for the image token, and ids of added tokens come after those: no checkpoint has a head "
+            "for them. Use reserved tokens of the tokenizer instead of added ones."
+        )
+    if model.adapter is not None:
+        raise UsageError(
+            "resize_token_embeddings: the model has an adapter. Resize before vlmbuild.add_lora or vlmbuild.load_adapter."
+        )
+    slots = dict(model.program.slots())
+    for name in sorted(owners(model.program.ties)):
+        if name not in slots or slots[name].kind != "parameter":
+            module = name.removesuffix(".weight")
+            raise UsageError(
+                f"resize_token_embeddings: {module} is quantized, and has no rows that could be added. Build the artifact "
+                f"with --skip '{module}*'."
+            )
+        if isinstance(model.get_parameter(name), DTensor):
+            raise UsageError(f"resize_token_embeddings: {name} is sharded. Resize before vlmbuild.shard.")
+
+
+def _check_tokens(model: ProgramModel, rows: int) -> None:
+    """Raise UsageError if a token that the config names would have no row."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = rows
+    try:
+        check_text(config.get_text_config())
+        model.family.check(config)
+    except SourceError as error:
+        raise UsageError(
+            f"resize_token_embeddings: {rows} rows leave out a token of the model. Keep more rows than its highest id. {error}"
+        ) from error
+
+
+def tables_of(adapter: Mapping[str, torch.Tensor]) -> int | None:
+    """Return the rows of the tables that an adapter stores whole; None if it stores none."""
+    return next((len(adapter[name]) for name in TABLES if name in adapter), None)

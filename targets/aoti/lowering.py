@@ -44,11 +44,13 @@ def _attention(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
         visible_groups: Tensor | None,
         causal: bool,
         scale: float,
+        *others: Any,
     ) -> Tensor:
         """Attend as the operator does; with a cache on a CPU, by torch's kernel, which C++ calls itself."""
+        masks = Masks(key_mask, cu_seqlens, key_groups, visible_groups, *others)
         if query.device.type != "cpu" or key_mask is None or cu_seqlens is not None:
-            return operator(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale)
-        seen = allowed_keys(query.shape[2], key.shape[2], Masks(key_mask), causal, query.device)
+            return operator(query, key, value, *masks[:4], causal, scale, *others)
+        seen = allowed_keys(query.shape[2], key.shape[2], masks, causal, query.device)
         additive = torch.where(seen, 0.0, float("-inf")).to(query.dtype)
         additive = additive.expand(query.shape[0], 1, query.shape[2], key.shape[2])
         result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -26,6 +26,8 @@ def attention(
     visible_groups: Value | None,
     causal: bool,
     scale: float,
+    lookahead: Value | None = None,
+    window: int | None = None,
 ) -> str:
     """Translate `vlmbuild::attention`: query [B, Hq, S, D], key and value [B, Hkv, T, D] -> [B, S, Hq, D].
 
@@ -39,7 +41,11 @@ def attention(
     if key_groups is not None and visible_groups is not None:
         return _by_groups(builder, (query.name, key.name, value.name), key_groups.name, visible_groups.name, scale)
     if key_mask is not None and cu_seqlens is None:
-        bias = builder.once(("bias", key_mask.name, causal), lambda: _bias(builder, query.name, key_mask.name, causal))
+        ahead = None if lookahead is None else lookahead.name
+        bias = builder.once(
+            ("bias", key_mask.name, causal, ahead, window),
+            lambda: _bias(builder, query.name, key_mask.name, causal, ahead, window),
+        )
         return _attend(builder, query.name, key.name, value.name, bias, scale)
     raise PassError("Attention of this form has no translation to ONNX. This is a limit of vlmbuild; report it.")
 
@@ -49,16 +55,25 @@ def _attend(builder: GraphBuilder, query: str, key: str, value: str, bias: str, 
     return str(builder.op("Transpose", result, perm=[0, 2, 1, 3]))
 
 
-def _bias(builder: GraphBuilder, query: str, key_mask: str, causal: bool) -> str:
+def _bias(
+    builder: GraphBuilder, query: str, key_mask: str, causal: bool, lookahead: str | None, window: int | None
+) -> str:
     """Build the additive mask [B, 1, S, T], 0 where a key is seen; layers share it."""
     seen = builder.op("Unsqueeze", builder.cast(key_mask, torch.bool), builder.constant([1, 2]))
     if causal:
         rows, keys = (builder.op("Squeeze", builder.size(x, axis)) for x, axis in ((query, 2), (key_mask, 1)))
         zero, one = builder.constant(0), builder.constant(1)
         column = builder.op("Range", zero, keys, one)
-        row = builder.op("Range", builder.op("Sub", keys, rows), keys, one)
-        before = builder.op("LessOrEqual", column, builder.op("Unsqueeze", row, builder.constant([1])))
-        seen = builder.op("And", seen, before)
+        own = builder.op("Range", builder.op("Sub", keys, rows), keys, one)
+        row = builder.op("Unsqueeze", own, builder.constant([1]))
+        last = row
+        if lookahead is not None:
+            reach = builder.op("Add", own, builder.cast(lookahead, torch.int64))
+            last = builder.op("Unsqueeze", reach, builder.constant([1, 3]))
+        seen = builder.op("And", seen, builder.op("LessOrEqual", column, last))
+        if window is not None:
+            oldest = builder.op("Sub", row, builder.constant(window - 1))
+            seen = builder.op("And", seen, builder.op("GreaterOrEqual", column, oldest))
     return _penalty(builder, seen)
 
 

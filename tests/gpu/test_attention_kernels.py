@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exactness import DEVICE, DTYPES, error, near, randn
+from exactness import DEVICE, DTYPES, error, lookahead, near, randn
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
@@ -67,6 +67,30 @@ def test_dense(dtype, length, keys, masked, causal):
     query = randn(2, length, 4, 24, dtype=dtype).transpose(1, 2)
     key, value = randn(2, 2, keys, 24, dtype=dtype), randn(2, keys, 2, 24, dtype=dtype).transpose(1, 2)
     check(query, key, value, Masks(padding(2, keys) if masked else None), causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[: None if GPU else 1])
+@pytest.mark.parametrize(
+    ("window", "blocks", "masked"), [(5, (), False), (None, ((3, 9), (22, 34)), True), (7, ((3, 9), (22, 34)), False)]
+)
+def test_windows_and_blocks_of_packed_segments(dtype, window, blocks, masked):
+    """Windows that end within tiles, a block longer than the window, and rows past the last segment."""
+    cu_seqlens = torch.tensor([0, 3, 20, 20, 21, 35], dtype=torch.int32, device=DEVICE)
+    ahead = lookahead(38, blocks).to(DEVICE) if blocks else None
+    query, key = randn(1, 4, 38, 24, dtype=dtype), randn(1, 2, 38, 24, dtype=dtype)
+    mask = padding(1, 38) if masked else None
+    out, _ = check(query, key, key + 1, Masks(mask, cu_seqlens, lookahead=ahead, window=window), True)
+    assert out[:, 35:].eq(0).all()
+
+
+@pytest.mark.parametrize(("length", "keys", "masked"), [(1, 70, True), (33, 70, False), (40, 40, True), (20, 6, False)])
+def test_windows_and_blocks_over_a_cache(length, keys, masked):
+    """Samples with blocks of their own, and a window that skips whole tiles of keys."""
+    query, key = randn(2, 4, length, 24), randn(2, 2, keys, 24)
+    mask = padding(2, keys) if masked else None
+    check(query, key, key + 1, Masks(mask, window=18), True)
+    ahead = lookahead(length, ((0, length // 2),), ((length // 4, length),)).to(DEVICE)
+    check(query, key, key + 1, Masks(mask, lookahead=ahead, window=18), True)
 
 
 def test_packed_causal_with_boolean_padding():

@@ -31,3 +31,13 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def near(actual: torch.Tensor, exact: torch.Tensor) -> None:
     found = error(actual, exact)
     assert found <= LIMIT[actual.dtype], f"relative error {found:.2e}; KERNEL_SEED={SEED}"
+
+
+def lookahead(rows: int, *blocks: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The keys that rows in blocks [first, last) see after their own: int32 `[B, rows]`, from the blocks of each sample."""
+    ahead = torch.zeros(len(blocks), rows, dtype=torch.int32)
+    for sample, row in zip(blocks, ahead, strict=True):
+        for first, end in sample:
+            last = min(end, rows)
+            row[first:last] = torch.arange(max(0, last - first)).flip(0)
+    return ahead

@@ -133,16 +133,23 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    lookahead: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Implement transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask,
-    or `KeyGroups` from a family whose masks are neither padding nor causal."""
+    or `KeyGroups` from a family whose masks are neither padding nor causal.
+
+    Layers pass `sliding_window` themselves; a family passes `lookahead` (tokens,) through the model's keywords.
+    """
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     operator = torch.ops.vlmbuild.attention
     if isinstance(attention_mask, KeyGroups):
         return operator(query, key, value, None, None, *attention_mask, False, scale), None
-    return operator(query, key, value, attention_mask, cu_seq_lens_q, None, None, causal, scale), None
+    ahead = None if lookahead is None else lookahead.unsqueeze(0)
+    masks = (attention_mask, cu_seq_lens_q, None, None)
+    return operator(query, key, value, *masks, causal, scale, ahead, sliding_window), None
 
 
 def _padding_mask(*, attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

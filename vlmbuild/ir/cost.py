@@ -1,8 +1,9 @@
 """FLOPs and bytes of a region as formulas of the program's dimensions.
 
 FLOPs count matrix products, convolutions and attention, two for a multiply and an add; everything else is bound by memory.
-Attention counts every pair of a packed row, which is its upper bound: one segment. Bytes are read and written by each
-operator as if it ran alone, so a lost fusion shows; views move nothing, and gathers read the rows that they return.
+Attention counts every pair of a packed row, which is its upper bound: one segment, or each row's window. Bytes are read and
+written by each operator as if it ran alone, so a lost fusion shows; views move nothing, and gathers read the rows that they
+return.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region
 from vlmbuild.ops import ATTENTION
+from vlmbuild.ops.attention.op import flat
 
 aten = torch.ops.aten
 _GATHERS = (aten.embedding.default, aten.index.Tensor)
@@ -66,7 +68,8 @@ class _NodeCost:
         if node.target in ATTENTION:
             query, key = (self._shape(node.args[index]) for index in (0, 1))
             batch, heads, length, width = query
-            return 4 * batch * heads * length * key[2] * width
+            seen = key[2] if (window := attention_window(node)) is None else window
+            return 4 * batch * heads * length * seen * width
         if name.startswith("aten.conv"):
             return 2 * _product(self._shape(node)) * _product(self._shape(node.args[1])[1:])
         if name.partition(".")[2].startswith("linear"):
@@ -96,6 +99,12 @@ class _NodeCost:
 
     def _sizes(self, tensor: torch.Tensor) -> list[Size]:
         return [size if isinstance(size, int) else Dim.of(size, self.dimensions) for size in tensor.shape]
+
+
+def attention_window(node: Node) -> int | None:
+    """Return the number of keys that a query of an attention node sees at most; None is all."""
+    window = flat(lambda *given: given[3].window)(*node.args)
+    return None if window is None else int(window)
 
 
 def _product(sizes: list[Size]) -> Dim:

@@ -18,8 +18,8 @@ CacheForm = Literal["dynamic", "static"]
 FORMS: tuple[CacheForm, ...] = get_args(CacheForm)
 
 aten = torch.ops.aten
-_KEY, _VALUE, _BOUNDS, _CAUSAL, _SCALE = 1, 2, 4, 7, 8
-"""Positions of the operator's arguments."""
+_KEY, _VALUE, _BOUNDS, _CAUSAL, _SCALE, _LOOKAHEAD = 1, 2, 4, 7, 8, 9
+"""Positions of the operator's arguments. The last may be missing, and so may the window after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,15 @@ def external_keys(region: Region) -> dict[int, str]:
 def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     """Copy a block and give it a cache; None if the region has no self-attention over samples.
 
-    Before: attention(q, k, v, None, bounds, None, None, True, scale)         [1, heads, batch * new, head dim]
+    Before: attention(q, k, v, None, bounds, None, None, True, scale, lookahead, window) [1, heads, batch * new, head dim]
     After, dynamic:
-            attention(q', cat(past_key, k'), cat(past_value, v'), mask, None, None, None, True, scale)
+            attention(q', cat(past_key, k'), cat(past_value, v'), mask, None, None, None, True, scale, lookahead', window)
     After, static:
-            attention(q', index_copy_(past_key, 2, position, k'), ..., mask, None, None, None, False, scale)
+            attention(q', index_copy_(past_key, 2, position, k'), ..., mask', None, None, None, False, scale)
 
-    q', k', v' are the padded rows [batch, heads, new, head dim]. Legal because the i-th query from the end sees all keys but
-    the last i, and no padding, as within its bounds; for one new token the mask alone decides.
+    q', k', v' and lookahead' are the padded rows [batch, heads, new, head dim]; mask' hides keys before the window. Legal
+    because the i-th query from the end sees all keys but the last i, and no padding, as within its bounds; for one new
+    token, the last one, the mask alone decides.
     """
     site = self_attention(region)
     if site is None:
@@ -80,21 +81,13 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     values: dict[Node, Node] = {}
     outputs: Any = graph.graph_copy(region.graph.graph, values)
     node = values[site]
-    query, key, value, _, bounds, *_ = node.args
+    bounds = node.args[_BOUNDS]
     assert isinstance(bounds, Node)
     index = _activations(graph, region).index(bounds)
     mask = _placeholder(graph, "attention_mask", bounds)
     past = [_placeholder(graph, name, _activations(graph, region)[-1]) for name in ("past_key", "past_value")]
     with graph.inserting_before(node):
-        batch = graph.call_function(aten.sym_size.int, (past[0], 0))
-        rows = [_rows(graph, x, batch) for x in (query, key, value)]
-        if form == "dynamic":
-            keys = [graph.call_function(aten.cat.default, (pair, 2)) for pair in zip(past, rows[1:], strict=True)]
-        else:
-            position = _placeholder(graph, "cache_position", past[1])
-            write = aten.index_copy_.default
-            keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, rows[1:], strict=True)]
-        node.args = (rows[0], *keys, mask, None, None, None, form == "dynamic", node.args[_SCALE])
+        keys = _read_cache(graph, node, mask, past, form)
     _one_row(graph, node)
     if bounds.users:
         raise PassError(f"{region.name} reads the bounds of samples besides attention; such a block has no cache.")
@@ -105,6 +98,33 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     return CachedBlock(
         Region(f"{region.name}.cached", module, region.slots, region.instances, shapes, region.recipes), index
     )
+
+
+def _read_cache(graph: Graph, node: Node, mask: Node, past: list[Node], form: CacheForm) -> list[Node]:
+    """Let attention read cached keys and values, and return these with those of new tokens."""
+    query, key, value, *_ = node.args
+    lookahead, window = [*node.args[_LOOKAHEAD:], None, None][:2]
+    batch = graph.call_function(aten.sym_size.int, (past[0], 0))
+    rows = [_rows(graph, x, batch) for x in (query, key, value)]
+    others: tuple[Any, ...] = ()
+    if form == "dynamic":
+        keys = [graph.call_function(aten.cat.default, (pair, 2)) for pair in zip(past, rows[1:], strict=True)]
+        ahead = None if lookahead is None else _unpacked(graph, lookahead, 1, batch)
+        others = (ahead, window) if window is not None else (ahead,) if ahead is not None else ()
+    else:
+        position = _placeholder(graph, "cache_position", past[1])
+        write = aten.index_copy_.default
+        keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, rows[1:], strict=True)]
+        mask = mask if window is None else _within(graph, mask, position, window)
+    node.args = (rows[0], *keys, mask, None, None, None, form == "dynamic", node.args[_SCALE], *others)
+    return keys
+
+
+def _within(graph: Graph, mask: Node, position: Node, window: Any) -> Node:
+    """Hide the keys of a buffer that come before the window of the token at a position."""
+    ordinal = graph.call_function(aten.cumsum.default, (graph.call_function(aten.ones_like.default, (mask,)), 1))
+    before = graph.call_function(aten.add.Tensor, (position, 1 - window))
+    return graph.call_function(aten.mul.Tensor, (mask, graph.call_function(aten.gt.Tensor, (ordinal, before))))
 
 
 def _attentions(region: Region) -> list[Node]:
@@ -122,8 +142,13 @@ def _placeholder(graph: Graph, name: str, after: Node) -> Node:
 
 def _rows(graph: Graph, x: Any, batch: Node) -> Node:
     """Unpack [1, heads, batch * new, head dim] to [batch, heads, new, head dim]."""
-    rows = graph.call_function(aten.unflatten.int, (x, 2, [batch, -1]))
-    return graph.call_function(aten.transpose.int, (graph.call_function(aten.squeeze.dim, (rows, 0)), 0, 1))
+    return graph.call_function(aten.transpose.int, (_unpacked(graph, x, 2, batch), 0, 1))
+
+
+def _unpacked(graph: Graph, x: Any, axis: int, batch: Node) -> Node:
+    """Unpack tokens along an axis to (batch, new), and take away the axis in front."""
+    rows = graph.call_function(aten.unflatten.int, (x, axis, [batch, -1]))
+    return graph.call_function(aten.squeeze.dim, (rows, 0))
 
 
 def _one_row(graph: Graph, node: Node) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmbuild.ops.attention.sdpa import ROWS
 from vlmbuild.ops.linear_8bit.op import GROUP_VALUES
 
 Workspace = Callable[[Sequence[Any], Any, str], int]
@@ -41,16 +42,27 @@ def dense_8bit(args: Sequence[Any], _: Any, device: str) -> int:
 
 
 def attention_parts(args: Sequence[Any], _: Any, _device: str) -> int:
-    """Count the results of torch's kernels before they are put into rows, and chosen rows."""
+    """Count the results of torch's kernels before they are put into rows, chosen rows, and masks of some rows at a time."""
     query, key, value, _mask, _bounds, groups = args[:6]
-    return int(query.nbytes + (0 if groups is None else query.nbytes + key.nbytes + value.nbytes))
+    chosen = 0 if groups is None else query.nbytes + key.nbytes + value.nbytes
+    return int(query.nbytes + chosen + _interval_mask(query, key, args[9:]))
 
 
 def attention_gradient_parts(args: Sequence[Any], _: Any, _device: str) -> int:
     """Count the same for gradients of query, key and value, and chosen rows of the tensors that the forward kept."""
     grad, query, key, value, _mask, _bounds, groups = args[:7]
     parts = query.nbytes + key.nbytes + value.nbytes
-    return int(parts + (0 if groups is None else parts + 2 * grad.nbytes))
+    return int(parts + (0 if groups is None else parts + 2 * grad.nbytes) + _interval_mask(query, key, args[12:]))
+
+
+def _interval_mask(query: Any, key: Any, others: Sequence[Any]) -> int:
+    """Count the mask of the rows that attend at a time, if their intervals differ: bool, and in the query's dtype."""
+    lookahead, window = [*others, None, None][:2]
+    if lookahead is None and window is None:
+        return 0
+    rows, keys = min(ROWS, query.shape[2]), key.shape[2]
+    seen = keys if window is None else min(keys, window + rows)
+    return int(query.shape[0] * rows * seen * (1 + query.dtype.itemsize))
 
 
 def rolled(args: Sequence[Any], _: Any, _device: str) -> int:

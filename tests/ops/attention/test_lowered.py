@@ -45,6 +45,9 @@ def test_measured_kernels_take_everything(monkeypatch):
         (Masks(key_mask=SEGMENTS, cu_seqlens=SEGMENTS), {}, "sdpa"),
         (Masks(key_mask=SEGMENTS), {}, "sdpa"),
         (Masks(), {}, "sdpa"),
+        (Masks(cu_seqlens=SEGMENTS, window=3), {}, "varlen"),
+        (Masks(cu_seqlens=SEGMENTS, lookahead=SEGMENTS), {}, "triton"),
+        (Masks(key_mask=SEGMENTS, window=3), {}, "sdpa"),
         (Masks(key_groups=SEGMENTS, visible_groups=SEGMENTS), {}, "triton"),
         (Masks(key_groups=SEGMENTS, visible_groups=SEGMENTS), {"dtype": torch.float64}, "sdpa"),
     ],
@@ -59,24 +62,26 @@ def per_segment(query, key, value, bounds, key_bounds, longest, longest_key, *, 
     assert bounds.dtype == torch.int32
     assert longest == longest_key == 5
     parts = []
+    before, after = (longest if many < 0 else many for many in window_size)
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        seen = torch.ones(end - start, end - start, dtype=torch.bool).tril(after).triu(-before)
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=window_size == (-1, 0), scale=scale, enable_gqa=enable_gqa
+                q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
             )[0].transpose(0, 1)
         )
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 1), (True, 3)])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_varlen_forward_and_backward(monkeypatch, causal, kv_heads):
-    """Empty and one-token segments, grouped heads, and rows past the last segment."""
+def test_varlen_forward_and_backward(monkeypatch, causal, window, kv_heads):
+    """Empty and one-token segments, grouped heads, windows, and rows past the last segment."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", per_segment)
     q = torch.randn(1, 12, 4, 16).transpose(1, 2)
     k, v = (torch.randn(1, 12, kv_heads, 16).transpose(1, 2) for _ in range(2))
-    masks = Masks(cu_seqlens=SEGMENTS)
+    masks = Masks(cu_seqlens=SEGMENTS, window=window)
     out, sums = varlen.varlen_forward(q, k, v, masks, causal, 0.3)
     torch.testing.assert_close(out, attention_reference(q, k, v, masks, causal, 0.3))
     assert out[:, 9:].eq(0).all()

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from exactness import lookahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,8 +14,7 @@ from torch.library import opcheck
 
 import vlmbuild.ops  # noqa: F401
 from vlmbuild.errors import DeviceError, UsageError
-from vlmbuild.ops.attention.op import Masks
-from vlmbuild.ops.attention.sdpa import runs, sdpa_backward, sdpa_forward
+from vlmbuild.ops.attention.sdpa import ROWS
 
 OPS = torch.ops.vlmbuild
 NAMES = ("attention", "attention_auto")
@@ -29,7 +29,9 @@ def tensors(batch: int, heads: int, kv_heads: int, length: int, keys: int, dim: 
     return tuple(torch.randn(shape).transpose(1, 2).requires_grad_() for shape in shapes)
 
 
-def exact(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale):  # type: ignore[no-untyped-def]
+def exact(
+    query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, causal, scale, lookahead=None, window=None
+):  # type: ignore[no-untyped-def]
     """Compute one row at a time, from the definition: a softmax over the keys that a query may see."""
     groups, shift = query.shape[1] // key.shape[1], key.shape[2] - query.shape[2]
     bounds = [0, key.shape[2]] if cu_seqlens is None else cu_seqlens.tolist()
@@ -41,7 +43,8 @@ def exact(query, key, value, key_mask, cu_seqlens, key_groups, visible_groups, c
                 for low, high in itertools.pairwise(bounds)
                 for j in range(low, high)
                 if (cu_seqlens is None or low <= i < high)
-                and (not causal or j <= i + shift)
+                and (not causal or j <= i + shift + (0 if lookahead is None else lookahead[b, i]))
+                and (window is None or j > i + shift - window)
                 and (key_mask is None or key_mask[b, j])
                 and (key_groups is None or visible_groups[i, key_groups[j]])
             ]
@@ -156,6 +159,72 @@ def test_any_groups(key_groups: list[int], rows: list[int]) -> None:
         check(name, arguments)
 
 
+BLOCKS = ((3, 9), (12, 18), (19, 20))
+"""Tokens that see each other: longer than the windows, at a sample's end, and one alone."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bounds", [None, [0, 20], [0, 10, 20], [0, 3, 3, 18, 19]])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("window", "blocks"), [(4, ()), (1, ()), (50, ()), (None, BLOCKS), (4, BLOCKS)])
+def test_windows_and_blocks(name: str, bounds: list[int] | None, masked: bool, window: int | None, blocks) -> None:  # type: ignore[no-untyped-def]
+    batch = 2 if bounds is None else 1
+    ahead = lookahead(20, *([blocks, blocks[:1]][:batch])) if blocks else None
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    mask = padding(batch, 20) if masked else None
+    check(name, (*tensors(batch, 4, 2, 20, 20), mask, cu_seqlens, None, None, True, SCALE, ahead, window))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("length", "keys"), [(1, 20), (6, 20), (20, 6)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_over_a_cache(name: str, length: int, keys: int, masked: bool) -> None:
+    mask = padding(2, keys) if masked else None
+    inputs = tensors(2, 4, 2, length, keys)
+    for window, blocks in ((5, ()), (None, ((0, length),)), (3, ((0, length // 2),))):
+        ahead = lookahead(length, blocks, ()) if blocks else None
+        check(name, (*inputs, mask, None, None, None, True, SCALE, ahead, window))
+
+
+@pytest.mark.parametrize("window", [None, 40, 129, 200])
+def test_more_rows_than_attend_at_a_time(window: int | None) -> None:
+    """Blocks across the seams between rows that attend at a time, within segments of one length and of another."""
+    ahead = lookahead(2 * ROWS + 50, ((ROWS - 20, ROWS + 30), (2 * ROWS, 2 * ROWS + 20)))
+    for bounds in ([0, 2 * ROWS + 50], [0, ROWS + 25, 2 * ROWS + 50]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        for blocks in (ahead, None) if window else (ahead,):
+            inputs = tensors(1, 2, 1, 2 * ROWS + 50, 2 * ROWS + 50, 4)
+            check("attention_auto", (*inputs, None, cu_seqlens, None, None, True, SCALE, blocks, window))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 6), min_size=0, max_size=6),
+    window=st.none() | st.integers(1, 9),
+    bits=st.integers(0, 2**28),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_windows_and_blocks(lengths: list[int], cuts: list[int], window: int | None, bits: int) -> None:
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows = max(1, sum(lengths))
+    edges = sorted({0, *itertools.accumulate(cuts), *cu_seqlens.tolist()} & set(range(rows)) | {rows})
+    blocks = tuple(itertools.pairwise(edges))[::2]  # none crosses a sample's end
+    mask = torch.tensor([[bits >> n & 1 for n in range(rows)]])
+    options = (True, SCALE, lookahead(rows, blocks), window)
+    for name in NAMES:
+        check(name, (*tensors(1, 2, 1, rows, rows), mask, cu_seqlens, None, None, *options))
+
+
+def test_graphs_do_not_hold_what_is_not_used() -> None:
+    def model(*arguments):  # type: ignore[no-untyped-def]
+        return OPS.attention(*arguments, None, None, None, None, True, SCALE, None, None)
+
+    traced = torch.fx.experimental.proxy_tensor.make_fx(model)(*tensors(1, 2, 2, 5, 5))
+    (node,) = (node for node in traced.graph.nodes if node.op == "call_function" and "attention" in str(node.target))
+    assert node.args[3:] == (None, None, None, None, True, SCALE)
+    assert not node.kwargs
+
+
 @given(
     lengths=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     spare=st.integers(0, 3),
@@ -220,41 +289,13 @@ def test_nothing_quadratic_is_saved(name: str) -> None:
     assert max(sizes) == inputs[0].numel() < 64 * 64
 
 
-def test_packed_segments_never_make_a_dense_mask() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            out = func(*args, **(kwargs or {}))
-            tensors_out = out if isinstance(out, tuple | list) else (out,)
-            self.numel = max([self.numel, *(x.numel() for x in tensors_out if isinstance(x, torch.Tensor))])
-            return out
-
-    query, key, value = (x.detach() for x in tensors(1, 1, 1, 128, 128, 8))
-    cu_seqlens = torch.arange(0, 129, 8, dtype=torch.int32)
-    with Largest() as largest:
-        masks = Masks(cu_seqlens=cu_seqlens)
-        out, logsumexp = sdpa_forward(query, key, value, masks, False, SCALE)
-        sdpa_backward(out, query, key, value, masks, out, logsumexp, False, SCALE)
-    assert largest.numel == query.numel()
-
-
-def test_runs_join_equal_neighbours() -> None:
-    assert runs(torch.tensor([0, 4, 8, 8, 11, 15, 15]), 20) == [(0, 4, 2), (8, 3, 1), (11, 4, 1)]
-    assert runs(torch.tensor([0, 0]), 3) == []
-    for bounds in ([0, 5, 3], [0, 9], [-1, 3]):
-        with pytest.raises(UsageError, match="must rise"):
-            runs(torch.tensor(bounds), 8)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str) -> None:
     operator, cu_seqlens = getattr(OPS, name).default, torch.tensor([0, 3, 3, 7], dtype=torch.int32)
     opcheck(operator, (*tensors(1, 4, 2, 7, 7), padding(1, 7), cu_seqlens, None, None, True, SCALE))
     key_groups, visible = groups_of("nothing, all, one of the groups")
     opcheck(operator, (*tensors(1, 4, 2, 5, 6), None, None, key_groups, visible, False, SCALE))
+    opcheck(operator, (*tensors(1, 4, 2, 7, 7), None, cu_seqlens, None, None, True, SCALE, lookahead(7, ((3, 6),)), 2))
 
 
 def test_opcheck_of_the_reference_backward() -> None:
@@ -332,6 +373,16 @@ def test_errors_say_what_does_not_fit() -> None:
         for name in NAMES:
             with pytest.raises(UsageError, match=message):
                 getattr(OPS, name)(*arguments, False, SCALE)
+    for causal, ahead, window, message in (
+        (False, None, 3, "need causal order"),
+        (False, lookahead(5, ()), None, "need causal order"),
+        (True, None, 0, "window of 0 keys"),
+        (True, lookahead(4, ()), None, r"lookahead is integer \[B, S\]"),
+        (True, torch.zeros(1, 5), None, r"lookahead is integer \[B, S\]"),
+    ):
+        for name in NAMES:
+            with pytest.raises(UsageError, match=message):
+                getattr(OPS, name)(*one, None, None, None, None, causal, SCALE, ahead, window)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the error is for machines without a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exactness import lookahead
 
 pytest.importorskip("triton", reason="triton is Linux only")
 
@@ -14,7 +15,7 @@ from vlmbuild.ops.attention.triton import mask_ranges, split_lanes
 @pytest.mark.parametrize("bounds", [[0, 3, 20, 20, 21, 35], [0, 0], [0, 40], [0, *range(1, 41)], [0, 7, 7, 7]])
 def test_segments(bounds):
     masks = Masks(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-    ranges = mask_ranges(masks, torch.empty(1, 1, 40, 8))
+    ranges = mask_ranges(masks, torch.empty(1, 1, 40, 8), 40)
     check(ranges.row_keys, allowed_keys(40, 40, masks, False, torch.device("cpu"))[0, 0])
     assert ranges.key_rows is ranges.row_keys
 
@@ -26,7 +27,7 @@ def test_groups(groups):
     visible[5:9] = False
     visible[:, groups - 1] = torch.arange(140) == 130
     masks = Masks(None, None, key_groups, visible)
-    ranges = mask_ranges(masks, torch.empty(1, 1, 140, 8))
+    ranges = mask_ranges(masks, torch.empty(1, 1, 140, 8), 50)
     unpacked = (ranges.bits[:, :, None] >> torch.arange(32)) & 1
     assert (ranges.bits.dtype, ranges.words) == (torch.int32, -(-groups // 32))
     assert torch.equal(unpacked.transpose(0, 1).reshape(140, -1)[:, :groups], visible.int())
@@ -35,6 +36,20 @@ def test_groups(groups):
     check(ranges.row_keys, allowed_keys(140, 50, masks, False, torch.device("cpu"))[0, 0])
     check([ends[:groups] for ends in ranges.group_keys], of_group)
     check([ends[:groups] for ends in ranges.key_rows], visible.T)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 100])
+@pytest.mark.parametrize(("bounds", "keys"), [([0, 3, 20, 20, 21, 35], 40), (None, 40), (None, 47), (None, 31)])
+@pytest.mark.parametrize("blocks", [(), ((4, 14), (22, 31))])
+def test_windows_and_blocks(window, bounds, keys, blocks):
+    if window is None and not blocks:
+        return  # causal order is the kernels' own
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    masks = Masks(None, cu_seqlens, lookahead=lookahead(40, blocks) if blocks else None, window=window)
+    ranges = mask_ranges(masks, torch.empty(1, 1, 40, 8), keys)
+    seen = allowed_keys(40, keys, masks, True, torch.device("cpu"))[0, 0]
+    check([bound.clamp(0, keys) for bound in ranges.row_keys], seen)
+    check(ranges.key_rows, seen.T)
 
 
 def check(found, seen):

@@ -2,6 +2,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from exactness import lookahead
 
 from vlmbuild.errors import PassError
 from vlmbuild.ops.attention.op import attention_reference, flat
@@ -13,9 +14,10 @@ HEADS, DIM, SCALE = 4, 8, 0.3
 reference = flat(attention_reference)
 
 
-def run(arguments, causal, dtype=torch.float32):
+def run(arguments, causal, dtype=torch.float32, lookahead=None, window=None):
     """Run the translated operator on tensors; None is an argument that is left out."""
-    names = ["query", "key", "value", "key_mask", "cu_seqlens", "key_groups", "visible_groups"]
+    names = ["query", "key", "value", "key_mask", "cu_seqlens", "key_groups", "visible_groups", "lookahead"]
+    arguments = (*arguments, lookahead)
     builder = GraphBuilder(dtype)
     values = []
     for name, tensor in zip(names, arguments, strict=True):
@@ -25,7 +27,7 @@ def run(arguments, causal, dtype=torch.float32):
             ]
             builder.take_input(name, tensor.dtype, shape)
         values.append(None if tensor is None else Value(name, tensor))
-    result = attention(Site(builder, None), *values, causal, SCALE)
+    result = attention(Site(builder, None), *values[:-1], causal, SCALE, values[-1], window)
     builder.give_output("out", result, dtype, [None] * 4)
     session = onnxruntime.InferenceSession(builder.model("m").SerializeToString(), providers=["CPUExecutionProvider"])
     feed = {name: tensor.numpy() for name, tensor in zip(names, arguments, strict=True) if tensor is not None}
@@ -57,6 +59,20 @@ def test_cache_and_padding(new, past):
     shown = mask[:, past:].bool()  # padding sees nothing, and nobody reads what it gets
     torch.testing.assert_close(found[shown], expected[shown], rtol=1e-4, atol=1e-5)
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("new", "past"), [(1, 9), (4, 6), (10, 0)])
+@pytest.mark.parametrize("window", [None, 1, 4, 20])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_windows_and_blocks_over_a_cache(new, past, window, ahead):
+    query, key, value = states(new, past + new, batch=3, kv_heads=2)
+    mask = torch.ones(3, past + new, dtype=torch.int64)
+    mask[1, :2] = 0
+    options = (lookahead(new, ((0, new),), ((3, 8),), ()) if ahead else None, window)
+    arguments = (query, key, value, mask, None, None, None)
+    found, expected = run(arguments, True, torch.float32, *options), reference(*arguments, True, SCALE, *options)
+    shown = mask[:, past:].bool()
+    torch.testing.assert_close(found[shown], expected[shown], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5, ROWS, 2 * ROWS + 3])

@@ -18,6 +18,7 @@ from vlmbuild.ops.attention import varlen
 from vlmbuild.ops.attention.op import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
+    NO_GRADS,
     SCHEMA,
     Grads,
     Masks,
@@ -55,11 +56,12 @@ def _require_triton() -> None:
 def auto_kernels(query: Tensor, masks: Masks) -> tuple[Forward, Backward]:
     """Return the forward and the backward that `attention_auto` runs on a GPU.
 
-    Ours where a benchmark measured them on this chip (`vlmbuild.ops.tiles.is_measured`), and for groups of keys, which no
-    kernel of torch takes; otherwise torch's for packed segments, if it takes the call, and SDPA.
+    Ours where a benchmark measured them on this chip (`vlmbuild.ops.tiles.is_measured`), and for groups of keys and blocks of
+    tokens, which no kernel of torch takes; otherwise torch's for packed segments, if it takes the call, and SDPA.
     """
-    takes_groups = masks.key_groups is not None and query.dtype != torch.float64 and tiles.has_triton()
-    if takes_groups or tiles.runs_by_default("attention", query):
+    ours_alone = masks.key_groups is not None or (masks.lookahead is not None and query.shape[2] > 1)
+    takes = ours_alone and query.dtype != torch.float64 and tiles.has_triton()
+    if takes or tiles.runs_by_default("attention", query):
         return _triton_forward, _triton_backward
     if varlen.takes(query, masks):
         return varlen.varlen_forward, varlen.varlen_backward
@@ -79,9 +81,9 @@ def _forward_fake(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.causal, ctx.scale = inputs
+    *tensors, ctx.causal, ctx.scale, lookahead, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output, lookahead)
 
 
 def _as_autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -97,19 +99,19 @@ def _register(name: str, forward: Forward, backward: Backward, cuda: tuple[Forwa
     full = f"vlmbuild::{name}"
     forward_op = torch.library.custom_op(f"{full}_forward", flat(forward), mutates_args=(), schema=FORWARD_SCHEMA)
     backward_op = torch.library.custom_op(
-        f"{full}_backward", flat(backward, 4), mutates_args=(), schema=BACKWARD_SCHEMA
+        f"{full}_backward", flat(backward, 4, 2), mutates_args=(), schema=BACKWARD_SCHEMA
     )
     forward_op.register_fake(flat(_forward_fake))
     backward_op.register_fake(fake_grads)
     if cuda is not None:
         forward_op.register_kernel("cuda", flat(cuda[0]))
-        backward_op.register_kernel("cuda", flat(cuda[1], 4))
+        backward_op.register_kernel("cuda", flat(cuda[1], 4, 2))
     forward_overload = getattr(torch.ops.vlmbuild, f"{name}_forward").default
     backward_overload = getattr(torch.ops.vlmbuild, f"{name}_backward").default
 
     def gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = backward_overload(grad, *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return (*grads, None, None, None, None, None, None)
+        *tensors, lookahead = ctx.saved_tensors
+        return *backward_overload(grad, *tensors, ctx.causal, ctx.scale, lookahead, ctx.window), *NO_GRADS
 
     forward_op.register_autograd(gradient, setup_context=_context)
 

@@ -1,4 +1,4 @@
-"""Attention as one operator: padding, packed segments, groups of keys, causal order, grouped queries, and no S x T mask.
+"""Attention as one operator: masks are one interval of keys per query, or groups of keys; grouped queries, and no S x T mask.
 
 `vlmbuild::attention` defines the meaning, and its eager form is the dense reference. `attention_sdpa`,
 `attention_triton` and `attention_auto` have the same signature and meaning, and the pass `swap_attention` puts one of them in
@@ -20,7 +20,8 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? key_groups, "
     "Tensor? visible_groups"
 )
-_OPTIONS = "bool causal, float scale"
+_OPTIONS = "bool causal, float scale, Tensor? lookahead=None, int? window=None"
+"""Graphs hold no arguments that are equal to their defaults."""
 SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor"
 FORWARD_SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor logsumexp)"
 BACKWARD_SCHEMA = (
@@ -36,27 +37,53 @@ Grads = tuple[Tensor, Tensor, Tensor]
 class Masks(NamedTuple):
     """Which keys a query may see, besides causal order.
 
+    Without groups this is one interval of keys, which `key_intervals` computes, and in it the keys of `key_mask`.
+
     Attributes:
         key_mask: `[B, T]`, bool or integer; keys that are zero are seen by nobody.
         cu_seqlens: Integers `[segments + 1]`, rising from 0; a query sees its own segment only. Repeated values are
             empty segments, rows past the last value see nothing. Needs B == 1 and S == T.
         key_groups: Integers `[T]`, the group of every key. Needs B == 1, and is all that masks: no other mask, not causal.
         visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
+        lookahead: Integers `[B, S]`, at least 0: how many keys after its own a query sees, in spite of causal order, which it
+            needs. From a row to the next it falls by one at most: so tokens of a block see each other both ways.
+        window: A query sees no key before the last `window`, its own included; None is no limit. Needs causal order.
     """
 
     key_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     key_groups: Tensor | None = None
     visible_groups: Tensor | None = None
+    lookahead: Tensor | None = None
+    window: int | None = None
+
+    def reduced(self, length: int, keys: int) -> Masks:
+        """Leave out what masks nothing: the only query is the last one, and no window is longer than all keys."""
+        return self._replace(
+            lookahead=None if length == 1 else self.lookahead,
+            window=None if self.window is None or self.window >= keys else self.window,
+        )
 
 
-def flat(function: Callable[..., Any], tensors: int = 3) -> Callable[..., Any]:
-    """Make a function that takes `Masks` after some tensors take the four masks one by one, as operators do."""
+_MASK_TENSORS = 4
+"""Masks that an operator takes after query, key and value; the others follow its last required argument."""
+
+
+def flat(function: Callable[..., Any], tensors: int = 3, results: int = 0) -> Callable[..., Any]:
+    """Make a function that takes `Masks` take its fields one by one, as operators do.
+
+    Args:
+        function: Takes tensors, masks, results of the forward, causal and scale.
+        tensors: Number of arguments before the masks.
+        results: Number of results of the forward.
+    """
+    options = tensors + _MASK_TENSORS
+    end = options + results + 2
 
     @wraps(function)
     def with_masks(*arguments: Any) -> Any:
-        rest = tensors + len(Masks._fields)
-        return function(*arguments[:tensors], Masks(*arguments[tensors:rest]), *arguments[rest:])
+        masks = Masks(*arguments[tensors:options], *arguments[end:])
+        return function(*arguments[:tensors], masks, *arguments[options:end])
 
     return with_masks
 
@@ -64,7 +91,10 @@ def flat(function: Callable[..., Any], tensors: int = 3) -> Callable[..., Any]:
 def check_attention(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool) -> None:
     """Raise UsageError unless the shapes fit `vlmbuild::attention`."""
     problem = (
-        _shape_problem(query, key, value) or _mask_problem(query, key, masks) or _group_problem(key, masks, causal)
+        _shape_problem(query, key, value)
+        or _mask_problem(query, key, masks)
+        or _group_problem(key, masks, causal)
+        or _order_problem(query, masks, causal)
     )
     if problem:
         raise UsageError(
@@ -108,27 +138,55 @@ def _group_problem(key: Tensor, masks: Masks, causal: bool) -> str | None:
     return None
 
 
+def _order_problem(query: Tensor, masks: Masks, causal: bool) -> str | None:
+    lookahead, window = masks.lookahead, masks.window
+    if (window is not None or lookahead is not None) and not causal:
+        return "window and lookahead need causal order"
+    if window is not None and window < 1:
+        return f"a window of {window} keys shows nothing; it needs at least 1"
+    rows = (query.shape[0], query.shape[2])
+    if lookahead is not None and (lookahead.shape != rows or lookahead.is_floating_point()):
+        return f"lookahead is integer [B, S], not {lookahead.dtype} {tuple(lookahead.shape)}"
+    return None
+
+
 def row_ranges(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return first and last-plus-one key of every row, from segment bounds: int32 `[S]`; (0, 0) for rows past the end."""
+    """Return first and last-plus-one key of every row, from segment bounds: int32 `[S]`, both the end for rows past it."""
     bounds = cu_seqlens.to(torch.int64)
     rows = torch.arange(length, device=cu_seqlens.device)
     after = torch.searchsorted(bounds, rows, right=True)
     inside = (after > 0) & (after < bounds.shape[0])
-    end = torch.where(inside, bounds[after.clamp(max=bounds.shape[0] - 1)], 0)
-    start = torch.where(inside, bounds[(after - 1).clamp(min=0)], 0)
+    end = bounds[after.clamp(max=bounds.shape[0] - 1)]
+    start = torch.where(inside, bounds[(after - 1).clamp(min=0)], end)
+    return start.to(torch.int32), end.to(torch.int32)
+
+
+def key_intervals(masks: Masks, causal: bool, length: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return first and last-plus-one key that each query may see: int32 `[1 or B, S]`, both rising from row to row.
+
+    A row that sees no key has an end that is no greater than its start. Padding and groups are masked besides.
+    """
+    own = torch.arange(length, device=device) + (keys - length)
+    start, end = torch.zeros_like(own)[None], torch.full_like(own, keys)[None]
+    if masks.cu_seqlens is not None:
+        start, end = (bound[None] for bound in row_ranges(masks.cu_seqlens, length))
+    if causal:
+        last = own[None] if masks.lookahead is None else own + masks.lookahead
+        end = torch.minimum(end, last + 1)
+    if masks.window is not None:
+        start = torch.maximum(start, own + (1 - masks.window))
     return start.to(torch.int32), end.to(torch.int32)
 
 
 def allowed_keys(length: int, keys: int, masks: Masks, causal: bool, device: torch.device) -> Tensor:
     """Return a boolean mask that broadcasts to `[B, 1, S, T]`: the dense form of the operator's masks."""
-    i = torch.arange(length, device=device).unsqueeze(1)
     j = torch.arange(keys, device=device).unsqueeze(0)
     allowed = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-    if causal:
-        allowed = allowed & (j <= i + (keys - length))
-    if masks.cu_seqlens is not None:
-        start, end = row_ranges(masks.cu_seqlens, length)
-        allowed = allowed & (j >= start.unsqueeze(1)) & (j < end.unsqueeze(1))
+    if masks.cu_seqlens is not None or masks.lookahead is not None or masks.window is not None:
+        start, end = (bound[:, None, :, None] for bound in key_intervals(masks, causal, length, keys, device))
+        allowed = allowed & (j >= start) & (j < end)
+    elif causal:
+        allowed = allowed & (j <= torch.arange(length, device=device).unsqueeze(1) + (keys - length))
     if masks.key_mask is not None:
         allowed = allowed & (masks.key_mask != 0)[:, None, None, :]
     if masks.key_groups is not None and masks.visible_groups is not None:
@@ -222,13 +280,18 @@ attention_backward.register_fake(fake_grads)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.causal, ctx.scale, lookahead, ctx.window = inputs
+    ctx.save_for_backward(*tensors, lookahead)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     backward = torch.ops.vlmbuild.attention_backward.default
-    return (*backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None, None, None, None)
+    *tensors, lookahead = ctx.saved_tensors
+    return *backward(grad, *tensors, ctx.causal, ctx.scale, lookahead, ctx.window), *NO_GRADS
+
+
+NO_GRADS = (None,) * (_MASK_TENSORS + 4)
+"""Gradients of the operators' arguments after query, key and value."""
 
 
 attention.register_autograd(_backward, setup_context=_context)

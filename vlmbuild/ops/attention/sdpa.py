@@ -1,5 +1,6 @@
 """Attention through torch's own kernels: packed segments one run at a time, rows that see the same groups of keys at once,
-a dense mask only where torch needs one.
+some rows at a time with the keys between their first and their last where intervals differ, and a dense mask only where
+torch needs one.
 
 On a CPU the flash kernels are called directly, because they take grouped queries and hand out the log-sum-exp;
 elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs its forward again.
@@ -8,7 +9,7 @@ elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmbuild.errors import UsageError
-from vlmbuild.ops.attention.op import Grads, Masks, allowed_keys, check_attention
+from vlmbuild.ops.attention.op import Grads, Masks, allowed_keys, check_attention, key_intervals
+
+ROWS = 128
+"""Rows that attend at a time where each has an interval of keys of its own: they take as many keys more than a window has."""
 
 
 class _Run(NamedTuple):
@@ -51,17 +55,26 @@ def _segments(x: Tensor, run: _Run) -> Tensor:
     return rows.view(rows.shape[0], run.many, run.length, rows.shape[2]).transpose(0, 1)
 
 
+_Part = Tensor | slice | None
+"""Chosen rows or keys: indices (a copy), neighbours (a view), or all."""
+
+
 class _Call(NamedTuple):
     """One call of a dense kernel: the part of the rows and keys it covers, its mask, and whether it is plainly causal.
 
-    The part is all, a run of segments (a view), or chosen rows and keys (copies).
+    Rows and keys are chosen within each segment of a run, or from all.
     """
 
     run: _Run | None = None
-    rows: Tensor | None = None
-    keys: Tensor | None = None
+    rows: _Part = None
+    keys: _Part = None
     mask: Tensor | None = None
     causal: bool = False
+
+    @property
+    def has_all_rows(self) -> bool:
+        """True if no other call has rows."""
+        return self.run is None and self.rows is None
 
     def of_rows(self, x: Tensor) -> Tensor:
         return self._part(x, self.rows)
@@ -69,46 +82,89 @@ class _Call(NamedTuple):
     def of_keys(self, x: Tensor) -> Tensor:
         return self._part(x, self.keys)
 
-    def _part(self, x: Tensor, chosen: Tensor | None) -> Tensor:
-        if self.run is not None:
-            return _segments(x, self.run)
-        return x if chosen is None else x.index_select(2, chosen)
+    def _part(self, x: Tensor, chosen: _Part) -> Tensor:
+        within = x if self.run is None else _segments(x, self.run)
+        if isinstance(chosen, Tensor):
+            return within.index_select(2, chosen)
+        return within if chosen is None else within[:, :, chosen]
 
     def put_rows(self, target: Tensor, part: Tensor) -> None:
         """Write rows, which belong to one call only."""
-        if self.rows is not None:
+        if isinstance(self.rows, Tensor):
             target.index_copy_(2, self.rows, part)
         else:
             self.of_rows(target).copy_(part)
 
     def add_keys(self, target: Tensor, part: Tensor) -> None:
         """Add to keys, which the rows of several calls may see."""
-        if self.rows is None:
-            self.of_keys(target).copy_(part)
-        elif self.keys is None:
-            target.add_(part)
-        else:
+        if isinstance(self.keys, Tensor):
             target.index_add_(2, self.keys, part)
+        elif self.rows is None and self.keys is None:
+            self.of_keys(target).copy_(part)
+        else:
+            self.of_keys(target).add_(part)
 
 
 def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_Call]:
     if masks.key_groups is not None and masks.visible_groups is not None:
         yield from _group_calls(masks.key_groups, masks.visible_groups)
         return
-    key_mask = masks.key_mask
-    # On a CPU a look at the mask costs next to nothing; a GPU would have to be waited for, where a mask is as good.
+    length, keys = query.shape[2], key.shape[2]
+    masks = _read(masks.reduced(length, keys))
+    if masks.cu_seqlens is None:
+        yield from _interval_calls(query, keys, masks, causal, None)
+        return
+    for run in runs(masks.cu_seqlens, length):
+        last = run.start + run.length * run.many
+        key_mask, ahead = (
+            None if x is None else x[0, run.start : last].view(run.many, run.length)
+            for x in (masks.key_mask, masks.lookahead)
+        )
+        own = Masks(key_mask, lookahead=ahead, window=masks.window).reduced(run.length, run.length)
+        yield from _interval_calls(_segments(query, run), run.length, own, causal, run)
+
+
+def _read(masks: Masks) -> Masks:
+    """Leave out masks whose values mask nothing. On a CPU a look at them costs next to nothing; a GPU would have to be waited
+    for, where a mask is as good."""
+    key_mask, ahead = masks.key_mask, masks.lookahead
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None
-    if masks.cu_seqlens is None:
-        mask, plain = _mask(query, key.shape[2], key_mask, causal)
-        yield _Call(mask=mask, causal=plain)
-        return
-    for run in runs(masks.cu_seqlens, query.shape[2]):
-        part = _segments(query, run)
-        last = run.start + run.length * run.many
-        keys = None if key_mask is None else key_mask[0, run.start : last].view(run.many, run.length)
-        mask, plain = _mask(part, run.length, keys, causal)
+    if ahead is not None and ahead.device.type == "cpu" and not bool(ahead.any()):
+        ahead = None
+    return masks._replace(key_mask=key_mask, lookahead=ahead)
+
+
+def _interval_calls(query: Tensor, keys: int, masks: Masks, causal: bool, run: _Run | None) -> Iterator[_Call]:
+    """Yield the calls of rows that see some of `keys` keys, all of them or within each segment of a run."""
+    length, key_mask = query.shape[2], masks.key_mask
+    if masks.window is None and masks.lookahead is None:
+        mask, plain = _mask(query, keys, key_mask, causal)
         yield _Call(run, mask=mask, causal=plain)
+        return
+    start, end = key_intervals(masks, causal, length, keys, query.device)
+    ahead = None if masks.lookahead is None else masks.lookahead.amax(0).tolist()
+    for first in range(0, length, ROWS):
+        last = min(first + ROWS, length) - 1
+        low = 0 if masks.window is None else max(0, first + keys - length + 1 - masks.window)
+        high = min(keys, last + keys - length + 1 + (0 if ahead is None else ahead[last]))
+        if high <= low:
+            continue
+        rows, seen = slice(first, last + 1), slice(low, high)
+        columns = torch.arange(low, high, device=query.device)
+        allowed = (columns >= start[:, rows, None]) & (columns < end[:, rows, None])
+        if key_mask is not None:
+            allowed = allowed & (key_mask[:, None, seen] != 0)
+        one = length == 1 and key_mask is None  # the only query sees the whole interval
+        mask = None if one else _additive(allowed.unsqueeze(1), query)
+        yield _Call(run, None if length == 1 else rows, seen, mask)
+
+
+def _additive(allowed: Tensor, query: Tensor) -> Tensor:
+    """Return a mask to add to the scores of `query`, in its dtype and for all of its batch."""
+    additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+    additive = additive.masked_fill_(~allowed, float("-inf"))
+    return additive.expand(query.shape[0], *additive.shape[1:])
 
 
 def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
@@ -125,7 +181,7 @@ def _group_calls(key_groups: Tensor, visible_groups: Tensor) -> Iterator[_Call]:
 
 def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tuple[Tensor | None, bool]:
     """Return an additive mask if one is needed, and whether the kernel's causal flag (aligned to the start) suffices."""
-    batch, _, length, _ = query.shape
+    length = query.shape[2]
     causal = causal and length > 1  # the only query is the last one: it sees every key
     if key_mask is None and (not causal or length == keys):
         return None, causal
@@ -133,9 +189,7 @@ def _mask(query: Tensor, keys: int, key_mask: Tensor | None, causal: bool) -> tu
         allowed = allowed_keys(length, keys, Masks(key_mask), causal, query.device)
     else:
         allowed = (key_mask != 0)[:, None, None, :]
-    additive = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
-    additive = additive.masked_fill_(~allowed, float("-inf"))
-    return additive.expand(batch, additive.shape[1], length, keys), False
+    return _additive(allowed, query).expand(-1, -1, length, keys), False
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -161,12 +215,13 @@ def sdpa_forward(
     query, key, value = _lane_dense(query), _lane_dense(key), _lane_dense(value)
     if query.numel() == 0 or key.numel() == 0:
         return _rows_first(query).transpose(1, 2), logsumexp_like(query)
-    if masks.cu_seqlens is None and masks.key_groups is None:
-        (call,) = _calls(query, key, masks, causal)
-        result, rows = _run_forward(query, key, value, call, scale)
+    calls = _calls(query, key, masks, causal)
+    first = next(calls, None)
+    if first is not None and first.has_all_rows:
+        result, rows = _run_forward(query, first.of_keys(key), first.of_keys(value), first, scale)
         return result.transpose(1, 2).contiguous(), logsumexp_like(query) if rows is None else rows
     out, logsumexp = _rows_first(query), logsumexp_like(query)
-    for call in _calls(query, key, masks, causal):
+    for call in chain(() if first is None else (first,), calls):
         result, rows = _run_forward(call.of_rows(query), call.of_keys(key), call.of_keys(value), call, scale)
         call.put_rows(out, result)
         if rows is not None:
@@ -208,12 +263,13 @@ def sdpa_backward(
     shapes = (query.shape, key.shape, value.shape)
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2])
-    if masks.cu_seqlens is None and masks.key_groups is None:
-        (call,) = _calls(query, key, masks, causal)
-        grads = _run_backward(grad, query, key, value, out, logsumexp, call, scale)
+    calls = _calls(query, key, masks, causal)
+    first = next(calls, None)
+    if first is not None and first.has_all_rows and first.keys is None:
+        grads = _run_backward(grad, query, key, value, out, logsumexp, first, scale)
         return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous()
     whole = (query.new_zeros(shapes[0]), key.new_zeros(shapes[1]), value.new_zeros(shapes[2]))
-    for call in _calls(query, key, masks, causal):
+    for call in chain(() if first is None else (first,), calls):
         rows = call.of_rows(logsumexp.unsqueeze(-1)).squeeze(-1)
         g, q, o = (call.of_rows(x) for x in (grad, query, out))
         k, v = call.of_keys(key), call.of_keys(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vlmbuild.errors import UsageError
 from vlmbuild.ops.attention.kernels_backward import grad_key_kernel, grad_query_kernel
 from vlmbuild.ops.attention.kernels_forward import forward_kernel
-from vlmbuild.ops.attention.op import Grads, Masks, check_attention, row_ranges
+from vlmbuild.ops.attention.op import Grads, Masks, check_attention, flat, key_intervals, row_ranges
 from vlmbuild.ops.tiles import tile_of
 from vlmbuild.ops.triton_util import INTERPRET, Launch, ceil_div, power_of_two, precision, require_device, target_of
 from vlmbuild.util.dtypes import FLOATS
@@ -42,9 +43,16 @@ class Ranges(NamedTuple):
     words: int
 
 
-def mask_ranges(masks: Masks, query: Tensor) -> Ranges:
-    """Compute the ranges of segments or of groups."""
+def mask_ranges(masks: Masks, query: Tensor, keys: int) -> Ranges:
+    """Compute the ranges of segments or of groups, which causal order narrows, or the intervals of windows and blocks, which
+    know of it already."""
     unread = (query, query)
+    if _has_intervals(masks):
+        start, end = (bound[0] for bound in key_intervals(masks, True, query.shape[2], keys, query.device))
+        every = torch.arange(keys, device=query.device, dtype=torch.int32)
+        # Both rise from row to row: a key is seen by the rows between the first that ends and the last that starts.
+        first, last = (torch.searchsorted(bound, every, right=True, out_int32=True) for bound in (end, start))
+        return Ranges((start, end), (first, last), unread, query, 0)
     if masks.cu_seqlens is not None:
         spans = row_ranges(masks.cu_seqlens, query.shape[2])  # a segment has the same rows and keys
         return Ranges(spans, spans, unread, query, 0)
@@ -60,6 +68,10 @@ def mask_ranges(masks: Masks, query: Tensor) -> Ranges:
     # Distinct bits: their sum is their union, and the top one wraps to the sign.
     bits = (seen.unflatten(1, (words, _WORD)).int() << every[:_WORD].int()).sum(-1, dtype=torch.int32)
     return Ranges(row_keys, _spans(seen.T), group_keys, bits.T.contiguous(), words)
+
+
+def _has_intervals(masks: Masks) -> bool:
+    return masks.window is not None or masks.lookahead is not None
 
 
 def _spans(seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,15 +101,16 @@ def split_lanes(dim: int) -> tuple[int, int]:
 
 def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool) -> _Shared:
     lanes, tail = split_lanes(query.shape[3])
+    intervals = _has_intervals(masks)
     constants = {
         "GQA": query.shape[1] // key.shape[1],
         "DIM": query.shape[3],
         "HEAD_DIM": lanes,
         "TAIL": tail,
-        "RANGED": masks.cu_seqlens is not None or masks.key_groups is not None,
+        "RANGED": masks.cu_seqlens is not None or masks.key_groups is not None or intervals,
         "MASKED": masks.key_mask is not None,
         "GROUPED": masks.key_groups is not None,
-        "CAUSAL": causal,
+        "CAUSAL": causal and not intervals,
         **precision(query.dtype),
     }
     key_mask = query
@@ -106,7 +119,7 @@ def _shared(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: boo
         key_mask, mask_strides = masks.key_mask, masks.key_mask.stride()
         key_mask = key_mask.view(torch.uint8) if key_mask.dtype == torch.bool else key_mask
     groups = query if masks.key_groups is None else masks.key_groups.contiguous()
-    ranges = mask_ranges(masks, query)
+    ranges = mask_ranges(masks, query, key.shape[2])
     strides = (*(stride for x in (query, key, value) for stride in _strides(x)), *mask_strides, ranges.words)
     return _Shared((key_mask, groups, ranges.bits), ranges, strides, constants)
 
@@ -195,8 +208,21 @@ def attention_forward_triton(
     logsumexp = query.new_empty((batch, heads, length), dtype=torch.float32)
     if out.numel() == 0 or key.numel() == 0:
         return out.zero_(), logsumexp.fill_(math.inf)
-    forward_launch(query, key, value, masks, out, logsumexp, causal, scale, target_of(query)).run()
+    for own, b in _samples(masks.reduced(length, key.shape[2])):
+        arguments = (query[b], key[b], value[b], own, out[b], logsumexp[b], causal, scale)
+        forward_launch(*arguments, target_of(query)).run()
     return out, logsumexp
+
+
+def _samples(masks: Masks) -> Iterator[tuple[Masks, slice]]:
+    """Yield masks and samples of each launch: all, or one after the other where they have blocks of their own."""
+    if masks.lookahead is None or len(masks.lookahead) == 1:
+        yield masks, slice(None)
+        return
+    for number in range(len(masks.lookahead)):
+        one = slice(number, number + 1)
+        key_mask = None if masks.key_mask is None else masks.key_mask[one]
+        yield masks._replace(key_mask=key_mask, lookahead=masks.lookahead[one]), one
 
 
 def attention_backward_triton(
@@ -221,17 +247,18 @@ def attention_backward_triton(
         return grads[0].zero_(), grads[1].zero_(), grads[2].zero_()
     grad, out = grad.contiguous(), out.contiguous()
     delta = torch.empty_like(logsumexp)
-    for launch in backward_launches(
-        grad, query, key, value, masks, out, logsumexp, delta, grads, causal, scale, target_of(query)
-    ):
-        launch.run()
+    for own, b in _samples(masks.reduced(query.shape[2], key.shape[2])):
+        tensors = (grad[b], query[b], key[b], value[b], own, out[b], logsumexp[b], delta[b])
+        parts = (grads[0][b], grads[1][b], grads[2][b])
+        for launch in backward_launches(*tensors, parts, causal, scale, target_of(query)):
+            launch.run()
     return grads
 
 
 def launches(arguments: tuple[Any, ...], target: int, backward: bool) -> tuple[Launch, ...]:
     """Return the launches of a call of the operator; see `vlmbuild.ops.operator.Operator.launches`."""
-    query, key, value, *mask_tensors, causal, scale = arguments
-    masks, (batch, heads, length, dim) = Masks(*mask_tensors), query.shape
+    query, key, value, masks, causal, scale = flat(lambda *given: given)(*arguments)
+    batch, heads, length, dim = query.shape
     out = query.new_empty((batch, length, heads, dim))
     sums = query.new_empty((batch, heads, length), dtype=torch.float32)
     forward = forward_launch(query, key, value, masks, out, sums, causal, scale, target)

@@ -20,7 +20,8 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 def takes(query: Tensor, masks: Masks) -> bool:
-    """Return whether torch's kernel takes a call: segments alone, 16-bit floats, and a head dimension that it has."""
+    """Return whether torch's kernel takes a call: segments alone or with a window, 16-bit floats, and a head dimension
+    that it has."""
     dim = query.shape[3]
     return (
         query.is_cuda
@@ -28,6 +29,7 @@ def takes(query: Tensor, masks: Masks) -> bool:
         and masks.cu_seqlens is not None
         and masks.key_mask is None
         and masks.key_groups is None
+        and masks.lookahead is None
         and dim <= _MOST_LANES
         and dim % _LANE_MULTIPLE == 0
         and query.numel() > 0
@@ -45,7 +47,7 @@ def varlen_forward(
     bounds, longest, last = _segments(masks, query.shape[2])
     if longest:
         rows = [_rows(x, last) for x in (query, key, value)]
-        out[0, :last] = _attend(rows, bounds, longest, causal, scale)
+        out[0, :last] = _attend(rows, bounds, longest, _window(masks, causal), scale)
     return out, logsumexp_like(query)
 
 
@@ -66,7 +68,7 @@ def varlen_backward(
     if longest:
         with torch.enable_grad():
             leaves = [_rows(x, last).detach().requires_grad_() for x in (query, key, value)]
-            again = _attend(leaves, bounds, longest, causal, scale)
+            again = _attend(leaves, bounds, longest, _window(masks, causal), scale)
         for whole, part in zip(grads, torch.autograd.grad(again, leaves, grad[0, :last].contiguous()), strict=True):
             whole[0, :, :last] = part.transpose(0, 1)
     return grads
@@ -87,7 +89,12 @@ def _rows(x: Tensor, last: int) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _attend(rows: Sequence[Tensor], bounds: Tensor, longest: int, causal: bool, scale: float) -> Tensor:
+def _window(masks: Masks, causal: bool) -> tuple[int, int]:
+    """Return the numbers of keys before and after its own that a query sees, as torch takes them: -1 is all."""
+    return -1 if masks.window is None else masks.window - 1, 0 if causal else -1
+
+
+def _attend(rows: Sequence[Tensor], bounds: Tensor, longest: int, window: tuple[int, int], scale: float) -> Tensor:
     """Attend with `rows` = query, key and value, each `[tokens, heads, head dim]`."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -101,7 +108,7 @@ def _attend(rows: Sequence[Tensor], bounds: Tensor, longest: int, causal: bool, 
         longest,
         longest,
         scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
+        window_size=window,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)  # a pair only with its log-sum-exp

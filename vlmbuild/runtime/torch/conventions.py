@@ -23,6 +23,9 @@ from vlmbuild.runtime.torch.vocabulary import resize_vocabulary
 _TORCH_OPTIONS = {"preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
 """Options of `torch.utils.checkpoint.checkpoint`."""
 
+_REFERENCE_TAGS = {"dpo", "grpo", "kto", "rloo"}
+"""Tags of TRL's trainers that compare with a reference model."""
+
 
 class TrainerConventions(ProgramModel):
     """Gradient checkpointing, saving, counting and adapters under transformers' and PEFT's names."""
@@ -158,6 +161,23 @@ class TrainerConventions(ProgramModel):
         """
         resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
         return self.get_input_embeddings()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags for the hub, and warn of a trainer's reference that differs from PEFT's.
+
+        TRL's trainers add theirs once they have made the reference. For an adapter that has been trained already they copy it
+        in a `PeftModel`, and load the artifact by its name for other models.
+        """
+        super().add_model_tags(tags)
+        if not _REFERENCE_TAGS.isdisjoint([tags] if isinstance(tags, str) else tags) and any(
+            bool(parameter.any()) for name, parameter in self.named_parameters() if ".lora_B." in name
+        ):
+            warnings.warn(
+                "The adapter has been trained before. A reference that this trainer loads by itself (no ref_model, beta above "
+                "0) is the artifact without it, while PEFT would copy the adapter. To compare with the adapter as it is now, "
+                "merge it with vlmbuild build ARTIFACT --adapter DIRECTORY -o OUTPUT, and train a new one on OUTPUT.",
+                stacklevel=2,
+            )
 
     # Adapters, as in PEFT ---------------------------------------------------------------------------------------------
 

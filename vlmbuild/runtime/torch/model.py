@@ -97,8 +97,8 @@ class VisionLanguageModel(TrainerConventions):
             elif name in spec.trained:
                 self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
         self.tie_weights()
-        self._bind_regions()
         self.adapter, self._base = spec, base
+        self._bind_regions()
 
     def merge_and_unload(self) -> Self:
         """Add the adapter to the weights, and remove it. Returns the model.
@@ -149,6 +149,7 @@ class VisionLanguageModel(TrainerConventions):
             if is_compute(slot)
         ]
         self.set_adapter_disabled(self._adapter_disabled)
+        self.register_dropout()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Convert for `.to`, `.half`, `.cuda`, ...; tensors with their own dtype (frequencies, scales, adapters) keep it."""
@@ -254,13 +255,13 @@ class VisionLanguageModel(TrainerConventions):
         """Check a trainer's batch, and run the host prologue."""
         check_names(self.family, "model", batch)
         self.follow_weights()
+        self.follow_dropout()
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:
-        program = self.cached("dynamic").program
-        return KeyValueCache(cached_inputs(program.variants["text"]), length)
+        return KeyValueCache(cached_inputs(self.cached("dynamic").program.variants["text"]), length)
 
     def forward_prepared(self, prepared: PackedBatch, shape: torch.Size, labels: Tensor | None) -> Tensor:
         """Run the part of `forward` after the host prologue, eagerly. `shape` is the shape of input_ids.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmbuild.adapters.lora import AdapterSpec
+from vlmbuild.errors import UsageError
 from vlmbuild.ir.program import Call, Program
 from vlmbuild.kv_cache.block import CacheForm
 from vlmbuild.kv_cache.program import with_cache
@@ -21,6 +22,8 @@ from vlmbuild.runtime.torch.modules import EMBEDDINGS, HEAD, Embeddings, Head, m
 from vlmbuild.runtime.torch.region import BoundRegion, Embed, RegionRunner
 from vlmbuild.runtime.torch.state import add_state_hooks
 
+LORA_DROPOUT = "lora_dropout"
+"""Name of the module that stands for the dropout of an adapter."""
 _DERIVING = RLock()
 """Held while a program with a cache is derived: threads may generate at once."""
 
@@ -124,6 +127,32 @@ class ProgramModel(Model, TrainerHooks):
                 if isinstance(region, BoundRegion):
                     region.adapter_disabled = disabled
 
+    def follow_dropout(self) -> None:
+        """Leave the adapter's dropout out where others have turned it off (TRL's `disable_dropout`).
+
+        Raises:
+            UsageError: They have given it another probability, which graphs hold as a constant.
+        """
+        dropout = self._modules.get(LORA_DROPOUT)
+        if not isinstance(dropout, nn.Dropout) or self.adapter is None:
+            return
+        built = _dropout(self.adapter)
+        if dropout.p not in (0, built):
+            raise UsageError(
+                f"{LORA_DROPOUT}.p is {dropout.p}, and the graph of the adapter has {built}. Pass dropout={dropout.p} to "
+                "vlmbuild.add_lora, or set it to 0."
+            )
+        for region in self.bound.values():
+            region.dropout_disabled = not dropout.p
+
+    def register_dropout(self) -> None:
+        """Show the adapter's dropout as the module that trainers look for; it has no tensors, and is never called."""
+        probability = 0.0 if self.adapter is None else _dropout(self.adapter)
+        if not probability:
+            self._modules.pop(LORA_DROPOUT, None)
+        elif LORA_DROPOUT not in self._modules:
+            self.add_module(LORA_DROPOUT, nn.Dropout(probability))
+
     def use_cached(self, form: CacheForm, cached: CachedProgram) -> None:
         """Use another program with a key-value cache."""
         self._cached[form] = cached
@@ -160,3 +189,8 @@ class ProgramModel(Model, TrainerHooks):
         else:
             results = instance(*activations, runner=runner, compiler=compiler)
         return results
+
+
+def _dropout(adapter: AdapterSpec) -> float:
+    """Return the highest probability of an adapter's layers."""
+    return max((lora.dropout for lora in adapter.loras.values()), default=0.0)

@@ -42,6 +42,7 @@ class BoundRegion:
         self.region = region
         self.carried = carried
         self.adapter_disabled = False
+        self.dropout_disabled = False
         self.fixed = fixed
         self.random = any(node.target is DROPOUT for node in region.graph.graph.nodes)
         tables = {node for node, slot in region.slot_nodes().items() if slot.role == "embedding"}
@@ -77,7 +78,7 @@ class BoundRegion:
         self, tensors: tuple[Tensor, ...], compiler: Compiler, activations: tuple[Tensor, ...], training: bool
     ) -> tuple[Tensor, ...]:
         """Run the graph with these tensors in its slots; `training` applies dropout."""
-        forward: Callable[..., tuple[Tensor, ...]] = (self.graph if training else self._evaluation).forward
+        forward: Callable[..., tuple[Tensor, ...]] = self._graph_for(training).forward
         if compiler is not None and not self.fixed:
             for value, shape in zip(activations, self.region.activations, strict=True):
                 mark_dynamic(value, shape)
@@ -85,8 +86,11 @@ class BoundRegion:
 
     def run_with(self, owner: nn.Module, activations: tuple[Tensor, ...], table: Tensor, embed: Embed) -> Any:
         """Run the graph uncompiled, with `embed` in place of looking up rows of the table of embeddings."""
-        module = self.graph if owner.training else self._evaluation
+        module = self._graph_for(owner.training)
         return _WithEmbed(module, table, embed).run(*self.tensors_of(owner), *activations)
+
+    def _graph_for(self, training: bool) -> GraphModule:
+        return self.graph if training and not self.dropout_disabled else self._evaluation
 
 
 Embed = Callable[[Tensor, int], Tensor]

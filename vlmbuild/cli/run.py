@@ -72,8 +72,8 @@ def command(
 
         from transformers import TextStreamer
 
+        from vlmbuild.families.images import open_image
         from vlmbuild.runtime.load import best_device, load
-        from vlmbuild.train.images import open_image
 
         pictures = [open_image(image, "--image") for image in images]
         model, processor = load(

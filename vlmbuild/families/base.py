@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmbuild.errors import SourceError
 from vlmbuild.families.batch import ImageCost, PackedBatch
+from vlmbuild.families.chat_processor import limit_templates
 from vlmbuild.families.config_checks import check_text, check_values
 from vlmbuild.families.js import ClientFiles, ClientVision, with_template
 from vlmbuild.families.processor_checks import check_processor
@@ -237,7 +238,7 @@ class Family(ABC):
                 "processor_config.json."
             ) from error
         check_processor(processor.image_processor, pixels, directory)
-        return processor
+        return limit_templates(processor)
 
     @abstractmethod
     def processor_pixels(self, image_processor: Any) -> int:

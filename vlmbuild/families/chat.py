@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -30,13 +31,24 @@ def render_chat(
     """
     template = chat_template(processor, bool(tools))
     values = {**processor.tokenizer.special_tokens_map, **options}
-    rendering.begin()
-    try:
-        return _compiled(template).render(
+    with refusals():
+        return compiled_template(template).render(
             _plain({**values, "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt})
         )
+
+
+class ChatTemplateError(BatchError, jinja2.TemplateError):
+    """A chat template that refuses messages or exceeds a limit; Jinja's own error too, as transformers raises it."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Begin a rendering; raise ChatTemplateError for any failure of it."""
+    rendering.begin()
+    try:
+        yield
     except Exception as error:  # templates fail in every way
-        raise BatchError(
+        raise ChatTemplateError(
             f"The chat template refuses the messages: {str(error).rstrip('.') or type(error).__name__}. Use the model's "
             "published template, or other messages."
         ) from error
@@ -94,7 +106,8 @@ def question_batch(processor: Any, question: str, images: Sequence[Any] = (), **
 
 
 @lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
+def compiled_template(template: str) -> jinja2.Template:
+    """Compile a template in the sandbox. Raises jinja2.TemplateError."""
     return ChatEnvironment().from_string(template)
 
 

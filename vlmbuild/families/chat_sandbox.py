@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from functools import wraps
 from typing import Any
@@ -42,10 +43,26 @@ _PADDING = ("batch", "indent", "slice", "tojson", "truncate")
 
 
 class Rendering(threading.local):
-    """Steps of the rendering in this thread."""
+    """Steps of the rendering in this thread, and the assistant's text in it if that is tracked."""
 
     steps = 0
     end = float("inf")
+    _written: list[str] | None = None
+    _assistant: list[tuple[int, int]] | None = None
+
+    @contextmanager
+    def tracking(self, written: list[str], assistant: list[tuple[int, int]]) -> Iterator[None]:
+        """Append begin and end of each `{% generation %}` block to `assistant`; `written` is the text so far."""
+        self._written, self._assistant = written, assistant
+        try:
+            yield
+        finally:
+            self._written = self._assistant = None
+
+    def generated(self, text: str) -> None:
+        if self._written is not None and self._assistant is not None:
+            begin = sum(map(len, self._written))
+            self._assistant.append((begin, begin + len(text)))
 
     def begin(self) -> None:
         self.steps, self.end = 0, time.monotonic() + SECONDS
@@ -83,14 +100,19 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks an assistant's text and changes nothing."""
+    """`{% generation %}`, which marks an assistant's text and writes it as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - the base class has an instance variable
 
-    def parse(self, parser: Any) -> list[nodes.Node]:
-        next(parser.stream)
-        statements: list[nodes.Node] = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return statements
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        rendering.generated(text)
+        return text
 
 
 class _Namespace(jinja2.utils.Namespace):

@@ -15,7 +15,7 @@ from vlmbuild.artifact.files import read_file
 from vlmbuild.artifact.safetensors import tensor_bytes
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.errors import UsageError, reason
-from vlmbuild.families.chat import render_chat
+from vlmbuild.families.images import open_image
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.interpret import run_calls
 from vlmbuild.ir.linear_layers import LinearLayer
@@ -56,8 +56,9 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
         if line.strip():
             try:
                 messages = json.loads(line)["messages"]
-                render_chat(processor, messages)  # within limits, which transformers has not
-                batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+                batch = processor.apply_chat_template(
+                    _with_images(messages), tokenize=True, return_dict=True, return_tensors="pt"
+                )
             except Exception as error:  # templates and processors raise whatever they like
                 raise UsageError(
                     f'{file}, line {number} is not a conversation: {error}. Lines look like {{"messages": [{{"role": "user", '
@@ -67,6 +68,27 @@ def conversation_batches(file: Path, processor: Any) -> list[Batch]:
     if not batches:
         raise UsageError(f"{file} holds no conversation. Give one a line.")
     return batches
+
+
+def _with_images(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Open the images of messages, within limits that transformers has not."""
+    opened = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [_with_image(part) for part in content]
+        opened.append({**message, "content": content})
+    return opened
+
+
+def _with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    keys = [key for key in ("image", "url", "path", "base64", "image_url") if key in part]
+    if part.get("type") not in ("image", "image_url") or not keys:
+        return part
+    image = part[keys[0]]
+    if isinstance(image, Mapping):
+        image = image.get("url")
+    return {"type": "image", "image": open_image(image, "a message")}
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch import Tensor
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
 from vlmbuild.families.chat import chat_template, template_names
+from vlmbuild.families.images import ImageError
 from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.conversation import Conversation, read_conversation
-from vlmbuild.train.images import ImageError
 from vlmbuild.train.media import MediaReader, named_errors, with_size
 from vlmbuild.train.render import render
 from vlmbuild.train.rows import padded_on_the_left, until_first, until_last, within

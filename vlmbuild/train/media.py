@@ -12,8 +12,8 @@ from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import Family
+from vlmbuild.families.images import ImageError, image_size, open_image, resized
 from vlmbuild.train.content import Media
-from vlmbuild.train.images import ImageError, image_size, open_image, resized
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import httpx
 import numpy as np
 import PIL.Image
 import torch
@@ -19,6 +21,8 @@ from vlmbuild.util.pixels import VARIABLE, max_pixels
 
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 _SIDEWAYS = 5  # from this value on, height and width are exchanged
+_SECONDS = 60.0
+"""Longest download."""
 _DEEP = ("I", "F")
 """Beginnings of Pillow's modes with more than 8 bits; converting them to RGB would cut most of them to white."""
 
@@ -86,7 +90,7 @@ def resized(image: Any, size: tuple[int, int], where: str) -> Any:
 
 
 def _opened(image: Any) -> PIL.Image.Image:
-    """Open an image's file, and decode nothing unless it comes from the network."""
+    """Open an image's file; nothing is decoded."""
     source = image
     if isinstance(source, Mapping):  # data sets keep encoded images so
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
@@ -102,10 +106,33 @@ def _opened(image: Any) -> PIL.Image.Image:
         return PIL.Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True)))
     if text.startswith("file://"):
         return PIL.Image.open(unquote(urlsplit(text).path))
-    if text.startswith(("http://", "https://")) or not os.path.exists(text):  # noqa: PTH110 - text of any length
-        loaded: PIL.Image.Image = load_image(text)
-        return loaded
-    return PIL.Image.open(text)
+    if text.startswith(("http://", "https://")):
+        return PIL.Image.open(io.BytesIO(_downloaded(text)))
+    if os.path.exists(text):  # noqa: PTH110 - text of any length
+        return PIL.Image.open(text)
+    try:
+        return PIL.Image.open(io.BytesIO(base64.decodebytes(text.encode())))
+    except (ValueError, OSError) as error:
+        raise FileNotFoundError(text) from error
+
+
+def _downloaded(address: str) -> bytes:
+    """Download an image, of at most the bytes that the largest allowed one has as RGBA. Raises ValueError, httpx.HTTPError."""
+    limit, end = 4 * max_pixels(), time.monotonic() + _SECONDS
+    data = bytearray()
+    # A compressed answer could unpack to anything.
+    headers = {"Accept-Encoding": "identity"}
+    with httpx.stream("GET", address, headers=headers, follow_redirects=True, timeout=_SECONDS) as response:
+        response.raise_for_status()
+        for part in response.iter_raw():
+            data += part
+            if len(data) > limit:
+                raise ValueError(
+                    f"it has more than {limit:,} bytes; set the environment variable {VARIABLE} to allow more"
+                )
+            if time.monotonic() > end:
+                raise ValueError(f"it takes more than {_SECONDS:g} s")
+    return bytes(data)
 
 
 def _checked(image: PIL.Image.Image, where: str) -> PIL.Image.Image:

@@ -160,7 +160,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
 def test_an_image_costs_its_rows_with_their_ends():
     whole = matrix.SETUPS["pixtral"](False)
     cost = FAMILY.image_cost(whole.processor.image_processor, whole.config(), 96, 160)
-    assert cost == (6 * 10, 6 * 11, 0)
+    assert cost == (6 * 10, 6 * 11, 0, 1)
     with pytest.raises(ValueError, match="nothing is left of it"):
         FAMILY.image_cost(whole.processor.image_processor, whole.config(), 1, 99999)
 

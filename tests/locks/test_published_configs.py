@@ -18,6 +18,9 @@ PUBLISHED = {
     "qwen2-vl-2b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 2_208_985_600),
     "qwen2-vl-7b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 8_291_375_616),
     "qwen2-vl-72b": ({"visual.blocks": 32, "language_model.layers": 80}, (115, 112, 7 * 80), 73_405_560_320),
+    "qwen2.5-vl-3b": ({"visual.blocks": 32, "language_model.layers": 36}, (71, 68, 7 * 36), 3_754_622_976),
+    "qwen2.5-vl-7b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 8_292_166_656),
+    "qwen2.5-vl-72b": ({"visual.blocks": 32, "language_model.layers": 80}, (115, 112, 7 * 80), 73_410_777_344),
     "llama-3.2-11b-vision": (
         {
             "vision_model.transformer.layers": 32,

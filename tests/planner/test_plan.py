@@ -89,9 +89,10 @@ def test_limits_take_the_place_of_the_processors():
 @pytest.mark.parametrize(
     ("name", "family", "cost"),
     [
-        ("qwen2-vl-2b", "qwen2_vl", (4 * 37 * 25, 37 * 25, 0)),
-        ("llama-3.2-11b-vision", "mllama", (4 * 1608, 1, 4 * 1601)),
-        ("pixtral-12b", "pixtral", (64 * 44, 64 * 45, 0)),
+        ("qwen2-vl-2b", "qwen2_vl", (4 * 37 * 25, 37 * 25, 0, 1)),
+        ("qwen2.5-vl-7b", "qwen2_5_vl", (4 * 37 * 25, 37 * 25, 0, 10 * 7)),
+        ("llama-3.2-11b-vision", "mllama", (4 * 1608, 1, 4 * 1601, 1)),
+        ("pixtral-12b", "pixtral", (64 * 44, 64 * 45, 0, 1)),
     ],
 )
 def test_published_image_settings_are_enough_without_a_tokenizer(name, family, cost):

@@ -31,10 +31,11 @@ from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
 from vlmbuild.families.js import ClientVision
 from vlmbuild.families.mllama.model import Mllama
 from vlmbuild.families.pixtral.model import Pixtral
+from vlmbuild.families.qwen2_5_vl.model import Qwen25VL
 from vlmbuild.families.qwen2_vl.model import Qwen2VL
 from vlmbuild.families.traced import KeyGroups
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL(), Qwen25VL())}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:

@@ -210,7 +210,7 @@ class Family(ABC):
             "sequence": batch * (text_tokens + sum(image.tokens for image in images)),
             "samples": batch + 2,  # bounds are one more than the samples, and the last is repeated
             "patches": batch * sum(image.patches for image in images),
-            "segments": batch * len(images) + 2,
+            "segments": batch * sum(image.segments for image in images) + 2,
         }
 
     # The processor --------------------------------------------------------------------------------------------------

@@ -24,19 +24,24 @@ class PackedBatch:
         variant: Name of the program's variant that runs it.
         tensors: Inputs of that variant.
         index: int64 (tokens,): index of each packed token in the flattened (batch, sequence) input ids.
+        feature_order: int64 (features,): numbers of the features of the images as the vision tower orders them; None where
+            it keeps their order.
     """
 
     variant: str
     tensors: dict[str, Tensor]
     index: Tensor
+    feature_order: Tensor | None = None
 
 
 class ImageCost(NamedTuple):
-    """The cost of an image: rows of the vision tower (padding included), tokens in the sequence, keys of cross-attention."""
+    """The cost of an image: rows of the vision tower (padding included), tokens in the sequence, keys of cross-attention,
+    segments within which the tower attends."""
 
     patches: int
     tokens: int
     cross_keys: int = 0
+    segments: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _COUNTS = {
     **dict.fromkeys(("num_hidden_layers", "depth", "num_global_layers"), 1024),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "attention_heads"), 4096),
-    **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size", "vision_output_dim", "head_dim"), 2**20),
+    **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size", "head_dim"), 2**20),
+    **dict.fromkeys(("vision_output_dim", "out_hidden_size"), 2**20),
     **dict.fromkeys(("in_channels", "in_chans", "num_channels", "spatial_merge_size", "max_num_tiles"), 64),
     **dict.fromkeys(("patch_size", "spatial_patch_size", "temporal_patch_size"), 1024),
-    "image_size": 2**14,
+    **dict.fromkeys(("image_size", "window_size", "tokens_per_second"), 2**14),
     "num_labels": 2**16,
     "vocab_size": 2**24,
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31),

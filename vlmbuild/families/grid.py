@@ -20,6 +20,7 @@ from vlmbuild.families.batch import PackedBatch, Tokens, read_tokens, repeat_end
 from vlmbuild.ir.program import Input
 
 Ints = npt.NDArray[np.int64]
+FEATURE_ORDER = "feature_order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,11 @@ class GridFamily(Family):
         )
 
     def vision_tensors(self, grids: Tensor, config: Any) -> dict[str, Tensor]:
-        """Compute the inputs of the vision tower besides pixels from grids (images, 3)."""
+        """Compute the inputs of the vision tower besides pixels from grids (images, 3).
+
+        A tower that reads features in another order than the images' gets "feature_order" too, int64 (features,): the
+        number of each feature it reads, one after the other. It is no input; rows of patches are still in the images' order.
+        """
         return {
             "vision_position_ids": get_vision_position_ids(grids, self.patch_layout(config)[1]),
             "vision_cu_seqlens": repeat_end(get_vision_cu_seqlens(grids)),
@@ -113,8 +118,11 @@ class GridFamily(Family):
         if len(index[index >= 0]) == 1:  # A size of one is a special case to the compiler and would cost a compilation.
             images, pixels = [*images, *images], torch.cat([pixels, torch.zeros_like(pixels)])  # no token reads it
         vision = self.vision_tensors(torch.tensor([image.grid for image in images]), config)
-        tensors = {**text, "feature_index": index, "pixel_values": pixels.float(), **vision}
-        return PackedBatch("image", tensors, tokens.index)
+        tensors = {"feature_index": index, "pixel_values": pixels.float(), **vision}
+        order = tensors.pop(FEATURE_ORDER, None)
+        if order is not None:
+            tensors |= _reordered(tensors, order, self.patch_layout(config)[1] ** 2)
+        return PackedBatch("image", {**text, **tensors}, tokens.index, order)
 
 
 @contextmanager
@@ -130,6 +138,17 @@ def _naming_dispatch(batch: Mapping[str, Tensor]) -> Iterator[None]:
                 "cuts batches by their first dimension."
             ) from error
         raise
+
+
+def _reordered(tensors: Mapping[str, Tensor], order: Tensor, patches: int) -> dict[str, Tensor]:
+    """Put patches, `patches` to a feature, in the order in which a tower reads features, and number those by it."""
+    index, pixels, positions = (tensors[name] for name in ("feature_index", "pixel_values", "vision_position_ids"))
+    rows = (order.unsqueeze(1) * patches + torch.arange(patches)).flatten()
+    return {
+        "feature_index": torch.where(index < 0, index, order.argsort()[index.clamp(min=0)]),
+        "pixel_values": pixels[rows.to(pixels.device)],
+        "vision_position_ids": positions[rows],
+    }
 
 
 def feature_index(tokens: Tokens, images: Sequence[BatchImage], placeholders: Mapping[int, str], remedy: str) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vlmbuild.errors import BatchError
 from vlmbuild.families.base import InputLayout
 from vlmbuild.families.batch import ImageCost, Tokens
+from vlmbuild.families.config_checks import check_heads, check_placeholder, require
 from vlmbuild.families.grid import BatchImage, GridFamily, over_limit
 from vlmbuild.families.js import ClientVision
-from vlmbuild.ir.program import Input
+from vlmbuild.ir.program import Geometry, Input, Rotary
 
 
 class MropeFamily(GridFamily):
@@ -22,9 +23,14 @@ class MropeFamily(GridFamily):
 
     Attributes:
         rope_class: transformers' model with `get_rope_index`.
+        text_rotary, vision_rotary: transformers' rotary embeddings, made from the config of the text and of the vision tower.
     """
 
     rope_class: Any
+    text_rotary: Any
+    vision_rotary: Any
+    vision_prefix = "model.visual."
+    projector_prefix = "model.visual.merger."
     position_axes = (3,)
     resizable_keys = ("shortest_edge", "longest_edge")
     size_example = '{"shortest_edge": 3136, "longest_edge": 401408}'
@@ -35,6 +41,44 @@ class MropeFamily(GridFamily):
         "video_grid_thw": "medium",
         "mm_token_type_ids": "token",
     }
+
+    def check(self, config: Any) -> None:
+        text, vision = config.text_config, config.vision_config
+        sections, half = text.rope_parameters.get("mrope_section"), head_size(text) // 2
+        require(
+            isinstance(sections, list) and len(sections) == 3 and sum(sections) == half,
+            "mrope_section",
+            sections,
+            f"must be three numbers, {half} angles in all, half of the head size. Without it positions would silently be "
+            "one-dimensional; restore the published rope_scaling entry.",
+        )
+        full = all(kind == "full_attention" for kind in text.layer_types)
+        require(
+            full, "use_sliding_window", True, "means sliding-window attention, which is not supported. Set it to false."
+        )
+        check_heads("vision_config", self.tower_width(config), vision.num_heads, None, axes=2)
+        for field in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            check_placeholder(getattr(config, field), field, text.vocab_size)
+
+    def tower_width(self, config: Any) -> int:
+        """Return the width of the vision tower's blocks."""
+        return int(config.vision_config.hidden_size)
+
+    def geometry(self, config: Any) -> Geometry:
+        text, width = config.text_config, self.tower_width(config) // config.vision_config.num_heads
+        sections = tuple(text.rope_parameters["mrope_section"])
+        return Geometry(
+            rotary=(
+                Rotary(head_size(text), sections, shared=False, scaling=self.text_rotary(text).attention_scaling),
+                Rotary(width, (width // 4,) * 2, shared=True),
+            )
+        )
+
+    def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
+        return {
+            "model.visual.rotary_pos_emb": self.vision_rotary(config.vision_config),
+            "model.language_model.rotary_emb": self.text_rotary(config.text_config),
+        }
 
     def placeholders(self, config: Any) -> dict[int, str]:
         return {config.image_token_id: "image", config.video_token_id: "video"}
@@ -70,9 +114,14 @@ class MropeFamily(GridFamily):
         kinds = list(self.placeholders(config))  # transformers' type ids: text 0, image 1, video 2
         types = sum(number * (ids == token).int() for number, token in enumerate(kinds, start=1))
         grids = {kind: torch.tensor([i.grid for i in images if i.kind == kind]) for kind in ("image", "video")}
-        positions, _ = model.get_rope_index(ids, types, grids["image"], grids["video"], attention_mask=mask)
+        times = self.video_times(batch, len(grids["video"]))
+        positions, _ = model.get_rope_index(ids, types, grids["image"], grids["video"], attention_mask=mask, **times)
         packed: Tensor = positions[:, mask].unsqueeze(1)
         return packed
+
+    def video_times(self, batch: Mapping[str, Tensor], videos: int) -> dict[str, Any]:
+        """Return what `get_rope_index` takes about the time of the videos, besides their grids."""
+        return {}
 
     def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
         sizes = super().batch_sizes(config, images, batch, text_tokens)
@@ -106,6 +155,11 @@ class MropeFamily(GridFamily):
             for names in (("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw"))
         )
         return {"pixel_values": pixels.float(), "grid_thw": grids.long()}
+
+
+def head_size(text: Any) -> int:
+    """Return the channels of an attention head of the language model."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _read_kind(

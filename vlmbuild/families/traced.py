@@ -76,8 +76,20 @@ class FeatureCore(TextCore):
         vision_cu_seqlens: Tensor,
     ) -> Tensor:
         features = self.features(pixel_values, vision_position_ids, vision_cu_seqlens)
+        return self.read(input_ids, position_ids, text_cu_seqlens, feature_index, features)
+
+    def read(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        text_cu_seqlens: Tensor,
+        feature_index: Tensor,
+        features: Tensor,
+        **layers: Any,
+    ) -> Tensor:
+        """Run the language model on text with features; `layers` are further arguments of its layers."""
         embeddings = place_features(self.embed(input_ids), features, feature_index)
-        return self.logits(embeddings, position_ids, text_cu_seqlens)
+        return self.logits(embeddings, position_ids, text_cu_seqlens, **layers)
 
     def features(self, pixel_values: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Run the vision tower and the projector: packed patches (patches, pixels) -> (features, hidden)."""

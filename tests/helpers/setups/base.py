@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers.image_utils import SizeDict
 
 from vlmbuild.families import Family
@@ -67,3 +69,16 @@ def make_setup(family: Family, processor: Any, size: dict[str, int], values: dic
     processor.image_processor.size = SizeDict(**size)
     values = {"architectures": list(family.architectures), **values, "text_config": TEXT | values["text_config"]}
     return Setup(family, values, processor, **facts)
+
+
+def with_few_tokens(processor: Any) -> Any:
+    """Copy a processor, with a tokenizer of single characters and special tokens: a whole vocabulary takes seconds to load."""
+    few = copy.copy(processor)
+    few.tokenizer = copy.copy(processor.tokenizer)
+    values = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    characters = [token for token in values["model"]["vocab"] if len(token) == 1]
+    values["model"] |= {"vocab": {token: number for number, token in enumerate(characters)}, "merges": []}
+    for number, token in enumerate(values["added_tokens"], start=len(characters)):
+        token["id"] = number
+    few.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(values))
+    return few

@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
 
 from setups.base import MLP, QKVO, Setup, make_setup
-from vlmbuild.families import FAMILIES
+from vlmbuild.families import FAMILIES, Family
 from vlmbuild.families.qwen2_vl.processor import ImageTextProcessor
 
 FAMILY = FAMILIES["qwen2_vl"]
@@ -80,36 +80,43 @@ def processor() -> Any:
     return ImageTextProcessor(image_processor("qwen2-vl-2b"), tokenizer, chat_template=QWEN_TEMPLATE)
 
 
+TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+TEXT = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
+}
+
+
+def qwen_setup(family: Family, processor: Any, full: bool, values: dict[str, Any], **facts: Any) -> Setup:
+    """Make the setup of a model with Qwen2-VL's tokens and images; `full` raises the limit to the processor class's 1280
+    tokens per image."""
+    size = {"shortest_edge": 56 * 56, "longest_edge": (1280 if full else 80) * 28 * 28}
+    images = {"largest": (3000, 2000), "smallest": (20, 20), "media": ("<|image_pad|>",), "end": "<|im_end|>"}
+    return make_setup(family, processor, size, {"text_config": TEXT, **TOKENS, **values}, **images, **facts)
+
+
 def setup(full: bool) -> Setup:
-    """Make the setup; `full` raises the limit to the processor class's 1280 tokens per image."""
+    """Make the setup, with tied embeddings."""
     values = {
         "model_type": "qwen2_vl",
         "tie_word_embeddings": True,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "text_config": {
-            "vocab_size": 151936,
-            "num_hidden_layers": 3,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e6},
-        },
         "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
     }
-    size = {"shortest_edge": 56 * 56, "longest_edge": (1280 if full else 80) * 28 * 28}
-    return make_setup(
+    return qwen_setup(
         FAMILY,
         processor(),
-        size,
+        full,
         values,
-        largest=(3000, 2000),
-        smallest=(20, 20),
-        media=("<|image_pad|>",),
-        end="<|im_end|>",
         numbers=(
             "vision_config.depth",
             "vision_config.embed_dim",

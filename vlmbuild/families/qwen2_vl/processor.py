@@ -1,4 +1,4 @@
-"""Qwen2-VL's processor, and its files for transformers.js.
+"""The processor of Qwen2-VL and of models with its images and videos, and its files for transformers.js.
 
 transformers' video processor needs torchvision; where that is missing, frames go through the image processor.
 """
@@ -16,7 +16,7 @@ from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
-from transformers.video_utils import make_batched_videos
+from transformers.video_utils import make_batched_metadata, make_batched_videos
 
 from vlmbuild.families.js import ClientFiles, image_settings, with_template
 from vlmbuild.families.mrope import MropeFamily
@@ -73,10 +73,17 @@ class FrameProcessor:
     def __init__(self, image_processor: Any, size: Mapping[str, int] = _SIZE) -> None:
         self.image_processor = image_processor
         self.merge_size: int = image_processor.merge_size
+        self.temporal_patch_size: int = image_processor.temporal_patch_size
         self.size = dict(size)
 
     def __call__(
-        self, videos: Any, return_tensors: str | None = None, size: Any = None, **_unused: Any
+        self,
+        videos: Any,
+        return_tensors: str | None = None,
+        size: Any = None,
+        video_metadata: Any = None,
+        return_metadata: bool = False,
+        **_unused: Any,
     ) -> BatchFeature:
         """Cut videos into patches.
 
@@ -84,18 +91,22 @@ class FrameProcessor:
             videos: One video or several: lists of images, or arrays (frames, height, width, channels).
             return_tensors: "pt", "np", or None for arrays.
             size: Least and most pixels of a frame, `shortest_edge` and `longest_edge`.
+            video_metadata: What transformers' `VideoMetadata` holds of each video, "fps" for example.
+            return_metadata: Whether it is returned.
 
         Returns:
-            `pixel_values_videos` (patches, pixels) and `video_grid_thw` (videos, 3).
+            `pixel_values_videos` (patches, pixels) and `video_grid_thw` (videos, 3); `video_metadata` if asked for.
 
         Raises:
             ValueError: A video is a path: decoding needs torchvision.
         """
-        patches, grids = zip(
-            *(self._patches(frames, size or self.size) for frames in make_batched_videos(videos)), strict=True
-        )
+        videos = make_batched_videos(videos)
+        patches, grids = zip(*(self._patches(frames, size or self.size) for frames in videos), strict=True)
         data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids)}
-        return BatchFeature(data, tensor_type=return_tensors)
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if return_metadata:
+            batch["video_metadata"] = make_batched_metadata(videos, video_metadata=video_metadata)
+        return batch
 
     def _patches(self, frames: Any, size: Any) -> tuple[Floats, list[int]]:
         if isinstance(frames, str | Path):
@@ -103,7 +114,7 @@ class FrameProcessor:
                 f"Decoding {frames} needs torchvision, which is not installed. Pass the video as a list of its frames."
             )
         images = self.image_processor(self._even(list(frames)), size=dict(size), return_tensors="np")
-        grids, depth = images["image_grid_thw"], self.image_processor.temporal_patch_size
+        grids, depth = images["image_grid_thw"], self.temporal_patch_size
         _, height, width = (int(side) for side in grids[0])
         area = self.image_processor.patch_size**2
         # An image stands for `depth` equal frames; here, each of them comes from a frame of its own.
@@ -112,17 +123,23 @@ class FrameProcessor:
         return np.moveaxis(single, 1, 3).reshape(-1, single.shape[3] * depth * area), [count, height, width]
 
     def _even(self, frames: Sequence[Any]) -> list[Any]:
-        missing = -len(frames) % self.image_processor.temporal_patch_size
+        missing = -len(frames) % self.temporal_patch_size
         return [*frames, *[frames[-1]] * missing]
 
 
-class ImageTextProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor where torchvision is missing."""
+class WithoutTorchvision:
+    """The part of a processor class that replaces its video processor where torchvision is missing; put it before the stock
+    class."""
 
     frame_size: Mapping[str, int] = _SIZE
+    image_processor: Any
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
+        stock: Any = super()
+        stock.__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __init_subclass__(cls) -> None:
+        cls.__name__ = cls.__bases__[1].__name__  # `save_pretrained` writes it, and every reader knows it
 
     @property  # an attribute would be saved, as a class that no other reader knows
     def video_processor(self) -> FrameProcessor:
@@ -130,22 +147,31 @@ class ImageTextProcessor(Qwen2VLProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved, with the video processor's section, without which `AutoProcessor` fails."""
-        values: dict[str, Any] = super().to_dict()
+        stock: Any = super()
+        values: dict[str, Any] = stock.to_dict()
         values.pop("frame_size", None)
         return {**values, "video_processor": video_settings(self.image_processor.to_dict(), self.frame_size)}
 
 
-ImageTextProcessor.__name__ = Qwen2VLProcessor.__name__  # `save_pretrained` writes it, and every reader knows it
+class ImageTextProcessor(WithoutTorchvision, Qwen2VLProcessor):
+    """Qwen2-VL's processor where torchvision is missing."""
 
 
 class Qwen2VLProcessing(MropeFamily):
-    """The part of the family that knows its processor."""
+    """The part of a family that knows its processor.
 
-    processors = ("Qwen2VLProcessor",)
+    Attributes:
+        stock_processor: transformers' class.
+        frame_processor: The class without torchvision.
+    """
+
+    processors: tuple[str, ...] = ("Qwen2VLProcessor",)
+    stock_processor: Any = Qwen2VLProcessor
+    frame_processor: Any = ImageTextProcessor
 
     def load_processor(self, directory: Path) -> Any:
         stock = is_torchvision_available() and _has_video_processor(directory)
-        processor_class: Any = Qwen2VLProcessor if stock else ImageTextProcessor
+        processor_class = self.stock_processor if stock else self.frame_processor
         processor = processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if not stock:
             processor.frame_size = frame_size(directory)
@@ -183,6 +209,13 @@ class Qwen2VLProcessing(MropeFamily):
             )
         return int(size[0]), int(size[1])
 
+    def grid_size(self, image_processor: Any, height: int, width: int) -> tuple[int, int]:
+        """Count the rows and columns of patches of an image of this size (in pixels, before it is resized)."""
+        patch = image_processor.patch_size
+        limits = (image_processor.size[key] for key in _SIZE)
+        rows, columns = smart_resize(height, width, patch * image_processor.merge_size, *limits)
+        return int(rows // patch), int(columns // patch)
+
     def media_tokens(self, processor: Any) -> frozenset[int]:
         ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
         return frozenset({processor.image_token_id, processor.video_token_id, *ends})
@@ -202,8 +235,8 @@ class Qwen2VLProcessing(MropeFamily):
             }
             flat.pop("rope_parameters", None)
         return {
-            "config.json": {**flat, "model_type": "qwen2_vl"},
-            "preprocessor_config.json": image_settings(files, "Qwen2VLProcessor", "Qwen2VLImageProcessor"),
+            "config.json": {**flat, "model_type": self.config_class.model_type},
+            "preprocessor_config.json": image_settings(files, self.processors[0], "Qwen2VLImageProcessor"),
             "tokenizer_config.json": with_template(files, template),
         }
 

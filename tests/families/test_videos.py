@@ -12,10 +12,12 @@ from processors import photographs
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.qwen2_vl.processor import FrameProcessor
 
+WITH_VIDEOS = [name for name, family in FAMILIES.items() if "pixel_values_videos" in family.input_layout]
 
-@pytest.fixture(scope="module")
-def setup():
-    return matrix.tiny("qwen2_vl")
+
+@pytest.fixture(scope="module", params=WITH_VIDEOS)
+def setup(request):
+    return matrix.tiny(request.param)
 
 
 def pan(count, size=(112, 84)):
@@ -62,7 +64,7 @@ def test_a_file_needs_torchvision(setup):
 def test_saved_processor_has_the_stock_name_and_loads_again(setup, tmp_path):
     setup.processor.save_pretrained(tmp_path)
     assert "FrameProcessor" not in (tmp_path / "processor_config.json").read_text()
-    loaded = FAMILIES["qwen2_vl"].processor(tmp_path)
+    loaded = setup.family.processor(tmp_path)
     assert isinstance(loaded.video_processor, FrameProcessor)
     options = {"text": [text_of(setup, "video")], "videos": [pan(2)], "return_tensors": "pt"}
     first, second = setup.processor(**options), loaded(**options)
@@ -85,10 +87,12 @@ def test_videos_images_and_text_in_one_batch_equal_transformers(setup):
             padding=True,
             padding_side="left",
             return_tensors="pt",
-            videos_kwargs={"size": SIZE},
+            videos_kwargs={"size": SIZE, "video_metadata": [{"total_num_frames": n, "fps": n / 2} for n in (6, 3)]},
         )
     )
     assert inputs["video_grid_thw"].tolist() == [[3, 6, 8], [2, 8, 4]]
+    if "second_per_grid_ts" in setup.family.input_layout:
+        torch.testing.assert_close(inputs["second_per_grid_ts"], torch.tensor([2 / 3, 4 / 3]))
     counts = (inputs["input_ids"] == 151656).sum(1)
     assert counts.tolist() == [3 * 6 * 8 // 4, 0, 0, 2 * 8 * 4 // 4]
     whole = inputs["input_ids"]

@@ -139,7 +139,8 @@ class WithoutTorchvision:
         stock.__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __init_subclass__(cls) -> None:
-        cls.__name__ = cls.__bases__[1].__name__  # `save_pretrained` writes it, and every reader knows it
+        if WithoutTorchvision in cls.__bases__:  # a class made of the result has its name
+            cls.__name__ = cls.__bases__[1].__name__  # `save_pretrained` writes it, and every reader knows it
 
     @property  # an attribute would be saved, as a class that no other reader knows
     def video_processor(self) -> FrameProcessor:

@@ -6,8 +6,10 @@ import copy
 import gc
 import logging
 import os
+from contextlib import contextmanager
 
 import checkpoints
+import measured
 import pytest
 import tiny
 import torch
@@ -15,6 +17,7 @@ import traces
 
 from vlmbuild.builder.build import build
 from vlmbuild.cli import main
+from vlmbuild.measure.numerics import Measurement
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 
@@ -58,6 +61,29 @@ def traced_once():
         for place in traces.PLACES:
             patch.setattr(f"{place}.trace_program", traces.traced)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def measured_here():
+    """Exports are measured in this process, except within `process_of_its_own`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in measured.PLACES:
+            patch.setattr(place, measured.MeasuredHere)
+        yield
+
+
+@pytest.fixture(scope="session")
+def process_of_its_own(measured_here):
+    """A context in which builds start the process that measures them."""
+
+    @contextmanager
+    def own():
+        with pytest.MonkeyPatch.context() as patch:
+            for place in measured.PLACES:
+                patch.setattr(place, Measurement)
+            yield
+
+    return own
 
 
 @pytest.fixture

@@ -142,6 +142,7 @@ def step(model, inputs, labels):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@matrix.of_kinds
 def test_checkpointing_gives_the_same_gradients(ours, batches):
     batch = batches["counts differ, right"]
     expected = step(ours, *batch)
@@ -153,8 +154,9 @@ def test_checkpointing_gives_the_same_gradients(ours, batches):
         assert_close(found[name], gradient, MODEL_FP32, name)
 
 
+@matrix.of_kinds
 def test_bfloat16_error_is_no_larger_than_transformers(ours, theirs, batches):
-    ours_narrow, theirs_narrow = (copy.deepcopy(model).to(torch.bfloat16) for model in (ours, theirs))
+    ours_narrow, theirs_narrow = (m.to(torch.bfloat16) for m in (matrix.copied(ours), copy.deepcopy(theirs)))
     squares, compared = [0.0, 0.0], 0
     for case, (inputs, _) in batches.items():
         attended = inputs["attention_mask"].bool()
@@ -169,10 +171,10 @@ def test_bfloat16_error_is_no_larger_than_transformers(ours, theirs, batches):
     assert squares[0] ** 0.5 <= BF16_RATIO * squares[1] ** 0.5
 
 
-def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(theirs, same, artifact, batches, tmp_path):
+def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(theirs, same, loaded, batches, tmp_path):
     from peft import PeftModel
 
-    model, _ = load(artifact)
+    model = matrix.copied(loaded[0])
     add_lora(model, r=4, target=("language", "projector"))
     fill_adapter(model)
     inputs, labels = batches["counts differ, left"]
@@ -186,7 +188,7 @@ def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(theirs, 
         expected, found = peft(**inputs).logits[attended], model.eval()(**inputs).logits[attended]
         assert_close(found, expected, SAME_WEIGHTS_FP32)
         assert relative(found, theirs(**inputs).logits[attended]) > 1e-3
-    again, _ = load(artifact)
+    again = matrix.copied(loaded[0])
     load_adapter(again, tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits[attended], found)

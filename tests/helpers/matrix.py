@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from parity import CANCELLED, relative
 from PIL import Image
@@ -34,7 +35,9 @@ __all__ = [
     "batch",
     "bind",
     "conversations",
+    "copied",
     "errors",
+    "of_kinds",
     "photographs",
     "program",
     "reference",
@@ -43,6 +46,9 @@ __all__ = [
 ]
 
 Batch = dict[str, torch.Tensor]
+
+of_kinds = pytest.mark.parametrize("setup", KINDS, indirect=True, scope="module")
+"""Marks a test, in a file that is for all families, for which families of all kinds are enough."""
 
 
 def shrink(setup: Setup) -> Setup:
@@ -142,6 +148,11 @@ def bind(setup: Setup, built: Program, theirs: Any) -> VisionLanguageModel:
     model = VisionLanguageModel(built, setup.family, setup.config(), tensors, torch.float32)
     model.processor = setup.processor
     return model.train()
+
+
+def copied(model: VisionLanguageModel) -> VisionLanguageModel:
+    """Copy a model that a test changes; a processor is not copied, since a real vocabulary takes longer than all else."""
+    return copy.deepcopy(model, {id(model.processor): model.processor})
 
 
 Gradients = dict[str, torch.Tensor]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -106,6 +105,7 @@ def test_beams_and_sampling_equal_transformers(options, batches, ours, theirs):
     assert torch.equal(mine, reference)
 
 
+@matrix.of_kinds
 def test_there_is_a_cache_even_if_none_is_asked_for(batches, ours):
     batch, options = batches["one image"], GREEDY | {"max_new_tokens": 3, "return_dict_in_generate": True}
     found = [ours.generate(**batch, **options, use_cache=use) for use in (True, False)]
@@ -139,6 +139,7 @@ def rows(ours, monkeypatch):
     return seen
 
 
+@matrix.of_kinds
 def test_a_step_computes_one_token_of_every_row(batches, ours, rows):
     batch = batches["counts differ, left"]
     ours.generate(**batch, **GREEDY | {"max_new_tokens": 1})
@@ -150,6 +151,7 @@ def test_a_step_computes_one_token_of_every_row(batches, ours, rows):
     assert not any(name.endswith(".images") or "vis" in name for name, _ in steps)
 
 
+@matrix.of_kinds
 def test_beams_run_the_prompt_once(batches, ours, rows):
     batch = batches["one image"]
     ours.generate(**batch, **GREEDY | {"max_new_tokens": 1})
@@ -159,6 +161,7 @@ def test_beams_run_the_prompt_once(batches, ours, rows):
     assert rows == once
 
 
+@matrix.of_kinds
 def test_the_head_reads_the_last_token_alone(batches, ours):
     batch = batches["one image"]
     logits = ours(**batch, past_key_values=ours.new_cache(), logits_to_keep=1).logits
@@ -169,6 +172,7 @@ def test_the_head_reads_the_last_token_alone(batches, ours):
     assert relative(ours(**batch, past_key_values=ours.new_cache()).logits, whole) <= LOGITS
 
 
+@matrix.of_kinds
 def test_an_answer_is_the_prompt_of_the_next_turn(batches, ours):
     """Several tokens at once on what a cache holds, padding among the new ones included."""
     batch = batches["counts differ, left"]
@@ -194,12 +198,14 @@ def test_a_returned_cache_goes_on(batches, ours, theirs):
     assert torch.equal(going_on, again[0]) and torch.equal(going_on, again[1])
 
 
+@matrix.of_kinds
 def test_a_cache_does_not_go_on_with_other_images(batches, ours):
     (first,) = answers(batches["one image"], {"max_new_tokens": 2, "return_dict_in_generate": True}, ours)
     with pytest.raises(UsageError, match="other images"):
         ours.generate(**batches["several sizes"], **GREEDY, past_key_values=first.past_key_values)
 
 
+@matrix.of_kinds
 def test_assisted_decoding_equals_greedy(batches, ours):
     """Candidates from the prompt itself: many tokens in one step, and a cache that is cropped."""
     plain, assisted = (
@@ -229,6 +235,7 @@ class After(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
 
 
+@matrix.of_kinds
 def test_streamers_and_stopping_criteria(batches, ours):
     batch = batches["one image"]
     streamer, length = Tokens(), batch["input_ids"].shape[1]
@@ -238,6 +245,7 @@ def test_streamers_and_stopping_criteria(batches, ours):
     assert torch.equal(torch.cat(streamer.found), found[0]) and len(streamer.found) == 6 and streamer.ended
 
 
+@matrix.of_kinds
 def test_rows_that_have_ended_do_not_disturb_others(batches, ours, theirs):
     batch = batches["counts differ, left"]
     (free,) = answers(batch, {}, ours)
@@ -255,9 +263,10 @@ def assert_steps_are_those_of_the_whole_text(model, batch, **options):
     return found.logits[2]
 
 
+@matrix.of_kinds
 def test_an_adapter_and_its_dropout(batches, ours):
     """The cached program is derived again, with the adapter, and reads the weights as training has left them."""
-    model = copy.deepcopy(ours)
+    model = matrix.copied(ours)
     batch = batches["several sizes"]
     before = assert_steps_are_those_of_the_whole_text(model, batch)
     add_lora(model, r=4, dropout=0.5, vision=True, target=["language", "vision", "projector"])
@@ -268,6 +277,7 @@ def test_an_adapter_and_its_dropout(batches, ours):
         before = after
 
 
+@matrix.of_kinds
 @pytest.mark.parametrize("form", ["dynamic", "static"])
 def test_autocast(form, batches, ours, theirs):
     """Keys and values have autocast's dtype, and another one where it ends."""
@@ -287,6 +297,7 @@ def test_autocast(form, batches, ours, theirs):
         assert relative(ours(**step).logits, outside) < 0.05
 
 
+@matrix.of_kinds
 def test_the_first_generations_may_be_at_once(setup, theirs, batches):
     model = never_saying_media(matrix.bind(setup, matrix.program(setup), theirs).eval(), setup)
     batch, options = batches["text only"], GREEDY | {"max_new_tokens": 2}
@@ -311,6 +322,7 @@ def test_four_bit_weights(nf4):
     assert relative(found.logits[0].float(), expected.logits[0]) < 0.05
 
 
+@matrix.of_kinds
 def test_what_is_no_cache_of_ours_is_refused(batches, ours):
     from transformers import DynamicCache
 
@@ -321,6 +333,7 @@ def test_what_is_no_cache_of_ours_is_refused(batches, ours):
         ours.generate(**batch, **GREEDY, cache_implementation="quantized")
 
 
+@matrix.of_kinds
 def test_tokens_must_fit_the_cache(batches, ours):
     cache = ours.new_cache()
     ours(**batches["text only"], past_key_values=cache)
@@ -332,6 +345,7 @@ def test_tokens_must_fit_the_cache(batches, ours):
         ours(input_ids=torch.ones(2, 1).long(), attention_mask=torch.ones(2, 1), past_key_values=cache)
 
 
+@matrix.of_kinds
 def test_a_cache_goes_on_with_tokens_alone(setup, batches, ours):
     """Other inputs would be ignored, so they are refused."""
     cache, batch = ours.new_cache(), batches["several sizes"]

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 from contextlib import contextmanager
+from functools import partial
 
 import checkpoints
 import measured
@@ -175,15 +176,21 @@ def plain(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def onnx_artifact(tmp_path_factory):
-    """(zoo checkpoint, **recipe) -> its ONNX artifact, built once; nobody may write to it."""
+def zoo_artifact(tmp_path_factory):
+    """(zoo checkpoint, **recipe) -> its artifact, built once; nobody may write to it."""
     built = {}
 
     def artifact(zoo, **recipe):
         key = (zoo, repr(sorted(recipe.items())))
         if key not in built:
-            output = tmp_path_factory.mktemp("onnx") / "artifact"
-            built[key] = build(zoo, output, Recipe(target="onnx", **recipe))
+            output = tmp_path_factory.mktemp("zoo") / "artifact"
+            built[key] = build(zoo, output, Recipe(**recipe))
         return built[key]
 
     return artifact
+
+
+@pytest.fixture(scope="session")
+def onnx_artifact(zoo_artifact):
+    """(zoo checkpoint, **recipe) -> its ONNX artifact, built once; nobody may write to it."""
+    return partial(zoo_artifact, target="onnx")

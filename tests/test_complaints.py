@@ -227,10 +227,10 @@ def test_complaint_15_data_dependent_loops_and_guards(setup):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zoo_artifact, tmp_path_factory):
     """An NF4 artifact, and an adapter that was trained on it."""
     folder = tmp_path_factory.mktemp("trained")
-    artifact = vlmbuild.build("qwen2-vl-digits", folder / "nf4", Recipe(quantize=QuantSpec(), dtype="float32")).path
+    artifact = zoo_artifact("qwen2-vl-digits", quantize=QuantSpec(), dtype="float32").path
     return artifact, write_adapter(artifact, folder / "adapter")
 
 

@@ -35,9 +35,9 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def base(family, tmp_path_factory):
+def base(family, zoo_artifact):
     """The zoo checkpoint's artifact in float32."""
-    return build(CHECKPOINTS[family], tmp_path_factory.mktemp(family) / "base", FLOAT32).path
+    return zoo_artifact(CHECKPOINTS[family], dtype="float32").path
 
 
 @pytest.fixture(scope="module")

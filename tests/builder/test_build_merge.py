@@ -34,9 +34,9 @@ Q_PROJ = "model.language_model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(zoo_artifact):
     """An artifact in float32."""
-    return build(QWEN, tmp_path_factory.mktemp("base") / "base", FLOAT32).path
+    return zoo_artifact(QWEN, dtype="float32").path
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def merged(base, adapter, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def quantized(tmp_path_factory):
+def quantized(zoo_artifact, tmp_path_factory):
     """An NF4 artifact in float32, and an adapter of its query projections alone."""
     folder = tmp_path_factory.mktemp("quantized")
-    artifact = build(QWEN, folder / "nf4", NF4).path
+    artifact = zoo_artifact(QWEN, quantize=QuantSpec(), dtype="float32").path
     return artifact, write_adapter(artifact, folder / "adapter", target=["q_proj"], std=0.2)
 
 

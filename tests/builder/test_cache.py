@@ -26,6 +26,7 @@ def entries(cache):
     return sorted(path for path in cache.iterdir() if path.is_dir())
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_build_and_a_damaged_one_is_rebuilt(checkpoint, nf4, tmp_path):
     source, cache = copied(checkpoint, tmp_path / "elsewhere"), tmp_path / "cache"
     environment = os.environ | {"PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "LC_ALL": "C", "OMP_NUM_THREADS": "2"}

@@ -21,7 +21,7 @@ def repeats(trace):
     return sum(node.target is REPEAT for node in trace.exported.graph.nodes)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "mllama"])
+@pytest.mark.parametrize("name", ["qwen2_vl", pytest.param("mllama", marks=pytest.mark.slow)])
 def test_program_is_that_of_a_full_trace(name):
     setup = matrix.SETUPS[name](False)
     family, config = setup.family, setup.config()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vlmbuild import verify
 from vlmbuild.demo.run import run
 
 
+@pytest.mark.slow
 def test_demo_teaches_a_new_question(tmp_path):
     lines = []
     result = run(tmp_path / "new", steps=40, echo=lines.append)

@@ -62,6 +62,7 @@ def test_no_number_is_no_agreement():
         numerics.check_records([record], "The ONNX models")
 
 
+@pytest.mark.slow
 def test_a_build_that_differs_publishes_nothing(tmp_path, monkeypatch, process_of_its_own):
     """The process measures another dtype than the artifact has, which no tolerance is for."""
     measured = write.onnx_measurement
@@ -71,6 +72,7 @@ def test_a_build_that_differs_publishes_nothing(tmp_path, monkeypatch, process_o
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_verify_runs_the_models_again(onnx_artifact, capsys, process_of_its_own):
     artifact = onnx_artifact("qwen2-vl-digits")
     with process_of_its_own():

@@ -67,6 +67,7 @@ build(sys.argv[1], sys.argv[2], Recipe(quantize=QuantSpec()), progress=progress)
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_is_interrupted_leaves_nothing(checkpoint, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(checkpoint), str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=interruptible, check=False)

@@ -13,11 +13,9 @@ from adapters import fill_adapter
 from transformers import AutoModelForImageTextToText
 
 import vlmbuild
-from vlmbuild.builder.build import build
 from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import LARGEST
 from vlmbuild.errors import UsageError
-from vlmbuild.recipe import Recipe
 
 pytestmark = pytest.mark.slow  # trains through TRL twice
 SAME = {"rel": 1e-3, "abs": 1e-6}
@@ -37,8 +35,8 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
-    return build("qwen2-vl-digits", tmp_path_factory.mktemp("artifact") / "artifact", Recipe(dtype="float32")).path
+def artifact(zoo_artifact):
+    return zoo_artifact("qwen2-vl-digits", dtype="float32").path
 
 
 @pytest.fixture

@@ -14,10 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from transformers import Trainer, TrainingArguments
 
 import vlmbuild
-from vlmbuild.builder.build import build
 from vlmbuild.demo.digits import Digits
 from vlmbuild.errors import BatchError, UsageError
-from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.torch.checkpointing import Checkpointing
 
 LAYOUTS = (
@@ -176,9 +174,9 @@ class Stream(torch.utils.data.IterableDataset):
         yield from (sample for sample in Digits("train", 1).take(4))
 
 
-@pytest.mark.parametrize("zoo", ["qwen2-vl-digits", "pixtral-digits"])
-def test_an_iterable_data_set_needs_an_option_of_accelerate(zoo, tmp_path):
-    model, processor = vlmbuild.load(build(zoo, tmp_path / "artifact", Recipe(dtype="float32")).path)
+@pytest.mark.parametrize("zoo", ["qwen2-vl-digits", pytest.param("pixtral-digits", marks=pytest.mark.slow)])
+def test_an_iterable_data_set_needs_an_option_of_accelerate(zoo, zoo_artifact, tmp_path):
+    model, processor = vlmbuild.load(zoo_artifact(zoo, dtype="float32").path)
     vlmbuild.add_lora(model.train(), r=2)
 
     def collate(samples):

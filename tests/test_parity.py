@@ -91,7 +91,8 @@ def loaded(artifact):
 @pytest.fixture(scope="module")
 def same(artifact):
     """transformers' model with the values of the artifact's 4-bit weights."""
-    return dequantized(AutoModelForImageTextToText.from_pretrained(artifact, dtype=torch.float32)).eval()
+    model = AutoModelForImageTextToText.from_pretrained(artifact, dtype=torch.float32)
+    return matrix.positioned(dequantized(model)).eval()
 
 
 def test_nf4_equals_transformers_with_the_same_packed_weights(same, loaded, batches, theirs):

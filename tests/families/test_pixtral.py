@@ -112,7 +112,7 @@ def test_bad_images_are_named(batch, config):
     cut = {key: batch[key][:, :-30] for key in ("input_ids", "attention_mask")}
     for changes, message in (
         (cut, "Sample 0: image 1 .* has 96 features, but the text holds"),
-        ({"image_sizes": torch.tensor([[10, 16]] * 3)}, "image 0: 10 x 16 pixels are not made of 16 x 16 patches"),
+        ({"image_sizes": torch.tensor([[10, 16]] * 3)}, "image 0: 10 x 16 pixels are not made of 16 x 16 squares"),
         ({"image_sizes": batch["image_sizes"][:2]}, "image_sizes has shape"),
         ({"pixel_values": batch["pixel_values"][:, :1]}, "pixel_values must be a tensor of shape"),
     ):

@@ -21,7 +21,8 @@ from setups.qwen2_vl import QWEN_SPECIAL
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_torchvision_available
 
-from vlmbuild.families import FAMILIES
+from vlmbuild.errors import SourceError
+from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.families.pixtral import processor as pixtral_processor
 
 TEXTS = (
@@ -89,6 +90,10 @@ def test_qwen_tokenizer_composes_accents_first():
 PUBLISHED_IDS = {
     "qwen2_vl": (dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True)), 151657),
     "mllama": (dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
+    "mistral3": (
+        {"[IMG]": 10, "[IMG_BREAK]": 12, "[IMG_END]": 13, "[SYSTEM_PROMPT]": 17, "[/SYSTEM_PROMPT]": 18},
+        131072,
+    ),
     "pixtral": (
         {"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4}
         | {"[IMG]": 10, "<pad>": 11, "[IMG_BREAK]": 12, "[IMG_END]": 13},
@@ -333,21 +338,30 @@ def test_pixtral_processor_returns_tensors_or_what_is_asked_for():
     assert batch["pixel_values"].shape == (1, 3, 400, 608)
     assert batch["input_ids"].tolist() == [[*([*[10] * 38, 12] * 25)[:-1], 13]]
     assert isinstance(ours(text="[IMG]", images=photo, return_tensors="np")["pixel_values"], np.ndarray)
-    with pytest.raises(ValueError, match="spatial_merge_size 2"):
-        pixtral_processor.ImageTextPixtralProcessor(ours.image_processor, ours.tokenizer, spatial_merge_size=2)
+
+
+def test_processors_of_one_class_belong_to_families_by_the_patches_that_they_merge(tmp_path):
+    for name, other, side in (("pixtral", "mistral3", 1), ("mistral3", "pixtral", 2)):
+        processor = PROCESSORS[name]()
+        assert family_of_processor(processor) is FAMILIES[name]
+        processor.save_pretrained(tmp_path / name)
+        with pytest.raises(SourceError, match=f"spatial_merge_size {side} belongs to another model"):
+            FAMILIES[other].processor(tmp_path / name)
 
 
 def test_load_prefers_the_stock_class_where_torchvision_is(monkeypatch):
     used = []
 
-    class Stock:
-        @classmethod
-        def from_pretrained(cls, directory: Path, **arguments: Any) -> str:
-            used.append((directory, arguments))
-            return "stock"
+    class PixtralProcessor:
+        spatial_merge_size = 1
 
-    module = type("module", (), {"PixtralProcessor": Stock})
+        @classmethod
+        def from_pretrained(cls, directory: Path, **arguments: Any) -> Any:
+            used.append((directory, arguments))
+            return cls()
+
+    module = type("module", (), {"PixtralProcessor": PixtralProcessor})
     monkeypatch.setitem(sys.modules, "transformers.models.pixtral.processing_pixtral", module)
     monkeypatch.setattr(pixtral_processor, "is_torchvision_available", lambda: True)
-    assert FAMILIES["pixtral"].load_processor(Path("there")) == "stock"
+    assert FAMILIES["pixtral"].load_processor(Path("there")).__class__ is PixtralProcessor
     assert used == [(Path("there"), {"local_files_only": True, "trust_remote_code": False})]

@@ -39,6 +39,7 @@ __all__ = [
     "errors",
     "of_kinds",
     "photographs",
+    "positioned",
     "program",
     "reference",
     "replace",
@@ -132,7 +133,21 @@ def reference(setup: Setup, seed: int = 0) -> Any:
                 parameter.normal_(std=0.3)
             elif "embed_tokens" not in name and "lm_head" not in name:
                 parameter.mul_(3)  # images must matter to the logits
+    return positioned(model)
+
+
+def positioned(model: Any) -> Any:
+    """Let transformers' model not count padding on the left as positions, if it uses absolute ones; its generate never does."""
+    if "llama_4_scaling_beta" in model.config.get_text_config().rope_parameters:
+        model.register_forward_pre_hook(_add_positions, with_kwargs=True)
     return model
+
+
+def _add_positions(model: Any, arguments: Any, inputs: dict[str, Any]) -> Any:
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and inputs.get("position_ids") is None:
+        inputs = {**inputs, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return arguments, inputs
 
 
 def program(setup: Setup, **recipe: Any) -> Program:

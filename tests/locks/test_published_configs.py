@@ -46,6 +46,26 @@ PUBLISHED = {
         (67, 64, 7 * 40),
         12_682_739_712,
     ),
+    "mistral-small-3.1-24b": (
+        {"vision_tower.transformer.layers": 24, "language_model.layers": 40},
+        (67, 64, 7 * 40),
+        24_011_361_280,
+    ),
+    "ministral-3-8b": (
+        {"vision_tower.transformer.layers": 24, "language_model.layers": 34},
+        (61, 58, 7 * 34),
+        8_918_026_240,
+    ),
+    "ministral-3-3b": (
+        {"vision_tower.transformer.layers": 24, "language_model.layers": 26},
+        (53, 50, 7 * 26),
+        3_849_090_048,
+    ),
+    "ministral-3-14b": (
+        {"vision_tower.transformer.layers": 24, "language_model.layers": 40},
+        (67, 64, 7 * 40),
+        13_945_031_680,
+    ),
 }
 _SLOT = re.compile(r"^  (\S+): (\w+)\[([\d, ]*)\] (parameter|buffer)", re.MULTILINE)
 

@@ -169,7 +169,7 @@ class Checkpoint:
         for file in self.processor_source.files(("processor_config.json", "preprocessor_config.json")):
             name = read_json_object(file, "Restore it.").get("processor_class")
             for other in FAMILIES.values():
-                if name in other.processors and other is not self.family:
+                if name in other.processors and name not in self.family.processors:
                     raise SourceError(
                         f"{file} is of {other.title}, and the model is of {self.family.title}. Pass the model's own processor "
                         "with --processor."

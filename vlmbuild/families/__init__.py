@@ -4,20 +4,27 @@ A new family is a folder here, one line in `FAMILIES`, one file in `tests/helper
 real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the rest. In order:
 
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
-   (`grid.py`: images are grids of patches, features take the places of placeholder tokens) or `Family` (`base.py`). Override
-   what differs; abstract methods are what a family must say.
+   (`grid.py`: images are grids of patches, features take the places of placeholder tokens), `PackedPatchFamily`
+   (`packed_patches.py`: images padded to the largest one, with `image_sizes`) or `Family` (`base.py`). Override what differs;
+   abstract methods are what a family must say. A tower or a processor that another family has is imported from its folder
+   (`PixtralTower`); families whose processors have one class tell them apart in `has_processor`.
 2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
-3. `prepare.py`: everything that depends on data, on the host, packed (`batch.py`); a tower's windows are segments from
-   `GridFamily.vision_tensors`. Name the sample in every refusal. Where
-   transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
+3. `prepare.py`, where the base class does not do it: everything that depends on data, on the host, packed (`batch.py`); a
+   tower's windows are segments from `GridFamily.vision_tensors`. Patches that become one feature lie side by side (order them
+   on the host), so that merging them is a reshape. Name the sample in every refusal. Where transformers has the host function
+   (`transformers.vision_utils`, `get_rope_index`), call it.
 4. `processor.py`: loading without torchvision, the cost of an image, tokens of media, files for transformers.js (`js.py`).
 
 A new version of transformers touches `model.py` and `processor.py` of the families, and `runtime/hf.py`: modules of its models
 and its private names are imported nowhere else here.
 
 Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
-does not match, teach the pass a new pattern.
+does not match, teach the pass a new pattern. An operator that is new in programs needs a line in `vlmbuild/ir/serialize.py`
+and one in `targets/onnx/aten.py`.
+
+Beside these: the folder in `packages` of `pyproject.toml`; config.json and the processor's settings in `tests/configs/`, with
+their sizes in `tests/locks/test_published_configs.py` and locks from `tests/helpers/make_locks.py`; the row in README.md.
 """
 
 from __future__ import annotations
@@ -29,13 +36,16 @@ from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families.base import Family, InputLayout
 from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
 from vlmbuild.families.js import ClientVision
+from vlmbuild.families.mistral3.model import Mistral3
 from vlmbuild.families.mllama.model import Mllama
 from vlmbuild.families.pixtral.model import Pixtral
 from vlmbuild.families.qwen2_5_vl.model import Qwen25VL
 from vlmbuild.families.qwen2_vl.model import Qwen2VL
 from vlmbuild.families.traced import KeyGroups
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Mllama(), Pixtral(), Qwen2VL(), Qwen25VL())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL())
+}
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -79,13 +89,13 @@ def family_of_processor(processor: Any) -> Family:
     Raises:
         UsageError: There is none; often it is a tokenizer alone.
     """
-    name = type(processor).__name__
     for family in FAMILIES.values():
-        if name in family.processors:
+        if family.has_processor(processor):
             return family
-    known = ", ".join(name for family in FAMILIES.values() for name in family.processors)
+    known = ", ".join(dict.fromkeys(name for family in FAMILIES.values() for name in family.processors))
     raise UsageError(
-        f"A {name} is no processor of a supported model ({known}). Pass the one that vlmbuild.load returns."
+        f"A {type(processor).__name__} is no processor of a supported model ({known}). Pass the one that vlmbuild.load "
+        "returns."
     )
 
 

@@ -240,6 +240,10 @@ class Family(ABC):
         check_processor(processor.image_processor, pixels, directory)
         return limit_templates(processor)
 
+    def has_processor(self, processor: Any) -> bool:
+        """Tell whether a processor is the family's."""
+        return type(processor).__name__ in self.processors
+
     @abstractmethod
     def processor_pixels(self, image_processor: Any) -> int:
         """Compute the most pixels that an image processor makes of an image."""

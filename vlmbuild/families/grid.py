@@ -16,7 +16,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from vlmbuild.errors import BatchError
 from vlmbuild.families.base import Family
-from vlmbuild.families.batch import PackedBatch, Tokens, read_tokens, repeat_end
+from vlmbuild.families.batch import ImageCost, PackedBatch, Tokens, read_tokens, repeat_end
 from vlmbuild.ir.program import Input
 
 Ints = npt.NDArray[np.int64]
@@ -59,6 +59,10 @@ class GridFamily(Family):
     @abstractmethod
     def patch_layout(self, config: Any) -> tuple[int, int]:
         """Name the values of a patch, and the side in patches of the squares that become one feature."""
+
+    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
+        sizes = super().batch_sizes(config, images, batch, text_tokens)
+        return sizes | {"merged": sizes["patches"] // self.patch_layout(config)[1] ** 2}
 
     @abstractmethod
     def read_images(

@@ -123,10 +123,6 @@ class MropeFamily(GridFamily):
         """Return what `get_rope_index` takes about the time of the videos, besides their grids."""
         return {}
 
-    def batch_sizes(self, config: Any, images: Sequence[ImageCost], batch: int, text_tokens: int) -> dict[str, int]:
-        sizes = super().batch_sizes(config, images, batch, text_tokens)
-        return sizes | {"merged": sizes["patches"] // self.patch_layout(config)[1] ** 2}
-
     def processor_pixels(self, image_processor: Any) -> int:
         return max(int(image_processor.size[key]) for key in self.resizable_keys)
 

@@ -12,10 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from setups import mllama, pixtral, qwen2_5_vl, qwen2_vl
+from setups import mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl
 from setups.base import Setup
 
-FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "mllama": mllama, "pixtral": pixtral}
+FAMILIES = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "mllama": mllama,
+    "pixtral": pixtral,
+    "mistral3": mistral3,
+}
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {name: module.setup for name, module in FAMILIES.items()}
 """Family -> its setup; `full` has published image sizes."""

@@ -45,8 +45,14 @@ PIXTRAL_TEMPLATE = """\
 @functools.cache
 def processor() -> Any:
     """Make Pixtral 12B's processor."""
+    return ImageTextPixtralProcessor(image_processor("pixtral-12b"), tekken(), chat_template=PIXTRAL_TEMPLATE)
+
+
+@functools.cache
+def tekken() -> PreTrainedTokenizerFast:
+    """Make Mistral's tokenizer of version 3, which names the special tokens of later versions too."""
     converter = MistralConverter(str(shipped("mistral-common", "data/tekken_240911.json")))
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
         bos_token="<s>",
         eos_token="</s>",
@@ -55,7 +61,6 @@ def processor() -> Any:
         model_input_names=["input_ids", "attention_mask"],
         model_max_length=1024000,
     )
-    return ImageTextPixtralProcessor(image_processor("pixtral-12b"), tokenizer, chat_template=PIXTRAL_TEMPLATE)
 
 
 def setup(full: bool) -> Setup:

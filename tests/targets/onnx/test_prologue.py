@@ -51,29 +51,30 @@ def test_grids(name, qwen, config):
     check(qwen, tiny.FAMILY, config, batch)
 
 
-@pytest.fixture(scope="module")
-def pixtral():
-    return matrix.SETUPS["pixtral"](full=False)
+@pytest.fixture(scope="module", params=["pixtral", "mistral3"])
+def padded(request):
+    """Family, config, and the side in pixels of a feature."""
+    setup = matrix.tiny(request.param)
+    config = setup.config()
+    return setup.family, config, config.vision_config.patch_size * setup.family.patch_layout(config)[1]
 
 
-@pytest.mark.parametrize("sizes", [[(80, 48)], [(16, 16)], [(160, 32), (32, 96), (64, 64)]])
-def test_padded_images(sizes, pixtral):
-    config = pixtral.config()
-    patch = config.vision_config.patch_size
+@pytest.mark.parametrize("sizes", [[(5, 3)], [(1, 1)], [(10, 2), (2, 6), (4, 4)]])
+def test_padded_images(sizes, padded):
+    family, config, side = padded
     token = config.image_token_id
-    rows = [[token] * (w // patch) + [2] for h, w in sizes for _ in range(h // patch)]  # each ends with a break
+    rows = [[token] * columns + [2] for count, columns in sizes for _ in range(count)]  # each ends with a break
     ids = torch.tensor([[1, *(token for row in rows for token in row)]])
-    pixels = torch.randn(len(sizes), 3, max(h for h, _ in sizes), max(w for _, w in sizes))
-    batch = {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
-    check(session(pixtral.family, config), pixtral.family, config, batch)
+    pixels = torch.randn(len(sizes), 3, side * max(h for h, _ in sizes), side * max(w for _, w in sizes))
+    batch = {"input_ids": ids, "pixel_values": pixels, "image_sizes": side * torch.tensor(sizes)}
+    check(session(family, config), family, config, batch)
 
 
-def test_without_sizes_images_are_whole(pixtral):
-    config = pixtral.config()
-    opened = session(pixtral.family, config)
-    patch = config.vision_config.patch_size
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 2 * patch, 3 * patch)).astype(np.float32)
-    whole = np.array([[2 * patch, 3 * patch]] * 2)
+def test_without_sizes_images_are_whole(padded):
+    family, config, side = padded
+    opened = session(family, config)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 2 * side, 3 * side)).astype(np.float32)
+    whole = np.array([[2 * side, 3 * side]] * 2)
     assert [entry.name for entry in opened.get_inputs()] == ["pixel_values"]
     for one, other in zip(
         opened.run(None, {"pixel_values": pixels}),

@@ -1,4 +1,4 @@
-"""Pixtral's processor, and its files for transformers.js.
+"""Pixtral's processor, which other families have with merged patches, and its files for transformers.js.
 
 transformers replaces its own class by a dummy where torchvision is missing.
 """
@@ -15,9 +15,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.import_utils import is_torchvision_available
 
-from vlmbuild.families.base import Family
 from vlmbuild.families.batch import ImageCost
 from vlmbuild.families.js import ClientFiles, image_settings, with_template
+from vlmbuild.families.packed_patches import PackedPatchFamily
 
 _IMAGE, _BREAK, _END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
@@ -38,8 +38,6 @@ class ImageTextPixtralProcessor(ProcessorMixin):
         **_unknown: Any,  # the stock class accepts, and drops, what it does not know
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
-        if spatial_merge_size != 1:
-            raise ValueError(f"spatial_merge_size {spatial_merge_size} belongs to another model; Pixtral has 1.")
         self.patch_size = patch_size
         self.spatial_merge_size = spatial_merge_size
         self.image_token = image_token
@@ -58,12 +56,11 @@ class ImageTextPixtralProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "image_sizes"]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        height, width = (int(side) for side in image_inputs["image_sizes"][image_idx])
-        row = self.image_token * (width // self.patch_size)
-        return self.image_break_token.join([row] * (height // self.patch_size)) + self.image_end_token
+        height, width = (int(side) // feature_side(self) for side in image_inputs["image_sizes"][image_idx])
+        return self.image_break_token.join([self.image_token * width] * height) + self.image_end_token
 
     def _process_images(self, images: Any, **kwargs: Any) -> Any:
-        return super()._process_images(images, **{**kwargs, "patch_size": self.patch_size})
+        return super()._process_images(images, **{**kwargs, "patch_size": feature_side(self)})
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> Any:
         # Where a class declares its defaults differs between transformers 5.20 and 5.23; what is merged does not.
@@ -77,10 +74,18 @@ class ImageTextPixtralProcessor(ProcessorMixin):
 ImageTextPixtralProcessor.__name__ = "PixtralProcessor"
 
 
-class PixtralProcessing(Family):
-    """The part of the family that knows its processor."""
+class PixtralProcessing(PackedPatchFamily):
+    """The part of a family that knows its processor.
+
+    Attributes:
+        merges_patches: Whether the processor is one with merged patches.
+    """
 
     processors = ("PixtralProcessor",)
+    merges_patches = False
+
+    def has_processor(self, processor: Any) -> bool:
+        return super().has_processor(processor) and (processor.spatial_merge_size > 1) == self.merges_patches
 
     def load_processor(self, directory: Path) -> Any:
         processor_class: Any = ImageTextPixtralProcessor
@@ -88,7 +93,11 @@ class PixtralProcessing(Family):
             from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
             processor_class = PixtralProcessor
-        return processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        processor = processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if not self.has_processor(processor):
+            side = processor.spatial_merge_size
+            raise ValueError(f"spatial_merge_size {side} belongs to another model than {self.title}.")
+        return processor
 
     def processor_pixels(self, image_processor: Any) -> int:
         return int(image_processor.size["longest_edge"]) ** 2
@@ -98,13 +107,13 @@ class PixtralProcessing(Family):
 
     def image_tokens(self, processor: Any, height: int, width: int) -> int:
         edge = processor.image_processor.size["longest_edge"]
-        rows, columns = rows_and_columns(edge, processor.patch_size, height, width)
+        rows, columns = rows_and_columns(edge, feature_side(processor), height, width)
         return rows * (columns + 1)  # a break or the end after every row
 
     def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
-        patch = config.vision_config.patch_size
-        rows, columns = rows_and_columns(image_processor.size["longest_edge"], patch, height, width)
-        return ImageCost(rows * columns, rows * (columns + 1))
+        edge, merge = image_processor.size["longest_edge"], self.patch_layout(config)[1]
+        rows, columns = rows_and_columns(edge, config.vision_config.patch_size * merge, height, width)
+        return ImageCost(rows * columns * merge**2, rows * (columns + 1))
 
     def client_files(
         self, values: Mapping[str, Any], files: ClientFiles, template: str | None
@@ -126,6 +135,11 @@ class PixtralProcessing(Family):
             "processor_config.json": {**tokens, **processor, "processor_class": "PixtralProcessor", **sizes},
             "tokenizer_config.json": with_template(files, template),
         }
+
+
+def feature_side(processor: Any) -> int:
+    """Compute the side in pixels of the square that becomes one feature."""
+    return int(processor.patch_size * processor.spatial_merge_size)
 
 
 def rows_and_columns(edge: int, unit: int, height: int, width: int) -> tuple[int, int]:

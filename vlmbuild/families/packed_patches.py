@@ -1,4 +1,4 @@
-"""Pixtral's host prologue: patches of padded images, and the rows in which texts have their tokens."""
+"""Families whose processors pad images to the largest one and write a token after every row of features."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from vlmbuild.families.js import ClientVision
 from vlmbuild.ir.program import Input
 
 
-class PixtralPrologue(GridFamily):
-    """The part of the family that reads batches."""
+class PackedPatchFamily(GridFamily):
+    """A family with Pixtral's batches: `pixel_values` and `image_sizes`."""
 
     input_layout: Mapping[str, InputLayout] = {"pixel_values": "medium", "image_sizes": "medium"}
     resizable_keys = ("longest_edge",)
     size_example = '{"longest_edge": 512}'
 
     def patch_layout(self, config: Any) -> tuple[int, int]:
-        return config.vision_config.num_channels * config.vision_config.patch_size**2, 1
+        values = config.vision_config.num_channels * config.vision_config.patch_size**2
+        return values, getattr(config, "spatial_merge_size", 1)
 
     def read_images(
         self, batch: Mapping[str, Tensor], config: Any, processor: Any
@@ -35,26 +36,29 @@ class PixtralPrologue(GridFamily):
         pixels = batch.get("pixel_values")
         if pixels is None or not len(pixels):
             return [], None
-        sizes = _sizes(pixels, batch.get("image_sizes"), config.vision_config)
-        patch = config.vision_config.patch_size
+        patch, merge = config.vision_config.patch_size, self.patch_layout(config)[1]
+        unit = patch * merge
+        sizes = _sizes(pixels, batch.get("image_sizes"), config.vision_config.num_channels, unit)
         limit = getattr(getattr(processor, "image_processor", None), "size", {}).get("longest_edge")
         images, patches = [], []
         for number, (height, width) in enumerate(sizes):
-            rows, columns = height // patch, width // patch
-            # A row of patches is a run of image tokens; a break or the end follows.
+            rows, columns = height // unit, width // unit
+            # A row of features is a run of image tokens; a break or the end follows.
             offsets = (np.arange(rows)[:, None] * (columns + 1) + np.arange(columns)).ravel()
-            images.append(BatchImage("image", number, (1, rows, columns), offsets))
-            if limit and max(height, width) > -(-limit // processor.patch_size) * processor.patch_size:
+            images.append(BatchImage("image", number, (1, rows * merge, columns * merge), offsets))
+            if limit and max(height, width) > -(-limit // unit) * unit:
                 raise over_limit(images[-1], f"{height} x {width} pixels", f"no edge over {limit}")
-            patches.append(cut_patches(pixels[number, :, :height, :width], patch))
+            blocks = cut_patches(pixels[number, :, :height, :width], unit)
+            patches.append(cut_patches(blocks.view(-1, pixels.shape[1], unit, unit), patch))
         return images, torch.cat(patches)
 
     def client_vision(self, config: Any) -> ClientVision | None:
-        vision = config.vision_config
-        shape = ("images", vision.num_channels, f"{vision.patch_size}*rows", f"{vision.patch_size}*columns")
+        vision, merge = config.vision_config, self.patch_layout(config)[1]
+        unit = vision.patch_size * merge
+        shape = ("images", vision.num_channels, f"{unit}*rows", f"{unit}*columns")
         return ClientVision(
             (Input("pixel_values", torch.float32, shape), Input("image_sizes", torch.int64, ("listed", 2))),
-            PatchPrologue(vision.patch_size),
+            PatchPrologue(vision.patch_size, merge),
             ("pixel_values", "vision_position_ids", "vision_cu_seqlens"),
             optional=("image_sizes",),
         )
@@ -65,11 +69,11 @@ class PixtralPrologue(GridFamily):
         return {"pixel_values": batch["pixel_values"].float(), **listed}
 
 
-def _sizes(pixels: object, sizes: object, vision: Any) -> list[tuple[int, int]]:
-    """Read the size of each image, in pixels."""
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != vision.num_channels:
+def _sizes(pixels: object, sizes: object, channels: int, unit: int) -> list[tuple[int, int]]:
+    """Read the size of each image, in pixels; features come from squares of `unit` pixels a side."""
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != channels:
         raise BatchError(
-            f"pixel_values must be a tensor of shape (images, {vision.num_channels}, height, width). Use the processor "
+            f"pixel_values must be a tensor of shape (images, {channels}, height, width). Use the processor "
             'with return_tensors="pt".'
         )
     if sizes is None:  # transformers takes the padded size then, too
@@ -83,21 +87,25 @@ def _sizes(pixels: object, sizes: object, vision: Any) -> list[tuple[int, int]]:
     found = [(int(height), int(width)) for height, width in listed.tolist()]
     for number, (height, width) in enumerate(found):
         fits = 0 < height <= pixels.shape[2] and 0 < width <= pixels.shape[3]
-        if not fits or height % vision.patch_size or width % vision.patch_size:
+        if not fits or height % unit or width % unit:
             raise BatchError(
-                f"image {number}: {height} x {width} pixels are not made of {vision.patch_size} x {vision.patch_size} "
-                f"patches within pixel_values of {pixels.shape[2]} x {pixels.shape[3]}. Pass the two as one call of the "
+                f"image {number}: {height} x {width} pixels are not made of {unit} x {unit} "
+                f"squares within pixel_values of {pixels.shape[2]} x {pixels.shape[3]}. Pass the two as one call of the "
                 "processor returned them."
             )
     return found
 
 
 class PatchPrologue(nn.Module):
-    """Patches of padded images, the row and column of each and the bounds of images, equal to `Pixtral.prepare`."""
+    """Patches of padded images, the row and column of each and the bounds of images, equal to `PackedPatchFamily.prepare`.
 
-    def __init__(self, patch: int) -> None:
+    Patches are in the order of blocks, `merge` x `merge` of them.
+    """
+
+    def __init__(self, patch: int, merge: int) -> None:
         super().__init__()
         self.patch = patch
+        self.merge = merge
 
     def forward(self, pixel_values: Tensor, image_sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cut images into patches, with their positions and bounds; `image_sizes` (images, 2) without rows means no
@@ -110,8 +118,18 @@ class PatchPrologue(nn.Module):
         sizes = torch.cat([listed, whole])[number]
         rows, columns = sizes.unbind(1)
         inside = (row.view(1, -1, 1) < rows.view(-1, 1, 1)) & (column.view(1, 1, -1) < columns.view(-1, 1, 1))
-        index = inside.nonzero()
+        index = self.in_blocks(inside)
         grid = pixel_values.view(images, channels, height // side, side, width // side, side).permute(0, 2, 4, 1, 3, 5)
         ends = (rows * columns).cumsum(0)
         bounds = torch.cat([ends[:1] * 0, ends])
         return grid.flatten(3, 5)[index.unbind(1)], index[:, 1:], bounds.to(torch.int32)
+
+    def in_blocks(self, inside: Tensor) -> Tensor:
+        """List image, row and column of the true values of (images, rows, columns), in the order of blocks: (patches, 3)."""
+        if self.merge == 1:
+            return inside.nonzero()
+        images, rows, columns = inside.shape
+        side = self.merge
+        blocks = inside.view(images, rows // side, side, columns // side, side).transpose(2, 3)
+        image, row, column, down, right = blocks.nonzero().unbind(1)
+        return torch.stack([image, row * side + down, column * side + right], dim=1)

@@ -1,0 +1,75 @@
+"""Mistral 3: config, modules to trace. Tower, processor and batches are Pixtral's, with patches merged in squares."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+from vlmbuild.families.batch import Tokens
+from vlmbuild.families.config_checks import require
+from vlmbuild.families.grid import BatchImage
+from vlmbuild.families.pixtral.model import PixtralTower, TowerCore
+
+
+class _ImageCore(TowerCore):
+    def project(self, states: Tensor) -> Tensor:
+        projector = self.model.multi_modal_projector
+        merger = projector.patch_merger
+        blocks = projector.norm(states).unflatten(1, (-1, merger.spatial_merge_size**2))
+        # The four patches of a block lie in a row; the merger's weights have the channels outside of them, as unfold does.
+        merged = merger.merging_layer(blocks.transpose(2, 3).flatten(2).squeeze(0))
+        features: Tensor = projector.linear_2(projector.act(projector.linear_1(merged)))
+        return features
+
+
+class Mistral3(PixtralTower):
+    """`Mistral3ForConditionalGeneration`: Mistral Small 3.1 and 3.2, and Ministral 3.
+
+    Ministral 3 scales queries by their absolute position. Padding on the left does not count, as in transformers' generate;
+    its forward counts it unless it is given positions.
+    """
+
+    name = "mistral3"
+    title = "Mistral 3"
+    architectures = ("Mistral3ForConditionalGeneration",)
+    config_class = Mistral3Config
+    model_class = Mistral3ForConditionalGeneration
+    image_core = _ImageCore
+    merges_patches = True
+    text_rotary: Mapping[str, Any] = {"mistral": MistralRotaryEmbedding, "ministral3": Ministral3RotaryEmbedding}
+
+    def config(self, values: Mapping[str, Any]) -> Any:
+        # transformers ties where the top level says nothing, and then not, since published files hold both tensors.
+        text = values.get("text_config")
+        tied = isinstance(text, Mapping) and text.get("tie_word_embeddings", False)
+        return super().config({"tie_word_embeddings": tied, **values})
+
+    def position_ids(
+        self, tokens: Tokens, images: Sequence[BatchImage], batch: Mapping[str, Tensor], config: Any
+    ) -> Tensor:
+        positions = tokens.positions()
+        rope, padded = config.text_config.rope_parameters, tokens.index % tokens.ids.shape[1]
+        length = rope.get("original_max_position_embeddings") if "llama_4_scaling_beta" in rope else None
+        if length and batch.get("labels") is not None and (positions // length != padded // length).any():
+            warnings.warn(
+                f"Padding on the left does not count as positions, which scale queries from {length} on, while transformers "
+                'counts it in training. Pad on the right for equal losses: processor(..., padding_side="right").',
+                stacklevel=2,
+            )
+        return positions
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        side, text = config.spatial_merge_size, config.text_config
+        require(side > 1, "spatial_merge_size", side, "must be at least 2. Restore the published value.")
+        if text.model_type == "ministral3":
+            for field in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+                value = text.rope_parameters.get(field)
+                known = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+                require(known, f"rope_parameters.{field}", value, "must be a number. Restore the published value.")

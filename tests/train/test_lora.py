@@ -222,8 +222,8 @@ def test_frozen_adapter_is_still_in_the_state_dict(adapted):
         adapted.load_state_dict({})
 
 
-def test_second_adapter_is_refused_whatever_it_asks_for(adapted):
-    with pytest.raises(UsageError, match="has an adapter already"):
+def test_second_adapter_of_a_name_is_refused_whatever_it_asks_for(adapted):
+    with pytest.raises(UsageError, match=r"has an adapter 'default' already.*adapter_name"):
         vlmbuild.add_lora(adapted, target="nothing")
 
 

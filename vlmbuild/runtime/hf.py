@@ -102,8 +102,6 @@ class TrainerHooks(PreTrainedModel):
     )
     add_adapter = _refusal("add_adapter", "Call vlmbuild.add_lora(model, r=16).")
     load_adapter = _refusal("load_adapter", "Call vlmbuild.load_adapter(model, DIRECTORY).")
-    set_adapter = _refusal("set_adapter", "It has one adapter; load the artifact again for another one.")
-    delete_adapter = _refusal("delete_adapter", "Load the artifact again, or call model.merge_and_unload().")
     disable_adapters = _refusal("disable_adapters", "Use `with model.disable_adapter():`.")
     enable_adapters = _refusal("enable_adapters", "Use `with model.disable_adapter():`.")
     set_attn_implementation = _refusal("set_attn_implementation", "Build with --attention.")

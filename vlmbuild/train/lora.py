@@ -33,6 +33,7 @@ def add_lora(
     layers: Sequence[int] | None = None,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = (),
+    adapter_name: str = "default",
 ) -> None:
     """Freeze the model and add a trainable LoRA adapter to its linear layers, plain or quantized, in place.
 
@@ -51,36 +52,38 @@ def add_lora(
         use_rslora: Scale is alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: Modules to train whole, in float32: "lm_head", "embed_tokens", "visual.merger",
             "multi_modal_projector". A head that is tied to the embeddings is trained with them.
+        adapter_name: Name for `model.set_adapter`. Other adapters wait with their values.
 
     Raises:
         UsageError: A value is out of range, a target or module matches nothing, a module to train is quantized, or the model
-            has an adapter already.
+            has an adapter of this name already.
     """
     model = unwrap(model)
-    _check_free(model)
+    _check_free(model, adapter_name)
     lora = Lora(r, 2 * r if alpha is None else alpha, dropout, use_rslora)
     names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save or ()
-    trained = trained_parameters(model.program, names)
+    program = model.program if model.base_program is None else model.base_program
+    trained = trained_parameters(program, names)
     _check_rows_are_stored(model, trained, model.resized)
-    loras = choose(model.program, Targets(target, language, vision, attention, mlp, layers), lora)
+    loras = choose(program, Targets(target, language, vision, attention, mlp, layers), lora)
     covered = {module: lora for module, lora in loras.items() if not _inside(module, trained)}
-    _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())))
+    _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())), adapter_name)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Add the adapter from a directory in PEFT's format to a model without one, trainable.
+def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+    """Add the adapter from a directory in PEFT's format, trainable, and compute with it. Others wait for `set_adapter`.
 
     One that stores the embeddings and the head with other rows than the model's, trained after `resize_token_embeddings`,
     resizes the model.
 
     Raises:
-        UsageError: The model has an adapter already.
+        UsageError: The model has an adapter of this name already, or one of several has modules trained whole.
         SourceError: It is no LoRA adapter, or does not fit the model; the tensor is named, and the model is unchanged.
     """
     model = unwrap(model)
-    _check_free(model)
+    _check_free(model, adapter_name)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
-    program = model.program
+    program = model.program if model.base_program is None else model.base_program
     rows = tables_of(adapter.trained) or model.vocabulary
     resizes = rows != model.vocabulary and not model.family.extra_embedding_rows
     if resizes:
@@ -91,7 +94,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
     _check_rows_are_stored(model, trained, model.resized or resizes)
     if resizes:
         model.resize_token_embeddings(rows)
-    _add(model, AdapterSpec(adapter.loras, tuple(trained), frozenset().union(*trained.values())))
+    _add(model, AdapterSpec(adapter.loras, tuple(trained), frozenset().union(*trained.values())), adapter_name)
     with torch.no_grad():
         for name, tensor in {**adapter.tensors, **adapter.trained}.items():
             model.get_parameter(aliases.get(name, name)).copy_(tensor)
@@ -116,16 +119,24 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     model.save_pretrained(directory)
 
 
-def _add(model: VisionLanguageModel, spec: AdapterSpec) -> None:
+def _add(model: VisionLanguageModel, spec: AdapterSpec, name: str) -> None:
+    if spec.modules and model.adapter_names:
+        raise UsageError(
+            f"{spec.modules[0]} is trained whole, which only the one adapter of a model can do. Leave modules_to_save out, or "
+            f"delete the others first: model.delete_adapter({model.adapter_names[0]!r})."
+        )
+    model.hold_adapter()
     base = copy.deepcopy(model.program)
     adapt(model.program, spec.loras, spec.trained)
     model.requires_grad_(False)
-    model.attach_adapter(spec, base)
+    model.attach_adapter(spec, base, name)
 
 
-def _check_free(model: VisionLanguageModel) -> None:
-    if model.adapter is not None:
-        raise UsageError("The model has an adapter already. Load the artifact again for another one.")
+def _check_free(model: VisionLanguageModel, name: str) -> None:
+    if name in model.adapter_names:
+        raise UsageError(
+            f"The model has an adapter {name!r} already. Pass another adapter_name, or call model.delete_adapter({name!r})."
+        )
 
 
 def _check_rows_are_stored(model: VisionLanguageModel, trained: Mapping[str, frozenset[str]], resized: bool) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ _REFERENCE_TAGS = {"dpo", "grpo", "kto", "rloo"}
 
 
 class TrainerConventions(ProgramModel):
-    """Gradient checkpointing, saving, counting and adapters under transformers' and PEFT's names."""
+    """Gradient checkpointing, saving and counting under transformers' and PEFT's names."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -179,7 +178,7 @@ class TrainerConventions(ProgramModel):
                 stacklevel=2,
             )
 
-    # Adapters, as in PEFT ---------------------------------------------------------------------------------------------
+    # Counting, as in PEFT ----------------------------------------------------------------------------------------------
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, quantized ones by their shape before quantization."""
@@ -201,24 +200,6 @@ class TrainerConventions(ProgramModel):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Compute without the adapter while the context is open.
-
-        Raises:
-            UsageError: Modules were trained whole, whose values before training are not kept.
-        """
-        if self.adapter is not None and self.adapter.modules:
-            raise UsageError(
-                f"{self.adapter.modules[0]} was trained whole, and its values before are not kept. Load the artifact a second "
-                "time for a model without the adapter."
-            )
-        self.set_adapter_disabled(True)
-        try:
-            yield
-        finally:
-            self.set_adapter_disabled(False)
 
 
 class Backbone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from vlmbuild.adapters.lora import AdapterSpec
 from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.families import Family, PackedBatch
 from vlmbuild.ir.linear_layers import linear_sites
@@ -22,7 +20,8 @@ from vlmbuild.recipe import DTYPES
 from vlmbuild.runtime.compiler import Compiler, swap_compiler
 from vlmbuild.runtime.hf import CausalLMOutputWithPast, TrainingOutput, check_names
 from vlmbuild.runtime.key_value_cache import KeyValueCache
-from vlmbuild.runtime.torch.conventions import Backbone, TrainerConventions
+from vlmbuild.runtime.torch.adapted import AdaptedModel
+from vlmbuild.runtime.torch.conventions import Backbone
 from vlmbuild.runtime.torch.decoding import Decoding
 from vlmbuild.runtime.torch.execution import Execution
 from vlmbuild.runtime.torch.modules import module_at, tensor_at
@@ -30,7 +29,7 @@ from vlmbuild.runtime.torch.region import BoundRegion, RegionInstance, carried_a
 from vlmbuild.util.validation import cast_finite
 
 
-class VisionLanguageModel(TrainerConventions):
+class VisionLanguageModel(AdaptedModel):
     """A program bound to weights.
 
     `model(**processor_batch, labels=labels)` gives `.loss` and `.logits`; `model.generate(**processor_batch, ...)` is
@@ -57,7 +56,6 @@ class VisionLanguageModel(TrainerConventions):
         self.artifact_id = None
         self.vocabulary = _vocabulary(program)
         self._dtype = dtype
-        self._base: Program | None = None
         self.bound = {}
         self._cached = {}
         self._bind_regions()
@@ -81,53 +79,6 @@ class VisionLanguageModel(TrainerConventions):
             owner.register_parameter(leaf, nn.Parameter(tensor))
         else:
             owner.register_buffer(leaf, tensor, persistent=slot.kind == "buffer")
-
-    def attach_adapter(self, spec: AdapterSpec, base: Program) -> None:
-        """Register the slots that passes have added to the program for an adapter; `base` is the program without it.
-
-        LoRA matrices start as PEFT's do (A uniform by He et al., arXiv:1502.01852; B zero); parameters that are trained whole
-        are float32.
-        """
-        for name, slot in self.program.slots():
-            if ".lora_" in slot.name:
-                tensor = torch.zeros(slot.shape, device=self.device)
-                if ".lora_A." in slot.name:
-                    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-                self.set_tensor(name, slot, tensor)
-            elif name in spec.trained:
-                self.set_tensor(name, slot, self.get_parameter(name).detach().clone())
-        self.tie_weights()
-        self.adapter, self._base = spec, base
-        self._bind_regions()
-
-    def merge_and_unload(self) -> Self:
-        """Add the adapter to the weights, and remove it. Returns the model.
-
-        Raises:
-            UsageError: There is no adapter, or a layer below it is quantized, where merging needs the source's weights.
-        """
-        if self.adapter is None or self._base is None:
-            raise UsageError("The model has no adapter to merge. Call vlmbuild.load_adapter(model, DIRECTORY) first.")
-        loras, trained = self.adapter.loras, self.adapter.trained
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        if quantized := [module for module in loras if f"{module}.weight" not in parameters]:
-            raise UsageError(
-                f"{quantized[0]} is quantized, and merging into it would round it again. Save the adapter, and merge it "
-                "with vlmbuild build SOURCE --adapter DIRECTORY -o OUTPUT."
-            )
-        with torch.no_grad():
-            for module, lora in loras.items():
-                layer, weight = self.get_submodule(module), parameters[f"{module}.weight"]
-                down, up = (tensor_at(layer, f"{part}.default.weight").float() for part in ("lora_A", "lora_B"))
-                weight.copy_(weight.float() + lora.scaling * (up @ down))
-                del layer.lora_A, layer.lora_B
-        self.program, self._base, self.adapter = self._base, None, None
-        for name, slot in self.program.slots():
-            if name in trained:
-                self.set_tensor(name, slot, self.get_parameter(name).detach())
-        self.tie_weights()
-        self._bind_regions()
-        return self
 
     def _bind_regions(self) -> None:
         """Bind every region of the program, and make modules for the instances that have none."""

@@ -74,7 +74,7 @@ def open_file(path: Path | str) -> int:
 def open_beneath(root: int, path: str) -> int:
     """Open a regular file under `root`; no component may be a link. Raises OSError."""
     folder, _, name = path.rpartition("/")
-    with closing(_open_folder(root, folder)) as directory:
+    with closing(open_folder(root, folder)) as directory:
         return _only_regular(os.open(name, _FILE | os.O_NOFOLLOW, dir_fd=directory), path)
 
 
@@ -85,7 +85,8 @@ def _only_regular(descriptor: int, path: str) -> int:
     return descriptor
 
 
-def _open_folder(root: int, folder: str) -> int:
+def open_folder(root: int, folder: str) -> int:
+    """Open a folder under `root`; no component may be a link. Raises OSError."""
     descriptor = os.dup(root)
     for component in filter(None, folder.split("/")):
         with closing(descriptor):
@@ -120,7 +121,7 @@ def list_tree(root: int, *, limit: int, depth: int) -> Listing:
     while pending:
         folder = pending.pop()
         before = seen
-        with closing(_open_folder(root, folder)) as descriptor, os.scandir(descriptor) as entries:
+        with closing(open_folder(root, folder)) as descriptor, os.scandir(descriptor) as entries:
             for entry in entries:
                 seen += 1
                 path = f"{folder}{entry.name}"

@@ -23,6 +23,7 @@ from vlmbuild.artifact.files import (
     open_beneath,
     open_directory,
     open_file,
+    open_folder,
     read_at_most,
     read_file,
 )
@@ -182,6 +183,18 @@ class ArtifactReader:
                 self._descriptors[name] = self._resources.enter_context(closing(descriptor))
                 self._identities[name] = Identity.of(os.fstat(self._descriptors[name]))
             return os.dup(self._descriptors[name])
+
+    def folder(self, name: str) -> str:
+        """Return a path of a folder in the directory that was opened, whatever its own path leads to by now.
+
+        Only Linux has such paths; elsewhere, and where files are links into a hub's cache, it is the folder's own path.
+        """
+        with reading_errors(self.path, name):
+            descriptor = self._resources.enter_context(closing(open_folder(self._root, name)))
+        pinned = f"/proc/self/fd/{descriptor}"
+        with os.scandir(descriptor) as entries:
+            linked = any(entry.is_symlink() for entry in entries)
+        return str(self.path / name) if linked or not Path(pinned).is_dir() else pinned
 
     def _open(self, name: str, root: int | None = None) -> int:
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.canonical import parse_canonical
-from vlmbuild.artifact.reader import ArtifactReader
+from vlmbuild.artifact.reader import ArtifactReader, read_again_if_replaced
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.summary import WeightSummary, describe_roles, refusals_by_role
 from vlmbuild.errors import IncompatibleError
@@ -29,7 +29,10 @@ def contents(path: str | Path) -> dict[str, Any]:
         IntegrityError: It is no artifact, or its manifest or program was changed.
         IncompatibleError: This version does not know its format.
     """
-    reader = ArtifactReader(path, verify=False)
+    return read_again_if_replaced(path, _contents)
+
+
+def _contents(reader: ArtifactReader) -> dict[str, Any]:
     manifest = reader.manifest
     program = _program(reader)
     passes = [{**record, "name": PASSES.get(record["name"], record["name"])} for record in manifest.passes]
@@ -46,7 +49,7 @@ def contents(path: str | Path) -> dict[str, Any]:
             f"The stored program is malformed: {type(error).__name__} {error}. Build the artifact again."
         ) from error
     return {
-        "path": str(path),
+        "path": str(reader.path),
         "id": manifest.id,
         "name": manifest.name,
         "target": manifest.target,

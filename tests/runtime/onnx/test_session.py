@@ -8,9 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from hub_cache import cached
 from republish import republish
 
 import vlmbuild
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.errors import DeviceError, IncompatibleError, IntegrityError
 from vlmbuild.runtime.onnx.session import check_provider, open_session
 from vlmbuild.zoo import ZOO
@@ -132,3 +134,20 @@ def test_without_onnx_runtime_only_its_target_is_refused(onnx_artifact, tmp_path
         vlmbuild.load(artifact)
     assert vlmbuild.verify(artifact).target == "onnx"
     vlmbuild.plan("qwen2-vl-digits")
+
+
+def test_models_are_opened_in_the_directory_that_was_verified(onnx_artifact, copy, tmp_path):
+    """Whatever lies at its path by then; where files are links, its path is all there is."""
+    reader = ArtifactReader(copy)
+    folder = reader.folder("onnx")
+    os.rename(copy, tmp_path / "aside")
+    shutil.copytree(tmp_path / "aside", copy)
+    (copy / "onnx" / f"{STEM}.onnx").write_bytes(b"other")
+    inputs = {"input_ids": torch.tensor([[1, 2]])}
+    if sys.platform == "linux":
+        assert open_session(copy, STEM, folder=folder).run(inputs)["inputs_embeds"].shape[:2] == (1, 2)
+    with pytest.raises(IncompatibleError, match=f"{copy}.*not a readable"):
+        open_session(copy, STEM)
+    snapshot = cached(tmp_path / "aside", tmp_path / "hub")
+    assert ArtifactReader(snapshot).folder("onnx") == str(snapshot / "onnx")
+    assert open_session(snapshot, STEM).run(inputs)["inputs_embeds"].shape[:2] == (1, 2)

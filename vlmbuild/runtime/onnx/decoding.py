@@ -42,13 +42,17 @@ class OnnxModels:
     text: OnnxSession | None = None
 
     @classmethod
-    def open(cls, directory: Path, device: str = "cpu", *, economical: Collection[str] = ()) -> OnnxModels:
-        """Open all models; stems in `economical` take less memory. Raises the errors of `open_session`."""
+    def open(
+        cls, directory: Path, device: str = "cpu", *, economical: Collection[str] = (), folder: str | None = None
+    ) -> OnnxModels:
+        """Open all models; stems in `economical` take less memory. Options and errors are those of `open_session`."""
         suffix = Q4 if (directory / FOLDER / f"{DECODER}{Q4}.onnx").is_file() else ""
         stems = [f"{stem}{suffix}" for stem in (VISION, EMBED, DECODER)]
         if (directory / FOLDER / f"{TEXT_DECODER}{suffix}.onnx").is_file():
             stems.append(f"{TEXT_DECODER}{suffix}")
-        return cls(*(open_session(directory, stem, device, economical=stem in economical) for stem in stems))
+        return cls(
+            *(open_session(directory, stem, device, economical=stem in economical, folder=folder) for stem in stems)
+        )
 
     def decoder_of(self, variant: str) -> OnnxSession:
         """Return the decoder for a variant of the program."""

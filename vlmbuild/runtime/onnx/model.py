@@ -17,6 +17,7 @@ from vlmbuild.runtime.bind import artifact_processor
 from vlmbuild.runtime.inference_model import InferenceModel
 from vlmbuild.runtime.key_value_cache import KeyValueCache
 from vlmbuild.runtime.onnx.decoding import OnnxDecoding, OnnxModels
+from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.util.dtypes import dtype_name
 
 
@@ -71,4 +72,5 @@ def open_model(reader: ArtifactReader, device: str) -> OnnxVisionLanguageModel:
     except (ValueError, LookupError, TypeError, SourceError) as error:
         raise IncompatibleError(f"The files of {directory} do not belong together: {error} Build it again.") from error
     processor = artifact_processor(reader, family)
-    return OnnxVisionLanguageModel(OnnxModels.open(directory, device), family, config, processor, directory)
+    models = OnnxModels.open(directory, device, folder=reader.folder(FOLDER))
+    return OnnxVisionLanguageModel(models, family, config, processor, directory)

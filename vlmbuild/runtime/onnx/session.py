@@ -56,7 +56,9 @@ class OnnxSession:
         return {output.name: torch.from_numpy(result) for output, result in zip(outputs, results, strict=True)}
 
 
-def open_session(directory: Path, stem: str, device: str = "cpu", *, economical: bool = False) -> OnnxSession:
+def open_session(
+    directory: Path, stem: str, device: str = "cpu", *, economical: bool = False, folder: str | None = None
+) -> OnnxSession:
     """Open `onnx/STEM.onnx` of an artifact whose files have been verified.
 
     Args:
@@ -64,6 +66,7 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
         stem: Stem of the file name.
         device: "cpu" or "cuda".
         economical: Read weights where they are mapped, without packing them: slower, in a fraction of the memory.
+        folder: Path that leads to the artifact's `onnx`, whatever takes its place; None is its own path.
 
     Raises:
         DeviceError: This onnxruntime has no provider for the device, or it does not start.
@@ -71,14 +74,15 @@ def open_session(directory: Path, stem: str, device: str = "cpu", *, economical:
     """
     onnxruntime, provider = onnx_runtime(), check_provider(device)
     file = directory / FOLDER / f"{stem}.onnx"
-    check_data_files(file)
+    opened = Path(folder, file.name) if folder else file
+    check_data_files(opened, file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = _WARNINGS
     if economical:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=[provider])
+        session = onnxruntime.InferenceSession(opened, options, providers=[provider])
     except Exception as error:  # its exceptions have no common type of their own
         raise IncompatibleError(
             f"{file}: onnxruntime {onnxruntime.__version__} cannot open it: {_first_line(error)} Build it again with this "
@@ -128,24 +132,31 @@ def check_provider(device: str) -> str:
     return provider
 
 
-def check_data_files(file: Path) -> None:
+def check_data_files(opened: Path, file: Path | None = None) -> None:
     """Refuse a model whose weights are not complete files beside it.
+
+    Args:
+        opened: The model.
+        file: Its path in messages, if another one.
 
     Raises:
         IncompatibleError: The model is no ONNX model, or its weights are missing, lie elsewhere, or end too early.
     """
+    file = file or opened
     try:
-        model = onnx.load(file, load_external_data=False)
+        model = onnx.load(opened, load_external_data=False)
     except Exception as error:  # protobuf's own types
         raise IncompatibleError(f"{file} is not a readable ONNX model: {_first_line(error)} Build it again.") from error
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_location(file, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
+            _check_location(
+                opened.parent, file, tensor.name, {entry.key: entry.value for entry in tensor.external_data}
+            )
 
 
-def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
+def _check_location(folder: Path, file: Path, tensor: str, where: Mapping[str, str]) -> None:
     location = where.get("location", "")
-    data = file.parent / location
+    data = folder / location
     if not location or Path(location).name != location or location in (".", ".."):
         raise IncompatibleError(
             f"{file}: the weight {tensor} lies at {location!r}, outside of the folder of its model. Build it again; "
@@ -158,7 +169,9 @@ def _check_location(file: Path, tensor: str, where: Mapping[str, str]) -> None:
         )
     offset, length = where.get("offset", "0"), where.get("length", "0")
     if not (offset.isdigit() and length.isdigit()) or int(offset) + int(length) > data.stat().st_size:
-        raise IncompatibleError(f"{data} ends before the weight {tensor} of {file.name} does. Copy it again.")
+        raise IncompatibleError(
+            f"{file.parent / location} ends before the weight {tensor} of {file.name} does. Copy it again."
+        )
 
 
 def _dtype(file: Path, entry: Any) -> torch.dtype:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlmbuild.artifact.canonical import MAX_DEPTH
-from vlmbuild.artifact.files import closing, hash_descriptor, list_tree, open_file, read_at_most
+from vlmbuild.artifact.canonical import MAX_BYTES, MAX_DEPTH
+from vlmbuild.artifact.files import closing, hash_descriptor, list_tree, open_file, read_at_most, read_file
 from vlmbuild.artifact.hub import cached_blob, is_extra
 from vlmbuild.artifact.manifest import MAX_FILES, FileEntry, Manifest
 from vlmbuild.artifact.paths import MANIFEST_NAME, SUMS_NAME
@@ -135,3 +135,16 @@ def reading_errors(path: Path, name: str) -> Iterator[None]:
         reason = "it is a link" if error.errno == errno.ELOOP else error.strerror or str(error)
         advice = "Raise the limit with `ulimit -n`." if error.errno == errno.EMFILE else f"Check the disk. {REMEDY}"
         raise IntegrityError(f"{path / name} cannot be read: {reason}. {advice}") from error
+
+
+def is_artifact(directory: Path) -> bool:
+    """Return whether a directory has the manifest of an artifact, of any version. Raises IntegrityError."""
+    with reading_errors(directory, MANIFEST_NAME):
+        try:
+            return b'"vlmbuild.artifact/' in read_file(directory / MANIFEST_NAME, MAX_BYTES)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):  # missing, or no file
+                return False
+            raise
+        except ValueError:  # larger than any manifest
+            return False

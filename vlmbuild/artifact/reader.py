@@ -25,7 +25,6 @@ from vlmbuild.artifact.files import (
     open_file,
     open_folder,
     read_at_most,
-    read_file,
 )
 from vlmbuild.artifact.hub import cached_blob
 from vlmbuild.artifact.manifest import Manifest
@@ -99,19 +98,6 @@ def check_id(expected_id: str | None) -> None:
             f"The expected id {expected_id!r} is not `sha256:` and 64 hexadecimal digits. Copy the id that "
             "`vlmbuild inspect` prints."
         )
-
-
-def is_artifact(directory: Path) -> bool:
-    """Return whether a directory has the manifest of an artifact, of any version. Raises IntegrityError."""
-    with reading_errors(directory, MANIFEST_NAME):
-        try:
-            return b'"vlmbuild.artifact/' in read_file(directory / MANIFEST_NAME, MAX_BYTES)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EINVAL):  # missing, or no file
-                return False
-            raise
-        except ValueError:  # larger than any manifest
-            return False
 
 
 class ArtifactReader:

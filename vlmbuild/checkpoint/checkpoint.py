@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from vlmbuild.artifact.comparison import is_artifact
 from vlmbuild.artifact.files import Identity, closing, hash_descriptor, open_file
 from vlmbuild.artifact.paths import GENERATION_CONFIG
-from vlmbuild.artifact.reader import ArtifactReader, is_artifact
+from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.checkpoint.layout import check_no_adapter, check_no_prefix, check_strays, check_weight_files
 from vlmbuild.checkpoint.source import PROCESSOR_FILES, Source, read_json_object, resolve

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmbuild.artifact.comparison import is_artifact
 from vlmbuild.artifact.hub import check_no_revision, download, is_hub_id
 from vlmbuild.artifact.paths import MANIFEST_NAME
-from vlmbuild.artifact.reader import is_artifact
 from vlmbuild.checkpoint.source import Source, resolve
 from vlmbuild.errors import UsageError
 from vlmbuild.ir.schema import PROGRAM_FILE

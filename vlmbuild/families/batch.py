@@ -129,7 +129,7 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
         raise BatchError(
             f"Sample {sample} has token ids from {int(ids[sample].min())} to {int(ids[sample].max())}, but the model has "
             f"embeddings for 0 to {vocabulary - 1}. Use the model's own tokenizer, or call "
-            "model.resize_token_embeddings(len(tokenizer)) for added tokens."
+            "model.resize_token_embeddings(len(tokenizer)) of a trainable model for added tokens."
         )
 
 

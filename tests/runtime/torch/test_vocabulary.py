@@ -21,9 +21,8 @@ BOTH = ["embed_tokens", "lm_head"]
 
 
 @pytest.fixture(scope="module", params=["qwen2-vl-digits", "pixtral-digits"], ids=["tied", "untied"])
-def artifact(request, tmp_path_factory):
-    output = tmp_path_factory.mktemp("artifact") / "artifact"
-    return build(request.param, output, Recipe(dtype="float32")).path
+def artifact(request, zoo_artifact):
+    return zoo_artifact(request.param, dtype="float32").path
 
 
 def grown(artifact):

@@ -23,6 +23,7 @@ from vlmbuild.families import FAMILIES, Family, family_of
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
+from vlmbuild.quant import fp8
 from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
 from vlmbuild.util.cpu import available_cores
 from vlmbuild.util.pool import cancellable_pool
@@ -194,7 +195,7 @@ class Checkpoint:
             SourceError: There are no weights, and the config cannot tell their formats apart.
         """
         config = self._raw_values.get("quantization_config")
-        if config is None:
+        if config is None or config.get("quant_method") == fp8.METHOD:  # these are dequantized when they are read
             return {}
         if self._has_weights:
             formats = {name.removesuffix(".weight"): tensor.format for name, tensor in self.tensors.items()}

@@ -34,9 +34,10 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
                 f"{directory}: tensor {family.stored_name(name)} has shape {list(tensors[name].shape)}, but "
                 f"config.json asks for {list(slot.shape)}. The weights and config.json do not belong together."
             )
-        if tensors[name].format is None and not tensors[name].dtype.is_floating_point:
+        dtype = tensors[name].dtype
+        if tensors[name].format is None and (not dtype.is_floating_point or dtype.itemsize == 1):
             raise SourceError(
-                f"{directory}: tensor {family.stored_name(name)} is {tensors[name].dtype}, and config.json does not "
+                f"{directory}: tensor {family.stored_name(name)} is {dtype}, and config.json does not "
                 "say that it is quantized. Get the original checkpoint."
             )
     linear = {f"{layer.module}.weight" for layer in linear_layers(program) if not layer.shared}

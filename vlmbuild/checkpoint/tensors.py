@@ -14,6 +14,7 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
+from vlmbuild.quant import fp8
 from vlmbuild.quant.bnb_config import check_method
 
 _CHUNK = 2**22
@@ -29,7 +30,7 @@ class SourceTensor:
         shape: Shape of the parameter.
         dtype: Dtype of the parameter, once it is dequantized.
         nbytes: Bytes that its tensors take.
-        format: Format of a quantized parameter; None for a plain tensor.
+        format: Format of a quantized parameter; None for a plain tensor, and for one that is dequantized when it is read.
         parts: Names of all its tensors, `name` first.
     """
 
@@ -59,8 +60,15 @@ class SourceTensor:
         if self.format is not None:
             yield from self.format.decode(weights, self.module, self.shape, dtype, step)
             return
+        if weights.tensors[self.name].dtype == torch.float8_e4m3fn and len(self.parts) > 1:
+            yield from fp8.dequantize_fp8(weights, self.parts, self.shape, step)
+            return
         for first, count in ranges(math.prod(self.shape), step):
             yield weights.read_part(self.name, first, count)
+
+    def whole(self, weights: CheckpointWeights, dtype: torch.dtype) -> Tensor:
+        """Return all values in memory of their own. The arguments and errors are those of `values`."""
+        return torch.cat(list(self.values(weights, dtype, _CHUNK))).view(self.shape)
 
 
 def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[str, Any]) -> dict[str, SourceTensor]:
@@ -74,15 +82,12 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
     tensors: dict[str, SourceTensor] = {}
     if config.get("quantization_config") is not None:
         quantization = check_method(config["quantization_config"], str(weights.directory))
-        classes = {cls.marker: cls for cls in map(format_class, FORMATS) if cls.marker}
-        for name in weights.tensors:
-            marker = next((suffix for suffix in classes if name.endswith(suffix)), None)
-            if marker is not None:
-                module = name.removesuffix(marker)
-                form, dtype, shape, suffixes = classes[marker].check(weights, module, quantization)
-                parts = tuple(module + suffix for suffix in suffixes)
-                nbytes = sum(weights.tensors[part].nbytes for part in parts)
-                tensors[family.module_name(parts[0])] = SourceTensor(parts[0], shape, dtype, nbytes, form, parts)
+        found = (
+            _fp8(weights, quantization)
+            if quantization.get("quant_method") == fp8.METHOD
+            else _packed(weights, quantization)
+        )
+        tensors = {family.module_name(tensor.name): tensor for tensor in found}
         if not tensors:
             raise SourceError(
                 f"{weights.directory}: config.json has a quantization_config, but no weight is quantized. Remove it to build "
@@ -93,6 +98,36 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
         if name not in taken:
             tensors[family.module_name(name)] = SourceTensor(name, info.shape, info.dtype, info.nbytes, None, (name,))
     return tensors
+
+
+def _packed(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
+    """Yield the weights in formats that artifacts have too, found by the markers beside them."""
+    classes = {cls.marker: cls for cls in map(format_class, FORMATS) if cls.marker}
+    for name in weights.tensors:
+        marker = next((suffix for suffix in classes if name.endswith(suffix)), None)
+        if marker is not None:
+            module = name.removesuffix(marker)
+            form, dtype, shape, suffixes = classes[marker].check(weights, module, config)
+            yield _source(weights, tuple(module + suffix for suffix in suffixes), shape, dtype, form)
+
+
+def _fp8(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
+    """Yield the weights with scales, which are float32 once they are read."""
+    for name in weights.tensors:
+        if name.endswith(fp8.SCALE):
+            parts = fp8.fp8_parts(weights, name.removesuffix(fp8.SCALE), config)
+            yield _source(weights, parts, weights.tensors[parts[0]].shape, torch.float32, None)
+
+
+def _source(
+    weights: CheckpointWeights,
+    parts: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    form: WeightFormat | None,
+) -> SourceTensor:
+    nbytes = sum(weights.tensors[part].nbytes for part in parts)
+    return SourceTensor(parts[0], shape, dtype, nbytes, form, parts)
 
 
 def same_values(weights: CheckpointWeights, one: SourceTensor, other: SourceTensor) -> bool:

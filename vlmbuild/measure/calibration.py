@@ -124,7 +124,7 @@ def output_losses(
     def tensor(slot: Slot, name: str) -> Tensor:
         if slot.kind == "constant":
             return constants[name]
-        return checkpoint.weights.read(plain_source(checkpoint, name).name).float()
+        return plain_source(checkpoint, name).whole(checkpoint.weights, torch.float32).float()
 
     def run_call(call: Call, columns: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
         """Run a block on every batch, and again with each of its layers quantized; a value is a tensor for each batch."""

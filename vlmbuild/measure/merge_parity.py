@@ -44,7 +44,6 @@ SHARE = 0.5
 """Greatest error as a share of the adapter's effect on the logits: above it, merged weights are nearer to those
 without the adapter, because it was not merged or because rounding swallows it."""
 
-_STEP = 2**22
 
 TensorsOf = Callable[[Region, str], Mapping[str, Tensor]]
 """(region, instance) -> its tensors by module name."""
@@ -173,9 +172,9 @@ class MergeCheck:
         if name in adapter.trained:
             return adapter.trained[name]
         source = self.checkpoint.tensors[name]
-        if source.format is None:
+        if len(source.parts) == 1:
             return self.checkpoint.weights.map(source.name)
-        return torch.cat(list(source.values(self.checkpoint.weights, torch.float32, _STEP))).view(source.shape)
+        return source.whole(self.checkpoint.weights, torch.float32)
 
 
 def _limit(dtype: str, effect: float) -> float:

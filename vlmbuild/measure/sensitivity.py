@@ -12,7 +12,7 @@ import torch
 from vlmbuild.checkpoint.checkpoint import Checkpoint
 from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError, UsageError
-from vlmbuild.formats import WeightFormat, ranges
+from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import LinearLayer
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.progress import Progress
@@ -46,8 +46,8 @@ def weight_losses(
 
     def measure(layer: LinearLayer, source: SourceTensor) -> Loss:
         error = norm = 0.0
-        for first, count in ranges(math.prod(source.shape), _CHUNK):
-            values = checkpoint.weights.read_part(source.name, first, count).to(dtype)
+        for chunk in source.values(checkpoint.weights, dtype, _CHUNK):
+            values = chunk.to(dtype)
             rounding = (values.float() - form.rounded(values, source.name)).double()
             error += rounding.square().sum().item()
             norm += values.double().square().sum().item()

@@ -13,7 +13,7 @@ export async function answers(request) {
   const found = [];
   for (const file of request.images) {
     const image = await RawImage.read(file);
-    const inputs = model.config.model_type === "llava"
+    const inputs = ["llava", "mistral3"].includes(model.config.model_type)
       ? await processor(image, prompt, { add_special_tokens: false })
       : await processor(prompt, image);
     const generated = await model.generate({ ...inputs, max_new_tokens: request.steps, do_sample: false });

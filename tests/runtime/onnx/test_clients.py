@@ -5,10 +5,12 @@ names, shapes, files and the loop of generation; and transformers.js itself, in 
 import json
 
 import clients
+import matrix
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import vlmbuild
@@ -55,12 +57,12 @@ def reference(zoo, artifact):
     return model
 
 
-@pytest.mark.parametrize("ask", [clients.ask_node, clients.ask_browser], ids=["Node", "browser"])
-@pytest.mark.parametrize("zoo", RECIPES)
-def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, zoo, ask):
-    directory = onnx_artifact(zoo, **RECIPES[zoo]).path
-    images = canvases(zoo)
-    files = [tmp_path / f"{number}.png" for number in range(len(images))]
+ASKS = pytest.mark.parametrize("ask", [clients.ask_node, clients.ask_browser], ids=["Node", "browser"])
+
+
+def check_answers(ask, scripts, directory, theirs, images, folder):
+    """Compare the client's answers about images with ours and with those of transformers' model."""
+    files = [folder / f"{number}.png" for number in range(len(images))]
     for image, file in zip(images, files, strict=True):
         image.save(file)
     try:
@@ -68,7 +70,7 @@ def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, z
     except clients.UnavailableError as reason:
         pytest.skip(str(reason))
     ours, processor = vlmbuild.load(directory)
-    theirs, text = reference(zoo, directory), prompt(processor, READ)
+    text = prompt(processor, READ)
     for image, answer in zip(images, found, strict=True):
         batch = processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
         assert (answer["prompt"], answer["ids"]) == (text, batch["input_ids"][0].tolist())
@@ -78,6 +80,33 @@ def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, z
             generated = model.generate(**batch, **GREEDY)[0, len(answer["ids"]) :].tolist()
             assert answer["tokens"] == generated, type(model).__name__
         assert len(answer["tokens"]) > 1
+
+
+@ASKS
+@pytest.mark.parametrize("zoo", RECIPES)
+def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, zoo, ask):
+    directory = onnx_artifact(zoo, **RECIPES[zoo]).path
+    check_answers(ask, scripts, directory, reference(zoo, directory), canvases(zoo), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory, onnx_artifact):
+    """A model of Mistral 3 with random weights, and its artifact."""
+    setup, source = matrix.SETUPS["mistral3"](full=False), tmp_path_factory.mktemp("mistral3")
+    model = matrix.reference(setup).eval()
+    model.save_pretrained(source)
+    setup.processor.save_pretrained(source)
+    return model, onnx_artifact(str(source)).path
+
+
+@ASKS
+def test_merged_patches_and_scaled_queries(scripts, merging, tmp_path, ask):
+    model, directory = merging
+    photo = Image.fromarray(
+        np.asarray(matrix.photographs()["rocket"])
+    )  # without its colour profile, which the client applies
+    images = [photo.resize(size) for size in ((84, 56), (28, 140), (196, 168))]
+    check_answers(ask, scripts, directory, model, images, tmp_path)
 
 
 class Client:

@@ -33,7 +33,14 @@ def test_sizes_that_cannot_be_solved_get_names():
 
 
 @pytest.mark.parametrize(
-    ("family", "form"), [("qwen2_vl", "dynamic"), ("qwen2_vl", "static"), ("mllama", "dynamic"), ("pixtral", "dynamic")]
+    ("family", "form"),
+    [
+        ("qwen2_vl", "dynamic"),
+        ("qwen2_vl", "static"),
+        ("mllama", "dynamic"),
+        ("pixtral", "dynamic"),
+        ("mistral3", "dynamic"),
+    ],
 )
 def test_graphs_compute_what_regions_do(programs, family, form):
     """Also one token, no past, one row: sizes of 0 and 1 are no special case."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch.fx import Node
+
 from vlmbuild.errors import CaptureError
 from vlmbuild.ir.printer import target_name
 from vlmbuild.ir.program import Program, Region
@@ -42,9 +44,24 @@ class Normalize:
 
 def _check_operators(region: Region) -> None:
     for node in region.graph.graph.nodes:
-        if node.op == "call_function" and target_name(node) not in _ALLOWED:
+        name = target_name(node)
+        if node.op == "call_function" and name not in _ALLOWED:
+            operator = ".".join(name.split(".")[:2])
+            others = sorted(allowed for allowed in _ALLOWED if allowed.startswith(f"{operator}."))
+            known = f"{', '.join(others)} alone" if others else "the operators of known models alone"
             raise CaptureError(
-                f"Region {region.name} of the model calls {target_name(node)}, which no artifact may hold: loading allows the "
-                "operators of known models only. Install a transformers version of the tested range; if that fails too, "
-                "report it with the config.json."
+                f"Region {region.name} of the model calls {name}{_traced_in(node)}, which no artifact may hold: loading "
+                f"allows {known}. Install a transformers version of the tested range; if that fails too, report it with the "
+                "config.json. In a family of your own, compute it on the host in `prepare`, or by allowed operators "
+                "(vlmbuild/ir/serialize.py)."
             )
+
+
+def _traced_in(node: Node) -> str:
+    """Name the innermost module whose code called the operator, and its class."""
+    stack = [*node.meta.get("nn_module_stack", {}).values()]
+    if not stack:
+        return ""
+    path, kind = stack[-1]
+    module = path.removeprefix("L['self']").strip(".") or "the traced module"
+    return f" in {module} ({str(getattr(kind, '__name__', kind)).rpartition('.')[2]})"

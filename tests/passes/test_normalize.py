@@ -8,7 +8,7 @@ from tiny import linear_region, make_region, operators, region_program
 
 from vlmbuild.errors import CaptureError
 from vlmbuild.ir.printer import digest
-from vlmbuild.ir.program import COMPUTE_DTYPE, Slot
+from vlmbuild.ir.program import COMPUTE_DTYPE, Region, Slot
 from vlmbuild.passes import Normalize
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.torch.region import BoundRegion
@@ -57,6 +57,29 @@ def test_values_and_gradients_are_bit_identical():
     assert torch.equal(ours, plain)
     gradients = [torch.autograd.grad(result.square().sum(), (weight, values)) for result in (ours, plain)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Model(torch.nn.Module):
+    """A near miss: the mean over all values, of which artifacts may hold the mean over a dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class Norm(torch.nn.Module):
+    def forward(self, x):
+        return x * (x.mean(-1, keepdim=True) + x.mean())
+
+
+def test_the_module_and_the_overloads_that_are_allowed_are_named():
+    traced = torch.export.export(Model(), (torch.ones(3, 4),), strict=False)
+    region = Region("blocks", traced.graph_module, (), ("blocks.0",), ((3, 4),))
+    with pytest.raises(CaptureError, match=r"blocks .*aten\.mean\.default in norm \(Norm\).*aten\.mean\.dim alone"):
+        run([Normalize()], region_program(region))
 
 
 def test_an_operator_that_no_artifact_may_hold_is_named_at_once():

@@ -145,7 +145,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
     for part, changes, message in (
         ("", {"vision_feature_layer": -2}, "vision_feature_layer"),
         ("", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy"),
-        ("text_config", {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        ("text_config", {"sliding_window": 0}, "sliding_window 0 must be a whole number"),
         ("text_config", {"model_type": "llama", "head_dim": 32}, "pixtral and llama"),
         ("vision_config", {"model_type": "clip_vision_model"}, "clip_vision_model and mistral"),
         ("vision_config", {"attention_dropout": 0.1}, "vision_config.attention_dropout 0.1"),

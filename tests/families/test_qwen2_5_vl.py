@@ -106,7 +106,7 @@ def test_times_that_do_not_belong_to_the_videos_are_refused(seconds, setup):
         ("vision_config", {"out_hidden_size": 64}, "out_hidden_size 64 must be .* 128"),
         ("vision_config", {"window_size": 27}, "window_size 27 .* 28 pixels"),
         ("vision_config", {"num_heads": 64}, "multiple of 4"),
-        ("text_config", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding-window"),
+        ("text_config", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window 0 must be a whole number"),
         ("text_config", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 3]}}, "mrope_section"),
     ],
 )

@@ -148,7 +148,7 @@ def changed(part, **changes):
             "mrope_section None must",
         ),
         (changed("text_config", rope_parameters={"rope_type": "default", "mrope_section": [1, 2, 3]}), "64 angles"),
-        (changed("text_config", use_sliding_window=True, max_window_layers=0), "sliding-window"),
+        (changed("text_config", use_sliding_window=True, sliding_window=0), "sliding_window 0 must be a whole number"),
         (changed("vision_config", depth=None), "not a valid"),
     ],
 )

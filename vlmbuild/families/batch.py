@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +117,32 @@ def read_tokens(
         _check_placeholder_labels(labels, placeholders)
         _check_labels(labels, mask, logits or vocabulary)
     return Tokens(ids, mask, mask.flatten().nonzero().squeeze(1))
+
+
+def refuse_gaps(tokens: Tokens, config: Any) -> None:
+    """Raise BatchError for padding between the tokens of a sample, where a sliding window is counted with it in transformers
+    and without it here."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    starts = torch.nn.functional.pad(tokens.mask, (1, 0))
+    gaps = (starts[:, 1:] & ~starts[:, :-1]).sum(1) > 1
+    if window is not None and gaps.any():
+        raise BatchError(
+            f"Sample {int(gaps.int().argmax())}: attention_mask is 0 between tokens, and windows of {window} tokens would be "
+            "counted otherwise than in transformers. Pad at the ends only."
+        )
+
+
+def block_lookahead(blocks: Tensor) -> Tensor:
+    """Count the tokens after each one in its block, which it sees too (`vlmbuild.ops.attention.op.Masks.lookahead`): int32
+    (tokens,).
+
+    Args:
+        blocks: Integers (tokens,), packed: the number of every token's block, -1 for tokens that see the past alone.
+            Neighbouring blocks have different numbers.
+    """
+    _, run, lengths = blocks.unique_consecutive(return_inverse=True, return_counts=True)
+    after = lengths.cumsum(0)[run] - torch.arange(len(blocks)) - 1
+    return torch.where(blocks >= 0, after, 0).to(torch.int32)
 
 
 def check_ids(ids: Tensor, vocabulary: int) -> None:

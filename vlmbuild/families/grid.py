@@ -16,7 +16,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 
 from vlmbuild.errors import BatchError
 from vlmbuild.families.base import Family
-from vlmbuild.families.batch import ImageCost, PackedBatch, Tokens, read_tokens, repeat_end
+from vlmbuild.families.batch import ImageCost, PackedBatch, Tokens, read_tokens, refuse_gaps, repeat_end
 from vlmbuild.ir.program import Input
 
 Ints = npt.NDArray[np.int64]
@@ -108,6 +108,7 @@ class GridFamily(Family):
     def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         placeholders = self.placeholders(config)
         tokens = read_tokens(batch, placeholders, self.vocabulary(config))
+        refuse_gaps(tokens, config)
         remedy = (
             "Pass the images to the processor together with the text, in the order in which the texts mention them. If "
             "truncation cut tokens off, raise max_length or make images smaller, for example "

@@ -52,10 +52,6 @@ class MropeFamily(GridFamily):
             f"must be three numbers, {half} angles in all, half of the head size. Without it positions would silently be "
             "one-dimensional; restore the published rope_scaling entry.",
         )
-        full = all(kind == "full_attention" for kind in text.layer_types)
-        require(
-            full, "use_sliding_window", True, "means sliding-window attention, which is not supported. Set it to false."
-        )
         check_heads("vision_config", self.tower_width(config), vision.num_heads, None, axes=2)
         for field in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             check_placeholder(getattr(config, field), field, text.vocab_size)

@@ -57,8 +57,7 @@ class PixtralTower(PixtralProcessing):
         require(kinds in known, "model_type", kinds, f"must be {' or '.join(known)}. Use such a checkpoint.")
         layer = config.vision_feature_layer
         require(layer == -1, "vision_feature_layer", layer, f"must be -1: {self.title} uses the last one. Restore it.")
-        window, dropout, patch = text.sliding_window, vision.attention_dropout, vision.patch_size
-        require(window is None, "sliding_window", window, "is not supported. Set it to null.")
+        dropout, patch = vision.attention_dropout, vision.patch_size
         require(not dropout, "vision_config.attention_dropout", dropout, "is not supported. Set it to 0.")
         check_heads("vision_config", vision.hidden_size, vision.num_attention_heads, vision.head_dim, axes=2)
         side = vision.image_size

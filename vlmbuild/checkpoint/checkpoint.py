@@ -158,7 +158,8 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:
         """Every parameter by module name, plain or quantized."""
-        check_no_prefix(self.source.directory, self.weights.tensors, self.family.module_name)
+        embeddings = f"{self.family.language_prefix}embed_tokens.weight"
+        check_no_prefix(self.source.directory, self.weights.tensors, self.family.module_name, embeddings)
         tensors = source_tensors(self.weights, self.family, self._raw_values)
         for alias, owner in self._raw_ties().items():
             if alias in tensors and owner not in tensors:  # either name may stand for both

@@ -14,8 +14,6 @@ from vlmbuild.util.text import listed
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MAX_CONFIG_BYTES = 2**20
-_EMBEDDINGS = "model.language_model.embed_tokens.weight"
-"""Name of a parameter that every model has."""
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _FSDP = re.compile(r".*\.distcp|\.metadata|pytorch_model_fsdp_\d+|.*_rank_\d+.*\.(pt|bin)")
 _DEEPSPEED = re.compile(r"global_step\d+|zero_to_fp32\.py|.*(optim|model)_states\.pt")
@@ -83,17 +81,23 @@ def check_strays(directory: Path, files: Iterable[Path]) -> None:
         )
 
 
-def check_no_prefix(directory: Path, names: Collection[str], module_name: Callable[[str], str]) -> None:
+def check_no_prefix(
+    directory: Path, names: Collection[str], module_name: Callable[[str], str], embeddings: str
+) -> None:
     """Raise SourceError when all tensors have a prefix that a wrapper added, with the option that removes it.
 
-    `module_name` translates a name in files to the model's.
+    Args:
+        directory: Their directory, for messages.
+        names: Names of tensors in files.
+        module_name: Translates such a name to the model's.
+        embeddings: The model's name of the table of embeddings.
     """
-    if any(module_name(name) == _EMBEDDINGS for name in names):
+    if any(module_name(name) == embeddings for name in names):
         return
     for name in (name for name in names if name.endswith("embed_tokens.weight")):
         parts = name.split(".")
         prefixes = (".".join(parts[:length]) + "." for length in range(1, len(parts)))
-        prefix = next((prefix for prefix in prefixes if module_name(name.removeprefix(prefix)) == _EMBEDDINGS), None)
+        prefix = next((prefix for prefix in prefixes if module_name(name.removeprefix(prefix)) == embeddings), None)
         if prefix is not None and all(other.startswith(prefix) for other in names):
             raise SourceError(
                 f"All names of tensors in {directory} begin with {prefix!r}, which a wrapper such as DataParallel, "

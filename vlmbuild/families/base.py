@@ -14,7 +14,7 @@ from vlmbuild.errors import SourceError
 from vlmbuild.families.batch import ImageCost, PackedBatch
 from vlmbuild.families.chat_processor import limit_templates
 from vlmbuild.families.config_checks import check_text, check_values
-from vlmbuild.families.js import ClientFiles, ClientVision, with_template
+from vlmbuild.families.js import ForClients
 from vlmbuild.families.processor_checks import check_processor
 from vlmbuild.families.traced import TextCore, meta_module
 from vlmbuild.ir.program import COMPUTE_DTYPE, Geometry, Input, Role
@@ -26,7 +26,7 @@ it adds; or the images and videos of all samples in one list."""
 IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
 
 
-class Family(ABC):
+class Family(ForClients, ABC):
     """Models with one config class, one host prologue and one set of tensor names.
 
     Attributes:
@@ -36,6 +36,7 @@ class Family(ABC):
         config_class, model_class: Classes of transformers.
         image_core: Module to trace for batches with images.
         vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
+        language_prefix: Module name of the language model without its head.
         processors: Class names of the family's processors.
         input_layout: Processor outputs besides input_ids and attention_mask.
         resizable_keys: Keys of the image processor's `size` that may be lowered without changing the model.
@@ -52,6 +53,7 @@ class Family(ABC):
     image_core: type[TextCore]
     vision_prefix: str
     projector_prefix: str
+    language_prefix: str = "model.language_model."
     processors: tuple[str, ...]
     input_layout: Mapping[str, InputLayout]
     resizable_keys: tuple[str, ...] = ()
@@ -119,7 +121,7 @@ class Family(ABC):
         """Map alias -> parameter for tensors that share storage."""
         if self.extra_embedding_rows or not config.tie_word_embeddings:
             return {}
-        return {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+        return {"lm_head.weight": f"{self.language_prefix}embed_tokens.weight"}
 
     @abstractmethod
     def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
@@ -139,7 +141,7 @@ class Family(ABC):
         prefixes: dict[str, Role] = {
             self.projector_prefix: "projector",
             self.vision_prefix: "vision",
-            "model.language_model.embed_tokens.": "embedding",
+            f"{self.language_prefix}embed_tokens.": "embedding",
             "lm_head.": "head",
         }
         return next((role for prefix, role in prefixes.items() if name.startswith(prefix)), "language")
@@ -260,6 +262,11 @@ class Family(ABC):
     def media_tokens(self, processor: Any) -> frozenset[int]:
         """List the ids of tokens that mark images and videos, or begin, divide and end them; a model never writes them."""
 
+    def is_media(self, ids: Tensor, media: Tensor, placeholder: int) -> Tensor:
+        """Tell which tokens of a processor's `ids` it has written for images and videos: bool (batch, sequence); `media` are
+        `media_tokens`, of which `placeholder` stands for an image in a text."""
+        return torch.isin(ids, media)
+
     @abstractmethod
     def image_tokens(self, processor: Any, height: int, width: int) -> int:
         """Count the tokens that replace the placeholder of an image of this size (in pixels, before it is resized).
@@ -293,25 +300,3 @@ class Family(ABC):
         Raises:
             ValueError: The processor refuses the size.
         """
-
-    # Clients without Python -----------------------------------------------------------------------------------------
-
-    def client_vision(self, config: Any) -> ClientVision | None:
-        """Describe the vision prologue as a graph on the inputs that clients pass; None where no client knows the family."""
-        return None
-
-    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Make the inputs of `client_vision` from a processor's output; None where there is none."""
-        return None
-
-    def client_files(
-        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
-    ) -> dict[str, Mapping[str, Any]]:
-        """Write the JSON files of a checkpoint as clients read them.
-
-        Args:
-            values: Values of config.json.
-            files: Files of the tokenizer and the processors.
-            template: The chat template.
-        """
-        return {"config.json": values, "tokenizer_config.json": with_template(files, template)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlmbuild.ir.program import Input
 
@@ -52,3 +52,27 @@ def with_template(files: ClientFiles, template: str | None) -> dict[str, Any]:
     """Put the chat template into tokenizer_config.json: clients do not read a file beside it."""
     values = dict(files.get("tokenizer_config.json", {}))
     return values | ({"chat_template": template} if template else {})
+
+
+class ForClients:
+    """The part of a family that serves clients without Python; here, clients that know nothing of it."""
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        """Describe the vision prologue as a graph on the inputs that clients pass; None where no client knows the family."""
+        return None
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Make the inputs of `client_vision` from a processor's output; None where there is none."""
+        return None
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Write the JSON files of a checkpoint as clients read them.
+
+        Args:
+            values: Values of config.json.
+            files: Files of the tokenizer and the processors.
+            template: The chat template.
+        """
+        return {"config.json": values, "tokenizer_config.json": with_template(files, template)}

@@ -50,12 +50,12 @@ class TextCore(nn.Module):
         return self.logits(self.embed(input_ids), position_ids, text_cu_seqlens)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.model.language_model.embed_tokens(input_ids)
+        embeddings: Tensor = self.model.get_decoder().embed_tokens(input_ids)
         return embeddings
 
     def logits(self, embeddings: Tensor, position_ids: Tensor, text_cu_seqlens: Tensor, **cross: Any) -> Tensor:
         """Run the language model; `cross` are further arguments of its layers."""
-        hidden = self.model.language_model(
+        hidden = self.model.get_decoder()(
             inputs_embeds=embeddings, position_ids=position_ids, cu_seq_lens_q=text_cu_seqlens, use_cache=False, **cross
         ).last_hidden_state
         logits: Tensor = self.lm_head(hidden)
@@ -100,7 +100,7 @@ def embed_patches(convolution: nn.Conv2d, pixel_values: Tensor) -> Tensor:
     """Embed patches (n, channels * patch * patch) -> (n, width). Kernel and stride of the convolution are one patch, so it
     is a product with every patch."""
     weight = convolution.weight
-    return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+    return nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1), convolution.bias)
 
 
 def place_features(embeddings: Tensor, features: Tensor, feature_index: Tensor) -> Tensor:

@@ -241,8 +241,9 @@ class VisionDataCollator:
     def _labels(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> Tensor:
         """Place labels: each placeholder has become a run of image tokens; other tokens are the same, in the same order."""
         labels = torch.full_like(batch["input_ids"], IGNORED)
+        media = self.family.is_media(batch["input_ids"], self.media, int(self.processor.image_token_id))
         for row, (sample, ids) in enumerate(zip(samples, batch["input_ids"], strict=True)):
-            positions = (batch["attention_mask"][row].bool() & ~torch.isin(ids, self.media)).nonzero().squeeze(1)
+            positions = (batch["attention_mask"][row].bool() & ~media[row]).nonzero().squeeze(1)
             text = ~torch.isin(sample.ids, self.media)
             if not torch.equal(ids[positions], sample.ids[text]):
                 raise BatchError(

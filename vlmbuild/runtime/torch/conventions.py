@@ -187,7 +187,7 @@ class TrainerConventions(ProgramModel):
             math.prod(weight.shape)
             for weight in self.program.source_weights()
             if (weight.name in trainable or not only_trainable)
-            and not (exclude_embeddings and weight.name == f"{EMBEDDINGS}.weight")
+            and not (exclude_embeddings and weight.name.endswith(f".{EMBEDDINGS}.weight"))
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vlmbuild.errors import UsageError
 
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens", "lm_head"
+EMBEDDINGS, HEAD = "embed_tokens", "lm_head"
+"""Last parts of the paths of the table of embeddings and of the head."""
 _ADVICE = "For LoRA call vlmbuild.add_lora(model), not PEFT"
 
 
@@ -86,7 +87,7 @@ def module_at(root: nn.Module, path: str) -> nn.Module:
     for part in path.split(".") if path else ():
         name = f"{name}.{part}" if name else part
         if part not in module._modules:
-            kind = {EMBEDDINGS: Embeddings, HEAD: Head}.get(name, NamedModule)
+            kind = {EMBEDDINGS: Embeddings, HEAD: Head}.get(part, NamedModule)
             module.add_module(part, kind())
         module = module._modules[part]  # type: ignore[assignment]
     return module

@@ -79,7 +79,7 @@ class ProgramModel(Model, TrainerHooks):
 
     def get_input_embeddings(self) -> Embeddings:
         """Return the module that holds the table of token embeddings."""
-        module = self.get_submodule(EMBEDDINGS)
+        module = self.get_submodule(self.family.language_prefix + EMBEDDINGS)
         assert isinstance(module, Embeddings)
         return module
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from processors import photographs
+from samples import in_parts
 from setups import PROCESSORS
 from transformers.processing_utils import ProcessorMixin
 
@@ -36,7 +37,7 @@ def test_published_and_packaged_templates_write_what_transformers_writes(name, m
     packaged = [FAMILIES[name].processor(ZOO[CHECKPOINTS[name]])] if name in CHECKPOINTS else []
     for processor in (PROCESSORS[name](), *packaged):
         for prompt in (False, True):
-            expected = stock(processor, copy.deepcopy(messages), add_generation_prompt=prompt)
+            expected = stock(processor, in_parts(messages), add_generation_prompt=prompt)
             assert render_chat(processor, messages, add_generation_prompt=prompt) == expected
 
 

@@ -15,6 +15,14 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def in_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write contents as lists of parts: some chat templates drop a string."""
+    return [
+        {**m, "content": turn("", m["content"])["content"] if isinstance(m["content"], str) else m["content"]}
+        for m in messages
+    ]
+
+
 def text_only(question: str = "Name three planets.", answer: str = "Mars, Venus and Earth.") -> Example:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 

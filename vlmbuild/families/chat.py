@@ -14,6 +14,8 @@ from torch import Tensor
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families.chat_sandbox import ChatEnvironment, rendering
 
+_PROBE = "probe"
+
 
 def render_chat(
     processor: Any,
@@ -30,6 +32,8 @@ def render_chat(
         BatchError: The template refuses the messages, exceeds a limit, or does what is not allowed.
     """
     template = chat_template(processor, bool(tools))
+    if any(isinstance(message.get("content"), str) for message in messages) and not _writes_strings(template):
+        messages = [_in_parts(message) for message in messages]
     values = {**processor.tokenizer.special_tokens_map, **options}
     with refusals():
         return compiled_template(template).render(
@@ -103,6 +107,23 @@ def question_batch(processor: Any, question: str, images: Sequence[Any] = (), **
     text = question_text(processor, question, len(images))
     batch = processor(text=[text], **pictures, return_tensors="pt", **options)
     return {name: tensor for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+
+
+@lru_cache(maxsize=32)
+def _writes_strings(template: str) -> bool:
+    """Tell whether a template writes a content that is a string; some drop it, and write lists of parts alone."""
+    try:
+        with refusals():
+            return _PROBE in compiled_template(template).render(
+                {"messages": [{"role": "user", "content": _PROBE}], "add_generation_prompt": False}
+            )
+    except ChatTemplateError:  # it needs more than this, and sees the messages as they are
+        return True
+
+
+def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 @lru_cache(maxsize=32)

@@ -38,6 +38,8 @@ def attention(
     builder = site.builder
     if cu_seqlens is not None and not causal and key_mask is None:
         return _by_segments(builder, (query, key, value), cu_seqlens, scale)
+    if not causal and all(mask is None for mask in (key_mask, cu_seqlens, key_groups, lookahead, window)):
+        return _unmasked(builder, (query, key, value), scale)
     if key_groups is not None and visible_groups is not None:
         return _by_groups(builder, (query.name, key.name, value.name), key_groups.name, visible_groups.name, scale)
     if key_mask is not None and cu_seqlens is None:
@@ -82,12 +84,25 @@ def _penalty(builder: GraphBuilder, seen: str) -> str:
     return str(builder.op("Where", seen, builder.constant(0, dtype), builder.constant(LEAST[dtype], dtype)))
 
 
-def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_seqlens: Value, scale: float) -> str:
-    """Attend within each segment, in a loop: [1, H, N, D] -> [1, N, H, D]."""
+def _rows(builder: GraphBuilder, states: tuple[Value, Value, Value], batch: int) -> tuple[list[str], int, int]:
+    """Lay out [B, H, N, D] as [B, N, H * D], where `batch` is B or 0 for any; returns H and D too."""
     heads, dim = states[0].static(1), states[0].static(3)
     assert heads is not None
     assert dim is not None
-    rows = [builder.reshape(builder.op("Transpose", x.name, perm=[0, 2, 1, 3]), [1, -1, heads * dim]) for x in states]
+    shape = [batch, -1, heads * dim]
+    return [builder.reshape(builder.op("Transpose", x.name, perm=[0, 2, 1, 3]), shape) for x in states], heads, dim
+
+
+def _unmasked(builder: GraphBuilder, states: tuple[Value, Value, Value], scale: float) -> str:
+    """Attend to all keys of the same element of the batch: [B, H, N, D] -> [B, N, H, D]."""
+    rows, heads, dim = _rows(builder, states, 0)
+    result = builder.op("MultiHeadAttention", *rows, domain=CONTRIB, num_heads=heads, scale=scale)
+    return builder.reshape(result, [0, -1, heads, dim])
+
+
+def _by_segments(builder: GraphBuilder, states: tuple[Value, Value, Value], cu_seqlens: Value, scale: float) -> str:
+    """Attend within each segment, in a loop: [1, H, N, D] -> [1, N, H, D]."""
+    rows, heads, dim = _rows(builder, states, 1)
     bounds = builder.once(("bounds", cu_seqlens.name), lambda: builder.cast(cu_seqlens.name, torch.int64))
     count = builder.op("Sub", builder.op("Squeeze", builder.size(bounds, 0)), builder.constant(1))
 

@@ -48,6 +48,11 @@ def test_segments(lengths):
     torch.testing.assert_close(run(arguments, False), reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
 
 
+def test_a_batch_without_masks():
+    arguments = (*states(6, 6, batch=3), None, None, None, None)
+    torch.testing.assert_close(run(arguments, False), reference(*arguments, False, SCALE), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("new", [1, 3, 9])
 @pytest.mark.parametrize("past", [0, 1, 6])
 def test_cache_and_padding(new, past):

@@ -50,7 +50,7 @@ ORDER = [
     "__main__",
     "__init__",
 ]
-FAMILY_NAME = re.compile(r"qwen|mllama|pixtral|llava", re.IGNORECASE)
+FAMILY_NAME = re.compile(r"qwen|mllama|pixtral|llava|idefics|smolvlm", re.IGNORECASE)
 
 
 def modules():

@@ -111,7 +111,7 @@ def images_of(inputs):
         bounds = [0, *inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()]
         places = [slice(*bounds[number : number + 2]) for number in range(3)]
     else:
-        places = [(0, 0), (0, 1), (1, 0)] if "aspect_ratio_ids" in inputs else [0, 1, 2]
+        places = [(0, 0), (0, 1), (1, 0)] if inputs["pixel_values"].ndim > 4 else [0, 1, 2]
     return zip((0, 0, 1), places, strict=True)
 
 

@@ -5,16 +5,20 @@ real processor), which runs the tests that hold for every family, and `tests/fam
 
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
    (`grid.py`: images are grids of patches, features take the places of placeholder tokens), `PackedPatchFamily`
-   (`packed_patches.py`: images padded to the largest one, with `image_sizes`) or `Family` (`base.py`). Override what differs;
-   abstract methods are what a family must say. A tower or a processor that another family has is imported from its folder
-   (`PixtralTower`); families whose processors have one class tell them apart in `has_processor`.
+   (`packed_patches.py`: images padded to the largest one, with `image_sizes`), `TileFamily` (`tiles.py`: images cut into
+   square tiles of one size) or `Family` (`base.py`). Override what differs; abstract methods are what a family must say. A
+   language model that is not at `model.language_model.` has its `language_prefix`. A tower or a processor that another family
+   has is imported from its folder (`PixtralTower`); families whose processors have one class tell them apart in
+   `has_processor`.
 2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
 3. `prepare.py`, where the base class does not do it: everything that depends on data, on the host, packed (`batch.py`); a
    tower's windows are segments from `GridFamily.vision_tensors`. Patches that become one feature lie side by side (order them
-   on the host), so that merging them is a reshape. Name the sample in every refusal. Where transformers has the host function
+   on the host), so that merging them is a reshape. What follows from the config alone is no input but a buffer of the core
+   module, with its value in `constants`. Name the sample in every refusal. Where transformers has the host function
    (`transformers.vision_utils`, `get_rope_index`), call it.
-4. `processor.py`: loading without torchvision, the cost of an image, tokens of media, files for transformers.js (`js.py`).
+4. `processor.py`: loading without torchvision, the cost of an image, tokens of media (`is_media` too, where a processor writes
+   text into an image), files for transformers.js (`js.py`).
 
 A new version of transformers touches `model.py` and `processor.py` of the families, and `runtime/hf.py`: modules of its models
 and its private names are imported nowhere else here.
@@ -35,6 +39,7 @@ from typing import Any
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families.base import Family, InputLayout
 from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
+from vlmbuild.families.idefics3.model import Idefics3, SmolVLM
 from vlmbuild.families.js import ClientVision
 from vlmbuild.families.mistral3.model import Mistral3
 from vlmbuild.families.mllama.model import Mllama
@@ -44,7 +49,7 @@ from vlmbuild.families.qwen2_vl.model import Qwen2VL
 from vlmbuild.families.traced import KeyGroups
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL())
+    family.name: family for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL(), Idefics3(), SmolVLM())
 }
 
 

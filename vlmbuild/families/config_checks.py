@@ -19,6 +19,7 @@ _COUNTS = {
     **dict.fromkeys(("hidden_size", "embed_dim", "intermediate_size", "head_dim"), 2**20),
     **dict.fromkeys(("vision_output_dim", "out_hidden_size"), 2**20),
     **dict.fromkeys(("in_channels", "in_chans", "num_channels", "spatial_merge_size", "max_num_tiles"), 64),
+    "scale_factor": 64,
     **dict.fromkeys(("patch_size", "spatial_patch_size", "temporal_patch_size"), 1024),
     **dict.fromkeys(("image_size", "window_size", "tokens_per_second"), 2**14),
     "num_labels": 2**16,

@@ -114,7 +114,7 @@ class GridFamily(Family):
             "truncation cut tokens off, raise max_length or make images smaller, for example "
             f"processor(..., size={self.size_example})."
         )
-        with _naming_dispatch(batch):
+        with _naming_dispatch(batch if self.input_layout["pixel_values"] == "medium" else {}):
             images, pixels = self.read_images(batch, config, processor)
             index = feature_index(tokens, images, placeholders, remedy)
         text = tokens.inputs(self.position_ids(tokens, images, batch, config))

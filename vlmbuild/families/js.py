@@ -32,7 +32,7 @@ ClientFiles = Mapping[str, Mapping[str, Any]]
 """Name of a JSON file -> its values."""
 
 
-def image_settings(files: ClientFiles, processor_class: str, image_processor: str) -> dict[str, Any]:
+def image_settings(files: ClientFiles, processor_class: str, image_processor: str, resample: int = 3) -> dict[str, Any]:
     """Collect an image processor's settings, from preprocessor_config.json or, as newer versions write it,
     processor_config.json, and write out those for which transformers.js has other defaults."""
     nested = files.get("processor_config.json", {}).get("image_processor", {})
@@ -44,7 +44,7 @@ def image_settings(files: ClientFiles, processor_class: str, image_processor: st
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
-        "resample": 3,
+        "resample": resample,
     }
 
 

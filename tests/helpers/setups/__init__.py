@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from setups import mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl
+from setups import idefics3, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, smolvlm
 from setups.base import Setup
 
 FAMILIES = {
@@ -21,6 +21,8 @@ FAMILIES = {
     "mllama": mllama,
     "pixtral": pixtral,
     "mistral3": mistral3,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
 }
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {name: module.setup for name, module in FAMILIES.items()}

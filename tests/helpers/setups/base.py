@@ -26,6 +26,7 @@ class Setup:
         largest, smallest: Images that it takes (width, height).
         media: Tokens that it writes for an image.
         end: Text that ends an answer.
+        lead: Text between the generation prompt and an answer.
         numbers: Paths of whole numbers in config.json that the family alone has.
         layers: Names of linear layers by part, attention or mlp, language model and tower together.
         vocabulary: The processor's ids that the model has; None for all.
@@ -40,6 +41,7 @@ class Setup:
     end: str
     numbers: tuple[str, ...]
     layers: dict[str, set[str]]
+    lead: str = ""
     vocabulary: torch.Tensor | None = None
 
     def config(self) -> Any:

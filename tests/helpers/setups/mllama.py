@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from processors import image_processor, shipped, with_special
+from tokenizers import Tokenizer
 from transformers import MllamaProcessor, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -65,11 +66,21 @@ LLAMA_TEMPLATE = """\
 
 
 @functools.cache
+def _vocabulary() -> str:
+    converted: Tokenizer = TikTokenConverter(str(shipped("llama-models", "llama3/tokenizer.model"))).converted()
+    return converted.to_str()
+
+
+def llama3(special: list[str]) -> Tokenizer:
+    """Make Llama 3's vocabulary with special tokens after it."""
+    return with_special(Tokenizer.from_str(_vocabulary()), special)
+
+
+@functools.cache
 def processor() -> Any:
     """Make Llama 3.2 Vision's processor, both sizes."""
-    converter = TikTokenConverter(str(shipped("llama-models", "llama3/tokenizer.model")))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=with_special(converter.converted(), LLAMA_SPECIAL),
+        tokenizer_object=llama3(LLAMA_SPECIAL),
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|finetune_right_pad_id|>",

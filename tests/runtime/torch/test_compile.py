@@ -80,7 +80,7 @@ SIZES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3"])
+@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm"])
 def test_one_compilation_for_all_image_sizes_of_every_family(name, counter):
     setup = matrix.tiny(name)
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))

@@ -17,14 +17,9 @@ SMALLEST = ("qwen2-vl-2b", "llama-3.2-11b-vision", "pixtral-12b")
 WITH_KERNELS = SMALLEST[:2]
 """Configs whose locks have kernel tables: between them they launch every kernel."""
 
-PLANNED = ("idefics3-8b", "smolvlm2-2.2b", "smolvlm2-256m", "smolvlm2-500m")
-"""Configs without a lock."""
-
 
 def recipes(config: str) -> list[tuple[str, str]]:
     """Formats and attention that a config is locked with."""
-    if config in PLANNED:
-        return []
     return [("none", "sdpa")] * (config in SMALLEST) + [("nf4", "triton")]
 
 

@@ -88,7 +88,7 @@ def test_one_compilation_for_all_image_sizes_of_every_family(name, counter):
     regions = {call.region for call in model.program.variants["image"].calls}
     photo = matrix.photographs()["rocket"]
     for sizes in SIZES:
-        said = [["Look", *(photo.resize(size) for size in sample), "Name three planets."] for sample in sizes]
+        said = [["Look", *(photo.resize(size) for size in sample), "Describe them."] for sample in sizes]
         batch, labels = matrix.batch(setup, said, "right")
         assert_same_results(compiled, model, batch, labels)
         assert counter.frame_count == len(regions)

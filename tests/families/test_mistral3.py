@@ -136,7 +136,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
         ("", {"vision_feature_layer": -2}, "vision_feature_layer -2"),
         ("", {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]"),
         ("", {"spatial_merge_size": 1}, "spatial_merge_size 1 must be at least 2"),
-        ("text_config", {"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        ("text_config", {"sliding_window": 0}, "sliding_window 0 must be a whole number"),
         ("text_config", {"model_type": "llama"}, "pixtral and llama.* pixtral and mistral or pixtral and ministral3"),
         ("text_config", {"rope_parameters": {**rope, "llama_4_scaling_beta": None}}, "llama_4_scaling_beta None"),
         ("text_config", {"rope_parameters": {**rope, "llama_4_scaling_beta": -1}}, "llama_4_scaling_beta -1"),

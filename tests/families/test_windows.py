@@ -17,7 +17,12 @@ from vlmbuild.ops import ATTENTION
 WINDOW = 21
 """Less than an image has tokens, and less than a text has."""
 LAST = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
-CHANGES = {"pixtral": {"sliding_window": WINDOW}, "qwen2_vl": LAST, "qwen2_5_vl": LAST}
+CHANGES = {
+    "pixtral": {"sliding_window": WINDOW},
+    "mistral3": {"sliding_window": WINDOW},
+    "qwen2_vl": LAST,
+    "qwen2_5_vl": LAST,
+}
 """Family -> fields of the text's config: all layers have the window, or those from the second on."""
 
 

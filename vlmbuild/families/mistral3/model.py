@@ -68,8 +68,6 @@ class Mistral3(PixtralTower):
         super().check(config)
         side, text = config.spatial_merge_size, config.text_config
         require(side > 1, "spatial_merge_size", side, "must be at least 2. Restore the published value.")
-        window = text.sliding_window
-        require(window is None, "sliding_window", window, "is not supported. Set it to null, as published configs do.")
         if text.model_type == "ministral3":
             for field in ("llama_4_scaling_beta", "original_max_position_embeddings"):
                 value = text.rope_parameters.get(field)

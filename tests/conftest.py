@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import os
@@ -18,9 +19,11 @@ import traces
 
 from vlmbuild.builder.build import build
 from vlmbuild.cli import main
+from vlmbuild.families import FAMILIES
 from vlmbuild.measure.numerics import Measurement
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.runtime.torch.model import VisionLanguageModel
+from vlmbuild.zoo import ZOO
 
 WORKER_BYTES = 3 << 30
 """Memory of a test process: torch, transformers, tiny models and what they compile."""
@@ -176,15 +179,23 @@ def plain(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def zoo_artifact(tmp_path_factory):
-    """(zoo checkpoint, **recipe) -> its artifact, built once; nobody may write to it."""
+def checkpoint_of(tmp_path_factory):
+    """(name of a zoo checkpoint, or of a family that has none) -> its directory; nobody may write to it."""
+    return functools.cache(
+        lambda name: ZOO.get(name) or checkpoints.write_untrained(name, tmp_path_factory.mktemp("untrained"))
+    )
+
+
+@pytest.fixture(scope="session")
+def zoo_artifact(tmp_path_factory, checkpoint_of):
+    """(zoo checkpoint, family that has none, or directory, **recipe) -> its artifact, built once; nobody may write to it."""
     built = {}
 
     def artifact(zoo, **recipe):
         key = (zoo, repr(sorted(recipe.items())))
         if key not in built:
             output = tmp_path_factory.mktemp("zoo") / "artifact"
-            built[key] = build(zoo, output, Recipe(**recipe))
+            built[key] = build(checkpoint_of(zoo) if zoo in FAMILIES else zoo, output, Recipe(**recipe))
         return built[key]
 
     return artifact

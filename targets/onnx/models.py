@@ -81,6 +81,8 @@ class _Maker:
         self._translate(builder, data, part, values)
         for name in wanted:
             shown = name if name.startswith(CROSS) else FEATURES
+            if shown == FEATURES and client is not None and client.restores:
+                values[name] = builder.op("Gather", values[name], values[client.outputs[-1]], axis=0)
             self._give(builder, shown, values[name], self._result_shape(variant, name))
         return OnnxModel(VISION + self.suffix, builder.model(VISION), data)
 

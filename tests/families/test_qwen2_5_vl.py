@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import MODEL_FP32, assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from vlmbuild.errors import BatchError, SourceError
@@ -75,6 +76,21 @@ def test_blocks_are_one_region_whichever_attend_in_full(full, setup):
     inputs, _ = matrix.batch(other, *matrix.conversations(other)["several sizes"])
     with torch.no_grad():
         assert_close(matrix.bind(other, built, theirs)(**inputs).logits, theirs(**inputs).logits, MODEL_FP32)
+
+
+def test_eight_sizes_compile_once(setup):
+    config = setup.config()
+    model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup)).train()
+    torch._dynamo.reset()
+    counter, graphs = CompileCounterWithBackend("aot_eager"), set()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for rows, columns in ((4, 6), (2, 8), (20, 12), (2, 2), (16, 16), (18, 10), (6, 30), (8, 8)):
+        batch = batch_of([(1, rows, columns), (1, columns, rows)], config)
+        ids = batch["input_ids"]
+        compiled(**batch, labels=ids.masked_fill(ids == config.image_token_id, -100)).loss.backward()
+        graphs.add(counter.frame_count)
+    assert graphs == {len({call.region for call in model.program.variants["image"].calls})}
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("seconds", [None, [0.5, 2.0], torch.tensor([1.3, 0.0])])

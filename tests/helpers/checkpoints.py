@@ -7,10 +7,12 @@ import shutil
 import signal
 from pathlib import Path
 
+import matrix
 import torch
 from safetensors.torch import load_file, save_file
 
 from vlmbuild.checkpoint.source import PROCESSOR_FILES
+from vlmbuild.families import FAMILIES
 from vlmbuild.zoo import ZOO
 
 
@@ -20,6 +22,21 @@ def write_checkpoint(reference, directory: Path) -> Path:
     for name in PROCESSOR_FILES:
         if (ZOO["qwen2-vl-digits"] / name).exists():
             shutil.copy(ZOO["qwen2-vl-digits"] / name, directory)
+    return directory
+
+
+def write_untrained(family: str, directory: Path) -> Path:
+    """Save a tiny model of a family that the zoo lacks, random, with the zoo's tokenizer and images of Qwen2-VL."""
+    setup, zoo = matrix.SETUPS[family](False), ZOO["qwen2-vl-digits"]
+    packaged, values = FAMILIES["qwen2_vl"].processor(zoo), json.loads((zoo / "config.json").read_text())
+    text = {key: values["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens = {key: values[key] for key in setup.values if key.endswith("_token_id") and key in values}
+    values = {**setup.values, **tokens, "text_config": {**setup.values["text_config"], **text}}
+    processor = type(setup.processor)(
+        packaged.image_processor, packaged.tokenizer, chat_template=packaged.chat_template
+    )
+    matrix.reference(matrix.replace(setup, values=values)).eval().save_pretrained(directory)
+    processor.save_pretrained(directory)
     return directory
 
 

@@ -1,7 +1,8 @@
 """The supported model families, by name.
 
-A new family is a folder here, one line in `FAMILIES`, one file in `tests/helpers/setups/` (a tiny config and a
-real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the rest. In order:
+A new family is a folder here (named in pyproject.toml too), one line in `FAMILIES`, one file in `tests/helpers/setups/` (a
+tiny config and a real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the
+rest. Published configs go to `tests/configs/`, and are locked (`tests/helpers/make_locks.py`). In order:
 
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
    (`grid.py`: images are grids of patches, features take the places of placeholder tokens), `PackedPatchFamily`
@@ -13,10 +14,11 @@ real processor), which runs the tests that hold for every family, and `tests/fam
 2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
 3. `prepare.py`, where the base class does not do it: everything that depends on data, on the host, packed (`batch.py`); a
-   tower's windows are segments from `GridFamily.vision_tensors`. Patches that become one feature lie side by side (order them
-   on the host), so that merging them is a reshape. What follows from the config alone is no input but a buffer of the core
-   module, with its value in `constants`. Name the sample in every refusal. Where transformers has the host function
-   (`transformers.vision_utils`, `get_rope_index`), call it.
+   tower's windows are segments from `GridFamily.vision_tensors`, which also gives the order of features where the tower has
+   one of its own; bounds of one length keep blocks that attend differently one region. Patches that become one feature lie
+   side by side (order them on the host), so that merging them is a reshape. What follows from the config alone is no input
+   but a buffer of the core module, with its value in `constants`. Name the sample in every refusal. Where transformers has
+   the host function (`transformers.vision_utils`, `get_rope_index`), call it.
 4. `processor.py`: loading without torchvision, the cost of an image, tokens of media (`is_media` too, where a processor writes
    text into an image), files for transformers.js (`js.py`).
 

@@ -18,14 +18,17 @@ class ClientVision:
     Attributes:
         inputs: Inputs of the client, by the names that clients use; `optional` ones may have no row.
         module: Takes them, and returns inputs of the variant "image".
-        outputs: Names of those.
+        outputs: Names of the results.
         optional: Inputs that a client may leave out.
+        restores: Whether the module's last result, which is no input of the variant, numbers the rows of the tower's
+            features in the order of the images: int64 (features,).
     """
 
     inputs: tuple[Input, ...]
     module: nn.Module
     outputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    restores: bool = False
 
 
 ClientFiles = Mapping[str, Mapping[str, Any]]

@@ -23,10 +23,12 @@ class MropeFamily(GridFamily):
 
     Attributes:
         rope_class: transformers' model with `get_rope_index`.
+        client_grids: Name of the grids among the inputs of the vision encoder that transformers.js runs.
         text_rotary, vision_rotary: transformers' rotary embeddings, made from the config of the text and of the vision tower.
     """
 
     rope_class: Any
+    client_grids = "grid_thw"
     text_rotary: Any
     vision_rotary: Any
     vision_prefix = "model.visual."
@@ -135,7 +137,7 @@ class MropeFamily(GridFamily):
         return ClientVision(
             (
                 Input("pixel_values", torch.float32, (f"{merge**2}*merged", values)),
-                Input("grid_thw", torch.int64, ("images", 3)),
+                Input(self.client_grids, torch.int64, ("images", 3)),
             ),
             GridPrologue(merge),
             ("pixel_values", "vision_position_ids", "vision_cu_seqlens"),
@@ -146,7 +148,7 @@ class MropeFamily(GridFamily):
             torch.cat([batch[name] for name in names if batch.get(name) is not None])
             for names in (("pixel_values", "pixel_values_videos"), ("image_grid_thw", "video_grid_thw"))
         )
-        return {"pixel_values": pixels.float(), "grid_thw": grids.long()}
+        return {"pixel_values": pixels.float(), self.client_grids: grids.long()}
 
 
 def head_size(text: Any) -> int:

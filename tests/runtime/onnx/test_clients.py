@@ -19,14 +19,19 @@ from vlmbuild.demo.task import READ, prompt
 from vlmbuild.families import FAMILIES
 from vlmbuild.measure.batches import cases
 from vlmbuild.runtime.onnx.weights import OnnxWeights
-from vlmbuild.zoo import ZOO
 
 pytestmark = pytest.mark.slow  # exports models and runs them in Node
 
-RECIPES = {"qwen2-vl-digits": {"quantize": vlmbuild.QuantSpec("int4")}, "pixtral-digits": {"dtype": "float16"}}
+RECIPES = {
+    "qwen2-vl-digits": {"quantize": vlmbuild.QuantSpec("int4")},
+    "pixtral-digits": {"dtype": "float16"},
+    "qwen2_5_vl": {"dtype": "float32"},
+}
+CLASSES = (("Qwen2VL", "Qwen2VL"), ("Pixtral", "Pixtral"), ("Qwen2_5_VL", "Qwen2VL"))
+"""Classes of the client that read a processor and its images, by checkpoint."""
 STEPS = 5
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-UNITS = {"qwen2-vl-digits": 28, "pixtral-digits": 20}
+UNITS = {"qwen2-vl-digits": 28, "pixtral-digits": 20, "qwen2_5_vl": 28}
 """Sides of images are multiples of it: the client resizes by other filters than Pillow, so images are passed that it leaves."""
 
 
@@ -48,9 +53,9 @@ def canvases(zoo):
     return [image.resize(tuple(max(2, round(side / unit)) * unit for side in image.size)) for image in images]
 
 
-def reference(zoo, artifact):
+def reference(checkpoint, artifact):
     """Make transformers' model in float32, with the weights that the artifact's stand for."""
-    model = AutoModelForImageTextToText.from_pretrained(ZOO[zoo], dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     weights, state = OnnxWeights(artifact), model.state_dict()
     for name in weights.packed:
         state[name].copy_(weights.tensor(name))
@@ -84,9 +89,9 @@ def check_answers(ask, scripts, directory, theirs, images, folder):
 
 @ASKS
 @pytest.mark.parametrize("zoo", RECIPES)
-def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, tmp_path, zoo, ask):
+def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, checkpoint_of, tmp_path, zoo, ask):
     directory = onnx_artifact(zoo, **RECIPES[zoo]).path
-    check_answers(ask, scripts, directory, reference(zoo, directory), canvases(zoo), tmp_path)
+    check_answers(ask, scripts, directory, reference(checkpoint_of(zoo), directory), canvases(zoo), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +181,13 @@ class Client:
 
 
 @pytest.mark.parametrize("zoo", RECIPES)
-def test_generates_what_transformers_does(zoo, onnx_artifact):
+def test_generates_what_transformers_does(zoo, onnx_artifact, checkpoint_of):
     directory = onnx_artifact(zoo, **RECIPES[zoo]).path
     client = Client(directory)
     family = FAMILIES[client.config["model_type"].replace("llava", "pixtral")]
     config = family.config(client.config)
     batch = next(iter(cases(family.processor(directory)))).batch
-    theirs = reference(zoo, directory)
+    theirs = reference(checkpoint_of(zoo), directory)
     expected = theirs.generate(**batch, max_new_tokens=STEPS, do_sample=False, eos_token_id=None, pad_token_id=0)
     host = family.prepare(batch, config).tensors["position_ids"].numpy()
     following = int(host.max()) + 1
@@ -201,10 +206,10 @@ def test_generates_what_transformers_does(zoo, onnx_artifact):
 def test_settings_that_the_client_needs(onnx_artifact):
     """By name, as its classes read them; it has other defaults for names that published files leave out."""
     directories = [onnx_artifact(zoo, **recipe).path for zoo, recipe in RECIPES.items()]
-    for directory, kind in zip(directories, ("Qwen2VL", "Pixtral"), strict=True):
+    for directory, (kind, images_kind) in zip(directories, CLASSES, strict=True):
         images = json.loads((directory / "preprocessor_config.json").read_text())
         assert images["processor_class"] == f"{kind}Processor"
-        assert images["image_processor_type"] == f"{kind}ImageProcessor"
+        assert images["image_processor_type"] == f"{images_kind}ImageProcessor"
         assert (images["do_resize"], images["do_normalize"], images["resample"]) == (True, True, 3)
         assert isinstance(images["patch_size"], int)
         assert {"image_mean", "image_std", "size"} <= set(images)

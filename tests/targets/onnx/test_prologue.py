@@ -10,14 +10,15 @@ import torch
 from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.prologue import add_prologue
 
-RANKS = {"pixel_values": 2, "vision_position_ids": 2, "vision_cu_seqlens": 1}
-DTYPES = {"pixel_values": torch.float32, "vision_position_ids": torch.int64, "vision_cu_seqlens": torch.int32}
+RANKS = {"pixel_values": 2, "vision_position_ids": 2}
+BOUNDS = ("vision_cu_seqlens", "vision_window_cu_seqlens")
+DTYPES = {"pixel_values": torch.float32, **dict.fromkeys(BOUNDS, torch.int32)}
 
 
 def session(family, config):
     builder = GraphBuilder(torch.float32)
     for name, value in add_prologue(builder, family.client_vision(config)).items():
-        builder.give_output(f"{name}_out", value, DTYPES[name], [None] * RANKS[name])
+        builder.give_output(f"{name}_out", value, DTYPES.get(name, torch.int64), [None] * RANKS.get(name, 1))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     model = builder.model("prologue").SerializeToString()
@@ -26,7 +27,8 @@ def session(family, config):
 
 def check(opened, family, config, batch):
     """Patches, positions and bounds; the host repeats the last bound, and adds a second feature to a single one."""
-    host = family.prepare(batch, config).tensors
+    prepared = family.prepare(batch, config)
+    host = prepared.tensors
     feed = {name: tensor.numpy() for name, tensor in family.client_batch(batch).items()}
     found = {
         output.name.removesuffix("_out"): torch.from_numpy(value)
@@ -37,9 +39,13 @@ def check(opened, family, config, batch):
     if len(found) == 1:
         return
     assert found["vision_position_ids"].equal(host["vision_position_ids"][:count])
-    bounds = found["vision_cu_seqlens"]
-    assert bounds.equal(host["vision_cu_seqlens"][: len(bounds)])
-    assert int(bounds[-1]) == count
+    for name in found.keys() & set(BOUNDS):
+        bounds = found[name]
+        assert bounds.equal(host[name][: len(bounds)])
+        assert int(bounds[-1]) == count
+    if prepared.feature_order is not None:
+        places = found["feature_order"]
+        assert places[prepared.feature_order[: len(places)]].equal(torch.arange(len(places)))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +57,21 @@ def qwen(config):
 def test_grids(name, qwen, config):
     batch, _ = tiny.make_batch(*tiny.BATCHES[name])
     check(qwen, tiny.FAMILY, config, batch)
+
+
+@pytest.mark.parametrize("grids", [[(1, 2, 2)], [(1, 16, 8)], [(2, 6, 22), (1, 18, 8), (3, 2, 30), (1, 26, 10)]])
+def test_windows(grids, windows):
+    config = windows.config()
+    counts = [t * h * w for t, h, w in grids]
+    ids = torch.tensor([[token for count in counts for token in (5, *[config.image_token_id] * (count // 4))]])
+    pixels = torch.arange(sum(counts) * 1176.0).view(-1, 1176)
+    batch = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
+    check(session(windows.family, config), windows.family, config, batch)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return matrix.SETUPS["qwen2_5_vl"](False)
 
 
 @pytest.fixture(scope="module", params=["pixtral", "mistral3"])

@@ -19,15 +19,15 @@ from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
 
 INT8 = "model.language_model.layers.0.self_attn.o_proj.weight"
-CHECKPOINTS = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
+CHECKPOINTS = (*ZOO, "qwen2_5_vl")
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def pair(request, onnx_artifact):
+def pair(request, onnx_artifact, checkpoint_of):
     """(our model and processor, transformers' model)."""
     ours = vlmbuild.load(onnx_artifact(request.param).path)
-    theirs = AutoModelForImageTextToText.from_pretrained(ZOO[request.param], dtype=torch.float32).eval()
+    theirs = AutoModelForImageTextToText.from_pretrained(checkpoint_of(request.param), dtype=torch.float32).eval()
     return *ours, theirs
 
 
@@ -43,6 +43,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(pair):
         assert model.generate(**case.batch, **GREEDY).equal(tokens), case.name
 
 
+@pytest.mark.parametrize("pair", ZOO, indirect=True)
 def test_reads_digits(pair):
     """Batches of the task that the models were trained for, so that a wrong token shows."""
     model, processor, theirs = pair

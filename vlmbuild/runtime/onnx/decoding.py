@@ -111,7 +111,13 @@ class OnnxDecoding(DecodeSteps[Any]):
         if prepared.variant == "text":
             return {}
         client = self.model.family.client_batch(batch)
-        return self.models.vision.run(prepared.tensors if client is None else client)
+        if client is None:
+            return self.models.vision.run(prepared.tensors)
+        encoded, order = self.models.vision.run(client), prepared.feature_order
+        if order is not None:  # clients get features in the order of images
+            features = encoded[FEATURES]
+            encoded[FEATURES] = features[order[order < len(features)]]
+        return encoded
 
     def _images(self, batch: Mapping[str, Any], prepared: PackedBatch) -> dict[str, Tensor]:
         """Return all decoder inputs that depend on images; nothing without images."""

@@ -32,7 +32,12 @@ def _linear(site: Site, x: Value, weight: Value, bias: Value | None = None) -> s
     """Translate to Gemm on the weight as it is stored; a MatMul, no faster, would need a transposed copy."""
     flat = x.name if x.rank == 2 else site.builder.reshape(x.name, [-1, weight.meta.shape[1]])
     product = str(site.builder.op("Gemm", flat, weight.name, bias.name if bias else None, transB=1))
-    return product if x.rank == 2 else site.builder.reshape(product, site.sizes(()))
+    if x.rank == 2:
+        return product
+    if sum(not isinstance(size, int) for size in site.meta.shape) <= 1:
+        return site.builder.reshape(product, site.sizes(()))
+    rows = [x.static(axis) or site.builder.size(x.name, axis) for axis in range(x.rank - 1)]
+    return site.builder.reshape(product, [*rows, weight.meta.shape[0]])
 
 
 def _linear_packed(

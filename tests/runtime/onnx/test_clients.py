@@ -65,8 +65,9 @@ def reference(checkpoint, artifact):
 ASKS = pytest.mark.parametrize("ask", [clients.ask_node, clients.ask_browser], ids=["Node", "browser"])
 
 
-def check_answers(ask, scripts, directory, theirs, images, folder):
-    """Compare the client's answers about images with ours and with those of transformers' model."""
+def check_answers(ask, scripts, directory, theirs, images, folder, *, resizes=False):
+    """Compare the client's answers about images with ours and with those of transformers' model; on the client's own pixels
+    where it `resizes`."""
     files = [folder / f"{number}.png" for number in range(len(images))]
     for image, file in zip(images, files, strict=True):
         image.save(file)
@@ -80,7 +81,11 @@ def check_answers(ask, scripts, directory, theirs, images, folder):
         batch = processor(text=[text], images=[[image]], add_special_tokens=False, return_tensors="pt")
         assert (answer["prompt"], answer["ids"]) == (text, batch["input_ids"][0].tolist())
         pixels = torch.tensor(answer["pixels"]).view_as(batch["pixel_values"])
-        torch.testing.assert_close(pixels, batch["pixel_values"], rtol=0, atol=1e-5)
+        if resizes:
+            assert (pixels - batch["pixel_values"]).abs().mean() < 0.1
+            batch["pixel_values"] = pixels
+        else:
+            torch.testing.assert_close(pixels, batch["pixel_values"], rtol=0, atol=1e-5)
         for model in (ours, theirs):
             generated = model.generate(**batch, **GREEDY)[0, len(answer["ids"]) :].tolist()
             assert answer["tokens"] == generated, type(model).__name__
@@ -94,14 +99,23 @@ def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, checkpoint_
     check_answers(ask, scripts, directory, reference(checkpoint_of(zoo), directory), canvases(zoo), tmp_path)
 
 
-@pytest.fixture(scope="module")
-def merging(tmp_path_factory, onnx_artifact):
-    """A model of Mistral 3 with random weights, and its artifact."""
-    setup, source = matrix.SETUPS["mistral3"](full=False), tmp_path_factory.mktemp("mistral3")
+def exported(name, tmp_path_factory, onnx_artifact):
+    """Return a family's model with random weights, and its artifact."""
+    setup, source = matrix.SETUPS[name](full=False), tmp_path_factory.mktemp(name)
     model = matrix.reference(setup).eval()
     model.save_pretrained(source)
     setup.processor.save_pretrained(source)
     return model, onnx_artifact(str(source)).path
+
+
+@pytest.fixture(scope="module")
+def merging(tmp_path_factory, onnx_artifact):
+    return exported("mistral3", tmp_path_factory, onnx_artifact)
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory, onnx_artifact):
+    return exported("smolvlm", tmp_path_factory, onnx_artifact)
 
 
 @ASKS
@@ -221,3 +235,11 @@ def test_settings_that_the_client_needs(onnx_artifact):
     assert values["transformers.js_config"]["dtype"] == "q4"  # the suffix of its files, in a browser too
     processor = json.loads((directories[1] / "processor_config.json").read_text())
     assert {"image_token", "image_break_token", "image_end_token", "patch_size", "spatial_merge_size"} <= set(processor)
+
+
+@ASKS
+def test_tiles(scripts, tiles, tmp_path, ask):
+    model, directory = tiles
+    photo = Image.fromarray(np.asarray(matrix.photographs()["rocket"]))
+    images = [photo.resize(size) for size in ((80, 80), (80, 40), (30, 80))]
+    check_answers(ask, scripts, directory, model, images, tmp_path, resizes=True)

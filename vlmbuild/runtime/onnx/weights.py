@@ -67,7 +67,7 @@ class OnnxWeights:
     def slots(self, region: Region, instance: str, constants: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the tensors of an instance's slots, in float32."""
         names = [join(instance, slot.name) for slot in region.slots]
-        return tuple((constants[name] if name in constants else self.tensor(name)).float() for name in names)
+        return tuple(constants[name] if name in constants else self.tensor(name).float() for name in names)
 
     def _stored(self, name: str) -> Tensor:
         location = self._locations[name]

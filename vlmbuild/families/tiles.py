@@ -69,8 +69,11 @@ class TileLayout:
     def cut(self, tiles: Tensor) -> Tensor:
         """Cut tiles (n, channels, side, side) into patches: (n * patches, values), in the order of `in_blocks`."""
         blocks, covered = self.rows // self.merge, self.rows * self.patch
-        whole = tiles[..., :covered, :covered].float()
-        squares = whole.reshape(-1, self.channels, blocks, self.merge, self.patch, blocks, self.merge, self.patch)
+        if covered < self.side:
+            tiles = tiles[..., :covered, :covered]
+        squares = tiles.float().reshape(
+            -1, self.channels, blocks, self.merge, self.patch, blocks, self.merge, self.patch
+        )
         return squares.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, self.values)
 
 

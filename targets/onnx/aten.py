@@ -100,13 +100,14 @@ def _layer_norm(
 
 def _patches(site: Site, x: Value, weight: Value, bias: Value | None, stride: Sequence[int]) -> str:
     """Translate a convolution whose kernel and stride are the whole input: a product."""
-    if bias is not None or list(stride) != list(weight.meta.shape[2:]) or x.meta.shape[2:] != weight.meta.shape[2:]:
+    if list(stride) != list(weight.meta.shape[2:]) or x.meta.shape[2:] != weight.meta.shape[2:]:
         raise PassError(
             "A convolution over overlapping patches has no translation to ONNX. This is a limit of vlmbuild; report it."
         )
     width = math.prod(weight.meta.shape[1:])
     flat, table = (site.builder.reshape(value.name, [-1, width]) for value in (x, weight))
-    return site.builder.reshape(site.builder.op("Gemm", flat, table, transB=1), site.sizes(()))
+    product = site.builder.op("Gemm", flat, table, bias.name if bias else None, transB=1)
+    return site.builder.reshape(product, site.sizes(()))
 
 
 def _arange(site: Site, *bounds: Any, **_: Any) -> str:

@@ -51,7 +51,7 @@ def onnx_models(
         PassError: An operator has no translation.
     """
     maker = _Maker(program, weights, compute, suffix)
-    step = STEP if STEP in program.variants else "text"
+    step = STEP if STEP in program.variants else "image" if maker.parts() > 1 else "text"
     models = [maker.vision(client), maker.embed(), maker.decoder(DECODER, step, maker.data(DECODER))]
     if step == STEP:  # without images, blocks that read them are left out
         models.append(maker.decoder(TEXT_DECODER, "text", models[-1].data))
@@ -88,14 +88,17 @@ class _Maker:
 
     def embed(self) -> OnnxModel:
         variant = self.program.variants["text"]
-        name = embedded_tokens(self.program, variant)
+        (name,) = embedded_tokens(self.program, variant)
         builder, data = GraphBuilder(self.compute), self.data(EMBED)
         tokens = ["batch_size", "sequence_length"]
         values = {"input_ids": builder.reshape(builder.take_input("input_ids", torch.int64, tokens), [1, -1])}
         self._translate(builder, data, cut(self.program, variant, (), [name]), values)
         batch = builder.size("input_ids", 0)
-        width = self._width()
-        self._give(builder, EMBEDS, builder.reshape(values[name], [batch, -1, width]), [*tokens, width])
+        width, whole = self._width(), self._width() * self.parts()
+        embeds = builder.reshape(values[name], [batch, -1, width])
+        if whole > width:  # zeros where images would have more
+            embeds = builder.op("Pad", embeds, builder.constant([0] * 5 + [whole - width]))
+        self._give(builder, EMBEDS, embeds, [*tokens, whole])
         return OnnxModel(EMBED + self.suffix, builder.model(EMBED), data)
 
     def decoder(self, stem: str, name: str, data: DataFile) -> OnnxModel:
@@ -103,11 +106,14 @@ class _Maker:
         embedded = embedded_tokens(self.program, variant)
         *_, head = variant.calls
         (hidden,) = head.inputs
-        before = cut(self.program, variant, [embedded], [hidden, *variant.presents])
+        before = cut(self.program, variant, embedded, [hidden, *variant.presents])
         after = cut(self.program, variant, [hidden], [variant.output])
         builder, width = GraphBuilder(self.compute), self._width()
-        embeds = builder.take_input(EMBEDS, self.compute, ["batch_size", "sequence_length", width])
-        values = {embedded: builder.reshape(embeds, [1, -1, width])}
+        whole, count = width * self.parts(), len(embedded)
+        embeds = builder.take_input(EMBEDS, self.compute, ["batch_size", "sequence_length", whole])
+        row = builder.reshape(embeds, [1, -1, whole])
+        pieces = builder.op("Split", row, axis=-1, num_outputs=count, outputs=count) if count > 1 else (row,)
+        values = dict(zip(embedded, pieces, strict=True))
         for entry in variant.inputs:
             if entry.name in before.inputs:
                 values[entry.name] = self._take(builder, entry)
@@ -167,6 +173,12 @@ class _Maker:
         node = self.program.regions[call.region].results()[call.outputs.index(name)]
         shape = enumerate(node.meta["val"].shape)
         return [size if isinstance(size, int) else f"features_{axis}" for axis, size in shape]
+
+    def parts(self) -> int:
+        """Count the values of an embedding's width that clients pass for every token."""
+        return (
+            1 if STEP in self.program.variants else len(embedded_tokens(self.program, self.program.variants["image"]))
+        )
 
     def _width(self) -> int:
         """Return the width of the token embeddings."""

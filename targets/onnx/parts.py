@@ -60,15 +60,13 @@ def cut(program: Program, variant: Variant, given: Collection[str], wanted: Coll
     return Part(tuple(reversed(calls)), tuple(name for name in read if name not in made))
 
 
-def embedded_tokens(program: Program, variant: Variant) -> str:
-    """Return the name of the token embeddings."""
+def embedded_tokens(program: Program, variant: Variant) -> tuple[str, ...]:
+    """Return the names of the token embeddings, and of what else the layers add of images in the places of tokens."""
     for call in variant.calls:
         if "input_ids" in call.inputs:
             region = program.regions[call.region]
-            ids = region.placeholders()[len(region.slots) :][call.inputs.index("input_ids")]
-            names = [
-                name for node, name in zip(region.results(), call.outputs, strict=True) if ids in needed_nodes([node])
-            ]
-            (name,) = names
-            return name
+            read = zip(region.placeholders()[len(region.slots) :], call.inputs, strict=True)
+            sources = {node for node, name in read if name in ("input_ids", "feature_index")}
+            made = zip(region.results(), call.outputs, strict=True)
+            return tuple(name for node, name in made if sources & needed_nodes([node]))
     raise AssertionError("a variant reads input_ids")

@@ -18,6 +18,7 @@ from processors import CONFIGS, photographs, shipped
 from setups import PROCESSORS
 from setups.mllama import LLAMA_SPECIAL
 from setups.qwen2_vl import QWEN_SPECIAL
+from setups.qwen3_vl import QWEN3_ADDED
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -50,7 +51,7 @@ def process(name: str, texts: list[str], names: list[list[str]], **arguments: An
     )
 
 
-QWEN, LLAMA3 = ("qwen2_vl", "qwen2_5_vl"), ("mllama", "idefics3")
+QWEN, LLAMA3 = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), ("mllama", "idefics3")
 VENDORS = (*QWEN, *LLAMA3, "pixtral", "mistral3")
 """Families whose vocabulary a package of the vendor's has."""
 
@@ -92,8 +93,10 @@ def test_qwen_tokenizer_composes_accents_first():
     assert tokenizer(apart).input_ids == tokenizer("\u00e9t\u00e9").input_ids == reference_ids("qwen2_vl", apart)
 
 
+QWEN_IDS = dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True))
 PUBLISHED_IDS = {
-    "qwen2_vl": (dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True)), 151657),
+    "qwen2_vl": (QWEN_IDS, 151657),
+    "qwen3_vl": (QWEN_IDS | dict(zip(QWEN3_ADDED, range(151657, 151669), strict=True)), 151669),
     "mllama": (dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
     "mistral3": (
         {"[IMG]": 10, "[IMG_BREAK]": 12, "[IMG_END]": 13, "[SYSTEM_PROMPT]": 17, "[/SYSTEM_PROMPT]": 18},

@@ -8,27 +8,19 @@ import pytest
 import torch
 from parity import MODEL_FP32
 from processors import photographs
+from videos import pan, text_of
 
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.qwen2_vl.processor import FrameProcessor
 
-WITH_VIDEOS = [name for name, family in FAMILIES.items() if "pixel_values_videos" in family.input_layout]
+FRAMES = {name: getattr(family, "frame_processor", None) for name, family in FAMILIES.items()}
+WITH_VIDEOS = [name for name, kind in FRAMES.items() if kind is not None and kind.frame_class is FrameProcessor]
+"""Families whose frames are sized one by one."""
 
 
 @pytest.fixture(scope="module", params=WITH_VIDEOS)
 def setup(request):
     return matrix.tiny(request.param)
-
-
-def pan(count, size=(112, 84)):
-    """Frames of a camera that moves over a photograph."""
-    photo = photographs()["coffee"]
-    return [photo.crop((10 * n, 5 * n, 10 * n + 300, 5 * n + 220)).resize(size) for n in range(count)]
-
-
-def text_of(setup, *parts):
-    content = [{"type": part} if part in ("image", "video") else {"type": "text", "text": part} for part in parts]
-    return setup.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 SIZE = {"shortest_edge": 28 * 28, "longest_edge": 112 * 84}

@@ -13,6 +13,11 @@ from vlmbuild.locks import kernel_table
 from vlmbuild.locks.check import check
 from vlmbuild.locks.document import read_lock, write_lock
 
+
+def _qwen3(vision, text):
+    return {"visual.blocks": vision, "visual.deepstack_merger_list": 3, "language_model.layers": text}
+
+
 # Instances of repeated blocks, sites per pass, parameters of the published weights.
 PUBLISHED = {
     "qwen2-vl-2b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 2_208_985_600),
@@ -21,6 +26,10 @@ PUBLISHED = {
     "qwen2.5-vl-3b": ({"visual.blocks": 32, "language_model.layers": 36}, (71, 68, 7 * 36), 3_754_622_976),
     "qwen2.5-vl-7b": ({"visual.blocks": 32, "language_model.layers": 28}, (63, 60, 7 * 28), 8_292_166_656),
     "qwen2.5-vl-72b": ({"visual.blocks": 32, "language_model.layers": 80}, (115, 112, 7 * 80), 73_410_777_344),
+    "qwen3-vl-2b": (_qwen3(24, 28), (55, 52, 7 * 28), 2_127_532_032),
+    "qwen3-vl-4b": (_qwen3(24, 36), (63, 60, 7 * 36), 4_437_815_808),
+    "qwen3-vl-8b": (_qwen3(27, 36), (66, 63, 7 * 36), 8_767_123_696),
+    "qwen3-vl-32b": (_qwen3(27, 64), (94, 91, 7 * 64), 33_357_390_064),
     "llama-3.2-11b-vision": (
         {
             "vision_model.transformer.layers": 32,

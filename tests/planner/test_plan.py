@@ -91,6 +91,7 @@ def test_limits_take_the_place_of_the_processors():
     [
         ("qwen2-vl-2b", "qwen2_vl", (4 * 37 * 25, 37 * 25, 0, 1)),
         ("qwen2.5-vl-7b", "qwen2_5_vl", (4 * 37 * 25, 37 * 25, 0, 10 * 7)),
+        ("qwen3-vl-8b", "qwen3_vl", (4 * 32 * 22, 32 * 22, 0, 1)),
         ("llama-3.2-11b-vision", "mllama", (4 * 1608, 1, 4 * 1601, 1)),
         ("pixtral-12b", "pixtral", (64 * 44, 64 * 45, 0, 1)),
         ("ministral-3-3b", "mistral3", (4 * 37 * 25, 37 * 26, 0, 1)),

@@ -13,6 +13,9 @@ rest. Published configs go to `tests/configs/`, and are locked (`tests/helpers/m
    `has_processor`.
 2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly), the core module (`traced.py`;
    transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names.
+   A method of transformers that writes in place or selects by a mask gets an equal one on the module made for the trace
+   (`Qwen3VL.module`). What the first layers add of images is one feature, as wide as several embeddings: every target
+   carries it beside the embeddings. Architectures that users may take for a supported one are `refused_architectures`.
 3. `prepare.py`, where the base class does not do it: everything that depends on data, on the host, packed (`batch.py`); a
    tower's windows are segments from `GridFamily.vision_tensors`, which also gives the order of features where the tower has
    one of its own; bounds of one length keep blocks that attend differently one region. Patches that become one feature lie
@@ -48,10 +51,12 @@ from vlmbuild.families.mllama.model import Mllama
 from vlmbuild.families.pixtral.model import Pixtral
 from vlmbuild.families.qwen2_5_vl.model import Qwen25VL
 from vlmbuild.families.qwen2_vl.model import Qwen2VL
+from vlmbuild.families.qwen3_vl.model import Qwen3VL
 from vlmbuild.families.traced import KeyGroups
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL(), Idefics3(), SmolVLM())
+    family.name: family
+    for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Idefics3(), SmolVLM())
 }
 
 
@@ -69,6 +74,10 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     for family in FAMILIES.values():
         if any(name in family.architectures for name in names):
             return family
+    for family in FAMILIES.values():
+        for name, reason in family.refused_architectures:
+            if name in names:
+                raise SourceError(f"{where}: {name}: {reason}.")
     supported = ", ".join(f"{name} ({family.title})" for family in FAMILIES.values() for name in family.architectures)
     unknown = ", ".join(names) or f"model_type {config.get('model_type')!r} without architectures"
     raise SourceError(f"{where}: unknown architecture {unknown}. Use a checkpoint of: {supported}.")

@@ -33,6 +33,7 @@ class Family(ForClients, ABC):
         name: Key in `FAMILIES`; stored in programs.
         title: Name for people.
         architectures: Values of `architectures` in config.json that the family reads.
+        refused_architectures: Pairs of an architecture that users may take for one of them, and the reason why it is not.
         config_class, model_class: Classes of transformers.
         image_core: Module to trace for batches with images.
         vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
@@ -48,6 +49,7 @@ class Family(ForClients, ABC):
     name: str
     title: str
     architectures: tuple[str, ...]
+    refused_architectures: tuple[tuple[str, str], ...] = ()
     config_class: Any
     model_class: Any
     image_core: type[TextCore]

@@ -22,6 +22,7 @@ _COUNTS = {
     "scale_factor": 64,
     **dict.fromkeys(("patch_size", "spatial_patch_size", "temporal_patch_size"), 1024),
     **dict.fromkeys(("image_size", "window_size", "tokens_per_second"), 2**14),
+    "num_position_embeddings": 2**20,
     "num_labels": 2**16,
     "vocab_size": 2**24,
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31),

@@ -25,12 +25,14 @@ class MropeFamily(GridFamily):
         rope_class: transformers' model with `get_rope_index`.
         client_grids: Name of the grids among the inputs of the vision encoder that transformers.js runs.
         text_rotary, vision_rotary: transformers' rotary embeddings, made from the config of the text and of the vision tower.
+        interleaved: Whether the axes of text positions take turns instead of having ranges of frequencies.
     """
 
     rope_class: Any
     client_grids = "grid_thw"
     text_rotary: Any
     vision_rotary: Any
+    interleaved = False
     vision_prefix = "model.visual."
     projector_prefix = "model.visual.merger."
     position_axes = (3,)
@@ -64,10 +66,10 @@ class MropeFamily(GridFamily):
 
     def geometry(self, config: Any) -> Geometry:
         text, width = config.text_config, self.tower_width(config) // config.vision_config.num_heads
-        sections = tuple(text.rope_parameters["mrope_section"])
+        sections, scaling = tuple(text.rope_parameters["mrope_section"]), self.text_rotary(text).attention_scaling
         return Geometry(
             rotary=(
-                Rotary(head_size(text), sections, shared=False, scaling=self.text_rotary(text).attention_scaling),
+                Rotary(head_size(text), sections, shared=False, scaling=scaling, interleaved=self.interleaved),
                 Rotary(width, (width // 4,) * 2, shared=True),
             )
         )
@@ -111,7 +113,10 @@ class MropeFamily(GridFamily):
         ids, mask = tokens.ids.cpu()[rows].long(), tokens.mask[rows]
         kinds = list(self.placeholders(config))  # transformers' type ids: text 0, image 1, video 2
         types = sum(number * (ids == token).int() for number, token in enumerate(kinds, start=1))
-        grids = {kind: torch.tensor([i.grid for i in images if i.kind == kind]) for kind in ("image", "video")}
+        grids = {
+            kind: torch.tensor([image.grid for image in images if image.kind == kind], dtype=torch.int64).view(-1, 3)
+            for kind in ("image", "video")
+        }
         times = self.video_times(batch, len(grids["video"]))
         positions, _ = model.get_rope_index(ids, types, grids["image"], grids["video"], attention_mask=mask, **times)
         packed: Tensor = positions[:, mask].unsqueeze(1)
@@ -199,7 +204,7 @@ class GridPrologue(nn.Module):
         super().__init__()
         self.merge = merge
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, ...]:
         frames, rows, columns = grid_thw.unbind(1)
         of_frame = rows * columns
         ends = (frames * of_frame).cumsum(0)

@@ -91,17 +91,20 @@ def _check_names(program: Program) -> None:
 
 
 def _check_calls(program: Program) -> None:
-    """Refuse calls that do not fit, and a second call of an instance: a variant runs each part of the model once."""
+    """Refuse calls that do not fit, and a second call of an instance: a variant runs each part of the model once. Parts
+    without parameters, which join others, may run as often as those."""
     for variant in program.variants.values():
         known = {entry.name for entry in variant.inputs}
         called: set[tuple[str, str]] = set()
         for call in variant.calls:
             if call.instance not in program.regions[call.region].instances or not known.issuperset(call.inputs):
                 raise ValueError(f"a call of {call.region} does not fit the program")
-            if (call.region, call.instance) in called:
+            if (call.region, call.instance) in called and program.regions[call.region].slots:
                 raise ValueError(f"{call.instance or call.region!r} is called twice")
             called.add((call.region, call.instance))
             known.update(call.outputs)
+        if len(variant.calls) > 2 * len(called):
+            raise ValueError(f"{len(variant.calls)} calls of {len(called)} parts are more than any model has")
         if lost := sorted({variant.output, *variant.presents} - known):
             raise ValueError(f"{lost[0]!r} is never computed")
 

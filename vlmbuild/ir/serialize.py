@@ -72,6 +72,7 @@ _ATEN = (
     "squeeze.dim",
     "stack.default",
     "sub.Tensor",
+    "sum.dim_IntList",
     "sym_size.int",
     "tanh.default",
     "to.dtype",

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from setups import idefics3, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, smolvlm
+from setups import idefics3, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm
 from setups.base import Setup
 
 FAMILIES = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
     "mllama": mllama,
     "pixtral": pixtral,
     "mistral3": mistral3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from processors import image_processor, shipped, with_special
@@ -61,13 +62,13 @@ QWEN_TEMPLATE = """\
 """
 
 
-@functools.cache
-def processor() -> Any:
-    """Make Qwen2-VL's processor, all sizes."""
+def make_tokenizer(added: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """Make the tokenizer of Qwen's models; `added` tokens have ids behind the special ones and are not special."""
     converter = TikTokenConverter(str(shipped("dashscope", "resources/qwen.tiktoken")), pattern=PRETOKENIZE_REGEX)
     backend = with_special(converter.converted(), QWEN_SPECIAL)
+    backend.add_tokens(list(added))
     backend.normalizer = normalizers.NFC()
-    tokenizer = Qwen2Tokenizer(
+    return Qwen2Tokenizer(
         tokenizer_object=backend,
         unk_token=None,  # type: ignore[arg-type]  # as published; the annotation is too narrow
         bos_token=None,
@@ -77,7 +78,12 @@ def processor() -> Any:
         extra_special_tokens=QWEN_SPECIAL[1:],
         model_max_length=32768,
     )
-    return ImageTextProcessor(image_processor("qwen2-vl-2b"), tokenizer, chat_template=QWEN_TEMPLATE)
+
+
+@functools.cache
+def processor() -> Any:
+    """Make Qwen2-VL's processor, all sizes."""
+    return ImageTextProcessor(image_processor("qwen2-vl-2b"), make_tokenizer(), chat_template=QWEN_TEMPLATE)
 
 
 TOKENS = {
@@ -100,7 +106,8 @@ TEXT = {
 def qwen_setup(family: Family, processor: Any, full: bool, values: dict[str, Any], **facts: Any) -> Setup:
     """Make the setup of a model with Qwen2-VL's tokens and images; `full` raises the limit to the processor class's 1280
     tokens per image."""
-    size = {"shortest_edge": 56 * 56, "longest_edge": (1280 if full else 80) * 28 * 28}
+    token = (processor.image_processor.patch_size * processor.image_processor.merge_size) ** 2
+    size = {"shortest_edge": 4 * token, "longest_edge": (1280 if full else 80) * token}
     images = {"largest": (3000, 2000), "smallest": (20, 20), "media": ("<|image_pad|>",), "end": "<|im_end|>"}
     return make_setup(family, processor, size, {"text_config": TEXT, **TOKENS, **values}, **images, **facts)
 

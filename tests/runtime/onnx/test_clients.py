@@ -128,6 +128,19 @@ def test_merged_patches_and_scaled_queries(scripts, merging, tmp_path, ask):
     check_answers(ask, scripts, directory, model, images, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory, onnx_artifact):
+    return exported("qwen3_vl", tmp_path_factory, onnx_artifact)
+
+
+@ASKS
+def test_features_wider_than_embeddings(scripts, stacked, tmp_path, ask):
+    model, directory = stacked
+    photo = Image.fromarray(np.asarray(matrix.photographs()["rocket"]))  # as above
+    images = [photo.resize(size) for size in ((96, 64), (32, 160), (224, 192))]
+    check_answers(ask, scripts, directory, model, images, tmp_path)
+
+
 class Client:
     """Reads config.json and the sessions' metadata."""
 

@@ -75,12 +75,13 @@ SIZES = (
     [[(90, 60), (40, 160)], [(100, 100)]],
     [[(30, 180)], [], [(64, 64)]],
     [[(1, 1)]],
+    [[(120, 90), (50, 130)]],
 )
-"""Three batches: the sizes of each sample's photographs, down to one of a single pixel."""
+"""Four batches of eight sizes of photographs, down to a single pixel."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm"])
+@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm", "qwen3_vl"])
 def test_one_compilation_for_all_image_sizes_of_every_family(name, counter):
     setup = matrix.tiny(name)
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))

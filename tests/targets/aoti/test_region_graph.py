@@ -40,6 +40,7 @@ def test_sizes_that_cannot_be_solved_get_names():
         ("mllama", "dynamic"),
         ("pixtral", "dynamic"),
         ("mistral3", "dynamic"),
+        ("qwen3_vl", "dynamic"),
     ],
 )
 def test_graphs_compute_what_regions_do(programs, family, form):

@@ -46,18 +46,12 @@ _VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 """Files in which the stock class finds the video processor's settings, if processor_config.json has none."""
 
 
-def video_settings(image: Mapping[str, Any], size: Mapping[str, int] = _SIZE) -> dict[str, Any]:
-    """Return the settings of the stock video processor that go with an image processor's."""
-    shared = {key: image[key] for key in _SHARED if key in image}
-    return {**shared, "size": dict(size), "video_processor_type": "Qwen2VLVideoProcessor"}
-
-
-def frame_size(directory: Path) -> dict[str, int]:
+def frame_size(directory: Path, default: Mapping[str, int] = _SIZE) -> dict[str, int]:
     """Read the pixels of a frame, as the stock video processor does: also from an image processor's file."""
     files = [directory / name for name in ("processor_config.json", *_VIDEO_FILES)]
     found = [json.loads(file.read_text()) if file.is_file() else {} for file in files]
     settings: Mapping[str, Any] = next(filter(None, (found[0].get("video_processor"), *found[1:])), {})
-    size = dict(settings.get("size") or _SIZE)
+    size = dict(settings.get("size") or default)
     for limit, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(limit) is not None:
             size[edge] = settings[limit]
@@ -68,7 +62,20 @@ class FrameProcessor:
     """Equivalent of transformers' `Qwen2VLVideoProcessor` for videos that are passed as frames, with Pillow.
 
     Frames are not sampled: all of them are used, the last one twice if their number is odd.
+
+    Attributes:
+        stock_name: Name of transformers' class.
+        default_size: Its pixels of a frame, least and most.
     """
+
+    stock_name = "Qwen2VLVideoProcessor"
+    default_size: Mapping[str, int] = _SIZE
+
+    @classmethod
+    def settings(cls, image: Mapping[str, Any], size: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Return the settings of the stock video processor that go with an image processor's."""
+        shared = {key: image[key] for key in _SHARED if key in image}
+        return {**shared, "size": dict(size or cls.default_size), "video_processor_type": cls.stock_name}
 
     def __init__(self, image_processor: Any, size: Mapping[str, int] = _SIZE) -> None:
         self.image_processor = image_processor
@@ -129,9 +136,15 @@ class FrameProcessor:
 
 class WithoutTorchvision:
     """The part of a processor class that replaces its video processor where torchvision is missing; put it before the stock
-    class."""
+    class.
 
-    frame_size: Mapping[str, int] = _SIZE
+    Attributes:
+        frame_class: Class of the video processor in its place.
+        frame_size: Least and most pixels of a frame; None for the class's own.
+    """
+
+    frame_class: type[FrameProcessor] = FrameProcessor
+    frame_size: Mapping[str, int] | None = None
     image_processor: Any
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
@@ -144,14 +157,14 @@ class WithoutTorchvision:
 
     @property  # an attribute would be saved, as a class that no other reader knows
     def video_processor(self) -> FrameProcessor:
-        return FrameProcessor(self.image_processor, self.frame_size)
+        return self.frame_class(self.image_processor, self.frame_size or self.frame_class.default_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved, with the video processor's section, without which `AutoProcessor` fails."""
         stock: Any = super()
         values: dict[str, Any] = stock.to_dict()
         values.pop("frame_size", None)
-        return {**values, "video_processor": video_settings(self.image_processor.to_dict(), self.frame_size)}
+        return {**values, "video_processor": self.frame_class.settings(self.image_processor.to_dict(), self.frame_size)}
 
 
 class ImageTextProcessor(WithoutTorchvision, Qwen2VLProcessor):
@@ -175,7 +188,7 @@ class Qwen2VLProcessing(MropeFamily):
         processor_class = self.stock_processor if stock else self.frame_processor
         processor = processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if not stock:
-            processor.frame_size = frame_size(directory)
+            processor.frame_size = frame_size(directory, processor.frame_class.default_size)
         return processor
 
     def stock_files(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -184,7 +197,7 @@ class Qwen2VLProcessing(MropeFamily):
         image = values.get("image_processor")
         if image is None or "video_processor" in values or any(name in files for name in _VIDEO_FILES):
             return {}
-        completed = {**values, "video_processor": video_settings(image)}
+        completed = {**values, "video_processor": self.frame_processor.frame_class.settings(image)}
         return {"processor_config.json": (json.dumps(completed, indent=2, sort_keys=True) + "\n").encode()}
 
     def limited_size(self, processor: Any, height: int, width: int, limits: Mapping[str, Any]) -> tuple[int, int]:

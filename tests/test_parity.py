@@ -13,6 +13,7 @@ from parity import BF16_RATIO, MODEL_FP32, SAME_WEIGHTS_FP32, assert_close, rela
 from transformers import AutoModelForImageTextToText
 
 from vlmbuild import add_lora, load, load_adapter, save_adapter
+from vlmbuild.adapters.select import adaptable_layers
 from vlmbuild.builder.build import build
 from vlmbuild.recipe import QuantSpec, Recipe
 
@@ -176,7 +177,8 @@ def test_adapter_gives_peft_the_same_logits_and_trains_every_layer_kind(theirs, 
     from peft import PeftModel
 
     model = matrix.copied(loaded[0])
-    add_lora(model, r=4, target=("language", "projector"))
+    parts = {"language", "projector"} & {layer.role for layer in adaptable_layers(model.program)}
+    add_lora(model, r=4, target=tuple(parts))
     fill_adapter(model)
     inputs, labels = batches["counts differ, left"]
     gradients = step(model.train(), inputs, labels)

@@ -154,6 +154,7 @@ ATEN: dict[Any, Handler] = {
     aten.layer_norm.default: _layer_norm,
     aten.log.default: _unary("Log"),
     aten.lt.Tensor: _compare("Less"),
+    aten.matmul.default: _binary("MatMul"),
     aten.mean.dim: _mean,
     aten.mul.Tensor: _binary("Mul"),
     aten.neg.default: _unary("Neg"),

@@ -52,7 +52,11 @@ def test_stored_names_equal_those_that_transformers_writes(setup, tmp_path):
         written = set(file.keys())
     names = {name for name, _ in reference.named_parameters()}
     assert names == {name for name, slot in matrix.program(setup).slots() if slot.kind == "parameter"}
-    assert {family.stored_name(name) for name in names} == written
+    current = {"gemma3": ("vision_model.", "")}.get(
+        family.name, ("", "")
+    )  # published files name a module that is no more
+    assert {family.stored_name(name).replace(*current) for name in names} == written
+    assert {family.module_name(family.stored_name(name)) for name in names} == names
     assert {family.module_name(name) for name in written} == names
     assert {family.module_name(name) for name in names} == names  # files with current names are read too
 

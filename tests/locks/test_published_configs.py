@@ -75,6 +75,11 @@ PUBLISHED = {
         (67, 64, 7 * 40),
         13_945_031_680,
     ),
+    "gemma-3-4b": (
+        {"vision_tower.encoder.layers": 27, "language_model.layers": 29, "language_model.layers_2": 5},
+        (38, 61, 7 * 34),
+        4_300_079_472,
+    ),
     "idefics3-8b": ({"vision_model.encoder.layers": 27, "text_model.layers": 32}, (34, 59, 7 * 32), 8_462_086_384),
     "smolvlm2-2.2b": ({"vision_model.encoder.layers": 27, "text_model.layers": 24}, (26, 51, 7 * 24), 2_246_784_880),
     "smolvlm2-256m": ({"vision_model.encoder.layers": 12, "text_model.layers": 30}, (32, 42, 7 * 30), 256_484_928),

@@ -94,6 +94,7 @@ def test_limits_take_the_place_of_the_processors():
         ("qwen3-vl-8b", "qwen3_vl", (4 * 32 * 22, 32 * 22, 0, 1)),
         ("llama-3.2-11b-vision", "mllama", (4 * 1608, 1, 4 * 1601, 1)),
         ("pixtral-12b", "pixtral", (64 * 44, 64 * 45, 0, 1)),
+        ("gemma-3-4b", "gemma3", (4096, 260, 0, 1)),
         ("ministral-3-3b", "mistral3", (4 * 37 * 25, 37 * 26, 0, 1)),
     ],
 )

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 import vlmbuild.ops  # noqa: F401  registers the operators
 from vlmbuild.capture.dedup_blocks import dedup_blocks
 from vlmbuild.errors import CaptureError
-from vlmbuild.families import Family, KeyGroups
+from vlmbuild.families import Family, KeyGroups, Segments
 from vlmbuild.ir.dims import Dim, evaluate_shape, shape_names
 from vlmbuild.ir.program import Input
 from vlmbuild.util.gc_paused import gc_paused
@@ -129,7 +129,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | KeyGroups | None,
+    attention_mask: Tensor | KeyGroups | Segments | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -138,7 +138,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Implement transformers' attention interface: query, key, value `[batch, heads, length, head_dim]`; 2-D padding mask,
-    or `KeyGroups` from a family whose masks are neither padding nor causal.
+    or `KeyGroups` or `Segments` from a family whose masks are neither padding nor causal.
 
     Layers pass `sliding_window` themselves; a family passes `lookahead` (tokens,) through the model's keywords.
     """
@@ -147,6 +147,9 @@ def _attention(
     operator = torch.ops.vlmbuild.attention
     if isinstance(attention_mask, KeyGroups):
         return operator(query, key, value, None, None, *attention_mask, False, scale), None
+    if isinstance(attention_mask, Segments):
+        cu_seq_lens_q = attention_mask.cu_seqlens
+        attention_mask = None
     ahead = None if lookahead is None else lookahead.unsqueeze(0)
     masks = (attention_mask, cu_seq_lens_q, None, None)
     return operator(query, key, value, *masks, causal, scale, ahead, sliding_window), None

@@ -44,6 +44,7 @@ from typing import Any
 from vlmbuild.errors import IncompatibleError, SourceError, UsageError
 from vlmbuild.families.base import Family, InputLayout
 from vlmbuild.families.batch import ImageCost, PackedBatch, check_ids
+from vlmbuild.families.gemma3.model import Gemma3
 from vlmbuild.families.idefics3.model import Idefics3, SmolVLM
 from vlmbuild.families.js import ClientVision
 from vlmbuild.families.mistral3.model import Mistral3
@@ -52,11 +53,11 @@ from vlmbuild.families.pixtral.model import Pixtral
 from vlmbuild.families.qwen2_5_vl.model import Qwen25VL
 from vlmbuild.families.qwen2_vl.model import Qwen2VL
 from vlmbuild.families.qwen3_vl.model import Qwen3VL
-from vlmbuild.families.traced import KeyGroups
+from vlmbuild.families.traced import KeyGroups, Segments
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Idefics3(), SmolVLM())
+    for family in (Mistral3(), Mllama(), Pixtral(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Idefics3(), SmolVLM(), Gemma3())
 }
 
 
@@ -123,6 +124,7 @@ __all__ = [
     "InputLayout",
     "KeyGroups",
     "PackedBatch",
+    "Segments",
     "check_ids",
     "family_named",
     "family_of",

@@ -35,7 +35,7 @@ class Family(ForClients, ABC):
         architectures: Values of `architectures` in config.json that the family reads.
         refused_architectures: Pairs of an architecture that users may take for one of them, and the reason why it is not.
         config_class, model_class: Classes of transformers.
-        image_core: Module to trace for batches with images.
+        image_core, text_core: Modules to trace for batches with images, and without.
         vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
         language_prefix: Module name of the language model without its head.
         processors: Class names of the family's processors.
@@ -53,6 +53,7 @@ class Family(ForClients, ABC):
     config_class: Any
     model_class: Any
     image_core: type[TextCore]
+    text_core: type[TextCore] = TextCore
     vision_prefix: str
     projector_prefix: str
     language_prefix: str = "model.language_model."
@@ -116,7 +117,7 @@ class Family(ForClients, ABC):
             variant: A key of `variants`; the module takes its inputs as keyword arguments and returns logits.
             attention: Name of the attention implementation registered with transformers.
         """
-        core = self.image_core if variant == "image" else TextCore
+        core = self.image_core if variant == "image" else self.text_core
         return core(meta_module(self.model_class, config, attention, COMPUTE_DTYPE))
 
     def ties(self, config: Any) -> dict[str, str]:
@@ -135,7 +136,7 @@ class Family(ForClients, ABC):
             f"{module}.{name}": tensor
             for module, rotary in self.rotary_modules(config).items()
             for name, tensor in rotary.named_buffers()
-            if not name.startswith("original_")  # transformers' copy, for frequencies that change with the length
+            if "original_" not in name  # transformers' copy, for frequencies that change with the length
         }
 
     def role(self, name: str) -> Role:
@@ -268,6 +269,10 @@ class Family(ForClients, ABC):
         """Tell which tokens of a processor's `ids` it has written for images and videos: bool (batch, sequence); `media` are
         `media_tokens`, of which `placeholder` stands for an image in a text."""
         return torch.isin(ids, media)
+
+    def joined_tokens(self, processor: Any) -> frozenset[int]:
+        """List the ids of text tokens that, next to an image, become one with the processor's own; those are `is_media`."""
+        return frozenset()
 
     @abstractmethod
     def image_tokens(self, processor: Any, height: int, width: int) -> int:

@@ -24,6 +24,7 @@ _COUNTS = {
     **dict.fromkeys(("image_size", "window_size", "tokens_per_second"), 2**14),
     "num_position_embeddings": 2**20,
     "num_labels": 2**16,
+    "mm_tokens_per_image": 2**16,
     "vocab_size": 2**24,
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), 2**31),
     "mrope_section": 2**16,
@@ -33,6 +34,7 @@ _POSITIVE = {
     **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_eps"), 1.0),
     "rope_theta": 1e15,
     "mlp_ratio": 256.0,
+    "query_pre_attn_scalar": 1e6,
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), 1e6),
     **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), 1e6),
 }
@@ -83,7 +85,7 @@ def check_values(values: Mapping[str, Any]) -> None:
                 value,
                 "must be finite and below 2**63 in size. Restore the published value.",
             )
-        elif key.endswith("hidden_act"):
+        elif key.endswith(("hidden_act", "hidden_activation")):
             known = isinstance(value, str) and value in ACT2FN
             require(known, field, value, "is no activation of transformers. Restore the published name.")
 
@@ -103,18 +105,11 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def check_text(text: Any) -> None:
     """Raise SourceError for language models that would be captured wrongly."""
-    rope = text.rope_parameters
-    require(
-        rope["rope_type"] in STATIC_ROPE_TYPES,
-        "rope_type",
-        rope["rope_type"],
-        f"depends on the data and cannot be compiled. Use one of {', '.join(STATIC_ROPE_TYPES)}.",
-    )
-    if rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        require(
-            low < high, "low_freq_factor", low, f"must be below high_freq_factor {high}. Restore the published values."
-        )
+    whole = text.rope_parameters
+    for rope in (
+        [whole] if "rope_type" in whole else [form for form in whole.values() if form]
+    ):  # one, or one a kind of layer
+        _check_rope(rope)
     dropout = getattr(text, "attention_dropout", 0) or getattr(text, "dropout", 0)
     require(not dropout, "attention dropout", dropout, "is not supported. Set it to 0, as published configs do.")
     check_heads("text_config", text.hidden_size, text.num_attention_heads, getattr(text, "head_dim", None), axes=1)
@@ -129,6 +124,20 @@ def check_text(text: Any) -> None:
     require(
         padding is None or -rows <= padding < rows, "pad_token_id", padding, f"exceeds vocab_size {rows}. Correct it."
     )
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    require(
+        rope["rope_type"] in STATIC_ROPE_TYPES,
+        "rope_type",
+        rope["rope_type"],
+        f"depends on the data and cannot be compiled. Use one of {', '.join(STATIC_ROPE_TYPES)}.",
+    )
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        require(
+            low < high, "low_freq_factor", low, f"must be below high_freq_factor {high}. Restore the published values."
+        )
 
 
 def check_heads(part: str, width: int, heads: int, head_size: int | None, axes: int) -> None:

@@ -51,10 +51,22 @@ class GridFamily(Family):
     """A family with packed patches in a vision tower that rotates by row and column and attends within an image or frame.
 
     Attributes:
-        size_example: Value of the processor's `size` with few pixels, for messages.
+        size_example: Value of the processor's `size` with few pixels, for messages; empty where the size is the model's.
     """
 
     size_example: str
+
+    def remedy(self) -> str:
+        """Say what to do about texts that do not go with their images."""
+        smaller = (
+            f" or make images smaller, for example processor(..., size={self.size_example})"
+            if self.size_example
+            else ""
+        )
+        return (
+            "Pass the images to the processor together with the text, in the order in which the texts mention them. If "
+            f"truncation cut tokens off, raise max_length{smaller}."
+        )
 
     @abstractmethod
     def patch_layout(self, config: Any) -> tuple[int, int]:
@@ -109,14 +121,9 @@ class GridFamily(Family):
         placeholders = self.placeholders(config)
         tokens = read_tokens(batch, placeholders, self.vocabulary(config))
         refuse_gaps(tokens, config)
-        remedy = (
-            "Pass the images to the processor together with the text, in the order in which the texts mention them. If "
-            "truncation cut tokens off, raise max_length or make images smaller, for example "
-            f"processor(..., size={self.size_example})."
-        )
         with _naming_dispatch(batch if self.input_layout["pixel_values"] == "medium" else {}):
             images, pixels = self.read_images(batch, config, processor)
-            index = feature_index(tokens, images, placeholders, remedy)
+            index = feature_index(tokens, images, placeholders, self.remedy())
         text = tokens.inputs(self.position_ids(tokens, images, batch, config))
         if pixels is None:
             return PackedBatch("text", text, tokens.index)

@@ -182,19 +182,25 @@ class TileFamily(GridFamily):
         return {"pixel_values": pixels, "pixel_attention_mask": shown}
 
 
-def _real_tiles(pixels: object, mask: object, tile: TileLayout) -> Tensor:
-    """Tell which tiles are no padding: bool (samples, tiles), on the CPU."""
+def check_pixels(pixels: object, axes: tuple[str, ...], tile: TileLayout) -> Tensor:
+    """Raise BatchError unless `pixel_values` are tiles in an array with these axes."""
     shape = (tile.channels, tile.side, tile.side)
-    if not isinstance(pixels, Tensor) or pixels.ndim != 5 or tuple(pixels.shape[2:]) != shape:
+    if not isinstance(pixels, Tensor) or pixels.ndim != len(axes) + 3 or tuple(pixels.shape[-3:]) != shape:
         found = f"shape {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"type {type(pixels).__name__}"
         raise BatchError(
-            f"pixel_values must be a tensor of shape (samples, tiles, {', '.join(map(str, shape))}), but has {found}. Use the "
+            f"pixel_values must be a tensor of shape ({', '.join(map(str, (*axes, *shape)))}), but has {found}. Use the "
             'processor that belongs to the model, with return_tensors="pt".'
         )
+    return pixels
+
+
+def _real_tiles(pixels: object, mask: object, tile: TileLayout) -> Tensor:
+    """Tell which tiles are no padding: bool (samples, tiles), on the CPU."""
+    pixels = check_pixels(pixels, ("samples", "tiles"), tile)
     shown = (pixels != 0).flatten(2).any(2).cpu()
     if mask is None:
         return shown
-    masked = (*pixels.shape[:2], *shape[1:])
+    masked = (*pixels.shape[:2], tile.side, tile.side)
     if not isinstance(mask, Tensor) or mask.shape != masked:
         raise BatchError(
             f"pixel_attention_mask must be a tensor of shape {masked}, like pixel_values. Pass the two as one call of the "

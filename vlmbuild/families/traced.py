@@ -22,6 +22,17 @@ class KeyGroups(NamedTuple):
     visible_groups: Tensor
 
 
+class Segments(NamedTuple):
+    """Bounds within which an attention layer attends; a core module passes them as the attention mask to a tower that passes
+    no keywords on.
+
+    Attributes:
+        cu_seqlens: int32 (segments + 1,).
+    """
+
+    cu_seqlens: Tensor
+
+
 def meta_module(model_class: Any, config: Any, attention: str, dtype: torch.dtype) -> Any:
     """Construct a transformers model on the meta device whose attention runs through our registered implementation.
 

@@ -52,6 +52,7 @@ _ATEN = (
     "layer_norm.default",
     "linear.default",
     "log.default",
+    "matmul.default",
     "mean.dim",
     "movedim.int",
     "mul.Tensor",

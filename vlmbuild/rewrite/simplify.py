@@ -29,7 +29,8 @@ def inline_no_grad(graph_module: GraphModule) -> int:
 
 def drop_no_ops(graph_module: GraphModule) -> int:
     """Remove what computes nothing, exactly: assertions on metadata, casts to the dtype that a tensor has, slices of
-    everything, products with one, unused nodes. A cast through `to.device` becomes `to.dtype`: graphs name no device."""
+    everything, products with one, unused nodes. Casts through `to.device` and `type_as` become `to.dtype`: graphs name no
+    device."""
     graph = graph_module.graph
     before = len(graph.nodes)
     changed = 0
@@ -39,6 +40,10 @@ def drop_no_ops(graph_module: GraphModule) -> int:
         elif node.target is aten.to.device:
             source, _device, dtype = node.args[:3]
             node.target, node.args = aten.to.dtype, (source, dtype)
+            changed += 1
+        elif node.target is aten.type_as.default:
+            source, like = node.args
+            node.target, node.args = aten.to.dtype, (source, like.meta["val"].dtype)
             changed += 1
         if (same := _identity_of(node)) is not None:
             node.replace_all_uses_with(same)

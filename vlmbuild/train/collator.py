@@ -142,7 +142,7 @@ class VisionDataCollator:
                 return Measure(0, images, False)
             raise
         places = torch.isin(sample.ids, torch.tensor([*self.media_reader.placeholders.values()])).nonzero().squeeze(1)
-        lengths = torch.ones_like(sample.ids)
+        lengths = (~self.media_reader.joined(sample.ids)).long()
         lengths[places] = torch.tensor(costs, dtype=torch.int64)
         ends = lengths.cumsum(0).tolist()
         tokens, needed = ends[-1], max(ends[int(index)] for index in (sample.learned.int().argmax(), *places))
@@ -244,7 +244,7 @@ class VisionDataCollator:
         media = self.family.is_media(batch["input_ids"], self.media, int(self.processor.image_token_id))
         for row, (sample, ids) in enumerate(zip(samples, batch["input_ids"], strict=True)):
             positions = (batch["attention_mask"][row].bool() & ~media[row]).nonzero().squeeze(1)
-            text = ~torch.isin(sample.ids, self.media)
+            text = ~(torch.isin(sample.ids, self.media) | self.media_reader.joined(sample.ids))
             if not torch.equal(ids[positions], sample.ids[text]):
                 raise BatchError(
                     f"{sample.conversation.where}: the processor has changed the text besides its images, so that labels "

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.image_utils import SizeDict
 
 from vlmbuild.errors import BatchError, UsageError
@@ -33,6 +35,15 @@ class MediaReader:
         """ "image" and "video" -> token id, as far as the processor knows them."""
         ids = {kind: getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")}
         return {kind: int(token) for kind, token in ids.items() if token is not None}
+
+    def joined(self, ids: Tensor) -> Tensor:
+        """Tell which tokens of a text become one with what the processor writes next to an image: bool (tokens,)."""
+        placeholders, joined = (
+            torch.isin(ids, torch.tensor(sorted(tokens), dtype=torch.int64))
+            for tokens in (self.placeholders.values(), self.family.joined_tokens(self.processor))
+        )
+        pad = torch.nn.functional.pad
+        return joined & (pad(placeholders[1:], (0, 1)) | pad(placeholders[:-1], (1, 0)))
 
     def open(self, media: Media, where: str) -> Any:
         """Open an image, or the frames of a video, and resize it to limits of its own."""

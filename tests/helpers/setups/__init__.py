@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from setups import idefics3, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm
+from setups import gemma3, idefics3, mistral3, mllama, pixtral, qwen2_5_vl, qwen2_vl, qwen3_vl, smolvlm
 from setups.base import Setup
 
 FAMILIES = {
@@ -24,6 +24,7 @@ FAMILIES = {
     "mistral3": mistral3,
     "idefics3": idefics3,
     "smolvlm": smolvlm,
+    "gemma3": gemma3,
 }
 
 SETUPS: dict[str, Callable[[bool], Setup]] = {name: module.setup for name, module in FAMILIES.items()}

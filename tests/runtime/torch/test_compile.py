@@ -81,7 +81,7 @@ SIZES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm", "qwen3_vl", "gemma3"])
 def test_one_compilation_for_all_image_sizes_of_every_family(name, counter):
     setup = matrix.tiny(name)
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))

@@ -1,0 +1,108 @@
+"""Gemma 3's host prologue: images as rows of patches, and blocks of image tokens that see each other both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmbuild.errors import BatchError
+from vlmbuild.families.base import InputLayout
+from vlmbuild.families.batch import PackedBatch, repeat_end
+from vlmbuild.families.gemma3.processor import Gemma3Processing
+from vlmbuild.families.grid import BatchImage
+from vlmbuild.families.js import ClientVision
+from vlmbuild.families.tiles import Tile, check_pixels
+from vlmbuild.ir.program import Input
+
+_TYPES = "token_type_ids"
+
+
+class Gemma3Prologue(Gemma3Processing):
+    """The part of the family that reads batches. Images lie in one row, with bounds: one image alone is no special case."""
+
+    input_layout: Mapping[str, InputLayout] = {"pixel_values": "medium", _TYPES: "token"}
+
+    def variants(self, config: Any) -> dict[str, tuple[Input, ...]]:
+        """List the inputs of both variants; text has lookahead too, all zero, so that the layers of both are the same."""
+        ahead = Input("lookahead", torch.int32, ("sequence",))
+        return {name: (*inputs, ahead) for name, inputs in super().variants(config).items()}
+
+    def image_inputs(self, config: Any) -> tuple[Input, ...]:
+        return (
+            *super().image_inputs(config),
+            Input("vision_position_ids", torch.int64, (f"{self.tile(config).patches}*tiles",)),
+            Input("vision_cu_seqlens", torch.int32, ("segments",)),
+        )
+
+    def vision_tensors(self, grids: Tensor, config: Any) -> dict[str, Tensor]:
+        tile = self.tile(config)
+        positions, bounds = tile.in_blocks(torch.arange(tile.patches)), torch.arange(len(grids) + 1) * tile.patches
+        return {"vision_position_ids": positions.repeat(len(grids)), "vision_cu_seqlens": repeat_end(bounds)}
+
+    def read_images(
+        self, batch: Mapping[str, Tensor], config: Any, processor: Any
+    ) -> tuple[list[BatchImage], Tensor | None]:
+        """Read `pixel_values` (images, channels, side, side); crops of pan and scan are images."""
+        pixels = batch.get("pixel_values")
+        if pixels is None:
+            return [], None
+        tile = self.tile(config)
+        check_pixels(pixels, ("images",), tile)
+        if not len(pixels):
+            return [], None
+        grid, offsets = (1, tile.rows, tile.rows), np.arange(tile.features)
+        return [Tile("image", number, grid, offsets) for number in range(len(pixels))], tile.cut(pixels)
+
+    def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
+        prepared = super().prepare(batch, config, processor)
+        image = torch.zeros(len(prepared.index), dtype=torch.bool)
+        if prepared.variant == "image":
+            _check_types(batch, config.image_token_id)
+            image = prepared.tensors["feature_index"][0] >= 0
+        prepared.tensors["lookahead"] = lookahead(image, prepared.index, batch["input_ids"].shape[1])
+        return prepared
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        return None  # a client says nothing of blocks, without which image tokens would see earlier ones alone
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return None
+
+
+def lookahead(image: Tensor, index: Tensor, length: int) -> Tensor:
+    """Count the tokens after each packed token that belong to its block, a run of image tokens: int32 (tokens,).
+
+    Args:
+        image: bool (tokens,), image tokens.
+        index: Their indices in the flattened ids.
+        length: Columns of the ids.
+    """
+    joined = image[:-1] & image[1:] & (index[1:] == index[:-1] + 1) & (index[1:] % length != 0)
+    rows = torch.arange(len(image))
+    last = torch.where(torch.nn.functional.pad(joined, (0, 1)), len(image), rows)
+    return (last.flip(0).cummin(0).values.flip(0) - rows).to(torch.int32)
+
+
+def _check_types(batch: Mapping[str, Tensor], token: int) -> None:
+    """Raise BatchError unless `token_type_ids` mark the image tokens."""
+    ids, types = batch["input_ids"], batch.get(_TYPES)
+    remedy = f"Pass everything that the processor returned, {_TYPES} cut and padded together with input_ids."
+    if not isinstance(types, Tensor) or types.shape != ids.shape:
+        found = f"have shape {tuple(types.shape)}" if isinstance(types, Tensor) else "are missing"
+        raise BatchError(
+            f"{_TYPES} {found}, and input_ids have shape {tuple(ids.shape)}. With them image tokens see each other both ways. "
+            f"{remedy}"
+        )
+    mask = batch.get("attention_mask")
+    wrong = (types.cpu() == 1) != (ids.cpu() == token)
+    wrong = wrong if mask is None else wrong & mask.bool().cpu()
+    if wrong.any():
+        sample = int(wrong.any(1).int().argmax())
+        raise BatchError(
+            f"Sample {sample}: {int(wrong[sample].sum())} tokens are image tokens ({token}) either by {_TYPES} or by "
+            f"input_ids, and not by both. {remedy}"
+        )

@@ -1,0 +1,66 @@
+"""Gemma 3's processor: images as squares, crops of pan and scan as further images, files for transformers.js."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Gemma3Processor
+
+from vlmbuild.families.batch import ImageCost
+from vlmbuild.families.tiles import TileFamily
+
+_AROUND = 4
+"""Tokens around those of an image: its begin and its end, and line breaks."""
+_SENTENCE = 17
+"""Tokens of the text that introduces an image and its crops, with the published vocabulary."""
+
+
+class Gemma3Processing(TileFamily):
+    """The part of the family that knows its processor."""
+
+    processors = ("Gemma3Processor",)
+    size_example = ""
+
+    def load_processor(self, directory: Path) -> Any:
+        return Gemma3Processor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, backend="pil")
+
+    def processor_pixels(self, image_processor: Any) -> int:
+        crops = image_processor.pan_and_scan_max_num_crops or 0 if image_processor.do_pan_and_scan else 0
+        return int(image_processor.size["height"] * image_processor.size["width"]) * (1 + crops)
+
+    def media_tokens(self, processor: Any) -> frozenset[int]:
+        tokenizer = processor.tokenizer
+        return frozenset((tokenizer.boi_token_id, tokenizer.image_token_id, tokenizer.eoi_token_id))
+
+    def is_media(self, ids: Tensor, media: Tensor, placeholder: int) -> Tensor:
+        """Include the line breaks before and after an image."""
+        found = super().is_media(ids, media, placeholder)
+        pad = torch.nn.functional.pad
+        return found | pad(found, (1, 0))[:, :-1] | pad(found, (0, 1))[:, 1:]
+
+    def joined_tokens(self, processor: Any) -> frozenset[int]:
+        breaks = processor.tokenizer.convert_tokens_to_ids(["\n" * count for count in range(1, 32)])
+        return frozenset(breaks) - {processor.tokenizer.unk_token_id}
+
+    def image_tokens(self, processor: Any, height: int, width: int) -> int:
+        text = processor.replace_image_token({"num_crops": [crops(processor.image_processor, height, width)]}, 0)
+        return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def image_cost(self, image_processor: Any, config: Any, height: int, width: int) -> ImageCost:
+        tile, count = self.tile(config), crops(image_processor, height, width)
+        tokens = (1 + count) * (tile.features + _AROUND) + (_SENTENCE + count - 1 if count else 0)
+        return ImageCost((1 + count) * tile.patches, tokens, segments=1 + count)
+
+
+def crops(image_processor: Any, height: int, width: int) -> int:
+    """Count the crops that pan and scan adds to an image of this size."""
+    if not image_processor.do_pan_and_scan:
+        return 0
+    names = ("min_crop_size", "max_num_crops", "min_ratio_to_activate")
+    limits = {f"pan_and_scan_{name}": getattr(image_processor, f"pan_and_scan_{name}") for name in names}
+    image = np.broadcast_to(np.uint8(0), (3, height, width))  # only its shape is read; this one takes no memory
+    return len(image_processor.pan_and_scan(image, **limits))

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from processors import image_processor
+from tokenizers import AddedToken
 from transformers import Gemma3Processor, GemmaTokenizer
 
 from setups.base import MLP, QKVO, Setup, make_setup
@@ -14,6 +15,7 @@ from vlmbuild.families import FAMILIES
 FAMILY = FAMILIES["gemma3"]
 
 IMAGE, BEGIN, END = "<image_soft_token>", "<start_of_image>", "<end_of_image>"
+_TURNS = ("<start_of_turn>", "<end_of_turn>")
 _BREAKS = 31
 """Line breaks that have a token."""
 _SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 105, "<end_of_turn>": 106}
@@ -82,13 +84,14 @@ def _tokenizer() -> GemmaTokenizer:
     tokens |= {character: _CHARACTERS + number for number, character in enumerate(characters)}
     named = {number: token for token, number in tokens.items()}
     vocabulary = {named.get(number, f"<unused{number}>"): number for number in range(_SPECIAL[IMAGE] + 1)}
-    return GemmaTokenizer(
+    tokenizer = GemmaTokenizer(
         vocab=vocabulary,
         merges=[("\n" * first, "\n" * (count - first)) for count in range(2, _BREAKS + 1) for first in range(1, count)],
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         extra_special_tokens={"image_token": IMAGE, "boi_token": BEGIN, "eoi_token": END},
         model_max_length=131072,
     )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _TURNS])
+    return tokenizer
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Store the weights of linear layers in fewer bits, in bitsandbytes' layouts."""
+"""Store the weights of linear layers in fewer bits, in bitsandbytes' layouts or a target's; there embeddings too."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch.fx import Node
 
 from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.linear_layers import linear_sites
+from vlmbuild.ir.linear_layers import LinearSite, embedding_sites, linear_sites
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.split_region import split_by
-from vlmbuild.ops import PLAIN_LINEAR
+from vlmbuild.ops import EMBEDDING, PLAIN_LINEAR
 from vlmbuild.quant.decide import Decision
 from vlmbuild.quant.spec import QUANTIZE_PASS
 from vlmbuild.rewrite.pass_manager import PassOutcome
@@ -32,12 +32,14 @@ class QuantizeLinear:
                                                             weight: i8[out, in]
     After, for a target with operators of its own (`packed`):
             linear_packed(x, weight, bias, format)          weight: compute[out, in], dequantized
+            embedding_packed(weight, indices, format)       for embedding(weight, indices)
 
     Not exact: values are rounded. A layer's inputs and outputs stay in the compute dtype. Where the instances of a region
     are not all to be quantized alike, the region is split.
 
     Attributes:
-        decisions: Module name -> decision. Other linear layers keep their dtype.
+        decisions: Module name -> decision. Other linear layers keep their dtype, and so do embeddings whose decision does not
+            hold for lookups.
         packed: Mark the layers only; the target stores their weights and has its own product.
     """
 
@@ -65,19 +67,28 @@ class QuantizeLinear:
         return outcome
 
     def _decisions(self, region: Region, instance: str) -> tuple[Decision, ...]:
-        """Return the decisions on an instance's linear layers, in the order of their nodes."""
+        """Return the decisions on an instance's linear layers and then on its lookups, in the order of their nodes."""
         sites = {site.node: site for site in linear_sites(region, (PLAIN_LINEAR,))}
-        return tuple(
+        layers = (
             self.decisions.get(join(instance, sites[node].module), Decision(None, "nothing was decided"))
             if node in sites
             else Decision(None, "a product with a computed weight")
             for node in _linear_nodes(region)
         )
+        return *layers, *(self._lookup(instance, site) for site in embedding_sites(region))
+
+    def _lookup(self, instance: str, site: LinearSite) -> Decision:
+        decision = self.decisions.get(join(instance, site.module))
+        return decision if self.packed and decision is not None and decision.lookups else Decision(None)
 
     def _rewrite(self, region: Region, decisions: tuple[Decision, ...], outcome: PassOutcome) -> None:
         sites = {site.node: site for site in linear_sites(region, (PLAIN_LINEAR,))}
-        for node, decision in zip(_linear_nodes(region), decisions, strict=True):
+        lookups = {site.node: site for site in embedding_sites(region)}
+        sites |= lookups
+        for node, decision in zip([*_linear_nodes(region), *lookups], decisions, strict=True):
             site = sites.get(node)
+            if node in lookups and decision == Decision(None):
+                continue  # no lookup was decided about
             if site is None or decision.format is None:
                 where = f"{site.module}: " if site is not None else ""
                 outcome.add(region.name, 0, [where + decision.reason])
@@ -100,9 +111,13 @@ def _linear_nodes(region: Region) -> list[Node]:
 
 def _mark(region: Region, node: Node, slot: Slot, weight_format: WeightFormat) -> None:
     arguments: Any = node.args
-    bias = arguments[2] if len(arguments) > 2 else None
-    node.target = torch.ops.vlmbuild.linear_packed.default
-    node.args = (*arguments[:2], bias, weight_format.describe())
+    if node.target is EMBEDDING:
+        node.target = torch.ops.vlmbuild.embedding_packed.default
+        node.args = (*arguments[:2], weight_format.describe())
+    else:
+        bias = arguments[2] if len(arguments) > 2 else None
+        node.target = torch.ops.vlmbuild.linear_packed.default
+        node.args = (*arguments[:2], bias, weight_format.describe())
     region.recipes += (WeightRecipe(slot.name, slot.shape, weight_format),)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from vlmbuild.artifact.canonical import canonical_json, parse_canonical
 from vlmbuild.errors import UsageError
-from vlmbuild.quant.spec import Override
+from vlmbuild.quant.spec import ROLES, Override
 from vlmbuild.recipe import QuantSpec, Recipe
 
 
@@ -96,7 +96,11 @@ def test_quantize_by_name(value, expected):
             "quantize.threshold is not an option of nf4; its options are blocksize, double_quant",
         ),
         ("[quantize]\nformat = 'source'\nblocksize = 128", "quantize.blocksize is not an option of source"),
-        ("[quantize]\nroles = ['embedding']", "quantize.roles cannot be 'embedding'"),
+        ("[quantize]\nroles = ['tower']", "quantize.roles cannot be 'tower'"),
+        ("[quantize]\nroles = ['vision=int3']", "format of 'vision' cannot be 'int3'"),
+        ("[quantize]\nroles = ['vision', 'vision=int8']", "vision has two formats"),
+        ("[quantize]\nroles = ['embedding']", "embedding cannot be built with --target trainable.*--target onnx"),
+        ("[quantize]\nroles = ['vision=int4']", "int4 cannot be built with --target trainable.*--target onnx"),
         ("[[quantize.overrides]]\npattern = 'x'", "is not a table with pattern and format"),
         ("[[quantize.overrides]]\npattern = 'x'\nformat = 'auto'", "format of 'x' cannot be 'auto'"),
         ("[quantize]\noverrides = 'x'", "overrides must be a list of tables"),
@@ -147,3 +151,21 @@ def test_pipes_and_huge_files_are_refused_at_once(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         Recipe.from_toml(tmp_path / "no.toml")
+
+
+def test_a_format_has_its_own_default_roles():
+    int4 = QuantSpec("int4")
+    assert QuantSpec().roles == QuantSpec("source").roles == ("language",)
+    assert QuantSpec("source").changed(format="int4") == int4
+    assert int4.changed(blocksize=128).roles == int4.roles
+    assert int4.changed(format="nf4") == QuantSpec()
+    assert QuantSpec(roles=("vision",)).changed(format="int4").roles == ("vision",)
+    assert {role: getattr(int4.role_format(role), "name", None) for role in ROLES} == {
+        **dict.fromkeys(ROLES, "int8"),
+        "language": "int4",
+    }
+    language = QuantSpec("int4", roles=("language",))
+    assert [role for role in ROLES if language.role_format(role)] == ["language"]
+    assert QuantSpec.from_mapping(int4.to_mapping(), "recipe") == int4
+    override = Override("x", "int8", threshold=5.5)  # all 8-bit layers have one threshold
+    assert QuantSpec("int4", overrides=(override,)).role_format("vision") == override.choice

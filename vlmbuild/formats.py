@@ -104,6 +104,8 @@ class WeightFormat(ABC):
         marker: Suffix, after a module's name, of the tensor by which a checkpoint's reader knows this format; "" if no
             checkpoint holds it.
         shared: Options that all layers of an artifact with this format have in common.
+        default_roles: Entries of `QuantSpec.roles` where the user names none.
+        looked_up: True if embeddings may have it: its ONNX form is that of MatMulNBits.
     """
 
     __slots__ = ()
@@ -112,6 +114,8 @@ class WeightFormat(ABC):
     targets: ClassVar[tuple[str, ...]] = ("trainable", "aoti")
     marker: ClassVar[str] = ""
     shared: ClassVar[tuple[str, ...]] = ()
+    default_roles: ClassVar[tuple[str, ...]] = ("language",)
+    looked_up: ClassVar[bool] = False
 
     @abstractmethod
     def bits(self, shape: StaticShape) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from vlmbuild.artifact.files import read_file
 from vlmbuild.errors import UsageError
 from vlmbuild.formats import FORMATS, format_class
-from vlmbuild.quant.spec import QuantSpec, quantize_choices
+from vlmbuild.quant.spec import ROLES, QuantSpec, quantize_choices, role_names
 from vlmbuild.util.renamed import PASSES
 from vlmbuild.util.validation import known_options, one_of, reachable, strings
 
@@ -52,6 +52,11 @@ class TargetOptions:
     formats: tuple[str, ...] | None = None
     fuses_rms_norm: bool = False
     packs_weights: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles whose layers may be quantized: embeddings where lookups read packed weights."""
+        return tuple(role for role in ROLES if role != "embedding" or self.packs_weights)
 
 
 TARGET_OPTIONS: dict[str, TargetOptions] = {
@@ -113,6 +118,8 @@ class Recipe:
             "attention", {self.attention}, {name: row.attentions for name, row in TARGET_OPTIONS.items()}
         )
         self._check_target("quantize", {form.name for form in formats}, formats_of_targets())
+        roles = role_names(self.quantize.roles) if self.quantize is not None else ()
+        self._check_target("quantize-role", roles, {name: row.roles for name, row in TARGET_OPTIONS.items()})
 
     def _check_target(self, option: str, values: Collection[str], choices: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse values that the target has no form for; `choices` are by target."""

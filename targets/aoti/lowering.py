@@ -100,6 +100,7 @@ FORMS: dict[str, Callable[..., Any] | None] = {
     "attention_auto": _attention(_OPS.attention_auto),
     "attention_sdpa": _attention(_OPS.attention_sdpa),
     "attention_triton": _refusal("attention_triton", "Build with `--attention sdpa` or `--attention auto`."),
+    "embedding_packed": _refusal("embedding_packed", "Its weight is for ONNX Runtime: leave the role embedding out."),
     "linear_4bit": None,
     "linear_8bit": None,
     "linear_packed": _refusal("linear_packed", "Its weight is for ONNX Runtime: build with `--quantize nf4`."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,12 @@ class GraphBuilder:
         if operator in _VIEWS:
             self._views[names[0]] = self._views.get(given[0], given[0])
         return names[0] if outputs == 1 else tuple(names)
+
+    def annotate(self, value: str, entries: Mapping[str, Any]) -> None:
+        """Add metadata to the node that makes a value."""
+        node = next(node for node in reversed(self._nodes) if value in node.output)
+        for key, entry in entries.items():
+            node.metadata_props.add(key=key, value=str(entry))
 
     def constant(self, values: Any, dtype: torch.dtype = torch.int64) -> str:
         """Add a small constant to the graph, once; a number is a scalar."""

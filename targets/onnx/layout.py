@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlmbuild.formats import PackedWeight, WeightFormat
+from vlmbuild.formats import Buffer, PackedWeight, WeightFormat
 from vlmbuild.ir.program import COMPUTE_DTYPE, Program, Region, Slot, join
+from vlmbuild.ops import OPERATORS
 from vlmbuild.targets.onnx.graph_builder import GraphBuilder, Stored
 
 _PAGE, _LINE = 4096, 64
@@ -70,21 +71,34 @@ class Weights:
     ) -> dict[Node, str]:
         """Make the needed slots of an instance initializers of a graph: placeholder -> name."""
         return {
-            node: self._declare_slot(builder, data, join(instance, slot.name), slot)
+            node: self._declare_slot(builder, data, join(instance, slot.name), slot, _is_looked_up(node, nodes))
             for node, slot in region.slot_nodes().items()
             if node in nodes
         }
 
-    def _declare_slot(self, builder: GraphBuilder, data: DataFile, name: str, slot: Slot) -> str:
+    def _declare_slot(self, builder: GraphBuilder, data: DataFile, name: str, slot: Slot, looked_up: bool) -> str:
         if slot.kind == "constant":
             return builder.constant(self._constants[name], slot.dtype)
         if name not in data.parameters:
-            data.parameters[name] = self._place(data, name, slot)
+            data.parameters[name] = self._place(data, name, slot, looked_up)
         for suffix, stored in data.parameters[name].items():
             builder.weight(name + suffix, stored)
         return name
 
-    def _place(self, data: DataFile, name: str, slot: Slot) -> dict[str, Stored]:
+    def _place(self, data: DataFile, name: str, slot: Slot, looked_up: bool) -> dict[str, Stored]:
         if name in self.packed:
-            return {suffix: data.place(*part) for suffix, part in self.packed[name].parts.items()}
+            parts = self.packed[name].parts
+            if looked_up:  # the same bytes with an axis of rows
+                parts = {s: part if s == "" else _in_rows(part, slot.shape[0]) for s, part in parts.items()}
+            return {suffix: data.place(*part) for suffix, part in parts.items()}
         return {"": data.place(self._dtype if slot.dtype == COMPUTE_DTYPE else slot.dtype, slot.shape)}
+
+
+def _is_looked_up(slot: Node, nodes: frozenset[Node]) -> bool:
+    """Return whether the needed nodes look rows of a quantized slot up; no model both does that and multiplies by it."""
+    operator = OPERATORS["embedding_packed"].overload
+    return any(user.target is operator and user in nodes for user in slot.users)
+
+
+def _in_rows(part: Buffer, rows: int) -> Buffer:
+    return Buffer(part.dtype, (rows, math.prod(part.shape) // rows))

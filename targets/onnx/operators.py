@@ -21,9 +21,12 @@ def table(packed: Mapping[str, PackedWeight]) -> dict[Any, Handler]:
     """Return operator -> translation.
 
     Args:
-        packed: Name -> the weights of `linear_packed`.
+        packed: Name -> the weights of `linear_packed` and `embedding_packed`.
     """
-    forms = FORMS | {"linear_packed": partial(_linear_packed, packed)}
+    forms = FORMS | {
+        "embedding_packed": partial(_embedding_packed, packed),
+        "linear_packed": partial(_linear_packed, packed),
+    }
     ours = {OPERATORS[name].overload: form for name, form in forms.items()}
     return {**ATEN, torch.ops.aten.linear.default: _linear, **ours}
 
@@ -47,6 +50,48 @@ def _linear_packed(
     tensors = [name + suffix for suffix in weight.parts]
     product = str(site.builder.op(weight.operator, x.name, *tensors, domain=CONTRIB, **weight.attributes))
     return product if bias is None else str(site.builder.op("Add", product, bias.name))
+
+
+def _embedding_packed(packed: Mapping[str, PackedWeight], site: Site, slot: Value, ids: Value, _format: str) -> str:
+    """Look rows of codes and scales up, and dequantize these: `(code - zero) * scale`.
+
+    In standard operators: GatherBlockQuantized does the same, but the builds of ONNX Runtime that browsers load lack it.
+    """
+    builder, weight = site.builder, packed[slot.name]
+    form = {key: weight.attributes[key] for key in ("K", "N", "bits", "block_size")}
+    rows = {suffix: builder.op("Gather", slot.name + suffix, ids.name, axis=0) for suffix in weight.parts}
+    builder.annotate(rows[""], form)
+    last = builder.constant([-1])
+    zero = builder.constant(2.0 ** (form["bits"] - 1), torch.float32)
+    if "_zero_points" in rows:
+        points = _codes(builder, rows["_zero_points"], form["bits"], ids.rank + 1)
+        blocks = weight.parts[""].shape[1]
+        zero = builder.op("Unsqueeze", _first(builder, points, blocks), last)
+    scales = builder.op("Unsqueeze", builder.cast(rows["_scales"], torch.float32), last)
+    codes = _codes(builder, rows[""], form["bits"], ids.rank + 2)
+    values = builder.op("Mul", builder.op("Sub", codes, zero), scales)
+    values = builder.reshape(values, [*[0] * ids.rank, -1])
+    if form["K"] % form["block_size"]:
+        values = _first(builder, values, form["K"])
+    return str(values if builder.compute == torch.float32 else builder.cast(values, builder.compute))
+
+
+def _codes(builder: GraphBuilder, stored: str, bits: int, rank: int) -> str:
+    """Convert bytes to codes in float32: one each, or two along the last axis, the low one first."""
+    whole = builder.cast(stored, torch.float32)
+    if bits == 8:
+        return whole
+    sixteen, last = builder.constant(16.0, torch.float32), builder.constant([-1])
+    high = builder.op("Floor", builder.op("Div", whole, sixteen))
+    low = builder.op("Sub", whole, builder.op("Mul", high, sixteen))
+    pairs = builder.op("Concat", builder.op("Unsqueeze", low, last), builder.op("Unsqueeze", high, last), axis=-1)
+    return builder.reshape(pairs, [*[0] * (rank - 1), -1])
+
+
+def _first(builder: GraphBuilder, values: str, count: int) -> str:
+    """Return the first values along the last axis."""
+    start, end, axis = (builder.constant([number]) for number in (0, count, -1))
+    return str(builder.op("Slice", values, start, end, axis))
 
 
 def _cos_sin(
@@ -127,6 +172,7 @@ FORMS: dict[str, Handler] = {
     "attention_auto": attention,
     "attention_sdpa": attention,
     "attention_triton": _refusal("attention_triton", "Build with `--attention sdpa` or `--attention auto`."),
+    "embedding_packed": partial(_embedding_packed, {}),
     "linear_4bit": _refusal("linear_4bit", _NOT_ONNX),
     "linear_8bit": _refusal("linear_8bit", _NOT_ONNX),
     "linear_packed": partial(_linear_packed, {}),

@@ -56,7 +56,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     dtype = getattr(torch, recipe.dtype)
     weights = Weights(program, request.family.constants(config), dtype)
     formats = [form.name for form, _ in packed_formats(program).values()]
-    suffix = Q4 if set(formats) == {"int4"} and recipe.dtype == "float32" else ""
+    suffix = Q4 if "int4" in formats and {"int4", "int8"}.issuperset(formats) and recipe.dtype == "float32" else ""
     models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype, suffix)
     side_files = _side_files(request, suffix)
     writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from vlmbuild.ops.linear import linear_onednn, linear_packed, suits_onednn
+from vlmbuild.ops.linear import embedding_packed, linear_onednn, linear_packed, suits_onednn
 from vlmbuild.targets.aoti.compile import compile_region, platform_compiled_for
 from vlmbuild.targets.aoti.lowering import lower
 
@@ -67,3 +67,10 @@ def test_a_packed_layer_is_a_linear_layer_on_the_values_that_are_stored():
     assert linear_packed(x, weight, bias, "int4").equal(F.linear(x, weight, bias))
     assert torch.ops.vlmbuild.linear_packed(x, weight, None, "int4").equal(F.linear(x, weight))
     assert torch.ops.vlmbuild.linear_packed(x.to("meta"), weight.to("meta"), None, "int4").shape == (2, 3, 5)
+
+
+def test_embedding_packed_is_the_lookup():
+    weight, ids = torch.randn(5, 8), torch.tensor([[4, 0, 4]])
+    assert embedding_packed(weight, ids, "int4").equal(F.embedding(ids, weight))
+    assert torch.ops.vlmbuild.embedding_packed(weight, ids, "int4").equal(F.embedding(ids, weight))
+    assert torch.ops.vlmbuild.embedding_packed(weight.to("meta"), ids.to("meta"), "int4").shape == (1, 3, 8)

@@ -178,3 +178,20 @@ def test_all_language_layers_of_the_model(built):
     assert report.matches == 21
     assert any("visual.blocks: mlp.fc1: role vision" in reason for reason in report.refusals)
     assert any("embed_tokens: its weight is used elsewhere" in reason for reason in report.refusals)  # the tied head
+
+
+def test_lookups_and_the_tied_head_are_marked_for_a_target_that_packs(built):
+    spec = QuantSpec("int4", roles=("embedding", "head"))
+    module = "model.language_model.embed_tokens"
+    decisions = decide(built, spec)
+    before = digest(built.regions["language_model.layers"])
+    report = run([QuantizeLinear(decisions, packed=True)], built)[0]
+    regions = [
+        region for region in built.regions.values() if any(r.source == f"{module}.weight" for r in region.recipes)
+    ]
+    assert report.sites == {region.name: 1 for region in regions}
+    assert len(regions) == report.matches == 3  # with images, without, and the head
+    marks = [str(n.target) for region in regions for n in region.graph.graph.nodes if "_packed" in str(n.target)]
+    assert sorted(marks) == [*["vlmbuild.embedding_packed.default"] * 2, "vlmbuild.linear_packed.default"]
+    assert digest(built.regions["language_model.layers"]) == before
+    assert run([QuantizeLinear(decisions, packed=True)], built)[0].sites == {}

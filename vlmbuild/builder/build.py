@@ -143,7 +143,7 @@ def least_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
         if (
             spec is not None
             and len(tensor.shape) == 2
-            and (spec.overrides or checkpoint.family.role(name) in spec.roles)
+            and (spec.overrides or spec.role_format(checkpoint.family.role(name)))
         ):
             sizes += [form.bits(tensor.shape) for form in spec.weight_formats()]
         bits += min(sizes)

@@ -63,18 +63,26 @@ _FLAGS = {
 _CHOICES = {
     "target": tuple(TARGET_OPTIONS),
     "format": quantize_choices(),
-    "roles": ROLES,
     "attention": ATTENTIONS,
     "dtype": DTYPES,
 }
-_METAVARS = {"overrides": "PATTERN=FORMAT", "skip": "PATTERN", "budget": "BPW", "require": "PASS"}
+_METAVARS = {
+    "roles": "ROLE[=FORMAT]",
+    "overrides": "PATTERN=FORMAT",
+    "skip": "PATTERN",
+    "budget": "BPW",
+    "require": "PASS",
+}
 _HELP = {
     "target": "Kind of artifact.  [default: trainable]",
     "format": "Weight format of linear layers; none also dequantizes a quantized source.  [default: keep the source's]",
     "blocksize": "Weights per scale (nf4, fp4, int4, auto).  [default: 64]",
     "double_quant": "Store the scales of nf4, fp4 and auto in 8 bits.  [default: yes]",
     "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
-    "roles": "Part of the model whose linear layers are quantized. Repeatable.  [default: language]",
+    "roles": (
+        f"Part of the model to quantize ({', '.join(ROLES)}; embedding: target onnx alone), or with a format of its own, such "
+        "as vision=int8. Repeatable.  [default: language; int4: the others in int8, too]"
+    ),
     "overrides": "Format of matching modules, such as '*.down_proj=int8'. Repeatable; the first match wins.",
     "threshold": "Compute input columns with a value above this in 16 bits (int8).  [default: 6.0]",
     "budget": "Average bits per weight, scales included, such as 5.0bpw (auto).",

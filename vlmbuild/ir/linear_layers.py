@@ -1,17 +1,17 @@
-"""The linear layers of a program, plain and quantized: one finder for quantization and adapters."""
+"""The linear layers of a program, plain and quantized, and its embeddings: one finder for quantization and adapters."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch.fx import Node
 
 from vlmbuild.ir.program import Program, Region, Role, Slot, join
-from vlmbuild.ops import ATTENTION, LINEAR
+from vlmbuild.ops import ATTENTION, EMBEDDING, LINEAR
 
 Part = Literal["attention", "mlp", "other"]
 """Position of a linear layer in its block."""
@@ -77,6 +77,37 @@ def linear_sites(region: Region, operators: Collection[Any] = LINEAR) -> list[Li
         for node in nodes
         if (slot := slots.get(node.args[1])) is not None and slot.name.endswith(".weight")
     ]
+
+
+def embedding_sites(region: Region) -> list[LinearSite]:
+    """Return the lookups of a graph in stored token embeddings, in the order of their nodes."""
+    slots = region.slot_nodes()
+    nodes = (node for node in region.graph.graph.nodes if node.target is EMBEDDING)
+    return [
+        LinearSite(node, slot)
+        for node in nodes
+        if (slot := slots.get(node.args[0])) is not None and slot.role == "embedding" and slot.name.endswith(".weight")
+    ]
+
+
+def embeddings(program: Program) -> dict[str, LinearLayer]:
+    """Map the module names of token embeddings to layers, which are `shared` if anything but lookups and linear layers (a
+    tied head) reads their weight."""
+    found: dict[str, LinearLayer] = {}
+    others: set[str] = set()
+    for region in program.regions.values():
+        lookups = {site.node for site in embedding_sites(region)}
+        linears = {site.node for site in linear_sites(region)}
+        slots = {slot: node for node, slot in region.slot_nodes().items() if slot.role == "embedding"}
+        for instance in region.instances:
+            for slot, node in slots.items():
+                module = join(instance, slot.name).removesuffix(".weight")
+                if not lookups.isdisjoint(node.users):
+                    rows, columns = slot.shape
+                    found[module] = LinearLayer(module, slot.role, (rows, columns))
+                if not (lookups | linears).issuperset(node.users):
+                    others.add(module)
+    return {module: replace(layer, shared=module in others) for module, layer in found.items()}
 
 
 def linear_layers(program: Program, operators: Collection[Any] = LINEAR) -> Iterator[LinearLayer]:

@@ -1,7 +1,7 @@
 """The project's own operators: importing this package registers them with torch, and `OPERATORS` has a row for each.
 
-Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed` and
-`linear_onednn` have no gradients: they are for targets that cannot train, and for inference.
+Each has a schema, shape rules for tensors without data, a plain-torch reference, gradients, and kernels. `linear_packed`,
+`embedding_packed` and `linear_onednn` have no gradients: they are for targets that cannot train, and for inference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import vlmbuild.ops.rope.op  # noqa: F401
 from vlmbuild.ops import workspace
 from vlmbuild.ops.operator import Operator
 
-__all__ = ["ATTENTION", "LINEAR", "OPERATORS", "PLAIN_LINEAR", "WORKSPACES", "Operator"]
+__all__ = ["ATTENTION", "EMBEDDING", "LINEAR", "OPERATORS", "PLAIN_LINEAR", "WORKSPACES", "Operator"]
 
 _ATTENTION_KERNELS = "vlmbuild.ops.attention.triton"
 _ROWS = (
@@ -39,6 +39,7 @@ _ROWS = (
     Operator("linear_8bit", "linear", workspace=workspace.integers),
     Operator("linear_8bit_backward", "linear", "backward", workspace=workspace.dense_8bit),
     Operator("linear_packed", "linear"),
+    Operator("embedding_packed", "embedding"),
     # The runtime and compiled code put it in the place of torch's.
     Operator("linear_onednn", "linear", in_programs=False),
     Operator("lora", "adapter", workspace=workspace.float32_sum),
@@ -57,6 +58,7 @@ ATTENTION: frozenset[Any] = frozenset(row.overload for row in _ROWS if row.kind 
 """The attention operators of graphs; all have the same arguments."""
 
 PLAIN_LINEAR = torch.ops.aten.linear.default
+EMBEDDING = torch.ops.aten.embedding.default
 
 LINEAR: frozenset[Any] = frozenset(
     [

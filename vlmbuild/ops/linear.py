@@ -1,4 +1,5 @@
-"""Linear layers on plain weights: by oneDNN for inference on CPUs, and on weights that a target stores in another format."""
+"""Linear layers on plain weights: by oneDNN for inference on CPUs, and on weights that a target stores in another format;
+lookups in such weights."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("vlmbuild", "FRAGMENT")
 _LIBRARY.define("linear_onednn(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define("linear_packed(Tensor input, Tensor weight, Tensor? bias, str format) -> Tensor")
+_LIBRARY.define("embedding_packed(Tensor weight, Tensor indices, str format) -> Tensor")
 _AVAILABLE = torch.backends.mkldnn.is_available()
 _LEAST = 1 << 18
 """Elements of a weight: with fewer, finding oneDNN's kernel takes longer than multiplying."""
@@ -42,7 +44,18 @@ def linear_packed(input: Tensor, weight: Tensor, bias: Tensor | None, format: st
     return F.linear(input, weight, bias)
 
 
+@torch.library.impl(_LIBRARY, "embedding_packed", "CompositeExplicitAutograd")
+def embedding_packed(weight: Tensor, indices: Tensor, format: str) -> Tensor:
+    """Look rows of the dequantized weight up: the mark of `linear_packed` for embeddings."""
+    return F.embedding(indices, weight)
+
+
 @torch.library.register_fake("vlmbuild::linear_onednn", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 @torch.library.register_fake("vlmbuild::linear_packed", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(input: Tensor, weight: Tensor, bias: Tensor | None, format: str = "") -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("vlmbuild::embedding_packed", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _(weight: Tensor, indices: Tensor, format: str) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1]))

@@ -13,7 +13,7 @@ from vlmbuild.ops.workspace import Workspace
 if TYPE_CHECKING:
     from vlmbuild.ops.triton_util import Launch
 
-Kind = Literal["attention", "linear", "adapter", "rotary", "loss"]
+Kind = Literal["attention", "linear", "embedding", "adapter", "rotary", "loss"]
 
 
 @dataclass(frozen=True, slots=True)

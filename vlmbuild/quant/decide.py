@@ -1,27 +1,28 @@
-"""Which linear layers are quantized, and how: decided by a layer's role in the model, and by the user's patterns."""
+"""Which linear layers and embeddings are quantized, and how: decided by their role in the model, and by patterns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
-from vlmbuild.ir.linear_layers import LinearLayer, linear_layers
+from vlmbuild.ir.linear_layers import LinearLayer, embeddings, linear_layers
 from vlmbuild.ir.program import Program
 from vlmbuild.ops import PLAIN_LINEAR
-from vlmbuild.quant.spec import QuantSpec
+from vlmbuild.quant.spec import QuantSpec, role_names
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How the weight of a linear layer is stored.
+    """How the weight of a linear layer, or of embeddings, is stored.
 
     Attributes:
         format: None keeps the dtype.
         reason: Why it keeps the dtype; "" for a quantized one.
         pinned: A pattern of the user's decided, so that no measurement may.
+        lookups: True if it holds for lookups of rows too.
         error: Error of quantization (`vlmbuild.measure.sensitivity`), if it was measured.
     """
 
@@ -29,6 +30,7 @@ class Decision:
     reason: str = ""
     error: float | None = None
     pinned: bool = False
+    lookups: bool = False
 
     def record(self, module: str) -> dict[str, str]:
         """Return plain values, as the manifest has them."""
@@ -43,7 +45,7 @@ def decide(
     stored: Mapping[str, WeightFormat] | None = None,
     published: Callable[[str], str] = str,
 ) -> dict[str, Decision]:
-    """Decide the format of every linear layer of a program, by module name.
+    """Decide the format of every linear layer of a program, by module name; and of embeddings, if they are asked for.
 
     Args:
         program: Program before quantization.
@@ -56,7 +58,10 @@ def decide(
         SourceError: A layer is quantized already, and another format is requested.
     """
     stored = stored or {}
-    layers = list(linear_layers(program, (PLAIN_LINEAR,)))
+    tables = embeddings(program)
+    asked = tables if spec is not None and "embedding" in role_names(spec.roles) else {}
+    linears = {layer.module: layer for layer in linear_layers(program, (PLAIN_LINEAR,))}
+    layers = [*linears.values(), *(layer for module, layer in asked.items() if module not in linears)]
     names = {layer.module: (layer.module, published(layer.module)) for layer in layers}
     hits = {} if spec is None else _hits(spec, names)
     decisions = {}
@@ -64,6 +69,10 @@ def decide(
         kept = stored.get(layer.module)
         if spec is None:
             decision = Decision(kept, "" if kept else "not quantized in the source")
+        elif layer.module in asked:
+            decision = _decide_embeddings(tables[layer.module], spec, hits[layer.module], layer.module in linears)
+        elif layer.shared and layer.module in tables:
+            decision = Decision(None, _tied_reason(spec))
         else:
             decision = _decide(layer, spec, hits[layer.module], kept)
         if kept is not None and decision.format not in (None, kept):
@@ -105,6 +114,29 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], kept: WeightFor
         return Decision(kept, "" if kept else "not quantized in the source")
     if spec.format == "none":
         return Decision(None, "nothing is to be quantized")
-    if layer.role not in spec.roles:
+    form = spec.role_format(layer.role)
+    if form is None:
         return Decision(kept, "" if kept else f"role {layer.role} keeps its dtype")
-    return Decision(spec.weight_format())
+    return Decision(form)
+
+
+def _decide_embeddings(layer: LinearLayer, spec: QuantSpec, hits: set[str], tied: bool) -> Decision:
+    """Decide about embeddings that are asked for; a tied head uses the same weight, and so the same format."""
+    decision = replace(_decide(layer, spec, hits, None), lookups=True)
+    form = decision.format
+    problem = ""
+    if form is None:
+        return decision
+    if tied and not decision.pinned and spec.role_format("head") != form:
+        problem = "the head uses the weight too, and its role is not asked for in the same format"
+    elif not form.looked_up:
+        problem = f"{form.name} has no form for embeddings"
+    return replace(decision, format=None, reason=problem) if problem else decision
+
+
+def _tied_reason(spec: QuantSpec) -> str:
+    """Say why a head that is tied to embeddings keeps its dtype where these are not asked for."""
+    form = spec.role_format("head")
+    if form is None or "trainable" in form.targets:
+        return "its weight is used elsewhere too"
+    return "the embeddings use the weight too, and their role is not asked for"

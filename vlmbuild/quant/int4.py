@@ -38,6 +38,11 @@ class Int4(WeightFormat):
 
     name: ClassVar[str] = "int4"
     targets: ClassVar[tuple[str, ...]] = ("onnx",)
+    looked_up: ClassVar[bool] = True
+    default_roles: ClassVar[tuple[str, ...]] = (
+        "language",
+        *(f"{role}=int8" for role in ("vision", "projector", "embedding", "head")),
+    )
 
     def __post_init__(self) -> None:
         one_of("blocksize of int4", self.blocksize, BLOCK_SIZES)

@@ -58,6 +58,7 @@ class Int8(WeightFormat):
 
     name: ClassVar[str] = "int8"
     targets: ClassVar[tuple[str, ...]] = ("trainable", "onnx", "aoti")
+    looked_up: ClassVar[bool] = True
     marker: ClassVar[str] = ".SCB"
     shared: ClassVar[tuple[str, ...]] = ("threshold",)
 

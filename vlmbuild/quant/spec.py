@@ -14,7 +14,7 @@ from vlmbuild.util.validation import known_options, number, one_of, strings
 QUANTIZE_PASS: Final = "quantize_linear"  # noqa: S105  (no password)
 """Name of the pass that applies a `QuantSpec`."""
 
-ROLES: Final = ("language", "vision", "projector", "head")
+ROLES: Final = ("language", "vision", "projector", "embedding", "head")
 AUTO_BASE: Final = "nf4"
 """Format of the layers that a budget quantizes."""
 _STORED: Final = {"blocksize": 64, "double_quant": True, "threshold": 6.0, "symmetric": None, "exact_inputs": None}
@@ -104,7 +104,9 @@ class QuantSpec(_Chosen):
     Attributes:
         choice: A format; `Auto`; "source" keeps what the source has, apart from skips and overrides; "none" dequantizes.
         skip: fnmatch patterns of module names that keep their dtype.
-        roles: Roles of the layers to quantize: "language", "vision", "projector", "head" (one with a weight of its own).
+        roles: Roles of the layers to quantize: "language", "vision", "projector", "head", and for the target onnx "embedding";
+            or with a format of their own, "vision=int8". The weight of a head that is tied to the embeddings needs both
+            roles in one format. Default "language"; int4 also has 8 bits for every other role.
         overrides: Other formats for modules by name, whatever their role; the first pattern that matches holds.
     """
 
@@ -118,7 +120,7 @@ class QuantSpec(_Chosen):
         format: str = "nf4",
         *,
         skip: tuple[str, ...] = (),
-        roles: tuple[str, ...] = ("language",),
+        roles: tuple[str, ...] | None = None,
         overrides: tuple[Override, ...] = (),
         budget: float | str | None = None,
         **options: Any,
@@ -156,9 +158,7 @@ class QuantSpec(_Chosen):
             choice = form if budget is None else Auto(_budget(budget), form)
         object.__setattr__(self, "choice", choice)
         object.__setattr__(self, "skip", strings(skip, "quantize.skip"))
-        object.__setattr__(self, "roles", strings(roles, "quantize.roles"))
-        for role in self.roles:
-            one_of("quantize.roles", role, ROLES)
+        object.__setattr__(self, "roles", _default_roles(form) if roles is None else _roles(roles))
         object.__setattr__(self, "overrides", _overrides(overrides))
         _check_shared(self.weight_formats())
 
@@ -170,7 +170,9 @@ class QuantSpec(_Chosen):
 
     def changed(self, **changes: Any) -> QuantSpec:
         """Return the spec with other arguments; a new format keeps the options that it has too."""
-        names = {"format", "skip", "roles", "overrides", *option_names(changes.get("format", self.format))}
+        names = {"format", "skip", "overrides", *option_names(changes.get("format", self.format))}
+        if self.roles != _default_roles(self.weight_format()):  # another format has its own default
+            names.add("roles")
         return QuantSpec(**{**{k: v for k, v in self.to_mapping().items() if k in names}, **changes})
 
     @property
@@ -180,8 +182,22 @@ class QuantSpec(_Chosen):
 
     def weight_formats(self) -> tuple[WeightFormat, ...]:
         """Return all formats that layers may get."""
-        every = [self.weight_format(), *(item.weight_format() for item in self.overrides)]
+        roles = [] if self.weight_format() is None else [self.role_format(role) for role in role_names(self.roles)]
+        every = [self.weight_format(), *(item.weight_format() for item in self.overrides), *roles]
         return tuple(form for form in every if form is not None)
+
+    def role_format(self, role: str) -> WeightFormat | None:
+        """Return the format of a role's layers; None if they keep their dtype, and for "none" and "source"."""
+        form = self.weight_format()
+        if form is None or role in self.roles:
+            return form
+        name = next((entry.partition("=")[2] for entry in self.roles if entry.startswith(f"{role}=")), "")
+        if name in ("", form.name):
+            return form if name else None
+        alike = (item.weight_format() for item in self.overrides)  # options that all layers share are written once
+        return (
+            next((item for item in alike if item and item.name == name and item.shared), None) or format_class(name)()
+        )
 
     def to_mapping(self) -> dict[str, Any]:
         """Convert to plain values, the inverse of `from_mapping`."""
@@ -193,6 +209,11 @@ class QuantSpec(_Chosen):
             "budget": self.budget,
             **self._stored_options(),
         }
+
+
+def role_names(roles: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the roles of the entries of `QuantSpec.roles`."""
+    return tuple(entry.partition("=")[0] for entry in roles)
 
 
 def quantize_choices() -> tuple[str, ...]:
@@ -232,6 +253,23 @@ def _format(where: str, name: str, options: Mapping[str, Any]) -> WeightFormat |
 
 def _fields(form: type[WeightFormat]) -> tuple[Field[Any], ...]:
     return fields(form)  # type: ignore[arg-type]  # every format is a dataclass
+
+
+def _default_roles(form: WeightFormat | None) -> tuple[str, ...]:
+    return ("language",) if form is None else form.default_roles
+
+
+def _roles(values: object) -> tuple[str, ...]:
+    """Check entries ROLE and ROLE=FORMAT."""
+    entries = strings(values, "quantize.roles")
+    names = role_names(entries)
+    for entry, name in zip(entries, names, strict=True):
+        one_of("quantize.roles", name, ROLES)
+        if "=" in entry:
+            one_of(f"quantize.roles: format of {name!r}", entry.partition("=")[2], tuple(FORMATS))
+        if len({other for other in entries if other.partition("=")[0] == name}) > 1:
+            raise UsageError(f"quantize.roles: {name} has two formats. Name it once, as {name} or {name}=FORMAT.")
+    return entries
 
 
 def _check_shared(formats: tuple[WeightFormat, ...]) -> None:

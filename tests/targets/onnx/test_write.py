@@ -14,6 +14,7 @@ from vlmbuild.demo.task import READ, answers
 from vlmbuild.errors import UsageError
 from vlmbuild.measure.batches import cases
 from vlmbuild.quant.spec import Override
+from vlmbuild.report.contents import contents
 from vlmbuild.runtime.onnx.sizes import stored_sizes
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
@@ -103,7 +104,8 @@ def test_models_are_valid_and_weights_lie_in_data_files(onnx_artifact):
 
 @pytest.mark.slow
 def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
-    artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4"))
+    roles = ("language", "vision=int8", "projector=int8", "embedding", "head")
+    artifact = onnx_artifact("pixtral-digits", quantize=vlmbuild.QuantSpec("int4", roles=roles))
     model = onnx.load(artifact.path / "onnx/decoder_model_merged_q4.onnx", load_external_data=False)
     nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     config = json.loads((artifact.path / "config.json").read_text())
@@ -111,9 +113,13 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
     assert {file.stem.rpartition("_")[2] for file in (artifact.path / "onnx").iterdir()} == {"q4"}
     assert artifact.manifest.toolchain["oldest onnxruntime"] == "1.23.2"
     (record,) = (record for record in artifact.manifest.passes if record["name"] == "quantize_linear")
-    quantized = [decision for decision in record["decisions"] if decision["format"]]
-    assert len(nodes) == len(quantized) == record["matches"] == 21
-    assert {node.input[1] for node in nodes} == {f"{decision['module']}.weight" for decision in quantized}
+    assert all(decision["format"] for decision in record["decisions"])
+    quantized = [decision for decision in record["decisions"] if decision["format"].startswith("int4")]
+    embeddings = "model.language_model.embed_tokens"
+    modules = {decision["module"] for decision in quantized}
+    assert {node.input[1] for node in nodes} == {f"{module}.weight" for module in modules - {embeddings}}
+    assert {"lm_head", embeddings} < modules and len(modules) == 23
+    assert record["matches"] == len(record["decisions"]) + 1  # rows are looked up with images and without
     assert all(len(node.input) == 3 for node in nodes)
     levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
     tolerances = {record["tolerance"] for record in artifact.manifest.numerics}
@@ -123,11 +129,34 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
     logits = [record for record in artifact.manifest.numerics if record["output"] == "logits"]
     assert all((r["top1"], r["greedy"]) == (r["tokens"], r["generated"]) for r in logits)
     assert all(0.05 < float(decision["error"]) < 0.15 for decision in quantized)
+    eight = [float(d["error"]) for d in record["decisions"] if d not in quantized]
+    assert eight and max(eight) < 0.015
+    shown = {role["role"]: role for role in contents(artifact.path)["roles"]}
+    assert all(role["quantized"] / role["parameters"] > 0.75 for role in shown.values())
+    sizes = {role: shown[role]["bytes"] / shown[role]["parameters"] for role in ("embedding", "head")}
+    assert sizes == dict.fromkeys(sizes, (4 + 32 / 64) / 8)  # codes, and a scale for each block of 64
     source = load_file(ZOO["pixtral-digits"] / "model.safetensors")
     name = "model.language_model.layers.1.mlp.up_proj.weight"
     kept = source["language_model.model.layers.1.mlp.up_proj.weight"].float()
     rounded = OnnxWeights(artifact.path).tensor(name)
     assert 0.05 < float((rounded - kept).norm() / kept.norm()) < 0.12
+
+
+@pytest.mark.slow
+def test_int4_reads_digits_and_is_small(onnx_artifact):
+    artifact = onnx_artifact("qwen2-vl-digits", quantize=vlmbuild.QuantSpec("int4"))  # its head is tied
+    model, processor = vlmbuild.load(artifact.path)
+    samples = Digits("held_out", 5).take(16)
+    found = answers(model, processor, READ, samples)
+    assert sum(text == READ.answer(sample.digits) for text, sample in zip(found, samples, strict=True)) >= 15
+    float32 = onnx_artifact("qwen2-vl-digits")
+    data = [
+        sum(file.stat().st_size for file in (path / "onnx").glob("*.onnx_data"))
+        for path in (artifact.path, float32.path)
+    ]
+    assert data[0] < data[1] / 4
+    weights = OnnxWeights(artifact.path)
+    assert "model.language_model.embed_tokens.weight" in weights.packed
 
 
 @pytest.mark.slow

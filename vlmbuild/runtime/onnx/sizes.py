@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKED = {"MatMulNBits": ("", "_scales", "_zero_points"), "MatMulBnb4": ("", "_absmax")}
-"""Operator -> suffixes of its weight's tensors, in the order of its inputs."""
+LOOKUP = "Gather"
+"""Operator that looks rows of a MatMulNBits weight up; its node's metadata has the attributes of that weight."""
+PACKED = {
+    "MatMulNBits": ("", "_scales", "_zero_points"),
+    "MatMulBnb4": ("", "_absmax"),
+    LOOKUP: ("", "_scales", "_zero_points"),
+}
+"""Operator -> suffixes of its weight's tensors, in the order of a product's inputs."""
+WEIGHT_INPUT = {operator: 0 if operator == LOOKUP else 1 for operator in PACKED}
+"""Operator -> index of the weight among its inputs."""
 
 
 def stored_sizes(folder: Path) -> dict[str, int]:
@@ -21,8 +29,9 @@ def stored_sizes(folder: Path) -> dict[str, int]:
                 location = {entry.key: entry.value for entry in tensor.external_data}
                 lengths[location["location"], tensor.name] = int(location["length"])
         for node in graph.node:
-            weight = node.input[1] if node.op_type in PACKED else ""
-            owners |= {weight + suffix: weight for suffix in PACKED.get(node.op_type, ())}
+            if node.op_type in PACKED and (node.op_type != LOOKUP or node.metadata_props):
+                weight = node.input[WEIGHT_INPUT[node.op_type]]
+                owners |= {weight + suffix: weight for suffix in PACKED[node.op_type]}
     sizes: dict[str, int] = {}
     for (_, name), length in lengths.items():
         owner = owners.get(name, name)

@@ -17,7 +17,7 @@ from vlmbuild.formats import PackedWeight
 from vlmbuild.ir.program import Region, join
 from vlmbuild.quant.ort_matmul import unpacked
 from vlmbuild.runtime.onnx.session import FOLDER, check_data_files
-from vlmbuild.runtime.onnx.sizes import PACKED
+from vlmbuild.runtime.onnx.sizes import LOOKUP, PACKED, WEIGHT_INPUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,11 @@ class OnnxWeights:
                 )
                 self._locations[tensor.name] = location
         for node in model.graph.node:
-            if node.op_type in PACKED:
-                attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
-                self.packed[node.input[1]] = PackedWeight(node.op_type, attributes, {})
+            attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+            if node.op_type == LOOKUP:
+                attributes = {entry.key: int(entry.value) for entry in node.metadata_props}
+            if node.op_type in PACKED and attributes:
+                packed = PackedWeight(node.op_type, attributes, {})
+                # A product says more than a lookup of the same weight; the decoder's file comes before the embeddings'.
+                self.packed.setdefault(node.input[WEIGHT_INPUT[node.op_type]], packed)
                 self.packing.add(file.stem)

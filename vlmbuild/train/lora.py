@@ -16,7 +16,7 @@ from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
 from vlmbuild.builder.passes import adapt
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
-from vlmbuild.runtime.torch.vocabulary import owners, set_rows, tables_of
+from vlmbuild.runtime.torch.vocabulary import set_rows, stored_rows, table_parameters
 
 
 def add_lora(
@@ -52,7 +52,7 @@ def add_lora(
         use_rslora: Scale is alpha / sqrt(r) (arXiv:2312.03732).
         modules_to_save: Modules to train whole, in float32: "lm_head", "embed_tokens", "visual.merger",
             "multi_modal_projector". A head that is tied to the embeddings is trained with them.
-        adapter_name: Name for `model.set_adapter`. Other adapters wait with their values.
+        adapter_name: Name for `model.set_adapter`. Adapters that the model has already keep their values, inactive.
 
     Raises:
         UsageError: A value is out of range, a target or module matches nothing, a module to train is quantized, or the model
@@ -71,10 +71,10 @@ def add_lora(
 
 
 def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
-    """Add the adapter from a directory in PEFT's format, trainable, and compute with it. Others wait for `set_adapter`.
+    """Add the adapter from a directory in PEFT's format, trainable, and make it the active one.
 
-    One that stores the embeddings and the head with other rows than the model's, trained after `resize_token_embeddings`,
-    resizes the model.
+    An adapter that was trained after `resize_token_embeddings` stores the embeddings and the head whole; the model is resized
+    to their rows.
 
     Raises:
         UsageError: The model has an adapter of this name already, or one of several has modules trained whole.
@@ -84,7 +84,7 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     _check_free(model, adapter_name)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program if model.base_program is None else model.base_program
-    rows = tables_of(adapter.trained) or model.vocabulary
+    rows = stored_rows(adapter.trained) or model.vocabulary
     resizes = rows != model.vocabulary and not model.family.extra_embedding_rows
     if resizes:
         set_rows(program := copy.deepcopy(program), rows)
@@ -125,7 +125,7 @@ def _add(model: VisionLanguageModel, spec: AdapterSpec, name: str) -> None:
             f"{spec.modules[0]} is trained whole, which only the one adapter of a model can do. Leave modules_to_save out, or "
             f"delete the others first: model.delete_adapter({model.adapter_names[0]!r})."
         )
-    model.hold_adapter()
+    model.deactivate_adapter()
     base = copy.deepcopy(model.program)
     adapt(model.program, spec.loras, spec.trained)
     model.requires_grad_(False)
@@ -141,7 +141,7 @@ def _check_free(model: VisionLanguageModel, name: str) -> None:
 
 def _check_rows_are_stored(model: VisionLanguageModel, trained: Mapping[str, frozenset[str]], resized: bool) -> None:
     """Raise UsageError for an adapter that would leave out rows of a resized vocabulary."""
-    if resized and not owners(model.program.ties) <= frozenset().union(*trained.values()):
+    if resized and not table_parameters(model.program.ties) <= frozenset().union(*trained.values()):
         raise UsageError(
             "The vocabulary of the model was resized, and an adapter without its embeddings and its head would lose the new "
             'rows. Pass modules_to_save=["embed_tokens", "lm_head"] to add_lora, or save the resized model with '

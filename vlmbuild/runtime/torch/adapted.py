@@ -1,4 +1,4 @@
-"""Adapters of a loaded model: several in memory, one of which computes."""
+"""Adapters of a loaded model: several in memory, one of them active."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from vlmbuild.runtime.torch.modules import module_at, tensor_at
 
 
 @dataclass(frozen=True, slots=True)
-class HeldAdapter:
-    """An adapter that waits: it computes nothing, and the model's modules do not have its tensors.
+class InactiveAdapter:
+    """An adapter in memory that is not active: the model's modules do not have its tensors.
 
     Attributes:
-        spec: Its layers.
+        spec: Its LoRA layers and the parameters that it trains whole.
         program: The model's program with it; each adapter has its own, so that ranks and layers may differ.
         tensors: Its parameters by name, the same objects as when it was active.
     """
@@ -35,17 +35,17 @@ class HeldAdapter:
 
 
 class AdaptedModel(TrainerConventions):
-    """A model whose adapters are added, exchanged, disabled, merged and deleted, under PEFT's names.
+    """A model whose adapters are added, switched, disabled, merged and deleted, under PEFT's names.
 
     Attributes:
-        active_adapter: Name of the adapter that computes, or None.
+        active_adapter: Name of the adapter that computes and trains; None if there is none.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._base: Program | None = None
         self._active: str | None = None
-        self._held: dict[str, HeldAdapter] = {}
+        self._inactive: dict[str, InactiveAdapter] = {}
 
     if TYPE_CHECKING:
 
@@ -56,11 +56,15 @@ class AdaptedModel(TrainerConventions):
             """Bind every region of the program."""
 
     def attach_adapter(self, spec: AdapterSpec, base: Program, name: str = "default") -> None:
-        """Register the slots that passes have added to the program for an adapter; `base` is the program without it. Its name
-        is free, and no other adapter is active.
+        """Register the slots that passes have added to the program for an adapter, and make it the active one.
 
         LoRA matrices start as PEFT's do (A uniform by He et al., arXiv:1502.01852; B zero); parameters that are trained whole
         are float32.
+
+        Args:
+            spec: Its layers.
+            base: The program without it.
+            name: A name that no other adapter has. None of them may be active.
         """
         for tensor_name, slot in self.program.slots():
             if ".lora_" in slot.name:
@@ -76,21 +80,21 @@ class AdaptedModel(TrainerConventions):
 
     @property
     def active_adapter(self) -> str | None:
-        """The name of the adapter that computes, or None."""
+        """Name of the adapter that computes and trains; None if there is none."""
         return self._active
 
     @property
     def base_program(self) -> Program | None:
-        """The program without the active adapter; None if there is none."""
+        """Program without the active adapter; None if there is none."""
         return self._base
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """The names of all adapters, the active one first."""
-        return tuple(name for name in (self._active, *self._held) if name is not None)
+        """Names of all adapters, the active one first."""
+        return tuple(name for name in (self._active, *self._inactive) if name is not None)
 
     def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
-        """Compute with another adapter from now on, and train that; the others wait with their values.
+        """Make another adapter the active one, which computes and trains; the others keep their values.
 
         Optimizers keep the parameters that they were made with. A compiled model is compiled again.
 
@@ -99,56 +103,59 @@ class AdaptedModel(TrainerConventions):
         """
         if adapter_name == self._active:
             return
-        if adapter_name not in self._held:
+        if adapter_name not in self._inactive:
             raise UsageError(
                 f"The model has no adapter {adapter_name!r}. Pass one of {', '.join(self.adapter_names) or 'none'}, or call "
                 f"vlmbuild.load_adapter(model, DIRECTORY, adapter_name={adapter_name!r})."
             )
-        self.hold_adapter()
-        held = self._held.pop(adapter_name)
-        self._base, self.program = self.program, held.program
-        self.adapter, self._active = held.spec, adapter_name
-        for name, parameter in held.tensors.items():
+        self.deactivate_adapter()
+        chosen = self._inactive.pop(adapter_name)
+        self._base, self.program = self.program, chosen.program
+        self.adapter, self._active = chosen.spec, adapter_name
+        for name, parameter in chosen.tensors.items():
             path, _, leaf = name.rpartition(".")
             parameter.data = parameter.data.to(self.device)
             module_at(self, path).register_parameter(leaf, parameter)
         self._bind_regions()
 
-    def hold_adapter(self) -> None:
-        """Let the active adapter wait, if there is one: the model is the base afterwards, but not bound yet.
+    def deactivate_adapter(self) -> None:
+        """Deactivate the active adapter, if there is one. The caller binds the regions of the base program.
 
         Raises:
             UsageError: It has modules trained whole, or the model is sharded.
         """
         if self.adapter is None or self._active is None or self._base is None:
             return
-        self._check_parts("The adapter cannot be exchanged")
+        self._check_no_whole_modules("The adapter cannot be deactivated")
         if isinstance(self, FSDPModule):
             raise UsageError(
-                "The model is sharded, and its adapters cannot be exchanged. Choose one before vlmbuild.shard."
+                "The model is sharded, and its adapters cannot be switched. Choose one before vlmbuild.shard."
             )
         tensors = {name: self.get_parameter(name) for name, _ in self.program.slots() if ".lora_" in name}
-        self._held[self._active] = HeldAdapter(self.adapter, self.program, tensors)
-        for module in self.adapter.loras:
-            layer: Any = self.get_submodule(module)
-            del layer.lora_A, layer.lora_B
-        self.program, self._base, self.adapter, self._active = self._base, None, None, None
+        self._inactive[self._active] = InactiveAdapter(self.adapter, self.program, tensors)
+        self._return_to_base(self.adapter, self._base)
         self.register_dropout()
 
+    def _return_to_base(self, adapter: AdapterSpec, base: Program) -> None:
+        for module in adapter.loras:
+            layer: Any = self.get_submodule(module)
+            del layer.lora_A, layer.lora_B
+        self.program, self._base, self.adapter, self._active = base, None, None, None
+
     def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
-        """Remove an adapter. Without the active one the model computes as its artifact; `set_adapter` chooses another.
+        """Remove an adapter. After the active one the model computes as its artifact, until `set_adapter` activates another.
 
         Raises:
-            UsageError: There is no such adapter, or it has modules trained whole.
+            UsageError: There is no such adapter, it has modules trained whole, or it is active and the model is sharded.
         """
         if adapter_name not in self.adapter_names:
             raise UsageError(
                 f"The model has no adapter {adapter_name!r}. Pass one of {', '.join(self.adapter_names) or 'none'}."
             )
         if adapter_name == self._active:
-            self.hold_adapter()
+            self.deactivate_adapter()
             self._bind_regions()
-        del self._held[adapter_name]
+        del self._inactive[adapter_name]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -157,14 +164,14 @@ class AdaptedModel(TrainerConventions):
         Raises:
             UsageError: Modules were trained whole, whose values before training are not kept.
         """
-        self._check_parts("The adapter cannot be disabled")
+        self._check_no_whole_modules("The adapter cannot be disabled")
         self.set_adapter_disabled(True)
         try:
             yield
         finally:
             self.set_adapter_disabled(False)
 
-    def _check_parts(self, fault: str) -> None:
+    def _check_no_whole_modules(self, fault: str) -> None:
         if self.adapter is not None and self.adapter.modules:
             raise UsageError(
                 f"{fault}: {self.adapter.modules[0]} was trained whole, and its values before are not kept. Load the artifact "
@@ -175,7 +182,7 @@ class AdaptedModel(TrainerConventions):
         """Add the active adapter to the weights, and remove it and all others. Returns the model.
 
         Raises:
-            UsageError: There is no adapter, or a layer below it is quantized, where merging needs the source's weights.
+            UsageError: There is no adapter, or one of its layers is quantized: merging needs the source's weights.
         """
         if self.adapter is None or self._base is None:
             raise UsageError("The model has no adapter to merge. Call vlmbuild.load_adapter(model, DIRECTORY) first.")
@@ -191,9 +198,8 @@ class AdaptedModel(TrainerConventions):
                 layer, weight = self.get_submodule(module), parameters[f"{module}.weight"]
                 down, up = (tensor_at(layer, f"{part}.default.weight").float() for part in ("lora_A", "lora_B"))
                 weight.copy_(weight.float() + lora.scaling * (up @ down))
-                del layer.lora_A, layer.lora_B
-        self.program, self._base, self.adapter, self._active = self._base, None, None, None
-        self._held.clear()
+        self._return_to_base(self.adapter, self._base)
+        self._inactive.clear()
         for name, slot in self.program.slots():
             if name in trained:
                 self.set_tensor(name, slot, self.get_parameter(name).detach())

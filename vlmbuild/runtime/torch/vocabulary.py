@@ -1,4 +1,4 @@
-"""Rows of the embeddings and the head of a loaded model, for tokens that its user adds or leaves out."""
+"""Resizing the vocabulary of a loaded model: rows of its embeddings and its head for added or dropped tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def resize_vocabulary(model: ProgramModel, rows: int | None, multiple: int | Non
     """Give the embeddings and the head of a model `rows` rows, or the next multiple; see `resize_token_embeddings`.
 
     Raises:
-        UsageError: A number is none of rows, or the model cannot be resized; it is unchanged.
+        UsageError: A number is not a positive integer, or the model cannot be resized; it is unchanged.
     """
     for name, number in (("new_num_tokens", rows), ("pad_to_multiple_of", multiple)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
@@ -68,8 +68,8 @@ def set_config_rows(values: dict[str, Any], rows: int) -> None:
             owner["vocab_size"] = rows
 
 
-def owners(ties: Mapping[str, str]) -> frozenset[str]:
-    """Return the parameters that hold the tables."""
+def table_parameters(ties: Mapping[str, str]) -> frozenset[str]:
+    """Return the parameters that hold the tables: one if the head is tied to the embeddings, else two."""
     return frozenset(ties.get(name, name) for name in TABLES)
 
 
@@ -85,7 +85,7 @@ def _check_resizable(model: ProgramModel) -> None:
             "resize_token_embeddings: the model has an adapter. Resize before vlmbuild.add_lora or vlmbuild.load_adapter."
         )
     slots = dict(model.program.slots())
-    for name in sorted(owners(model.program.ties)):
+    for name in sorted(table_parameters(model.program.ties)):
         if name not in slots or slots[name].kind != "parameter":
             module = name.removesuffix(".weight")
             raise UsageError(
@@ -105,10 +105,11 @@ def _check_tokens(model: ProgramModel, rows: int) -> None:
         model.family.check(config)
     except SourceError as error:
         raise UsageError(
-            f"resize_token_embeddings: {rows} rows leave out a token of the model. Keep more rows than its highest id. {error}"
+            f"resize_token_embeddings: {rows} rows leave out a token of the model. Pass a new_num_tokens above its id. "
+            f"The config names it: {error}"
         ) from error
 
 
-def tables_of(adapter: Mapping[str, torch.Tensor]) -> int | None:
-    """Return the rows of the tables that an adapter stores whole; None if it stores none."""
-    return next((len(adapter[name]) for name in TABLES if name in adapter), None)
+def stored_rows(trained: Mapping[str, torch.Tensor]) -> int | None:
+    """Return the number of rows of the tables among an adapter's whole parameters; None if no table is there."""
+    return next((len(trained[name]) for name in TABLES if name in trained), None)

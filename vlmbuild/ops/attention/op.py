@@ -21,7 +21,7 @@ _INPUTS = (
     "Tensor? visible_groups"
 )
 _OPTIONS = "bool causal, float scale, Tensor? lookahead=None, int? window=None"
-"""Graphs hold no arguments that are equal to their defaults."""
+"""New masks come last, with defaults: graphs omit arguments equal to these, so artifacts from before them keep their ids."""
 SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor"
 FORWARD_SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor logsumexp)"
 BACKWARD_SCHEMA = (
@@ -47,7 +47,7 @@ class Masks(NamedTuple):
         visible_groups: Bool or integer `[S, groups]`: a query sees the keys of the groups that are not zero in its row.
         lookahead: Integers `[B, S]`, at least 0: how many keys after its own a query sees, in spite of causal order, which it
             needs. From a row to the next it falls by one at most: so tokens of a block see each other both ways.
-        window: A query sees no key before the last `window`, its own included; None is no limit. Needs causal order.
+        window: Number of keys that a query sees before its own and including it; None is no limit. Needs causal order.
     """
 
     key_mask: Tensor | None = None
@@ -58,7 +58,7 @@ class Masks(NamedTuple):
     window: int | None = None
 
     def reduced(self, length: int, keys: int) -> Masks:
-        """Leave out what masks nothing: the only query is the last one, and no window is longer than all keys."""
+        """Drop what masks nothing: lookahead of a single query, which is the last, and a window that holds all keys."""
         return self._replace(
             lookahead=None if length == 1 else self.lookahead,
             window=None if self.window is None or self.window >= keys else self.window,

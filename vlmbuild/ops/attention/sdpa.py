@@ -1,6 +1,7 @@
-"""Attention through torch's own kernels: packed segments one run at a time, rows that see the same groups of keys at once,
-some rows at a time with the keys between their first and their last where intervals differ, and a dense mask only where
-torch needs one.
+"""Attention through torch's own kernels, in as few calls as the masks allow.
+
+Neighbouring segments of one length are a call, and so are all rows that see the same groups of keys. With a window or a
+lookahead, a call has `ROWS` rows and the keys that any of them sees. A call has a dense mask only where torch needs one.
 
 On a CPU the flash kernels are called directly, because they take grouped queries and hand out the log-sum-exp;
 elsewhere `scaled_dot_product_attention` picks a kernel and the backward runs its forward again.
@@ -20,7 +21,7 @@ from vlmbuild.errors import UsageError
 from vlmbuild.ops.attention.op import Grads, Masks, allowed_keys, check_attention, key_intervals
 
 ROWS = 128
-"""Rows that attend at a time where each has an interval of keys of its own: they take as many keys more than a window has."""
+"""Rows of a call with a window or a lookahead. A call reads up to this many keys more than the window has."""
 
 
 class _Run(NamedTuple):
@@ -110,7 +111,7 @@ def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_
         yield from _group_calls(masks.key_groups, masks.visible_groups)
         return
     length, keys = query.shape[2], key.shape[2]
-    masks = _read(masks.reduced(length, keys))
+    masks = _effective(masks.reduced(length, keys))
     if masks.cu_seqlens is None:
         yield from _interval_calls(query, keys, masks, causal, None)
         return
@@ -124,9 +125,9 @@ def _calls(query: Tensor, key: Tensor, masks: Masks, causal: bool) -> Iterator[_
         yield from _interval_calls(_segments(query, run), run.length, own, causal, run)
 
 
-def _read(masks: Masks) -> Masks:
-    """Leave out masks whose values mask nothing. On a CPU a look at them costs next to nothing; a GPU would have to be waited
-    for, where a mask is as good."""
+def _effective(masks: Masks) -> Masks:
+    """Drop masks whose values mask nothing. This reads values, so only on a CPU: on a GPU reading waits for the device, which
+    costs more than the mask."""
     key_mask, ahead = masks.key_mask, masks.lookahead
     if key_mask is not None and key_mask.device.type == "cpu" and bool(key_mask.all()):
         key_mask = None
@@ -136,7 +137,7 @@ def _read(masks: Masks) -> Masks:
 
 
 def _interval_calls(query: Tensor, keys: int, masks: Masks, causal: bool, run: _Run | None) -> Iterator[_Call]:
-    """Yield the calls of rows that see some of `keys` keys, all of them or within each segment of a run."""
+    """Yield the calls without groups: for the rows and `keys` keys of the whole, or of each segment of a run."""
     length, key_mask = query.shape[2], masks.key_mask
     if masks.window is None and masks.lookahead is None:
         mask, plain = _mask(query, keys, key_mask, causal)

@@ -83,9 +83,9 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
     if config.get("quantization_config") is not None:
         quantization = check_method(config["quantization_config"], str(weights.directory))
         found = (
-            _fp8(weights, quantization)
+            _fp8_tensors(weights, quantization)
             if quantization.get("quant_method") == fp8.METHOD
-            else _packed(weights, quantization)
+            else _packed_tensors(weights, quantization)
         )
         tensors = {family.module_name(tensor.name): tensor for tensor in found}
         if not tensors:
@@ -100,26 +100,26 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
     return tensors
 
 
-def _packed(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
-    """Yield the weights in formats that artifacts have too, found by the markers beside them."""
+def _packed_tensors(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
+    """Yield the weights in bitsandbytes' formats, which artifacts keep. Each has a tensor beside it that marks its format."""
     classes = {cls.marker: cls for cls in map(format_class, FORMATS) if cls.marker}
     for name in weights.tensors:
         marker = next((suffix for suffix in classes if name.endswith(suffix)), None)
         if marker is not None:
             module = name.removesuffix(marker)
             form, dtype, shape, suffixes = classes[marker].check(weights, module, config)
-            yield _source(weights, tuple(module + suffix for suffix in suffixes), shape, dtype, form)
+            yield _quantized_tensor(weights, tuple(module + suffix for suffix in suffixes), shape, dtype, form)
 
 
-def _fp8(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
-    """Yield the weights with scales, which are float32 once they are read."""
+def _fp8_tensors(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
+    """Yield the weights in fp8, which are dequantized to float32 when they are read."""
     for name in weights.tensors:
         if name.endswith(fp8.SCALE):
             parts = fp8.fp8_parts(weights, name.removesuffix(fp8.SCALE), config)
-            yield _source(weights, parts, weights.tensors[parts[0]].shape, torch.float32, None)
+            yield _quantized_tensor(weights, parts, weights.tensors[parts[0]].shape, torch.float32, None)
 
 
-def _source(
+def _quantized_tensor(
     weights: CheckpointWeights,
     parts: tuple[str, ...],
     shape: tuple[int, ...],

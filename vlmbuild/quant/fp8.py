@@ -1,4 +1,4 @@
-"""8-bit floating-point weights of published checkpoints, as sources.
+"""Source checkpoints in fp8: weights in 8-bit floating point with scales.
 
 Each matrix has scales in `weight_scale_inv`, one for all or one for each block. It is dequantized when it is read, as
 transformers does without a GPU that computes in 8 bits.
@@ -25,9 +25,9 @@ else:
 METHOD: Final = "fp8"
 """The `quant_method` of such checkpoints."""
 SCALE: Final = ".weight_scale_inv"
-"""End of the name of a weight's scales: what the stored numbers are multiplied by."""
+"""Suffix of a weight's scales, by which the stored numbers are multiplied."""
 ACTIVATION: Final = ".activation_scale"
-"""End of the name of the scale of a layer's inputs, where they are in 8 bits too; weights do not depend on it."""
+"""Suffix of the scale of a layer's inputs, which is not used: inputs are not quantized here."""
 
 
 def fp8_parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,8 +65,8 @@ def dequantize_fp8(
     scales = weights.read(parts[1]).float()
     if not (torch.isfinite(scales) & (scales >= 0)).all():
         raise SourceError(
-            f"The 8-bit tensor {name} cannot be used: a scale in {parts[1]} is negative, NaN or infinity. Download the "
-            "checkpoint again."
+            f"{weights.directory}: the fp8 weight {name} cannot be used: a scale in {parts[1]} is negative, NaN or infinity. "
+            "Download the checkpoint again."
         )
     scales = scales.view(_grid(scales.shape))
     rows_of, columns_of = (size // count for size, count in zip(shape, scales.shape, strict=True))

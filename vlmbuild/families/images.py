@@ -21,8 +21,8 @@ from vlmbuild.util.pixels import VARIABLE, max_pixels
 
 _ORIENTATION = 0x0112  # EXIF: how the camera was held
 _SIDEWAYS = 5  # from this value on, height and width are exchanged
-_SECONDS = 60.0
-"""Longest download."""
+_DOWNLOAD_SECONDS = 60.0
+"""Time limit of a download."""
 _DEEP = ("I", "F")
 """Beginnings of Pillow's modes with more than 8 bits; converting them to RGB would cut most of them to white."""
 
@@ -92,7 +92,7 @@ def resized(image: Any, size: tuple[int, int], where: str) -> Any:
 def _opened(image: Any) -> PIL.Image.Image:
     """Open an image's file; nothing is decoded."""
     source = image
-    if isinstance(source, Mapping):  # data sets keep encoded images so
+    if isinstance(source, Mapping):  # the form in which datasets stores images
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     if isinstance(source, bytes):
         return PIL.Image.open(io.BytesIO(source))
@@ -118,11 +118,11 @@ def _opened(image: Any) -> PIL.Image.Image:
 
 def _downloaded(address: str) -> bytes:
     """Download an image, of at most the bytes that the largest allowed one has as RGBA. Raises ValueError, httpx.HTTPError."""
-    limit, end = 4 * max_pixels(), time.monotonic() + _SECONDS
+    limit, end = 4 * max_pixels(), time.monotonic() + _DOWNLOAD_SECONDS
     data = bytearray()
     # A compressed answer could unpack to anything.
     headers = {"Accept-Encoding": "identity"}
-    with httpx.stream("GET", address, headers=headers, follow_redirects=True, timeout=_SECONDS) as response:
+    with httpx.stream("GET", address, headers=headers, follow_redirects=True, timeout=_DOWNLOAD_SECONDS) as response:
         response.raise_for_status()
         for part in response.iter_raw():
             data += part
@@ -131,7 +131,7 @@ def _downloaded(address: str) -> bytes:
                     f"it has more than {limit:,} bytes; set the environment variable {VARIABLE} to allow more"
                 )
             if time.monotonic() > end:
-                raise ValueError(f"it takes more than {_SECONDS:g} s")
+                raise ValueError(f"its download takes more than {_DOWNLOAD_SECONDS:g} s; download it yourself")
     return bytes(data)
 
 

@@ -59,7 +59,7 @@ def cached_blob(directory: Path, name: str) -> Path | None:
 
 
 def artifact_directory(path: Path | str, revision: str | None = None, progress: Progress = silent) -> Path:
-    """Return the directory of an artifact; one on a hub is downloaded into the hub's cache, or found there.
+    """Return the directory of an artifact. A hub id is downloaded into the hub's cache, unless it is there already.
 
     Args:
         path: A directory, which need not exist, or a hub id ("owner/name").
@@ -69,7 +69,7 @@ def artifact_directory(path: Path | str, revision: str | None = None, progress: 
     Raises:
         IntegrityError: The system cannot look the path up.
         SourceError: A hub id cannot be downloaded.
-        UsageError: A directory has no revision.
+        UsageError: `revision` is given, and the path is not a hub id.
     """
     directory = reachable(path, IntegrityError, "The artifact")
     if is_hub_id(path):
@@ -82,12 +82,12 @@ def artifact_directory(path: Path | str, revision: str | None = None, progress: 
 
 
 def is_hub_id(path: Path | str) -> bool:
-    """Return whether a path names a repository on a hub, and nothing here."""
+    """Return whether a path is a hub id, and no local file or directory has that path."""
     return HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
 def check_no_revision(path: Path | str, revision: str | None) -> None:
-    """Raise UsageError for a revision of something that is no hub id."""
+    """Raise UsageError if there is a revision. The caller knows that the path is not a hub id."""
     if revision is not None:
         raise UsageError(f"{path} is not a hub id, so it has no revision {revision!r}. Drop the revision.")
 

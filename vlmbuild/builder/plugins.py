@@ -80,7 +80,7 @@ def _add(entry: importlib.metadata.EntryPoint, plugin: Any) -> None:
     name, kind = entry.name, entry.group
     if kind == "vlmbuild.families":
         _require(entry, isinstance(plugin, Family) and plugin.name == name, f"a Family of that name, not {plugin!r}")
-        _require(entry, name not in FAMILIES, "new; there is a family of that name already")
+        _require(entry, name not in FAMILIES, "named otherwise: there is a family of that name already")
         owned = {architecture for family in FAMILIES.values() for architecture in family.architectures}
         taken = owned.intersection(plugin.architectures)
         _require(entry, not taken, f"for other architectures; {listed(sorted(taken))} has a family already")

@@ -1,8 +1,7 @@
 """The supported model families, by name.
 
-A new family is a folder here (named in pyproject.toml too), one line in `FAMILIES`, one file in `tests/helpers/setups/` (a
-tiny config and a real processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the
-rest. Published configs go to `tests/configs/`, and are locked (`tests/helpers/make_locks.py`). In order:
+A new family is a folder here, one line in `FAMILIES`, one file in `tests/helpers/setups/` (a tiny config and a real
+processor), which runs the tests that hold for every family, and `tests/families/test_<name>.py` for the rest. In order:
 
 1. Choose the base class: `MropeFamily` (`mrope.py`: processors with `image_grid_thw`, positions on three axes), `GridFamily`
    (`grid.py`: images are grids of patches, features take the places of placeholder tokens), `PackedPatchFamily`
@@ -25,8 +24,8 @@ rest. Published configs go to `tests/configs/`, and are locked (`tests/helpers/m
 4. `processor.py`: loading without torchvision, the cost of an image, tokens of media (`is_media` too, where a processor writes
    text into an image), files for transformers.js (`js.py`).
 
-A new version of transformers touches `model.py` and `processor.py` of the families, and `runtime/hf.py`: modules of its models
-and its private names are imported nowhere else here.
+A new version of transformers touches `model.py` and `processor.py` of the families, `chat_processor.py` and `runtime/hf.py`:
+modules of its models and its private names are used nowhere else here.
 
 Nothing that builds, stores or runs a model knows a family's name; the zoo, the demo and examples in help texts do. If a pass
 does not match, teach the pass a new pattern. An operator that is new in programs needs a line in `vlmbuild/ir/serialize.py`

@@ -21,6 +21,7 @@ from vlmbuild.ir.program import Input
 
 Ints = npt.NDArray[np.int64]
 FEATURE_ORDER = "feature_order"
+"""Key of `vision_tensors` for the order in which a tower reads features; no input of a program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,8 @@ class GridFamily(Family):
     def vision_tensors(self, grids: Tensor, config: Any) -> dict[str, Tensor]:
         """Compute the inputs of the vision tower besides pixels from grids (images, 3).
 
-        A tower that reads features in another order than the images' gets "feature_order" too, int64 (features,): the
-        number of each feature it reads, one after the other. It is no input; rows of patches are still in the images' order.
+        A tower that reads features in another order than the images' adds `FEATURE_ORDER`, int64 (features,): the numbers of
+        the features in the order in which it reads them. `prepare` sorts patches and their positions by it afterwards.
         """
         return {
             "vision_position_ids": get_vision_position_ids(grids, self.patch_layout(config)[1]),
@@ -121,6 +122,7 @@ class GridFamily(Family):
         placeholders = self.placeholders(config)
         tokens = read_tokens(batch, placeholders, self.vocabulary(config))
         refuse_gaps(tokens, config)
+        # Pixels with a row for every sample are cut together with the text, so only lists of media need the remedy.
         with _naming_dispatch(batch if self.input_layout["pixel_values"] == "medium" else {}):
             images, pixels = self.read_images(batch, config, processor)
             index = feature_index(tokens, images, placeholders, self.remedy())

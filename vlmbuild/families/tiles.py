@@ -28,13 +28,13 @@ from vlmbuild.ir.program import Input
 
 @dataclass(frozen=True, slots=True)
 class TileLayout:
-    """A tile.
+    """Sizes of a tile, which is square, of its patches and of its features.
 
     Attributes:
         channels: Values of a pixel.
-        side: Pixels of its side; a rest that fills no patch is left out.
-        patch: Pixels of a patch's side.
-        merge: Patches of the side of a square that becomes one feature.
+        side: Side of a tile in pixels; those at the end that fill no patch are left out.
+        patch: Side of a patch in pixels.
+        merge: Side in patches of the square that becomes one feature.
     """
 
     channels: int

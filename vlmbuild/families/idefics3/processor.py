@@ -162,8 +162,8 @@ def _beside(ids: Tensor, media: Tensor, placeholder: int) -> Tensor:
 def tile_grid(image_processor: Any, height: int, width: int) -> tuple[int, int]:
     """Count the rows and columns of tiles besides the whole image; 0 and 0 where that is the only one.
 
-    transformers' `get_number_of_image_patches` rounds otherwise than the processor where the longest edge is no multiple of
-    a tile's.
+    This is not transformers' `get_number_of_image_patches`, which rounds differently from the processor where the longest edge
+    is no multiple of a tile's.
     """
     if not image_processor.do_image_splitting:
         return 0, 0

@@ -54,9 +54,9 @@ class Mistral3(PixtralTower):
         self, tokens: Tokens, images: Sequence[BatchImage], batch: Mapping[str, Tensor], config: Any
     ) -> Tensor:
         positions = tokens.positions()
-        rope, padded = config.text_config.rope_parameters, tokens.index % tokens.ids.shape[1]
+        rope, columns = config.text_config.rope_parameters, tokens.index % tokens.ids.shape[1]
         length = rope.get("original_max_position_embeddings") if "llama_4_scaling_beta" in rope else None
-        if length and batch.get("labels") is not None and (positions // length != padded // length).any():
+        if length and batch.get("labels") is not None and (positions // length != columns // length).any():
             warnings.warn(
                 f"Padding on the left does not count as positions, which scale queries from {length} on, while transformers "
                 'counts it in training. Pad on the right for equal losses: processor(..., padding_side="right").',
@@ -71,5 +71,7 @@ class Mistral3(PixtralTower):
         if text.model_type == "ministral3":
             for field in ("llama_4_scaling_beta", "original_max_position_embeddings"):
                 value = text.rope_parameters.get(field)
-                known = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
-                require(known, f"rope_parameters.{field}", value, "must be a number. Restore the published value.")
+                fits = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+                require(
+                    fits, f"rope_parameters.{field}", value, "must be a number, at least 0. Restore the published one."
+                )

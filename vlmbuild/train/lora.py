@@ -16,7 +16,7 @@ from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
 from vlmbuild.builder.passes import adapt
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.torch.model import VisionLanguageModel, unwrap
-from vlmbuild.runtime.torch.vocabulary import set_rows, stored_rows, table_parameters
+from vlmbuild.runtime.torch.vocabulary import set_rows, stored_rows, table_parameters, tables
 
 
 def add_lora(
@@ -84,10 +84,10 @@ def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "d
     _check_free(model, adapter_name)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program if model.base_program is None else model.base_program
-    rows = stored_rows(adapter.trained) or model.vocabulary
+    rows = stored_rows(adapter.trained, model.family) or model.vocabulary
     resizes = rows != model.vocabulary and not model.family.extra_embedding_rows
     if resizes:
-        set_rows(program := copy.deepcopy(program), rows)
+        set_rows(program := copy.deepcopy(program), tables(model.family), rows)
     check_fits(program, adapter, directory)
     aliases = {alias: name for alias, name in program.ties.items() if alias in adapter.trained}
     trained = trained_parameters(program, adapter.modules)
@@ -141,7 +141,7 @@ def _check_free(model: VisionLanguageModel, name: str) -> None:
 
 def _check_rows_are_stored(model: VisionLanguageModel, trained: Mapping[str, frozenset[str]], resized: bool) -> None:
     """Raise UsageError for an adapter that would leave out rows of a resized vocabulary."""
-    if resized and not table_parameters(model.program.ties) <= frozenset().union(*trained.values()):
+    if resized and not table_parameters(model) <= frozenset().union(*trained.values()):
         raise UsageError(
             "The vocabulary of the model was resized, and an adapter without its embeddings and its head would lose the new "
             'rows. Pass modules_to_save=["embed_tokens", "lm_head"] to add_lora, or save the resized model with '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vlmbuild.errors import SourceError, UsageError
+from vlmbuild.families import Family
 from vlmbuild.families.config_checks import check_text
 from vlmbuild.ir.program import Program
 from vlmbuild.runtime.torch.modules import EMBEDDINGS, HEAD
 from vlmbuild.runtime.torch.program_model import ProgramModel
 
-TABLES = (f"{EMBEDDINGS}.weight", f"{HEAD}.weight")
-"""Parameters with a row for every token."""
+
+def tables(family: Family) -> tuple[str, str]:
+    """Name the parameters with a row for every token: of the embeddings and of the head."""
+    return f"{family.language_prefix}{EMBEDDINGS}.weight", f"{HEAD}.weight"
 
 
 def resize_vocabulary(model: ProgramModel, rows: int | None, multiple: int | None, mean: bool) -> None:
@@ -42,21 +45,21 @@ def resize_vocabulary(model: ProgramModel, rows: int | None, multiple: int | Non
     resized = model.resized_tables(embeddings.weight, head.weight, after, mean)
     for module, new in zip((embeddings, head), resized, strict=True):
         module.register_parameter("weight", nn.Parameter(new, requires_grad=module.weight.requires_grad))
-    set_rows(model.program, after)
+    set_rows(model.program, tables(model.family), after)
     model.tie_weights()
     model.config.get_text_config().vocab_size = after
     model.vocabulary, model.resized = after, True
     model._cached.clear()
 
 
-def set_rows(program: Program, rows: int) -> None:
-    """Give the slots of the embeddings and the head another number of rows, in place."""
+def set_rows(program: Program, names: Collection[str], rows: int) -> None:
+    """Give the slots of the tables with these names another number of rows, in place."""
     for region in program.regions.values():
         for node, slot in region.slot_nodes().items():
-            if slot.name in TABLES and "val" in node.meta:
+            if slot.name in names and "val" in node.meta:
                 node.meta["val"] = node.meta["val"].new_empty((rows, *slot.shape[1:]))
         region.slots = tuple(
-            replace(slot, shape=(rows, *slot.shape[1:])) if slot.name in TABLES else slot for slot in region.slots
+            replace(slot, shape=(rows, *slot.shape[1:])) if slot.name in names else slot for slot in region.slots
         )
 
 
@@ -68,9 +71,9 @@ def set_config_rows(values: dict[str, Any], rows: int) -> None:
             owner["vocab_size"] = rows
 
 
-def table_parameters(ties: Mapping[str, str]) -> frozenset[str]:
+def table_parameters(model: ProgramModel) -> frozenset[str]:
     """Return the parameters that hold the tables: one if the head is tied to the embeddings, else two."""
-    return frozenset(ties.get(name, name) for name in TABLES)
+    return frozenset(model.program.ties.get(name, name) for name in tables(model.family))
 
 
 def _check_resizable(model: ProgramModel) -> None:
@@ -85,7 +88,7 @@ def _check_resizable(model: ProgramModel) -> None:
             "resize_token_embeddings: the model has an adapter. Resize before vlmbuild.add_lora or vlmbuild.load_adapter."
         )
     slots = dict(model.program.slots())
-    for name in sorted(table_parameters(model.program.ties)):
+    for name in sorted(table_parameters(model)):
         if name not in slots or slots[name].kind != "parameter":
             module = name.removesuffix(".weight")
             raise UsageError(
@@ -110,6 +113,6 @@ def _check_tokens(model: ProgramModel, rows: int) -> None:
         ) from error
 
 
-def stored_rows(trained: Mapping[str, torch.Tensor]) -> int | None:
+def stored_rows(trained: Mapping[str, torch.Tensor], family: Family) -> int | None:
     """Return the number of rows of the tables among an adapter's whole parameters; None if no table is there."""
-    return next((len(trained[name]) for name in TABLES if name in trained), None)
+    return next((len(trained[name]) for name in tables(family) if name in trained), None)

@@ -23,7 +23,7 @@ class SwapAttention:
 
     Attributes:
         backend: "triton", "sdpa", or "auto", which takes torch's kernels, and Triton on a GPU where tiles.json says it was
-            measured, or for groups of keys, which no torch kernel takes; decided when it runs.
+            measured, or for masks that no torch kernel takes; decided when it runs.
     """
 
     backend: Literal["auto", "triton", "sdpa"] = "auto"

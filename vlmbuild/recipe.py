@@ -87,7 +87,7 @@ class Recipe:
         target: Kind of artifact, a key of `TARGET_OPTIONS`.
         quantize: None leaves every weight as the source has it, in `dtype` or quantized.
         attention: The kernel behind the attention operator; "auto" takes torch's kernels, and Triton on a GPU where tiles.json
-            says it was measured, or for groups of keys, which no torch kernel takes.
+            says it was measured, or for masks that no torch kernel takes.
         dtype: Dtype of the stored unquantized weights and of the computation; None is that of a source which is an artifact,
             else the target's default.
         require: Names of passes that must match at least once, else the build fails.

@@ -89,7 +89,8 @@ _HELP = {
     "symmetric": "Center blocks on zero, or store a zero point for each (int4).  [default: symmetric]",
     "exact_inputs": "Multiply by exact inputs, or by inputs rounded to 8 bits, which is faster (int4).  [default: rounded]",
     "attention": (
-        "Attention kernel; auto uses Triton only where it was measured on the GPU, or for groups of keys.  [default: auto]"
+        "Attention kernel; auto uses Triton only where it was measured on the GPU, or for masks that no torch kernel "
+        "takes.  [default: auto]"
     ),
     "dtype": "Dtype of computation and unquantized weights.  [default: an artifact's own; bfloat16; onnx: float32]",
     "require": "Fail unless this pass rewrites something. Repeatable.",

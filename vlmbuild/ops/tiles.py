@@ -8,8 +8,8 @@
 Tiles are estimated from the registers and shared memory that compilers report; an estimate lets a kernel run and says nothing
 of its speed. A row of "measured" exists only for a kernel that ran on that chip: `right` says that its results agreed with the
 reference, `ratio` is its time over that of torch's kernels, the largest over the benchmark's sizes. `tests/gpu/measure.sh`
-writes it. Where no operator is chosen by name, our kernels run only if `is_measured`, except for groups of keys, which only
-Triton takes.
+writes it. Where no operator is chosen by name, our kernels run only if `is_measured`, except for masks that only Triton
+takes.
 """
 
 from __future__ import annotations

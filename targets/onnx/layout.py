@@ -78,7 +78,8 @@ class Weights:
 
     def _declare_slot(self, builder: GraphBuilder, data: DataFile, name: str, slot: Slot, looked_up: bool) -> str:
         if slot.kind == "constant":
-            return builder.constant(self._constants[name], slot.dtype)
+            dtype = self._dtype if slot.dtype == COMPUTE_DTYPE else slot.dtype
+            return builder.constant(self._constants[name], dtype)
         if name not in data.parameters:
             data.parameters[name] = self._place(data, name, slot, looked_up)
         for suffix, stored in data.parameters[name].items():

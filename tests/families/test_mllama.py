@@ -168,7 +168,7 @@ def test_configs_that_would_be_captured_wrongly_are_refused(setup):
 
 def test_an_image_costs_its_padded_tiles(setup, batch, config):
     cost = FAMILY.image_cost(setup.processor, config, 300, 300)
-    assert cost == (4 * 72, 1, 4 * 65)
+    assert cost == (4 * 72, 1, 4 * 65, 1)
     tensors = FAMILY.prepare(batch, config).tensors  # three samples of two images
     assert (len(tensors["patch_groups"]), len(tensors["feature_groups"])) == (6 * cost.patches, 6 * cost.cross_keys)
 

@@ -9,6 +9,7 @@ from tiny import make_region, region_program
 
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.ir import check
+from vlmbuild.ir.program import COMPUTE_DTYPE, Slot
 from vlmbuild.ir.serialize import from_json, to_json
 
 INPUT = {"node": 0}
@@ -99,13 +100,34 @@ def test_more_parts_than_any_model_has_are_not_read(what, monkeypatch):
         from_json(program(node("neg.default", INPUT)))
 
 
-def test_a_block_that_runs_twice_is_refused():
-    values = program(node("neg.default", INPUT))
+def repeated(values, times):
+    """Let the last call of a program run again on its own result."""
     (variant,) = values["variants"].values()
-    call = variant["calls"][0]
-    variant["calls"].append(call | {"inputs": call["outputs"], "outputs": ["again"]})
+    call = variant["calls"][-1]
+    variant["calls"] += [call | {"inputs": [f"{n}" if n else "y"], "outputs": [f"{n + 1}"]} for n in range(times)]
+    return values
+
+
+def test_a_block_with_parameters_runs_once():
+    region = make_region(
+        "blocks",
+        lambda w, x: (x + w,),
+        (Slot("w", (8,), COMPUTE_DTYPE, "parameter", "language"),),
+        [("1", "tokens", 8)],
+        ("blocks.0",),
+    )
+    values = program(node("neg.default", INPUT))
+    values["regions"] = copy.deepcopy(to_json(region_program(region)))["regions"]
+    from_json(values)
     with pytest.raises(IncompatibleError, match="blocks.0.* is called twice"):
-        from_json(values)
+        from_json(repeated(values, 1))
+
+
+def test_parts_without_parameters_run_no_more_than_twice_as_often_as_there_are_parts():
+    values = program(node("neg.default", INPUT))
+    from_json(repeated(values, 1))
+    with pytest.raises(IncompatibleError, match="3 calls of 1 parts"):
+        from_json(repeated(program(node("neg.default", INPUT)), 2))
 
 
 def test_a_block_of_this_size_is_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -131,7 +132,9 @@ def test_what_does_not_fit_is_refused(name, fact):
 
 
 @pytest.mark.usefixtures("installed")
-def test_commands_know_the_choices_of_a_plugin(checkpoint, tmp_path, run):
+def test_commands_know_the_choices_of_a_plugin(checkpoint, tmp_path, run, monkeypatch):
+    for module in ("vlmbuild.cli.build", "vlmbuild.cli.options"):  # a process imports them after its plugins
+        monkeypatch.delitem(sys.modules, module, raising=False)
     code, out, _ = run("--plugin", "copy", "build", checkpoint, "-o", tmp_path / "out", "--target", "copy", "--json")
     assert code == 0
     assert json.loads(out)["target"] == "copy"

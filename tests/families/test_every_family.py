@@ -66,7 +66,7 @@ def test_constants_equal_the_buffers_of_transformers(setup, config):
     constants = setup.family.constants(config)
     known = (
         constants.keys() & buffers.keys()
-    )  # positions that transformers computes anew are compared by the family's tests
+    )  # positions that transformers recomputes are compared by the family's tests
     assert known
     for name in known:
         assert torch.equal(constants[name], buffers[name])

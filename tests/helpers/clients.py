@@ -25,7 +25,7 @@ Answers = list[dict[str, Any]]
 
 
 class UnavailableError(Exception):
-    """What a client needs is not on this machine."""
+    """A client, or something that it needs, is not installed."""
 
 
 def install(folder: Path) -> None:

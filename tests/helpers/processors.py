@@ -1,4 +1,4 @@
-"""What real processors are made of, offline: vocabularies, image settings and photographs that PyPI packages ship.
+"""Parts of real processors, offline: vocabularies, image settings and photographs that PyPI packages ship.
 
 `dashscope` has Qwen's vocabulary, `llama-models` Llama 3's, `mistral-common` Mistral's, `scikit-image` photographs. Only their files are
 read; none of the packages is imported. Image settings are the published ones in `configs/`.

@@ -12,7 +12,7 @@ from vlmbuild.kv_cache.block import cached_block
 HEADS, DIM, SCALE = 2, 4, 0.5
 LENGTHS, LONGEST = (5, 9, 7), 9
 BLOCKS = ((1, 4),), ((2, 8),), ()
-"""Of each sample: one is longer than the window."""
+"""Tokens of each sample; one sample is longer than the window."""
 
 
 class Block(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""What torch's kernels are called with: no more pairs of queries and keys than are visible, and no square masks."""
+"""Calls of torch's kernels: no more pairs of queries and keys than are visible, and no square masks."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_complaint_14_loss_on_responses_only(processor):
     example = {"messages": [turn("user", photographs()["tall"], again), turn("assistant", again)]}
     batch = collator([example, text_only()])
     said = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
-    assert said.startswith(again)
+    assert said.lstrip().startswith(again)  # some templates put the space before an answer into the answer
     assert said.count(again) == 1
     labelled = (batch["labels"] != -100).nonzero()
     assert labelled[labelled[:, 0] == 0, 1].min() > torch.isin(batch["input_ids"][0], collator.media).nonzero().max()

@@ -11,7 +11,6 @@ from parity import MODEL_FP32, assert_close
 from setups import PROCESSORS
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
-from vlmbuild import load
 from vlmbuild.errors import BatchError, SourceError
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.gemma3.prepare import lookahead
@@ -173,20 +172,3 @@ def test_one_image_alone_equals_transformers(setup, ours, theirs):
     inputs, _ = matrix.batch(setup, [[matrix.photographs()["rocket"]]], "right")
     with torch.no_grad():
         assert_close(ours(**inputs).logits, theirs(**inputs).logits, MODEL_FP32)
-
-
-@pytest.mark.slow
-def test_onnx_gives_the_logits_and_tokens_of_transformers(tmp_path, onnx_artifact):
-    whole = matrix.SETUPS["gemma3"](full=False)
-    theirs = matrix.reference(whole).eval()
-    theirs.save_pretrained(tmp_path)
-    whole.processor.save_pretrained(tmp_path)
-    model, _ = load(onnx_artifact(str(tmp_path)).path)
-    greedy = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for case in ("several sizes", "counts differ, left", "text only"):
-        inputs, _ = matrix.batch(whole, *matrix.conversations(whole)[case])
-        attended = inputs["attention_mask"].bool()
-        with torch.no_grad():
-            expected = theirs(**inputs).logits[attended]
-            assert_close(model(**inputs).logits[attended], expected, MODEL_FP32, case)
-        assert model.generate(**inputs, **greedy).equal(theirs.generate(**inputs, **greedy)), case

@@ -11,7 +11,6 @@ import torch
 from parity import MODEL_FP32, assert_close, relative
 from processors import CONFIGS, photographs
 
-from vlmbuild import load
 from vlmbuild.errors import BatchError, SourceError
 from vlmbuild.families import FAMILIES
 
@@ -152,21 +151,3 @@ def test_an_image_costs_its_rows_with_their_ends():
     whole = matrix.SETUPS["mistral3"](full=True)
     cost = FAMILY.image_cost(whole.processor.image_processor, whole.config(), 100, 160)
     assert cost == (4 * 4 * 6, 4 * 7, 0, 1)
-
-
-@pytest.mark.slow
-def test_onnx_gives_the_logits_and_tokens_of_transformers(tmp_path, onnx_artifact):
-    whole = matrix.SETUPS["mistral3"](full=False)
-    theirs = matrix.reference(whole).eval()
-    theirs.save_pretrained(tmp_path)
-    whole.processor.save_pretrained(tmp_path)
-    model, processor = load(onnx_artifact(str(tmp_path)).path)
-    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    for case in ("several sizes", "counts differ, left", "text only"):
-        said, _ = matrix.conversations(whole)[case]
-        inputs, _ = matrix.batch(matrix.replace(whole, processor=processor), said, "left")
-        attended = inputs["attention_mask"].bool()
-        with torch.no_grad():
-            expected = theirs(**inputs).logits[attended]
-            assert_close(model(**inputs).logits[attended], expected, MODEL_FP32, case)
-        assert model.generate(**inputs, **greedy).equal(theirs.generate(**inputs, **greedy)), case

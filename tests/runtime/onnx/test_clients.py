@@ -2,6 +2,7 @@
 names, shapes, files and the loop of generation; and transformers.js itself, in Node and in a headless browser.
 """
 
+import functools
 import json
 
 import clients
@@ -10,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from parity import MODEL_FP32, assert_close
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -99,46 +101,56 @@ def test_says_what_transformers_and_ours_say(scripts, onnx_artifact, checkpoint_
     check_answers(ask, scripts, directory, reference(checkpoint_of(zoo), directory), canvases(zoo), tmp_path)
 
 
-def exported(name, tmp_path_factory, onnx_artifact):
-    """Return a family's model with random weights, and its artifact."""
-    setup, source = matrix.SETUPS[name](full=False), tmp_path_factory.mktemp(name)
-    model = matrix.reference(setup).eval()
-    model.save_pretrained(source)
-    setup.processor.save_pretrained(source)
-    return model, onnx_artifact(str(source)).path
-
-
 @pytest.fixture(scope="module")
-def merging(tmp_path_factory, onnx_artifact):
-    return exported("mistral3", tmp_path_factory, onnx_artifact)
+def exported(tmp_path_factory, onnx_artifact):
+    """(family) -> its small model with random weights, and the model's artifact."""
+
+    @functools.cache
+    def exported(name):
+        setup, source = matrix.SETUPS[name](full=False), tmp_path_factory.mktemp(name)
+        model = matrix.reference(setup).eval()
+        model.save_pretrained(source)
+        setup.processor.save_pretrained(source)
+        return model, onnx_artifact(str(source)).path
+
+    return exported
 
 
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory, onnx_artifact):
-    return exported("smolvlm", tmp_path_factory, onnx_artifact)
+SIZES = {
+    "mistral3": ((84, 56), (28, 140), (196, 168)),
+    "qwen3_vl": ((96, 64), (32, 160), (224, 192)),
+    "smolvlm": ((80, 80), (80, 40), (30, 80)),
+}
+"""Families beyond the zoo: merged patches and scaled queries, features wider than embeddings, tiles."""
 
 
 @ASKS
-def test_merged_patches_and_scaled_queries(scripts, merging, tmp_path, ask):
-    model, directory = merging
+@pytest.mark.parametrize("name", SIZES)
+def test_families_without_a_zoo_checkpoint(scripts, exported, tmp_path, name, ask):
+    model, directory = exported(name)
     photo = Image.fromarray(
         np.asarray(matrix.photographs()["rocket"])
-    )  # without its colour profile, which the client applies
-    images = [photo.resize(size) for size in ((84, 56), (28, 140), (196, 168))]
-    check_answers(ask, scripts, directory, model, images, tmp_path)
+    )  # without a colour profile, which the client applies
+    images = [photo.resize(size) for size in SIZES[name]]
+    check_answers(ask, scripts, directory, model, images, tmp_path, resizes=name == "smolvlm")
 
 
-@pytest.fixture(scope="module")
-def stacked(tmp_path_factory, onnx_artifact):
-    return exported("qwen3_vl", tmp_path_factory, onnx_artifact)
-
-
-@ASKS
-def test_features_wider_than_embeddings(scripts, stacked, tmp_path, ask):
-    model, directory = stacked
-    photo = Image.fromarray(np.asarray(matrix.photographs()["rocket"]))  # as above
-    images = [photo.resize(size) for size in ((96, 64), (32, 160), (224, 192))]
-    check_answers(ask, scripts, directory, model, images, tmp_path)
+@pytest.mark.parametrize("name", [*SIZES, "gemma3"])
+def test_logits_and_tokens_are_those_of_transformers(exported, name):
+    setup, (theirs, directory) = matrix.SETUPS[name](full=False), exported(name)
+    model, processor = vlmbuild.load(directory)
+    if name == "qwen3_vl":  # embeddings, and what two later layers add to them
+        (embeddings,) = (entry for entry in model.models.decoder.inputs if entry.name == "inputs_embeds")
+        assert embeddings.shape[-1] == 3 * 128
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for case in ("several sizes", "counts differ, left", "text only"):
+        said, _ = matrix.conversations(setup)[case]
+        inputs, _ = matrix.batch(matrix.replace(setup, processor=processor), said, "left")
+        attended = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            expected = theirs(**inputs).logits[attended]
+            assert_close(model(**inputs).logits[attended], expected, MODEL_FP32, case)
+        assert model.generate(**inputs, **greedy).equal(theirs.generate(**inputs, **greedy)), case
 
 
 class Client:
@@ -248,11 +260,3 @@ def test_settings_that_the_client_needs(onnx_artifact):
     assert values["transformers.js_config"]["dtype"] == "q4"  # the suffix of its files, in a browser too
     processor = json.loads((directories[1] / "processor_config.json").read_text())
     assert {"image_token", "image_break_token", "image_end_token", "patch_size", "spatial_merge_size"} <= set(processor)
-
-
-@ASKS
-def test_tiles(scripts, tiles, tmp_path, ask):
-    model, directory = tiles
-    photo = Image.fromarray(np.asarray(matrix.photographs()["rocket"]))
-    images = [photo.resize(size) for size in ((80, 80), (80, 40), (30, 80))]
-    check_answers(ask, scripts, directory, model, images, tmp_path, resizes=True)

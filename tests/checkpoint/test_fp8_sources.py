@@ -92,6 +92,7 @@ def test_values_are_those_that_transformers_dequantizes_to(source, tmp_path):
         assert torch.equal(wide[name], Fp8Dequantize(None)._dequantize_one(stored[name], scales, torch.float32)), name
 
 
+@pytest.mark.parametrize("source", [True], indirect=True, ids=["blocks"])
 def test_quantizing_again_and_measuring_start_from_the_dequantized_weights(source, tmp_path):
     whole = build(source, tmp_path / "whole", Recipe(dtype="bfloat16")).path
     for spec in (QuantSpec(), QuantSpec("auto", budget=6.0)):

@@ -54,8 +54,7 @@ def test_build_keeps_the_dtype_of_an_artifact(run, hub, plain, tmp_path):
 
 
 def test_diff(run, hub, plain):
-    assert run("diff", "owner/name", plain.path, "--no-kernels")[0] == 0
-    assert run("diff", plain.path, "owner/name", "--new-revision", COMMIT, "--no-kernels")[0] == 0
+    assert run("diff", "owner/name", "owner/name", "--new-revision", COMMIT, "--no-kernels")[0] == 0
     code, _, err = run("diff", "owner/name", plain.path, "--new-revision", "main")
     assert code == 2 and "--new-revision" not in err and "'main'" in err
 

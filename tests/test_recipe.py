@@ -110,6 +110,7 @@ def test_quantize_by_name(value, expected):
         ),
         ("quantize = 4", "quantize must be a table or one of source, none, nf4"),
         ("require = 'x'", "require must be a list of strings"),
+        ("require = [{ a = 1 }]", "require must be a list of strings"),
         ("attention = 'flash'", "attention cannot be 'flash'"),
         ("target = 'gguf'", "target cannot be 'gguf'"),
         ("dtype = ", "is not valid TOML"),

@@ -158,7 +158,7 @@ class Recipe:
         known_options(options, set(_field_names()), where)
         values = dict(options)
         if isinstance(require := values.get("require"), list | tuple):
-            values["require"] = tuple(PASSES.get(name, name) for name in require)
+            values["require"] = tuple(PASSES.get(name, name) if isinstance(name, str) else name for name in require)
         quantize = values.get("quantize")
         if isinstance(quantize, str):
             values["quantize"] = QuantSpec(quantize)

@@ -287,6 +287,8 @@ def test_unknown_names_list_the_supported():
         family_of({"architectures": ["LlamaForCausalLM"]}, "config.json")
     with pytest.raises(SourceError, match="without architectures"):
         family_of({"model_type": "llama"}, "config.json")
+    with pytest.raises(SourceError, match="model_type is 'llava'.*of 'qwen2_vl'"):
+        family_of({"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "llava"}, "config.json")
     for wrong in ("Qwen2VLForConditionalGeneration", 5, [5]):
         with pytest.raises(SourceError, match="architectures must be a list of names"):
             family_of({"architectures": wrong}, "config.json")

@@ -65,6 +65,7 @@ def flat(values):
     plain = {key: value for key, value in values.items() if key != "text_config"} | values["text_config"]
     rope = plain.pop("rope_parameters")
     return plain | {
+        "model_type": values["model_type"],
         "rope_theta": rope["rope_theta"],
         "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
     }

@@ -72,7 +72,12 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
             f"{where}: architectures must be a list of names, not {names!r}. Restore the published config.json."
         )
     for family in FAMILIES.values():
-        if any(name in family.architectures for name in names):
+        if known := [name for name in names if name in family.architectures]:
+            own, said = family.config_class.model_type, config.get("model_type", None)
+            if said not in (own, None):
+                raise SourceError(
+                    f"{where}: model_type is {said!r}, and {known[0]} is of {own!r}. Restore the published config.json."
+                )
             return family
     for family in FAMILIES.values():
         for name, reason in family.refused_architectures:

@@ -181,6 +181,21 @@ def test_a_processor_of_another_model_is_refused(checkpoint, tmp_path):
         build(checkpoint, tmp_path / "out", processor="mllama-digits")
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ broken", "unexpected end of template"),
+        ("{{ 'x' * 10**10 }}", "8,388,608 characters"),
+        ("{{ messages.nothing.at.all }}", "nothing"),
+    ],
+)
+def test_a_chat_template_that_writes_no_prompt_is_refused(checkpoint, tmp_path, template, message):
+    source = copied(checkpoint, tmp_path / "source")
+    (source / "chat_template.jinja").write_text(template)
+    with pytest.raises(SourceError, match=rf"source: The chat template.*{message}"):
+        build(source, tmp_path / "out", Recipe(dtype="float32"))
+
+
 # Files that change --------------------------------------------------------------------------------------------------
 
 

@@ -45,8 +45,11 @@ def test_weights_with_a_prefix_are_the_same_artifact(run, plain, checkpoint, tmp
     assert all(torch.equal(written.read(name), CheckpointWeights(plain.path).read(name)) for name in written.tensors)
 
 
-def test_an_adapter_is_no_model(nf4, checkpoint, tmp_path):
+def test_an_adapter_is_no_model(run, nf4, checkpoint, tmp_path):
     adapter = write_adapter(nf4.path, tmp_path / "adapter")
+    for command in ("plan", "build", "lock"):
+        code, _, err = run(command, adapter, *(() if command == "plan" else ("-o", tmp_path / "out")))
+        assert code == 1 and f"--adapter {adapter}" in err
     with pytest.raises(SourceError, match=rf"is an adapter.*{nf4.path}.*--adapter {adapter}"):
         build(adapter, tmp_path / "out", Recipe(dtype="float32"))
     both = copied(checkpoint, tmp_path / "both")

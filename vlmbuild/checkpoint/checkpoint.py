@@ -15,11 +15,12 @@ from vlmbuild.artifact.files import Identity, closing, hash_descriptor, open_fil
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
-from vlmbuild.checkpoint.layout import check_no_adapter, check_no_prefix, check_strays, check_weight_files
+from vlmbuild.checkpoint.layout import check_no_prefix, check_strays, check_weight_files
 from vlmbuild.checkpoint.source import PROCESSOR_FILES, Source, read_json_object, resolve
 from vlmbuild.checkpoint.tensors import SourceTensor, same_values, source_tensors
-from vlmbuild.errors import SourceError
+from vlmbuild.errors import SourceError, VlmbuildError
 from vlmbuild.families import FAMILIES, Family, family_of
+from vlmbuild.families.chat import question_text
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
@@ -84,7 +85,6 @@ class Checkpoint:
         Options and errors are those of `resolve` and of the constructor; `processor` is a source too.
         """
         found = resolve(source, revision=revision, weights=weights, progress=progress)
-        check_no_adapter(found.directory)
         other = None if processor is None else resolve(processor, weights=False, progress=progress)
         checkpoint = cls(found, processor=other, strip_prefix=strip_prefix)
         side = [*checkpoint.processor_source.files(PROCESSOR_FILES), *found.files((GENERATION_CONFIG,))]
@@ -177,12 +177,18 @@ class Checkpoint:
                         f"{file} is of {other.title}, and the model is of {self.family.title}. Pass the model's own processor "
                         "with --processor."
                     )
+        directory = self.processor_source.directory
         try:
-            return self.family.processor(self.processor_source.directory)
+            processor = self.family.processor(directory)
         except SourceError as error:
             raise SourceError(
                 f"{error} If they are elsewhere, pass --processor with that directory or hub id."
             ) from error
+        try:
+            question_text(processor, "Hello", 0)
+        except VlmbuildError as error:  # so would every prompt of the artifact
+            raise SourceError(f"{directory}: {error}") from error
+        return processor
 
     @property
     def side_files(self) -> list[Path]:

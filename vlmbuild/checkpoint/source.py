@@ -13,6 +13,7 @@ from typing import Any
 from vlmbuild.artifact.files import closing, open_file, read_file
 from vlmbuild.artifact.hub import HUB_ID, check_no_revision, download
 from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
+from vlmbuild.checkpoint.layout import check_no_adapter
 from vlmbuild.errors import SourceError
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.util.validation import reachable
@@ -56,8 +57,9 @@ class Source:
         """Read the values of config.json.
 
         Raises:
-            SourceError: It is missing or is not a JSON object.
+            SourceError: It is missing or is not a JSON object, or an adapter's files lie there.
         """
+        check_no_adapter(self.directory)
         return read_json_object(self.directory / "config.json", "Pass the directory of a Hugging Face checkpoint.")
 
     def files(self, names: tuple[str, ...]) -> list[Path]:

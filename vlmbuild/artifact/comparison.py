@@ -26,7 +26,7 @@ REMEDY = "Copy or download the artifact again, or build it again."
 _NAMES_SHOWN = 1000
 _REMEDIES = {
     "links": "Copy what links lead to, as `cp -rL` does.",
-    "hard links": "Copy the artifact, or pass allow_hardlinks=True (--allow-hardlinks) if you trust its other names.",
+    "hard links": "Copy it, or pass allow_hardlinks=True (to `verify`: --allow-hardlinks) if you trust its other names.",
     "not listed in the manifest": "Move files that are not part of the artifact elsewhere.",
 }
 """Kind of problem -> advice that helps where another copy would not."""

@@ -128,7 +128,9 @@ def test_truncation_cuts_the_end_of_the_text_only(name, processor):
     long = one_image(answer="word " * 400)
     whole = VisionDataCollator(processor)([long, text_only()])
     length = int((whole["labels"][0] != -100).int().argmax()) + 40
-    cut = VisionDataCollator(processor, max_length=length)([long, text_only()])
+    collator = VisionDataCollator(processor, max_length=length)
+    with pytest.warns(UserWarning, match=rf'Sample 0 \(".*end of a response.*max_length {length}'):
+        cut = collator([long, text_only()])
     assert cut["input_ids"].shape[1] <= length
     assert torch.equal(cut["input_ids"][0], whole["input_ids"][0, :length])
     assert int((cut["labels"][0] != -100).sum()) == 40

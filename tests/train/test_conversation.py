@@ -236,6 +236,7 @@ def test_turns_of_weight_one_are_learned(flags):
         (weighted(weight="0"), "weight '0'"),
         (weighted(weight=0, train=True), "contradict"),
         (weighted(cost=0), "'cost', which would be lost"),
+        ({"messages": [user(text("Hi")), {**ANSWER, "role": "asistant"}, ANSWER]}, "from 'asistant'.*assistant"),
         (
             sample() | {"messages": [{"role": "user", "content": "Hi", "weight": 1}, ANSWER]},
             "role user has a weight of 1",
@@ -247,7 +248,7 @@ def test_turns_of_weight_one_are_learned(flags):
         ),
     ],
 )
-def test_weights_that_are_not_understood_are_named(messages, message):
+def test_messages_that_are_not_understood_are_named(messages, message):
     with pytest.raises(BatchError, match=f"Sample 0.*{message}"):
         VisionDataCollator(QWEN)([messages])
 

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import family_of_processor
-from vlmbuild.families.chat import chat_template, template_names
 from vlmbuild.families.images import ImageError
 from vlmbuild.runtime.torch.loss import IGNORED
-from vlmbuild.train.conversation import Conversation, read_conversation
+from vlmbuild.train.conversation import Conversation, is_pack, read_conversation
 from vlmbuild.train.media import MediaReader, named_errors, with_size
-from vlmbuild.train.render import render
+from vlmbuild.train.render import check_processor, render
 from vlmbuild.train.rows import padded_on_the_left, until_first, until_last, within
 from vlmbuild.util.validation import one_of
 
@@ -89,7 +88,7 @@ class VisionDataCollator:
         one_of("unusable", unusable, ("error", "drop"))
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise UsageError(f"max_length must be a number of tokens, at least 1, or None; got {max_length!r}.")
-        _check_processor(processor, template_options or {})
+        check_processor(processor, template_options or {})
         self.processor = processor if size is None else with_size(processor, size, self.family)
         self.max_length = max_length
         self.responses_only = responses_only
@@ -102,6 +101,7 @@ class VisionDataCollator:
         self.ends = tuple(processor.tokenizer.get_added_vocab())
         self.media = torch.tensor(sorted(self.family.media_tokens(processor)))
         self.media_reader = MediaReader(self.family, self.processor)
+        self._warned = False
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """
@@ -114,13 +114,14 @@ class VisionDataCollator:
         Raises:
             BatchError: A sample is malformed, has no response, more or fewer images than placeholders, or is overlong.
         """
-        flat = [sample for example in examples for sample in (example if _is_pack(example) else [example])]
+        flat = [sample for example in examples for sample in (example if is_pack(example) else [example])]
         if not flat:
             raise BatchError("The batch has no samples.")
         samples, batch = self._processed(self._samples(flat))
         kept = self._fitting(samples, batch)
         if len(kept) < len(samples):
             samples, batch = self._processed([samples[number] for number in kept])
+        self._warn_of_cuts(samples, batch)
         return self._trimmed(batch)
 
     def measure(self, example: Any, number: int = 0) -> Measure:
@@ -288,6 +289,19 @@ class VisionDataCollator:
         warnings.warn(f"{len(left_out)} of {len(samples)} samples left out. {reason}", stacklevel=3)
         return kept
 
+    def _warn_of_cuts(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> None:
+        """Warn of the first response that loses its end, and with it the token that ends a turn."""
+        if self.max_length is None or self._warned:
+            return
+        cut = (batch["labels"][:, self.max_length :] != IGNORED).any(1).tolist()
+        if any(cut):
+            self._warned = True
+            warnings.warn(
+                f"{samples[cut.index(True)].conversation.where}: the end of a response lies beyond max_length "
+                f"{self.max_length} and is not learned. Raise max_length; later samples are cut without a warning.",
+                stacklevel=3,
+            )
+
     def _trimmed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cut a batch to `max_length` at the end, and pad it on the chosen side."""
         rows = self.family.input_layout
@@ -299,21 +313,3 @@ class VisionDataCollator:
         if self.padding_side == "left":  # nothing but padding is before the first token
             batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = IGNORED
         return batch
-
-
-def _is_pack(example: Any) -> bool:
-    """Tell a list of samples from a list of messages, which is one sample."""
-    if not isinstance(example, list):
-        return False
-    messages = all(isinstance(entry, Mapping) and ("role" in entry or "from" in entry) for entry in example)
-    return not example or not messages
-
-
-def _check_processor(processor: Any, options: Mapping[str, Any]) -> None:
-    if unread := sorted(set(options) - template_names(chat_template(processor))):
-        raise UsageError(f"template_options: the chat template does not read {unread[0]!r}. Leave it out.")
-    if processor.tokenizer.pad_token_id is None:
-        raise UsageError(
-            "The processor's tokenizer has no padding token. Set one that no text has, for example "
-            "processor.tokenizer.pad_token = processor.tokenizer.eos_token; padding is never a label."
-        )

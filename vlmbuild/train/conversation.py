@@ -19,7 +19,7 @@ COLUMNS = (
 """Columns of a sample that are read."""
 _SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """Names in "from" -> roles; others are roles already."""
-_ROLES = ("system", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 _FLAGS = ("weight", "train", "loss")
 """Keys of a message that say whether it is learned, 0 or 1."""
 _SHOWN = 40
@@ -132,8 +132,9 @@ def _message(message: Any, where: str) -> tuple[str, Any, tuple[str, bool | None
     if not isinstance(speaker, str):
         raise BatchError(f'{where}: a message must be {{"role": ..., "content": ...}}, not {str(message)[:80]!r}.')
     role = _SPEAKERS.get(speaker, speaker) if keys[0] == "from" else speaker
-    if keys[0] == "from" and role not in _ROLES:
-        raise BatchError(f"{where}: a message is from {speaker!r}. Use one of {', '.join((*_SPEAKERS, *_ROLES))}.")
+    if role not in _ROLES:  # templates write any name, and what a misspelt assistant says would not be learned
+        known = (*_SPEAKERS, *_ROLES) if keys[0] == "from" else _ROLES
+        raise BatchError(f"{where}: a message is from {speaker!r}. Use one of {', '.join(known)}.")
     unread = {key: value for key, value in values.items() if key not in (*keys, *_FLAGS)}
     if dropped := sorted(
         key for key, value in unread.items() if not (is_list(value) or isinstance(value, str | Mapping)) or value
@@ -241,3 +242,11 @@ def _quoted(messages: Sequence[Message]) -> str:
             text = " ".join(text.split())
             return f' ("{text[:_SHOWN]}{"…" if len(text) > _SHOWN else ""}")' if text else ""
     return ""
+
+
+def is_pack(example: Any) -> bool:
+    """Tell a list of samples from a list of messages, which is one sample."""
+    if not isinstance(example, list):
+        return False
+    messages = all(isinstance(entry, Mapping) and ("role" in entry or "from" in entry) for entry in example)
+    return not example or not messages

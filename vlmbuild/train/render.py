@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vlmbuild.errors import BatchError
+from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families.chat import chat_template, render_chat, template_names
 from vlmbuild.train.conversation import Conversation
 
@@ -118,7 +118,7 @@ def _write(
         shown = "the whole conversation" if turns == len(conversation.messages) else f"its first {turns} messages"
         raise BatchError(
             f"{conversation.where}: {shown}: {str(error).rstrip('.')}. Use the roles in the order that the "
-            "template expects; if it exceeds a limit, use the model's published template."
+            "template expects."
         ) from error
 
 
@@ -126,3 +126,14 @@ def _end_of_turn(text: str, start: int, ends: tuple[str, ...]) -> int:
     """Return the end of the response at `start` in a text that ends with its turn."""
     stripped = text.rstrip()
     return len(stripped) if len(stripped) > start and stripped.endswith(ends) else len(text)
+
+
+def check_processor(processor: Any, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for template options that nothing reads, and for a tokenizer that cannot pad."""
+    if unread := sorted(set(options) - template_names(chat_template(processor))):
+        raise UsageError(f"template_options: the chat template does not read {unread[0]!r}. Leave it out.")
+    if processor.tokenizer.pad_token_id is None:
+        raise UsageError(
+            "The processor's tokenizer has no padding token. Set one that no text has, for example "
+            "processor.tokenizer.pad_token = processor.tokenizer.eos_token; padding is never a label."
+        )

@@ -85,7 +85,7 @@ PUBLISHED = {
     "smolvlm2-256m": ({"vision_model.encoder.layers": 12, "text_model.layers": 30}, (32, 42, 7 * 30), 256_484_928),
     "smolvlm2-500m": ({"vision_model.encoder.layers": 12, "text_model.layers": 32}, (34, 44, 7 * 32), 507_482_304),
 }
-FIRST = {
+ONE_OF_EACH_FORM = {
     "qwen2-vl-2b",
     "qwen2.5-vl-3b",
     "qwen3-vl-2b",
@@ -140,7 +140,10 @@ def test_full_depth(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow if name in FIRST else pytest.mark.release] * (name != "qwen2-vl-2b"))
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow if name in ONE_OF_EACH_FORM else pytest.mark.release] * (name != "qwen2-vl-2b"),
+        )
         for name in PUBLISHED
     ],
 )

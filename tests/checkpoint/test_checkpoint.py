@@ -192,8 +192,16 @@ def test_a_processor_of_another_model_is_refused(checkpoint, tmp_path):
 def test_a_chat_template_that_writes_no_prompt_is_refused(checkpoint, tmp_path, template, message):
     source = copied(checkpoint, tmp_path / "source")
     (source / "chat_template.jinja").write_text(template)
-    with pytest.raises(SourceError, match=rf"source: The chat template.*{message}"):
+    with pytest.raises(SourceError, match=rf"source: no prompt.* The chat template.*{message}"):
         build(source, tmp_path / "out", Recipe(dtype="float32"))
+
+
+def test_a_chat_template_may_ask_for_an_image(checkpoint, tmp_path):
+    source = copied(checkpoint, tmp_path / "source")
+    file = source / "chat_template.jinja"
+    asks = "{% if messages[0].content | length < 2 %}{{ raise_exception('an image first') }}{% endif %}"
+    file.write_text(asks + file.read_text())
+    assert Checkpoint.open(source).processor.chat_template == file.read_text()
 
 
 # Files that change --------------------------------------------------------------------------------------------------

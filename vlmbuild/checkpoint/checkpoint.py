@@ -168,7 +168,7 @@ class Checkpoint:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor; another family's is refused."""
+        """The processor; another family's is refused, and one whose chat template writes no prompt."""
         for file in self.processor_source.files(("processor_config.json", "preprocessor_config.json")):
             name = read_json_object(file, "Restore it.").get("processor_class")
             for other in FAMILIES.values():
@@ -184,11 +184,13 @@ class Checkpoint:
             raise SourceError(
                 f"{error} If they are elsewhere, pass --processor with that directory or hub id."
             ) from error
-        try:
-            question_text(processor, "Hello", 0)
-        except VlmbuildError as error:  # so would every prompt of the artifact
-            raise SourceError(f"{directory}: {error}") from error
-        return processor
+        for images in (0, 1):  # a template may ask for an image
+            try:
+                question_text(processor, "Hello", images)
+                return processor
+            except VlmbuildError as error:
+                refused = error
+        raise SourceError(f"{directory}: no prompt can be written. {refused}")
 
     @property
     def side_files(self) -> list[Path]:

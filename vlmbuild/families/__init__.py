@@ -64,7 +64,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """Find the family that reads a config.json.
 
     Raises:
-        SourceError: There is none.
+        SourceError: There is none, or model_type is another family's.
     """
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -73,7 +73,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
         )
     for family in FAMILIES.values():
         if known := [name for name in names if name in family.architectures]:
-            own, said = family.config_class.model_type, config.get("model_type", None)
+            own, said = family.config_class.model_type, config.get("model_type")
             if said not in (own, None):
                 raise SourceError(
                     f"{where}: model_type is {said!r}, and {known[0]} is of {own!r}. Restore the published config.json."

@@ -101,7 +101,7 @@ class VisionDataCollator:
         self.ends = tuple(processor.tokenizer.get_added_vocab())
         self.media = torch.tensor(sorted(self.family.media_tokens(processor)))
         self.media_reader = MediaReader(self.family, self.processor)
-        self._warned = False
+        self._warned_of_cuts = False
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """
@@ -291,11 +291,11 @@ class VisionDataCollator:
 
     def _warn_of_cuts(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> None:
         """Warn of the first response that loses its end, and with it the token that ends a turn."""
-        if self.max_length is None or self._warned:
+        if self.max_length is None or self._warned_of_cuts:
             return
         cut = (batch["labels"][:, self.max_length :] != IGNORED).any(1).tolist()
         if any(cut):
-            self._warned = True
+            self._warned_of_cuts = True
             warnings.warn(
                 f"{samples[cut.index(True)].conversation.where}: the end of a response lies beyond max_length "
                 f"{self.max_length} and is not learned. Raise max_length; later samples are cut without a warning.",

@@ -312,6 +312,12 @@ def test_the_first_generations_may_be_at_once(setup, theirs, batches):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_a_model_runs_while_another_thread_exports(ours, batches, monkeypatch):
+    expected = ours(**batches["text only"]).logits
+    monkeypatch.setattr(torch.compiler, "_is_exporting_flag", True)
+    assert torch.equal(ours(**batches["text only"]).logits, expected)
+
+
 def test_four_bit_weights(nf4):
     batch, _ = make_batch([[5, (1, 4, 6), 7]])
     exact, _ = load(nf4.path)

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from torch.distributed.fsdp import FSDPModule
 
 from vlmbuild.errors import IncompatibleError, UsageError
@@ -121,7 +122,7 @@ class VisionLanguageModel(AdaptedModel):
 
     # Running ------------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @skip  # as torch.compiler.disable(recursive=False), which fails while any thread runs torch.export
     def forward(
         self,
         *,

@@ -64,3 +64,10 @@ def test_files_that_documents_name_exist(path):
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_a_clone_is_no_empty_package_for_python_started_above_it(tmp_path):
+    (tmp_path / "vlmbuild").symlink_to(ROOT)
+    code = "import vlmbuild, vlmbuild.passes, vlmbuild.targets.onnx; print(vlmbuild.load.__module__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "vlmbuild.runtime.load"

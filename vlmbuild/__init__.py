@@ -6,9 +6,13 @@ model, processor = vlmbuild.load("qwen2-vl-nf4")
 The public names are listed in `__init__.pyi`, and imported on first use: `vlmbuild --help` must not wait for torch.
 """
 
+from pathlib import Path
 from typing import Any
 
 import lazy_loader
+
+if not Path(__file__).with_name("passes").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))  # in a checkout `passes/` and `targets/` stand beside this folder
 
 from vlmbuild.util.gc_paused import gc_paused
 

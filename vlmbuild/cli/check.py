@@ -14,7 +14,7 @@ from vlmbuild.cli.output import StageProgress, print_json
 from vlmbuild.errors import GraphDiffersError
 from vlmbuild.locks.difference import Severity
 from vlmbuild.locks.document import lock_files
-from vlmbuild.util.text import listed
+from vlmbuild.util.text import listed, terminal_width
 
 if TYPE_CHECKING:
     from vlmbuild.locks.check import Checked
@@ -74,7 +74,8 @@ def command(
         parity = {"parity": {str(path): parity.to_json() for path, parity in parities.items()}} if bisect else {}
         print_json({**render.check_document(results, limit), **parity})
     else:
-        click.echo("\n".join([*_parity_lines(parities), *render.check_lines(results, style, limit)]))
+        lines = render.check_lines(results, style, limit, terminal_width(render.WIDTH))
+        click.echo("\n".join([*_parity_lines(parities), *lines]))
     if update:
         _update(results)
         results = tuple(result for result in results if result.error)

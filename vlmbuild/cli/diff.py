@@ -19,6 +19,7 @@ from vlmbuild.errors import GraphDiffersError
 from vlmbuild.locks import render
 from vlmbuild.locks.difference import Severity
 from vlmbuild.locks.sources import diff
+from vlmbuild.util.text import terminal_width
 
 
 @click.command()
@@ -61,8 +62,10 @@ def command(
     if as_json:
         print_json(render.document(difference))
     else:
-        lines = render.markdown if style == "markdown" else render.text
-        click.echo("\n".join(lines(f"{old} → {new}", difference)))
+        title, width = f"{old} → {new}", terminal_width(render.WIDTH)
+        markdown = style == "markdown"
+        lines = render.markdown(title, difference) if markdown else render.text(title, difference, width)
+        click.echo("\n".join(lines))
     if difference.fails(limit):
         count = f"{len(difference.findings)} difference{'s' * (len(difference.findings) > 1)}"
         raise GraphDiffersError(f"{old} and {new} differ: {count}, the most severe: {difference.worst}.")

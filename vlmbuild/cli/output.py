@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from vlmbuild.util.interrupt import check_interrupted
+from vlmbuild.util.text import terminal_width
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     Report = Callable[[Mapping[str, Any]], Iterable[str | Table]]
 
 _LABEL_WIDTH = 16
-_MAX_WIDTH = 100
 _NOISY_LOGGERS = ("bitsandbytes", "huggingface_hub", "torch", "transformers")
 
 
@@ -65,15 +65,17 @@ def _printable(value: Any) -> Any:
 def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
     """Print a command's document as JSON, or as the lines and tables that `report` makes of it.
 
-    Tables have the width of the terminal, 80 columns where there is none.
+    Tables fit the terminal, and 80 columns.
     """
     if as_json:
         print_json(document)
         return
     from rich.console import Console
 
+    from vlmbuild.report.tables import WIDTH
+
     console = Console(highlight=False, markup=False, emoji=False)
-    console.width = min(console.width, _MAX_WIDTH)
+    console.width = terminal_width(WIDTH)
     with console.capture() as captured:
         for part in report(_printable(document)):
             console.print(part, soft_wrap=isinstance(part, str))

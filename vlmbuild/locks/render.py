@@ -26,33 +26,36 @@ _LINE_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 _MAX_LINES = 60
 """Lines of a listing's diff in a report; the rest is counted."""
 _MAX_SUMMARY = 8
-_WIDTH = 100
+WIDTH = 100
+"""Most columns of a report."""
 
 
-def text(name: str, difference: Difference) -> list[str]:
-    """Render a difference with ANSI colours (`click.echo` drops them outside terminals)."""
+def text(name: str, difference: Difference, width: int = WIDTH) -> list[str]:
+    """Render a difference with ANSI colours (`click.echo` drops them outside terminals) in `width` columns."""
     count = len(difference.findings)
-    title = _wrapped(f"{name}: {count or 'no'} difference{'s' * (count != 1)}", "", "  ")
+    title = _wrapped(f"{name}: {count or 'no'} difference{'s' * (count != 1)}", "", "  ", width)
     lines = [click.style(line, bold=True) for line in title] if count else title
     for severity in SEVERITIES:
         if findings := difference.of(severity):
             lines += ["", click.style(TITLES[severity], fg=_COLOURS[severity], bold=True)]
         for finding in findings:
-            lines += _wrapped(f"{finding.place}: {finding.text}", "  ", "    ")
+            lines += _wrapped(f"{finding.place}: {finding.text}", "  ", "    ", width)
             lines += [
-                click.style(part, fg=_LINE_COLOURS.get(line[:1])) for line in _shown(finding) for part in _folded(line)
+                click.style(part, fg=_LINE_COLOURS.get(line[:1]))
+                for line in _shown(finding)
+                for part in _folded(line, width)
             ]
-    return [*lines, *(line for note in difference.notes for line in _wrapped(f"note: {note}", "  ", "    "))]
+    return [*lines, *(line for note in difference.notes for line in _wrapped(f"note: {note}", "  ", "    ", width))]
 
 
-def check_summary(results: Sequence[Checked], limit: Severity) -> list[str]:
+def check_summary(results: Sequence[Checked], limit: Severity, width: int = WIDTH) -> list[str]:
     """Summarize a check in at most ten lines: how many locks differ, and the first of them."""
     failed = [result for result in results if result.fails(limit)]
     lines = [click.style(f"{len(results)} lock{'s' * (len(results) != 1)}, {len(failed) or 'none'} failed", bold=True)]
     for result in failed[:_MAX_SUMMARY]:
         worst = result.difference.findings[0] if result.difference.findings else None
         reason = f"{len(result.difference.findings)}, first: {worst.place}: {worst.text}" if worst else result.error
-        lines.append(_cut(f"  {result.path.stem}: {reason}"))
+        lines.append(_cut(f"  {result.path.stem}: {reason}", width))
     rest = len(failed) - _MAX_SUMMARY
     return [*lines, *([f"  and {rest} more"] if rest > 0 else []), ""]
 
@@ -124,18 +127,18 @@ def junit(results: Sequence[Checked], limit: Severity) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def check_lines(results: Sequence[Checked], style: str, limit: Severity) -> Iterator[str]:
-    """Render a check as "text" or "markdown"."""
-    yield from (click.unstyle(line) if style == "markdown" else line for line in check_summary(results, limit))
+def check_lines(results: Sequence[Checked], style: str, limit: Severity, width: int = WIDTH) -> Iterator[str]:
+    """Render a check as "text", in `width` columns, or "markdown"."""
+    yield from (click.unstyle(line) if style == "markdown" else line for line in check_summary(results, limit, width))
     for result in results:
         if result.error and style == "markdown":
             yield f"### `{result.path.stem}`\n\n{result.path}: cannot be compared: {result.error}"
         elif result.error:
-            yield from _wrapped(f"{result.path}: cannot be compared: {result.error}", "", "  ")
+            yield from _wrapped(f"{result.path}: cannot be compared: {result.error}", "", "  ", width)
         elif style == "markdown":
             yield from markdown(result.path.stem, result.difference)
         else:
-            yield from text(str(result.path), result.difference)
+            yield from text(str(result.path), result.difference, width)
 
 
 def _shown(finding: Finding) -> list[str]:
@@ -143,20 +146,20 @@ def _shown(finding: Finding) -> list[str]:
     return [*finding.listing[:_MAX_LINES], *([f"@@ {rest} more lines"] if rest > 0 else [])]
 
 
-def _wrapped(line: str, first: str, rest: str) -> list[str]:
+def _wrapped(line: str, first: str, rest: str, width: int) -> list[str]:
     options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(line, _WIDTH, initial_indent=first, subsequent_indent=rest, **options)
+    return textwrap.wrap(line, width, initial_indent=first, subsequent_indent=rest, **options)
 
 
-def _folded(line: str) -> list[str]:
+def _folded(line: str, width: int) -> list[str]:
     """Wrap a line of a listing's diff; each part starts with the line's mark."""
     mark, code = line[:1], line[1:]
     indent = " " * (len(code) - len(code.lstrip()))
-    return _wrapped(code.strip(), f"    {mark}{indent}", f"    {mark}{indent}      ") or [f"    {mark}"]
+    return _wrapped(code.strip(), f"    {mark}{indent}", f"    {mark}{indent}      ", width) or [f"    {mark}"]
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _escaped(words: str) -> str:

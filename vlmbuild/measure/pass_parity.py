@@ -104,7 +104,7 @@ def parity_lines(name: str, parity: Parity) -> list[str]:
     if parity.refused:
         return [f"{name}: parity was not computed: {parity.refused}"]
     limits = f"(at most {TOLERANCE:.0e}, gradients {GRADIENT_TOLERANCE:.0e})"
-    lines = [f"{name}: captured = after each exact pass, float32, relative errors {limits}"]
+    lines = [f"{name}: captured = after each exact pass, float32,", f"  relative errors {limits}"]
     lines += [f"  {step.name:<20} forward {step.forward:.1e}  gradient {step.gradient:.1e}" for step in parity.steps]
     verdict = f"broken by {parity.broken_by}" if parity.broken_by else "all equal"
     return [*lines, f"  {verdict}"]

@@ -1,4 +1,4 @@
-"""Reports for the terminal, made from the documents that `--json` prints. No table is wider than 80 columns."""
+"""Reports for the terminal, made from the documents that `--json` prints. Tables fit the terminal, and 80 columns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
 from vlmbuild.quant.spec import QuantSpec
+from vlmbuild.util.text import terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     Report = list[str | Table]
 
-_WIDTH = 80
+WIDTH = 80
 _CAVEAT = (
     "tensors only, within 15 % of measurements on a CPU; not measured on a GPU, where the CUDA context and fragmentation "
     "add to it"
@@ -221,7 +222,7 @@ def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
     """Return widths of columns that fit the terminal, narrowing the widest first: rich would break words."""
     widths = [max(map(len, cells)) for cells in columns]
     words = [max((len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
-    while sum(widths) + 2 * (len(widths) - 1) > _WIDTH:
+    while sum(widths) + 2 * (len(widths) - 1) > terminal_width(WIDTH):
         loose = [index for index, width in enumerate(widths) if width > words[index]]
         if not loose:
             break
@@ -287,4 +288,6 @@ def _refusal_notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False)
+    return textwrap.wrap(
+        text, terminal_width(WIDTH), initial_indent="  - ", subsequent_indent="    ", break_long_words=False
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from vlmbuild.cli.output import show
 from vlmbuild.report.contents import contents
-from vlmbuild.report.tables import build_report, inspect_report, verify_report
+from vlmbuild.report.tables import build_report, inspect_report, parity_table, verify_report
 
 PARITY = {
     "adapter": {
@@ -18,6 +18,7 @@ PARITY = {
         "tolerance": "",
         "formats": ["nf4", "int8"],
         "effect": "1.234e-01",
+        "worst_token": "5.678e-03",
         "top1": 1234,
         "tokens": 1235,
     },
@@ -61,6 +62,13 @@ def test_no_line_is_longer_than_80_columns(report, parity, large, capsys, monkey
     words = set(re.findall(r"\S+", "\n".join(lines)))
     numbers = [str(value) for value in PARITY[parity].values() if isinstance(value, str) and " " not in value]
     assert not [number for number in numbers if not any(number in word for word in words)]
+
+
+def test_a_tolerance_is_beside_the_error_that_it_limits():
+    record = {**PARITY["adapter"], "tolerance": "2e-03", "formats": []}
+    columns = {column.header: list(column.cells) for column in parity_table([record]).columns}
+    assert list(columns)[1:4] == ["relative error", "its tolerance", "worst token (no limit)"]
+    assert [columns[head] for head in list(columns)[1:4]] == [["1.234e-03"], ["2e-03"], ["5.678e-03"]]
 
 
 def test_columns_without_a_value_are_left_out(large, capsys):

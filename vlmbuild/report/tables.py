@@ -124,16 +124,15 @@ def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:
         {
             "Parity": lambda record: record["case"],
             "output": lambda record: record.get("output", ""),
-            "relative error": lambda record: " to ".join(
-                record[key] for key in ("error", "worst_token") if key in record
-            ),
-            "tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+            "relative error": lambda record: record["error"],
+            "its tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+            "worst token (no limit)": lambda record: record.get("worst_token", ""),
             "adapter effect": lambda record: record.get("effect", ""),
             "same top token": lambda record: f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
             "same generated": lambda record: f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
         },
         numerics,
-        "<<>>>>>",
+        "<<>>>>>>",
     )
 
 

@@ -80,6 +80,16 @@ PUBLISHED = {
         (38, 61, 7 * 34),
         4_300_079_472,
     ),
+    "gemma-3-12b": (
+        {"vision_tower.encoder.layers": 27, "language_model.layers": 40, "language_model.layers_2": 8},
+        (52, 75, 7 * 48),
+        12_187_325_040,
+    ),
+    "gemma-3-27b": (
+        {"vision_tower.encoder.layers": 27, "language_model.layers": 52, "language_model.layers_2": 10},
+        (66, 89, 7 * 62),
+        27_432_406_640,
+    ),
     "idefics3-8b": ({"vision_model.encoder.layers": 27, "text_model.layers": 32}, (34, 59, 7 * 32), 8_462_086_384),
     "smolvlm2-2.2b": ({"vision_model.encoder.layers": 27, "text_model.layers": 24}, (26, 51, 7 * 24), 2_246_784_880),
     "smolvlm2-256m": ({"vision_model.encoder.layers": 12, "text_model.layers": 30}, (32, 42, 7 * 30), 256_484_928),

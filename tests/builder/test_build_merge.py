@@ -247,7 +247,14 @@ def renamed(tensors):
             lambda d: edit_adapter(d, lambda t: t[f"{FIRST}.lora_A.weight"][0, 0].fill_(float("nan"))),
             f"{Q_PROJ}.lora_A.default.weight holds NaN",
         ),
-        (lambda d: edit_adapter(d, renamed), "x_proj is not a linear layer of the model"),
+        (
+            lambda d: (edit_adapter(d, renamed), edit_adapter_config(d, target_modules="all-linear")),
+            "x_proj is not a linear layer of the model",
+        ),
+        (
+            lambda d: edit_adapter_config(d, target_modules=["x_proj"]),
+            "target_modules .*x_proj.* does not match .*_proj",
+        ),
     ],
 )
 def test_adapters_that_cannot_be_merged(spoil, message, quantized, program, tmp_path):

@@ -52,7 +52,7 @@ def test_peft_reads_ours(adapted, base, nf4, tmp_path):
 
 
 def test_we_read_pefts(base, nf4, tmp_path):
-    targets = ["q_proj", "up_proj", "down_proj", "fc1"]
+    targets = ["q_proj", "up_proj", "down_proj", "fc1", "of_other_models"]
     theirs = fill_adapter(peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)), 0.2)
     theirs.save_pretrained(tmp_path)
     ours, _ = vlmbuild.load(nf4.path)
@@ -186,9 +186,16 @@ SPOILT = [
         r"shape \[4, 7\]",
     ),
     (
-        lambda d: edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+        lambda d: (
+            edit_weights(d, lambda t: t.update({"base_model.model.other.lora_A.weight": torch.ones(4, 7)})),
+            edit_config(d, target_modules=".*"),
+        ),
         "other is not a linear layer",
     ),
+    (lambda d: edit_config(d, target_modules=["qkv_proj", "fc3"]), r"\(qkv_proj, fc3\) does not match .*_proj"),
+    (lambda d: edit_config(d, target_modules=r".*\.q_proj"), r"\(\.\*\\\.q_proj\) does not match .*_proj"),
+    (lambda d: edit_config(d, target_modules="("), "not a readable adapter"),
+    (lambda d: edit_config(d, target_modules=[7]), "target_modules"),
 ]
 
 

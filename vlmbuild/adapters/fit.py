@@ -9,11 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from vlmbuild.adapters.peft_files import CONFIG_FILE, Adapter
+from vlmbuild.adapters.peft_files import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from vlmbuild.adapters.select import adaptable_layers, matches_module
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.ir.program import Program
+from vlmbuild.util.text import listed
 from vlmbuild.util.validation import require_finite
 
 _Value = TypeVar("_Value")
@@ -25,8 +26,15 @@ def with_module_names(adapter: Adapter, family: Family, directory: str | Path) -
     transformers renamed modules in 4.52, and PEFT wrote the names of the time ("model.layers.0...", "visual.blocks.0...").
 
     Raises:
-        SourceError: Two of its tensors are the same one under an old and a new name.
+        SourceError: Two of its tensors are the same one under an old and a new name, or its config does not name a layer.
     """
+    for module in adapter.loras:
+        if not (adapter.is_target(module) or adapter.is_target(family.module_name(module))):
+            targets = adapter.targets if isinstance(adapter.targets, str) else listed(adapter.targets)
+            raise SourceError(
+                f"{directory}: target_modules in {CONFIG_FILE} ({targets}) does not match {module}, which {WEIGHTS_FILE} "
+                "adapts, and PEFT would leave it out. Save the adapter again with PEFT."
+            )
     return replace(
         adapter,
         loras=_renamed(adapter.loras, family, directory),

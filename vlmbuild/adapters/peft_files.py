@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
+from vlmbuild.adapters.select import ALL_LINEAR
 from vlmbuild.artifact.files import closing, open_file, read_file
 from vlmbuild.errors import OutputError, SourceError, UsageError, reason
 from vlmbuild.util.records import read_as
@@ -57,12 +58,20 @@ class Adapter:
         tensors: The matrices, by the model's parameter names ("...q_proj.lora_A.default.weight").
         modules: Names of modules that were trained whole, as in the config.
         trained: The parameters of those modules, by the model's names.
+        targets: Names, ends of names, or one regular expression of the adapted modules, as in the config.
     """
 
     loras: Mapping[str, Lora]
     tensors: Mapping[str, Tensor]
     modules: tuple[str, ...]
     trained: Mapping[str, Tensor]
+    targets: str | tuple[str, ...] = ALL_LINEAR
+
+    def is_target(self, module: str) -> bool:
+        """Return whether PEFT would adapt a module of this name."""
+        if isinstance(self.targets, str):
+            return self.targets == ALL_LINEAR or re.fullmatch(self.targets, module) is not None
+        return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
 
 def write_adapter(
@@ -156,8 +165,10 @@ def read_adapter(directory: str | Path) -> Adapter:
             read_as(bool, config.get("use_rslora") or False, "use_rslora"),
         )
         ranks, alphas = (dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern"))
-        modules = tuple(config.get("modules_to_save") or ())
-        return _adapter(stored, lora, ranks, alphas, modules, path)
+        modules, targets = tuple(config.get("modules_to_save") or ()), config["target_modules"]
+        targets = targets if isinstance(targets, str) else read_as(tuple[str, ...], targets, "target_modules")
+        re.compile(targets if isinstance(targets, str) else "")
+        return replace(_adapter(stored, lora, ranks, alphas, modules, path), targets=targets)
     except _UNREADABLE as error:
         raise SourceError(
             f"{path} is not a readable adapter ({type(error).__name__}: {reason(error)}). It must hold {CONFIG_FILE} and "

@@ -164,7 +164,7 @@ def test_manifest_names_the_adapter_and_inputs_decide_the_id(base, adapter, merg
 def test_command_line_shows_adapter_and_parity(base, adapter, tmp_path, capsys):
     assert main(["build", str(base), "-o", str(tmp_path / "out"), "--adapter", str(adapter)]) == 0
     shown = capsys.readouterr().out
-    assert "adapter effect" in shown and "merged" in shown
+    assert "effect" in shown and "(no limit)" in shown and "merged" in shown
     assert main(["inspect", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "merged      adapter (2 files)" in shown

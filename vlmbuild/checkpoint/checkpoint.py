@@ -24,8 +24,8 @@ from vlmbuild.families.chat import question_text
 from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.linear_layers import linear_layers
 from vlmbuild.ir.program import Program
-from vlmbuild.quant import fp8
 from vlmbuild.quant.bnb_config import MIXED, announced_format, check_method, is_skipped
+from vlmbuild.quant.dequantized import is_dequantized
 from vlmbuild.util.cpu import available_cores
 from vlmbuild.util.pool import cancellable_pool
 from vlmbuild.util.progress import Progress
@@ -204,7 +204,7 @@ class Checkpoint:
             SourceError: There are no weights, and the config cannot tell their formats apart.
         """
         config = self._raw_values.get("quantization_config")
-        if config is None or config.get("quant_method") == fp8.METHOD:  # these are dequantized when they are read
+        if config is None or is_dequantized(config):  # these are dequantized when they are read
             return {}
         if self._has_weights:
             formats = {name.removesuffix(".weight"): tensor.format for name, tensor in self.tensors.items()}
@@ -252,11 +252,16 @@ class Checkpoint:
         """Return the manifest's records of the files; waits for their digests."""
         files = {name: digest.result() for name, digest in sorted(digests.items())}
         entries = [{"path": name, "size": file.size, "digest": file.digest} for name, file in files.items()]
+        layouts = {tensor.dequantized.layout for tensor in self.tensors.values() if tensor.dequantized is not None}
+        source = {"uri": self.source.uri}
+        if layouts:
+            method = self._raw_values["quantization_config"]["quant_method"]
+            source["dequantized"] = f"{method}: {'; '.join(sorted(layouts))}"
         if self.processor_source == self.source:
-            return [{"uri": self.source.uri, "files": entries}]
+            return [{**source, "files": entries}]
         theirs = [entry for entry in entries if entry["path"] in PROCESSOR_FILES]
         return [
-            {"uri": self.source.uri, "files": [entry for entry in entries if entry not in theirs]},
+            {**source, "files": [entry for entry in entries if entry not in theirs]},
             {"uri": self.processor_source.uri, "files": theirs},
         ]
 

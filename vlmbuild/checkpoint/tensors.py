@@ -14,8 +14,8 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import FORMATS, WeightFormat, format_class, ranges
-from vlmbuild.quant import fp8
 from vlmbuild.quant.bnb_config import check_method
+from vlmbuild.quant.dequantized import Dequantized, dequantized_weights, is_dequantized
 
 _CHUNK = 2**22
 """Elements that are compared at a time."""
@@ -32,6 +32,7 @@ class SourceTensor:
         nbytes: Bytes that its tensors take.
         format: Format of a quantized parameter; None for a plain tensor, and for one that is dequantized when it is read.
         parts: Names of all its tensors, `name` first.
+        dequantized: The parameter if it is dequantized when it is read.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SourceTensor:
     nbytes: int
     format: WeightFormat | None = None
     parts: tuple[str, ...] = ()
+    dequantized: Dequantized | None = None
 
     @property
     def module(self) -> str:
@@ -60,8 +62,8 @@ class SourceTensor:
         if self.format is not None:
             yield from self.format.decode(weights, self.module, self.shape, dtype, step)
             return
-        if weights.tensors[self.name].dtype == torch.float8_e4m3fn and len(self.parts) > 1:
-            yield from fp8.dequantize_fp8(weights, self.parts, self.shape, step)
+        if self.dequantized is not None:
+            yield from self.dequantized.values(step)
             return
         for first, count in ranges(math.prod(self.shape), step):
             yield weights.read_part(self.name, first, count)
@@ -82,12 +84,12 @@ def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[s
     tensors: dict[str, SourceTensor] = {}
     if config.get("quantization_config") is not None:
         quantization = check_method(config["quantization_config"], str(weights.directory))
-        found = (
-            _fp8_tensors(weights, quantization)
-            if quantization.get("quant_method") == fp8.METHOD
-            else _packed_tensors(weights, quantization)
-        )
-        tensors = {family.module_name(tensor.name): tensor for tensor in found}
+        if is_dequantized(quantization):
+            for weight in dequantized_weights(weights, quantization):
+                tensors[family.module_name(f"{weight.module}.weight")] = _dequantized_tensor(weights, weight)
+        else:
+            found = _packed_tensors(weights, quantization)
+            tensors = {family.module_name(tensor.name): tensor for tensor in found}
         if not tensors:
             raise SourceError(
                 f"{weights.directory}: config.json has a quantization_config, but no weight is quantized. Remove it to build "
@@ -111,12 +113,9 @@ def _packed_tensors(weights: CheckpointWeights, config: Mapping[str, Any]) -> It
             yield _quantized_tensor(weights, tuple(module + suffix for suffix in suffixes), shape, dtype, form)
 
 
-def _fp8_tensors(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[SourceTensor]:
-    """Yield the weights in fp8, which are dequantized to float32 when they are read."""
-    for name in weights.tensors:
-        if name.endswith(fp8.SCALE):
-            parts = fp8.fp8_parts(weights, name.removesuffix(fp8.SCALE), config)
-            yield _quantized_tensor(weights, parts, weights.tensors[parts[0]].shape, torch.float32, None)
+def _dequantized_tensor(weights: CheckpointWeights, weight: Dequantized) -> SourceTensor:
+    nbytes = sum(weights.tensors[part].nbytes for part in weight.parts)
+    return SourceTensor(weight.parts[0], weight.shape, torch.float32, nbytes, None, weight.parts, weight)
 
 
 def _quantized_tensor(
@@ -124,7 +123,7 @@ def _quantized_tensor(
     parts: tuple[str, ...],
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    form: WeightFormat | None,
+    form: WeightFormat,
 ) -> SourceTensor:
     nbytes = sum(weights.tensors[part].nbytes for part in parts)
     return SourceTensor(parts[0], shape, dtype, nbytes, form, parts)

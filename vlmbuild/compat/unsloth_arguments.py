@@ -13,7 +13,7 @@ import torch
 from vlmbuild.adapters.peft_files import CONFIG_FILE
 from vlmbuild.checkpoint.source import read_json_object, resolve
 from vlmbuild.errors import UsageError
-from vlmbuild.quant import fp8
+from vlmbuild.quant.dequantized import is_dequantized
 
 _ERRORS: dict[str, tuple[Any, str]] = {
     "token": (None, "Set the environment variable HF_TOKEN, which the hub's client reads."),
@@ -79,7 +79,7 @@ def quantize_format(source: str, revision: str | None, four: bool | None, eight:
     if eight and plain:
         raise UsageError("load_in_8bit and load_in_16bit (or full_finetuning) exclude each other. Pass one of them.")
     config = resolve(source, revision=revision, weights=False).config().get("quantization_config")
-    if isinstance(config, Mapping) and config.get("quant_method") != fp8.METHOD:  # those become plain weights
+    if isinstance(config, Mapping) and not is_dequantized(config):  # those become plain weights
         if not plain:
             check_formats(source, {"int8" if config.get("load_in_8bit") else "nf4"}, four, eight, plain)
         return "none" if plain else None

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import WeightFormat
-from vlmbuild.quant import fp8
+from vlmbuild.quant.dequantized import METHODS
 from vlmbuild.quant.int8 import Int8, threshold_of
 from vlmbuild.quant.nf4 import FP4, NF4
 
@@ -61,10 +61,10 @@ def quantization_config(
 def check_method(config: object, where: str) -> Mapping[str, Any]:
     """Return a source's `quantization_config`. Raises SourceError with `where` for a method that cannot be read."""
     method = config.get("quant_method", "bitsandbytes") if isinstance(config, Mapping) else config
-    if not isinstance(config, Mapping) or method not in ("bitsandbytes", MIXED, fp8.METHOD):
+    if not isinstance(config, Mapping) or method not in ("bitsandbytes", MIXED, *METHODS):
         raise SourceError(
-            f"{where} is quantized with {method}. Sources may be unquantized, or quantized with bitsandbytes or {fp8.METHOD}; "
-            "build from the unquantized checkpoint."
+            f"{where} is quantized with {method}. Sources may be unquantized, or quantized with bitsandbytes, "
+            f"{', '.join(METHODS)}; build from the unquantized checkpoint."
         )
     return config
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from vlmbuild.errors import SourceError
-from vlmbuild.formats import StaticShape, ranges, unfit
+from vlmbuild.formats import StaticShape, unfit
+from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -22,25 +23,26 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-METHOD: Final = "fp8"
-"""The `quant_method` of such checkpoints."""
 SCALE: Final = ".weight_scale_inv"
 """Suffix of a weight's scales, by which the stored numbers are multiplied."""
 ACTIVATION: Final = ".activation_scale"
 """Suffix of the scale of a layer's inputs, which is not used: inputs are not quantized here."""
 
 
-def fp8_parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the tensors of a module's weight, the weight first and the scales next.
+def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[Dequantized]:
+    """Yield the weights; see `dequantized_weights`."""
+    for scale in weights.tensors:
+        if scale.endswith(SCALE):
+            module = scale.removesuffix(SCALE)
+            parts = _parts(weights, module, config)
+            shape = weights.tensors[parts[0]].shape
+            one = math.prod(weights.tensors[scale].shape) == 1
+            layout = f"8-bit floats, {'one scale' if one else 'blocks of {} x {}'.format(*config['weight_block_size'])}"
+            yield Dequantized(module, shape, parts, layout, partial(_open, weights, parts, shape))
 
-    Args:
-        weights: The source.
-        module: Name of a module in the files that has scales.
-        config: The `quantization_config` of config.json.
 
-    Raises:
-        SourceError: They do not fit each other or the blocks of the config.
-    """
+def _parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors of a module's weight, the weight first and the scales next."""
     name, scale = f"{module}.weight", f"{module}{SCALE}"
     info, scales = weights.tensors.get(name), weights.tensors[scale]
     if info is None or info.dtype != torch.float8_e4m3fn or len(info.shape) != 2:
@@ -54,31 +56,16 @@ def fp8_parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]
     return (name, scale, *([activation] if activation in weights.tensors else []))
 
 
-def dequantize_fp8(
-    weights: CheckpointWeights, parts: tuple[str, ...], shape: StaticShape, step: int
-) -> Iterator[Tensor]:
-    """Yield the values of a weight in float32, flat, in chunks of at most `step` elements; `parts` is from `fp8_parts`.
-
-    Raises SourceError for a scale that is negative or not finite, and for tensors that cannot be read.
-    """
-    name, columns = parts[0], shape[1]
-    scales = weights.read(parts[1]).float()
-    if not (torch.isfinite(scales) & (scales >= 0)).all():
-        raise SourceError(
-            f"{weights.directory}: the fp8 weight {name} cannot be used: a scale in {parts[1]} is negative, NaN or infinity. "
-            "Download the checkpoint again."
-        )
-    scales = scales.view(_grid(scales.shape))
+def _open(weights: CheckpointWeights, parts: tuple[str, ...], shape: StaticShape) -> Rows:
+    scales = checked_scales(weights, parts[1])
+    scales = scales.view(1, 1) if scales.numel() == 1 else scales
     rows_of, columns_of = (size // count for size, count in zip(shape, scales.shape, strict=True))
-    for first, count in ranges(math.prod(shape), step):
-        rows = torch.arange(first // columns, -(-(first + count) // columns)) // rows_of
-        factors = scales[rows].repeat_interleave(columns_of, dim=1).flatten()[first % columns :][:count]
-        yield weights.read_part(name, first, count).float() * factors
 
+    def rows(top: int, bottom: int) -> Tensor:
+        values = weights.read_part(parts[0], top * shape[1], (bottom - top) * shape[1]).view(-1, shape[1])
+        return values.float() * scales[torch.arange(top, bottom) // rows_of].repeat_interleave(columns_of, dim=1)
 
-def _grid(shape: StaticShape) -> tuple[int, int]:
-    """Return the rows and columns of blocks that scales of this shape have; one number holds for all."""
-    return (1, 1) if math.prod(shape) == 1 else (shape[0], shape[1])
+    return rows
 
 
 def _fits(shape: StaticShape, scales: StaticShape, block: object) -> bool:

@@ -80,6 +80,9 @@ def inspect_report(document: Mapping[str, Any]) -> Report:
         )
         for number, entry in enumerate(document["source"])
     }
+    layouts = document["source"][0].get("dequantized")
+    if layouts:
+        sources["dequantized from"] = layouts
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
     code = ", ".join(document["trust"]["code"]) or "none; loading runs nothing from the artifact"
     recipe = _recipe_facts(document["recipe"])

@@ -1,0 +1,177 @@
+"""Source checkpoints in the layouts of the library compressed-tensors: integers or 8-bit floats, by channel, group or block.
+
+`(number - zero) * scale` is the weight. Numbers lie in `weight`, int8 or float8, or packed in `weight_packed`, int32
+[out, words], plus 2^(bits - 1), with the shape in `weight_shape`. Scales are in `weight_scale`, zero points in
+`weight_zero_point`, packed along rows where the numbers are packed. Quantization of inputs is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from vlmbuild.formats import StaticShape, unfit
+from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales, unpack, unread
+from vlmbuild.util.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vlmbuild.artifact.weights_reader import CheckpointWeights
+else:
+    torch = LazyModule("torch")
+
+FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+PACKED_BITS: Final = (1, 2, 4, 8)
+"""Bits of packed numbers that do not straddle words."""
+SCALE: Final = ".weight_scale"
+INPUTS: Final = (".input_scale", ".input_zero_point")
+"""Suffixes of what belongs to quantized inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """How the numbers of a weight lie and what shares a scale.
+
+    Attributes:
+        bits: Bits of a packed number; 0 for numbers in whole bytes.
+        shape: Shape of the weight.
+        block: Rows and columns that share a scale.
+    """
+
+    bits: int
+    shape: StaticShape
+    block: tuple[int, int]
+
+
+def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[Dequantized]:
+    """Yield the weights; see `dequantized_weights`."""
+    groups = _groups(weights, config)
+    for scale in weights.tensors:
+        if not scale.endswith(SCALE):
+            continue
+        module = scale.removesuffix(SCALE)
+        packed = f"{module}.weight_packed" in weights.tensors
+        suffixes = (".weight_packed" if packed else ".weight", SCALE, ".weight_zero_point", ".weight_shape", *INPUTS)
+        parts = tuple(module + suffix for suffix in suffixes if module + suffix in weights.tensors)
+        if f"{module}.weight_g_idx" in weights.tensors:
+            raise unread(weights, config, f"{module} orders its columns by activations")
+        scheme, layout = _scheme(weights, module, suffixes[0], groups)
+        yield Dequantized(module, scheme.shape, parts, layout, partial(_open, weights, module, suffixes[0], scheme))
+
+
+def _groups(weights: CheckpointWeights, config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the options of weights that the config announces, and refuse what changes more than weights."""
+    if config.get("format") not in FORMATS:
+        raise unread(weights, config, f"format is {config.get('format')!r}, and {', '.join(FORMATS)} are known")
+    transforms, sparsity = config.get("transform_config"), config.get("sparsity_config")
+    if isinstance(transforms, Mapping) and transforms.get("config_groups"):
+        raise unread(weights, config, "transform_config rotates activations")
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise unread(weights, config, f"sparsity_config has the format {sparsity['format']!r}")
+    groups = config.get("config_groups")
+    found = list(groups.values()) if isinstance(groups, Mapping) else []
+    if not found or not all(isinstance(group, Mapping) for group in found):
+        raise unread(weights, config, "config_groups has no groups")
+    if any(group.get("output_activations") for group in found):
+        raise unread(weights, config, "outputs of layers are quantized")
+    return [group["weights"] for group in found if isinstance(group.get("weights"), Mapping)]
+
+
+def _scheme(
+    weights: CheckpointWeights, module: str, suffix: str, groups: list[Mapping[str, Any]]
+) -> tuple[_Scheme, str]:
+    """Return how a weight lies, by its tensors and the group that they fit, and the same for people."""
+    shape, kind, widths = _numbers(weights, module, suffix)
+    scales = weights.info(module + SCALE).shape
+    zeros = f"{module}.weight_zero_point" in weights.tensors
+    for group in groups:
+        bits, block = group.get("num_bits", 8), _block(scales, shape, group)
+        if block and group.get("type", "int") == kind and bits in widths and (zeros or group.get("symmetric", True)):
+            numbers = f"{bits} bits" if kind == "int" else "8-bit floats"
+            sharing = (
+                "one scale" if block == shape else f"groups of {block[1]}" if block[0] == 1 else f"blocks of {block}"
+            )
+            layout = f"{numbers}{' with zero points' if zeros else ''}, {sharing}"
+            return _Scheme(bits if suffix == ".weight_packed" else 0, shape, block), layout
+    problem = f"no group of config_groups has {kind} numbers for {list(shape)} with scales {list(scales)}"
+    raise unfit(weights, module + suffix, problem + ("" if zeros else " and no zero points"))
+
+
+def _numbers(weights: CheckpointWeights, module: str, suffix: str) -> tuple[StaticShape, str, tuple[int, ...]]:
+    """Return a weight's shape, the type of its numbers, and the bits that they may have."""
+    info = weights.info(module + suffix)
+    if suffix == ".weight":
+        if len(info.shape) != 2 or info.dtype not in (torch.int8, torch.float8_e4m3fn):
+            raise unfit(
+                weights, module + suffix, f"it is {info.dtype} {list(info.shape)}, not a matrix of 8-bit numbers"
+            )
+        return info.shape, "int" if info.dtype == torch.int8 else "float", tuple(range(1, 9))
+    shape = tuple(weights.read(f"{module}.weight_shape").tolist())
+    if info.dtype != torch.int32 or len(shape) != 2 or len(info.shape) != 2 or info.shape[0] != shape[0]:
+        raise unfit(
+            weights, module + suffix, f"it is {info.dtype} {list(info.shape)}, and weight_shape says {list(shape)}"
+        )
+    return shape, "int", tuple(bits for bits in PACKED_BITS if info.shape[1] == math.ceil(shape[1] * bits / 32))
+
+
+def _block(scales: StaticShape, shape: StaticShape, group: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale in a group of the config; None where the scales have another shape."""
+    rows, columns = shape
+    strategy, size = group.get("strategy"), group.get("group_size")
+    if strategy == "tensor" and math.prod(scales) == 1:
+        return rows, columns
+    if strategy == "channel" and scales in ((rows,), (rows, 1)):
+        return 1, columns
+    if strategy == "group" and isinstance(size, int) and size > 0 and scales == (rows, math.ceil(columns / size)):
+        return 1, size
+    sides = group.get("block_structure")
+    if (
+        strategy == "block"
+        and isinstance(sides, list)
+        and len(sides) == 2
+        and all(isinstance(s, int) and s for s in sides)
+    ):
+        height, width = sides
+        if scales == (math.ceil(rows / height), math.ceil(columns / width)):
+            return height, width
+    return None
+
+
+def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme) -> Rows:
+    height, width = scheme.block
+    count, columns = scheme.shape
+    grid = (math.ceil(count / height), math.ceil(columns / width))
+    scales = checked_scales(weights, module + SCALE).view(grid)
+    zeros = _zeros(weights, f"{module}.weight_zero_point", scheme, grid)
+    stored = weights.info(module + suffix).shape[1]
+
+    def spread(values: Tensor, top: int, bottom: int) -> Tensor:
+        return values[torch.arange(top, bottom) // height].repeat_interleave(width, dim=1)[:, :columns]
+
+    def rows(top: int, bottom: int) -> Tensor:
+        numbers = weights.read_part(module + suffix, top * stored, (bottom - top) * stored).view(-1, stored)
+        if scheme.bits:
+            numbers = unpack(numbers, scheme.bits)[:, :columns] - 2 ** (scheme.bits - 1)
+        values = numbers.float()
+        if zeros is not None:
+            values -= spread(zeros, top, bottom)
+        return values * spread(scales, top, bottom)
+
+    return rows
+
+
+def _zeros(weights: CheckpointWeights, name: str, scheme: _Scheme, grid: tuple[int, int]) -> Tensor | None:
+    """Read zero points as float32 of the scales' shape; None if there are none."""
+    if name not in weights.tensors:
+        return None
+    zeros = weights.read(name)
+    if scheme.bits and zeros.dtype == torch.int32:
+        zeros = unpack(zeros.t().contiguous(), scheme.bits)[:, : grid[0]].t() - 2 ** (scheme.bits - 1)
+    if zeros.numel() != math.prod(grid):
+        raise unfit(weights, name, f"it has shape {list(weights.info(name).shape)} for scales of {list(grid)}")
+    return zeros.reshape(grid).float()

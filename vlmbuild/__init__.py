@@ -15,10 +15,11 @@ if not Path(__file__).with_name("passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))  # in a checkout `passes/` and `targets/` stand beside this folder
 
 from vlmbuild.util.gc_paused import gc_paused
+from vlmbuild.util.torchvision import torchvision_named
 
 _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    with gc_paused():  # torch and transformers make a million objects that stay
+    with torchvision_named(), gc_paused():  # torch and transformers make a million objects that stay
         return _attribute(name)

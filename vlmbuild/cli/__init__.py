@@ -15,6 +15,7 @@ import click
 from vlmbuild.cli.output import printable, quiet_libraries
 from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
 from vlmbuild.util.interrupt import TERMINATED, check_interrupted, ending_signals
+from vlmbuild.util.torchvision import torchvision_named
 
 COMMANDS: dict[str, str] = {
     "plan": "vlmbuild.cli.plan",
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     with ending_signals():
         try:
-            cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
+            with torchvision_named():
+                cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
         except GraphDiffersError as error:  # its command has printed the JSON document of the differences
             _say(f"error: {error}", err=True)
             return error.exit_code

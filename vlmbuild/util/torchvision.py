@@ -1,0 +1,47 @@
+"""Errors of a torchvision that does not fit torch: it is optional, but transformers imports it wherever it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vlmbuild.errors import IncompatibleError
+
+_OFFSET = 15
+"""torchvision 0.N is for torch 2.(N - 15)."""
+
+
+@contextmanager
+def torchvision_named() -> Iterator[None]:
+    """Raise IncompatibleError in place of an error that an installed torchvision causes, which can be any import's."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if (fault := _fault()) is None:
+            raise
+        import torch
+
+        raise IncompatibleError(
+            f"The installed torchvision does not fit torch {torch.__version__}: {fault}. Install the one that does: "
+            f"{install_line(torch.__version__)}; or remove it: pip uninstall torchvision."
+        ) from error
+
+
+def _fault() -> Exception | None:
+    """Return what importing torchvision raises; None if it is not installed, too."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # missing operators, symbols or libraries
+        return error
+    return None
+
+
+def install_line(version: str) -> str:
+    """Write the command that installs the torchvision of a version of torch, from the same index."""
+    number, _, build = version.partition("+")
+    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
+    return f"pip install --force-reinstall --no-deps 'torchvision==0.{int(number.split('.')[1]) + _OFFSET}.*'{index}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity import MODEL_FP32
 from processors import photographs
+from transformers.utils.import_utils import is_torchvision_available
 from videos import pan, text_of
 
 from vlmbuild.families import FAMILIES
@@ -57,10 +58,12 @@ def test_saved_processor_has_the_stock_name_and_loads_again(setup, tmp_path):
     setup.processor.save_pretrained(tmp_path)
     assert "FrameProcessor" not in (tmp_path / "processor_config.json").read_text()
     loaded = setup.family.processor(tmp_path)
-    assert isinstance(loaded.video_processor, FrameProcessor)
+    assert isinstance(loaded.video_processor, FrameProcessor) != is_torchvision_available()
     options = {"text": [text_of(setup, "video")], "videos": [pan(2)], "return_tensors": "pt"}
     first, second = setup.processor(**options), loaded(**options)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    for key in first:  # torchvision resizes otherwise than Pillow
+        tolerance = 0.2 if key == "pixel_values_videos" and is_torchvision_available() else 0.0
+        torch.testing.assert_close(first[key], second[key], rtol=0.0, atol=tolerance)
 
 
 def test_videos_images_and_text_in_one_batch_equal_transformers(setup):

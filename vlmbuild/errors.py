@@ -76,10 +76,18 @@ class IncompatibleError(ArtifactError):
     exit_code = 5
 
 
-class GraphDiffersError(VlmbuildError):
-    """A compiled program that differs from its lock. Raised by commands that have printed the differences."""
+class ReportedError(VlmbuildError):
+    """A failure that a command has printed as its result: with `--json`, no second document follows."""
+
+
+class GraphDiffersError(ReportedError):
+    """A compiled program that differs from its lock, or can no longer be made."""
 
     exit_code = 6
+
+
+class UnreadableLockError(ReportedError, UsageError):
+    """A file that should be a lock and cannot be read as one."""
 
 
 def reason(error: Exception) -> str:

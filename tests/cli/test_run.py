@@ -77,7 +77,7 @@ def test_the_artifact_knows_how_answers_end(digits):
     [
         (("--image", "missing.jpg", "--prompt", "Hello"), 2, "--image missing.jpg: there is no such file"),
         (("--image", ".", "--prompt", "Hello"), 2, "--image .: there is no such file"),
-        (("--image", __file__, "--prompt", "Hello"), 1, "cannot be read"),
+        (("--image", __file__, "--prompt", "Hello"), 2, "cannot be read"),
         (("--prompt", "  "), 2, "The prompt is empty"),
         ((), 2, "Missing option '--prompt'"),
         (("--prompt", "Hello", "--max-new-tokens", 0), 2, "--max-new-tokens"),
@@ -93,7 +93,7 @@ def test_mistakes_are_one_paragraph(options, code, said, plain, run):
 def test_an_image_of_a_shape_that_the_processor_refuses(plain, samples, run, tmp_path):
     samples[0].image.resize((4000, 4)).save(tmp_path / "line.png")
     code, _, err = run(plain.path, "--image", tmp_path / "line.png", "--prompt", "Hello")
-    assert code == 1 and "--image: the artifact's processor refuses the images" in err
+    assert code == 2 and "--image: the artifact's processor refuses the images" in err
 
 
 def test_no_artifact(run, tmp_path):

@@ -137,12 +137,21 @@ def test_one_lock_that_is_spoiled_leaves_the_report_of_the_others(run, locks, tm
     (tmp_path / "b.lock").write_text((locks / "digits-none.lock").read_text())
     report = tmp_path / "reports" / "check.xml"
     code, out, err = run("check", tmp_path, "--no-kernels", "--junit", report)
-    assert code == 6
-    assert "a.lock: cannot be compared" in out
-    assert "b.lock: no difference" in out
-    assert "1 lock cannot be compared: a." in err
+    shown = " ".join(out.split())
+    assert code == 2 and "a.lock: cannot be compared" in shown and "b.lock: no difference" in shown
+    assert "1 lock cannot be read: a." in err
     suite = ElementTree.parse(report).getroot()
     assert (suite.get("failures"), suite.get("errors")) == ("0", "1")
+
+
+def test_a_lock_that_differs_comes_before_one_that_cannot_be_read(run, locks, tmp_path):
+    (tmp_path / "a.lock").write_text("<<<<<<< HEAD\n")
+    spoiled(locks / "digits-none.lock", tmp_path / "b.lock", 'flops = "', 'flops = "1')
+    code, out, _ = run("check", tmp_path, "--no-kernels", "--json")
+    assert code == 6 and [lock["fails"] for lock in json.loads(out)["locks"]] == [True, True]
+    (tmp_path / "b.lock").unlink()
+    code, out, _ = run("check", tmp_path, "--json")
+    assert code == 2 and "a.lock" in json.loads(out)["locks"][0]["error"]
 
 
 def test_the_report_for_ci_servers_fails_where_the_command_does(run, locks, tmp_path):

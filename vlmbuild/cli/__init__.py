@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from vlmbuild.cli.output import printable, quiet_libraries
-from vlmbuild.errors import GraphDiffersError, UsageError, VlmbuildError
+from vlmbuild.errors import ReportedError, UsageError, VlmbuildError
 from vlmbuild.util.interrupt import TERMINATED, check_interrupted, ending_signals
 from vlmbuild.util.torchvision import torchvision_named
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with torchvision_named():
                 cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
-        except GraphDiffersError as error:  # its command has printed the JSON document of the differences
+        except ReportedError as error:
             _say(f"error: {error}", err=True)
             return error.exit_code
         except VlmbuildError as error:

@@ -11,7 +11,7 @@ import click
 from vlmbuild.artifact.output import check_file, output_errors
 from vlmbuild.cli.options import fail_option, format_option, json_option, kernels_option
 from vlmbuild.cli.output import StageProgress, print_json
-from vlmbuild.errors import GraphDiffersError
+from vlmbuild.errors import GraphDiffersError, UnreadableLockError
 from vlmbuild.locks.difference import Severity
 from vlmbuild.locks.document import lock_files
 from vlmbuild.util.text import listed, terminal_width
@@ -49,8 +49,8 @@ def command(
     """Compare locks with the graphs that this version compiles.
 
     LOCKS are lock files or folders of them. Exits with 6 if a graph, a pass or a kernel differs, and explains each
-    difference. If a lock was made with another version of torch, transformers or triton, only parts that these versions
-    do not change are compared, and a note says so.
+    difference. Exits with 2 if a lock cannot be read and no other differs. If a lock was made with another version of
+    torch, transformers or triton, only parts that these versions do not change are compared, and a note says so.
 
     \b
     Examples:
@@ -79,8 +79,7 @@ def command(
     if update:
         _update(results)
         results = tuple(result for result in results if result.error)
-    unread = [result.path for result in results if result.error]
-    _fail(unread, [result.path for result in results if result.fails(limit) and not result.error], parities)
+    _fail(results, limit, parities)
 
 
 def _parity_lines(parities: Mapping[Path, Parity]) -> Iterator[str]:
@@ -100,16 +99,23 @@ def _update(results: Iterable[Checked]) -> None:
             click.echo(f"{result.path}: updated", err=True)
 
 
-def _fail(unread: Sequence[Path], different: Sequence[Path], parities: Mapping[Path, Parity]) -> None:
-    """Raise GraphDiffersError for locks that differ or cannot be compared, or a pass that changes values."""
+def _fail(results: Sequence[Checked], limit: Severity, parities: Mapping[Path, Parity]) -> None:
+    """Raise GraphDiffersError for a lock that differs or a pass that changes values, else UnreadableLockError."""
+    different = [result.path for result in results if result.fails(limit) and not result.error]
+    unread = [result.path for result in results if result.unreadable]
+    unmade = [result.path for result in results if result.error and not result.unreadable]
     if different:
         raise GraphDiffersError(
             f"{_count(different)} differ{'s' * (len(different) == 1)} from the code: {_names(different)}. "
             "If this is intended, run with --update and commit the result."
         )
-    if unread:
+    if unmade:
         raise GraphDiffersError(
-            f"{_count(unread)} cannot be compared: {_names(unread)}. Create them again with `vlmbuild lock`."
+            f"{_count(unmade)} cannot be compared: {_names(unmade)}. Create them again with `vlmbuild lock`."
+        )
+    if unread:
+        raise UnreadableLockError(
+            f"{_count(unread)} cannot be read: {_names(unread)}. Create them again with `vlmbuild lock`."
         )
     for path, parity in parities.items():
         if parity.refused:

@@ -72,10 +72,9 @@ def command(
 
         from transformers import TextStreamer
 
-        from vlmbuild.families.images import open_image
         from vlmbuild.runtime.load import best_device, load
 
-        pictures = [open_image(image, "--image") for image in images]
+        pictures = [_opened(image) for image in images]
         model, processor = load(
             directory,
             expected_id=expected_id,
@@ -102,6 +101,15 @@ def command(
         )
 
 
+def _opened(image: str) -> Any:
+    from vlmbuild.families.images import ImageError, open_image
+
+    try:
+        return open_image(image, "--image")
+    except ImageError as error:
+        raise UsageError(str(error)) from error
+
+
 def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
     """Format a user's turn with images."""
     if not getattr(processor, "chat_template", None):
@@ -116,7 +124,7 @@ def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]
     except BatchError:
         raise
     except ValueError as error:
-        raise BatchError(
+        raise UsageError(
             f"--image: the artifact's processor refuses the images: {error}. Pass other images, or leave --image out."
         ) from error
 

@@ -31,8 +31,9 @@ class Checked:
     Attributes:
         path: Lock file.
         difference: Differences between the lock and the code.
-        error: Reason why the lock could not be read or made again, or "".
+        error: Reason that the lock could not be read or made again, or "".
         seconds: Time in seconds; tracing counts for the first lock of a model only.
+        unreadable: True if the file is no lock that this version reads.
         now: Lock that the code makes, with the old kernel table if kernels were skipped; None after an error.
     """
 
@@ -41,6 +42,7 @@ class Checked:
     error: str
     seconds: float
     now: Lock | None = None
+    unreadable: bool = False
 
     def fails(self, limit: Severity = "cosmetic") -> bool:
         """Return whether the lock could not be compared, or a finding is at least as severe as `limit`."""
@@ -72,7 +74,7 @@ def check(
         try:
             groups.setdefault(json.dumps(read_lock(file).config, sort_keys=True), []).append(file)
         except UsageError as error:
-            done[file] = _failed(file, error, 0.0)
+            done[file] = replace(_failed(file, error, 0.0), unreadable=True)
     work = [(group, kernels) for group in groups.values()]
     count = min(len(work), processes or available_cores())
     for results in _run(work, count):

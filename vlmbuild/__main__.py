@@ -6,14 +6,17 @@ import sys
 
 
 def run() -> int:
-    """Run the command line, and return its exit code. SIGINT during imports ends it at once, without a traceback."""
+    """Run the command line, and return its exit code. A signal during imports ends it at once, without a traceback."""
 
-    def stop(*_: object) -> None:
+    def stop(number: int, _: object) -> None:
         os.write(2, b"error: interrupted.\n")
-        os._exit(130)  # an exception would be lost in the middle of an import, and there is nothing to clean up
+        os._exit(
+            128 + number
+        )  # an exception would be lost in the middle of an import, and nothing is there to clean up
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is default:
+            signal.signal(number, stop)
 
     from vlmbuild.cli import main
 

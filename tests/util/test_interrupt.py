@@ -93,7 +93,7 @@ import os, signal, sys
 class Finder:
     def find_spec(self, name, *_):
         if name == "click":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), int(sys.argv[1]))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Finder())
 from vlmbuild.__main__ import run
@@ -101,7 +101,9 @@ run()
 """
 
 
-def test_an_interrupted_import_shows_no_traceback():
-    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (130, "")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_import_shows_no_traceback(number, code):
+    command = [sys.executable, "-c", IMPORTING, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
     assert "interrupted" in done.stderr and "Traceback" not in done.stderr

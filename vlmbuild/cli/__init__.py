@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (KeyboardInterrupt, click.Abort):
             return _fail(arguments, "Interrupted", _NO_OUTPUT, INTERRUPTED)
         except SystemExit as stop:
+            if stop.code == TERMINATED:
+                return _fail(arguments, "Interrupted", _NO_OUTPUT, TERMINATED)
             return stop.code if isinstance(stop.code, int) else 1
         except Exception as error:
             return _end_unexpectedly(arguments, error)
@@ -148,7 +150,7 @@ def _end_unexpectedly(arguments: Sequence[str], error: Exception) -> int:
     except KeyboardInterrupt:
         return _fail(arguments, "Interrupted", _NO_OUTPUT, INTERRUPTED)
     except SystemExit:
-        return TERMINATED
+        return _fail(arguments, "Interrupted", _NO_OUTPUT, TERMINATED)
     if os.environ.get(_TRACEBACK):
         traceback.print_exception(error)
     message = (

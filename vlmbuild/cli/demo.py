@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,12 +44,28 @@ def command(output: Path | None, family: str, as_json: bool) -> None:
         vlmbuild demo -o digits-demo
         vlmbuild demo --family pixtral
     """
-    if output is None:
-        output = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
-    with output_errors(output):
-        output.mkdir(exist_ok=True)
+    with _folder(output) as folder:
+        _run(folder, family, as_json=as_json)
 
-    click.echo(f"The demo takes a few minutes. Artifact and adapter are written to {output}.", err=as_json)
+
+@contextmanager
+def _folder(output: Path | None) -> Iterator[Path]:
+    """Create the folder; a temporary one is removed if the demo does not end."""
+    if output is not None:
+        with output_errors(output):
+            output.mkdir(exist_ok=True)
+        yield output
+        return
+    folder = Path(tempfile.mkdtemp(prefix="vlmbuild-demo-"))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _run(output: Path, family: str, *, as_json: bool) -> None:
+    click.echo(f"The demo takes about a minute. Artifact and adapter are written to {output}.", err=as_json)
 
     from vlmbuild.demo.run import run
 

@@ -136,7 +136,7 @@ class StageProgress(AbstractContextManager["StageProgress"]):
         if self._stage is None:
             return
         if self._lines:
-            click.echo("" if failed else f"{time.monotonic() - self._started:6.1f} s", err=True)
+            click.echo("stopped" if failed else f"{time.monotonic() - self._started:6.1f} s", err=True)
         if self._bars is not None and not failed:
             self._bars.update(self._bar, completed=self._bars.tasks[self._bar].total)
             self._bars.stop_task(self._bar)

@@ -135,6 +135,8 @@ def test_every_wrong_file_is_named(run, nf4, tmp_path):
         (("build", "{checkpoint}", "-o", "{tmp}/out", "--adapter", "{checkpoint}"), 1, "no adapter_config.json"),
         (("plan", "{checkpoint}", "--image", "{tmp}/x.png"), 2, "--image {tmp}/x.png: there is no such file"),
         (("plan", "{checkpoint}", "--require", "fuse_nothing"), 1, "fuse_nothing"),
+        (("plan", "{checkpoint}", "--image", "{checkpoint}/config.json"), 2, "cannot be read as an image"),
+        (("plan", "{checkpoint}", "--target", "onnx"), 2, "target onnx cannot be trained.*--target"),
         (("plan", "{tmp}"), 1, "config.json"),
         (("lock", "{checkpoint}", "-o", "{tmp}"), 1, "{tmp} cannot be written"),
         (("inspect", "{checkpoint}", "--html", "{tmp}"), 1, "{tmp} cannot be written"),
@@ -163,9 +165,11 @@ def test_unexpected_errors_say_how_to_see_more(run, checkpoint, monkeypatch, tmp
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(run, command):
+def test_help_has_an_example_and_fits_a_terminal(run, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(command, "--help")
     assert code == 0
+    assert [line for line in out.splitlines() if len(line) > 80] == []
     assert f"vlmbuild {command}" in out.partition("Example")[2]
     assert "--json" in out
 
@@ -182,8 +186,31 @@ def test_interrupted_build_leaves_nothing(number, stage, code, checkpoint, tmp_p
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert b"Traceback" not in err
+    assert b"Traceback" not in err and b"error: interrupted" in err
+    assert b"stopped\nerror: " in err  # of the stage that was on the line
     assert os.listdir(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_demo_leaves_no_folder(number, code, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "vlmbuild", "demo"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=interruptible,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = process.stdout.readline().split()[-1].removesuffix(".")
+    assert os.path.isdir(folder) and folder.startswith(str(tmp_path))
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.startswith("error: interrupted"), os.path.exists(folder)) == (code, True, False)
+
+
+def test_the_first_help_fits_a_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert [line for line in run("--help")[1].splitlines() if len(line) > 80] == []
 
 
 def test_version(run):

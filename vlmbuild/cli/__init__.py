@@ -78,7 +78,7 @@ def cli() -> None:
     """Compile vision-language models into trainable, verified artifacts.
 
     \b
-    Try it offline on a CPU; it takes a few minutes:
+    Try it offline on a CPU; it takes about a minute:
         vlmbuild demo
 
     \b
@@ -86,7 +86,7 @@ def cli() -> None:
         vlmbuild plan   Qwen/Qwen2-VL-2B-Instruct --quantize nf4
         vlmbuild build  Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
         vlmbuild verify qwen2-vl-nf4
-        vlmbuild run    qwen2-vl-nf4 --image photo.jpg --prompt "What is in the picture?"
+        vlmbuild run    qwen2-vl-nf4 --image photo.jpg --prompt "What is this?"
 
     \b
     Exit codes:

@@ -67,10 +67,10 @@ def command(
     \b
     Examples:
         vlmbuild build qwen2-vl-digits -o digits-nf4 --quantize nf4
-        vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4 --require fuse_rope
+        vlmbuild build Qwen/Qwen2-VL-2B-Instruct -o qwen2-vl-nf4 --quantize nf4
         vlmbuild build ./my-checkpoint -o my-model --dtype float32 --overwrite
         vlmbuild build qwen2-vl-nf4 -o qwen2-vl-bf16 --quantize none
-        vlmbuild build qwen2-vl-digits -o digits-auto --quantize auto --budget 4.5bpw
+        vlmbuild build qwen2-vl-digits -o digits-5 --quantize auto --budget 5bpw
         vlmbuild build qwen2-vl-nf4 -o qwen2-vl-merged --adapter my-adapter
     """
     recipe = recipe_from(options)

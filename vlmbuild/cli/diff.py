@@ -53,8 +53,8 @@ def command(
     Examples:
         vlmbuild diff old.lock new.lock
         vlmbuild diff qwen2-vl-nf4 Qwen/Qwen2-VL-2B-Instruct
-        vlmbuild diff owner/qwen2-vl-nf4 owner/qwen2-vl-nf4 --old-revision v1 --new-revision v2
-        vlmbuild diff Qwen/Qwen2-VL-2B-Instruct Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --format markdown
+        vlmbuild diff owner/model owner/model --old-revision v1 --new-revision v2
+        vlmbuild diff ./my-checkpoint ./new-checkpoint --format markdown
     """
     change = recipe_change(options)
     with StageProgress(lines=False):

@@ -30,7 +30,7 @@ def command(source: str, output: Path, kernels: bool, revision: str | None, as_j
 
     \b
     Examples:
-        vlmbuild lock Qwen/Qwen2-VL-2B-Instruct --quantize nf4 -o artifacts/locks/qwen2-vl-nf4.lock
+        vlmbuild lock Qwen/Qwen2-VL-2B-Instruct --quantize nf4 -o qwen2-vl.lock
         vlmbuild lock ./my-checkpoint --recipe recipe.toml -o my-model.lock
     """
     recipe = recipe_from(options)

@@ -51,9 +51,9 @@ def command(
 
     \b
     Examples:
-        vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920 --image photo.jpg
-        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --quantize nf4 --image 448x448 --batch 8 --text-tokens 512
-        vlmbuild plan Qwen/Qwen2-VL-7B-Instruct --image 2000x3000 --longest-edge 1003520
+        vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920
+        vlmbuild plan ./my-checkpoint --image a.jpg --batch 8 --text-tokens 512
+        vlmbuild plan ./my-checkpoint --image 2000x3000 --longest-edge 1003520
     """
     recipe = recipe_from(options)
     sizes = [_image(image) for image in images]

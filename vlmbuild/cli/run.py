@@ -55,8 +55,8 @@ def command(
 
     \b
     Examples:
-        vlmbuild run qwen2-vl-nf4 --image photo.jpg --prompt "What is in the picture?"
-        vlmbuild run qwen2-vl-nf4 --image a.jpg --image b.jpg --prompt "What differs?" --max-new-tokens 64
+        vlmbuild run qwen2-vl-nf4 --image photo.jpg --prompt "What is this?"
+        vlmbuild run qwen2-vl-nf4 --image a.jpg --image b.jpg --prompt "Compare."
         vlmbuild run qwen2-vl-nf4 --prompt "Write a haiku." --temperature 0.7
         vlmbuild run owner/qwen2-vl-nf4 --revision v1 --prompt "Write a haiku."
     """

@@ -162,6 +162,20 @@ def test_options_are_checked():
             padding_report([1, 2], packs, 1)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """A data set of the kind that is read in order."""
+
+    def __iter__(self):
+        return iter(SAMPLES)
+
+
+def test_a_stream_is_refused():
+    collator = VisionDataCollator(PROCESSORS["qwen2_vl"]())
+    for dataset in (Stream(), iter(SAMPLES)):
+        with pytest.raises(UsageError, match=rf"{type(dataset).__name__} is read in order.*list\(dataset\)"):
+            PackedDataset(dataset, collator, 1000)
+
+
 def test_padding_report_counts():
     report = padding_report([10, 30, 20, 40], [[3], [1, 0], [2]], 2, max_tokens=40)
     assert report.padded == ((60, 80), pytest.approx(40 / 140))

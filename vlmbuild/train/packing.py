@@ -14,7 +14,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.train.collator import Measure, VisionDataCollator
@@ -110,6 +110,7 @@ class PackedDataset(Dataset[list[Any]]):
         packs: Positions in `indices`.
 
     Raises:
+        UsageError: The data set has no length, or no samples by index.
         BatchError: A sample is malformed, or too long.
     """
 
@@ -122,6 +123,11 @@ class PackedDataset(Dataset[list[Any]]):
         seed: int = 0,
         overlong: Overlong = "error",
     ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise UsageError(
+                f"PackedDataset needs len(dataset) and dataset[index], and {type(dataset).__name__} is read in order. Pass "
+                "list(dataset) if it fits into memory, or give the stream to the trainer without packs."
+            )
         self.dataset = dataset
         measured = [(index, collator.measure(dataset[index], index)) for index in range(len(dataset))]
         self.indices = _fitting(measured, collator)

@@ -125,6 +125,10 @@ class WeightFormat(ABC):
     def describe(self) -> str:
         """Describe the format for people: "nf4, blocks of 64, scales in 8 bits"."""
 
+    def describe_onnx(self) -> str:
+        """Describe how an ONNX model stores the format, where it differs from `describe`."""
+        return self.describe()
+
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values; floats in hexadecimal."""
         options = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]  # a dataclass

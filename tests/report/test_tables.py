@@ -8,6 +8,7 @@ import re
 import pytest
 
 from vlmbuild.cli.output import show
+from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.report.contents import contents
 from vlmbuild.report.tables import build_report, inspect_report, parity_table, verify_report
 
@@ -62,6 +63,15 @@ def test_no_line_is_longer_than_80_columns(report, parity, large, capsys, monkey
     words = set(re.findall(r"\S+", "\n".join(lines)))
     numbers = [str(value) for value in PARITY[parity].values() if isinstance(value, str) and " " not in value]
     assert not [number for number in numbers if not any(number in word for word in words)]
+
+
+@pytest.mark.parametrize(("form", "shown"), [("int8", "int8;"), ("nf4", "nf4, blocks of 64;")])
+def test_formats_of_onnx_models_are_described_as_stored(form, shown, large, capsys):
+    """Without outlier columns or nested scales, which ONNX Runtime has no operator for."""
+    recipe = Recipe(target="onnx", quantize=QuantSpec(form)).to_mapping()
+    show({**large, "recipe": recipe}, inspect_report, as_json=False)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("quantize "))
+    assert line.split(maxsplit=1)[1].startswith(shown)
 
 
 def test_a_tolerance_is_beside_the_error_that_it_limits():

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from vlmbuild.formats import WeightFormat
 from vlmbuild.ir.schema import Role
 from vlmbuild.quant.spec import QUANTIZE_PASS
 
@@ -18,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WeightSummary:
-    """A source tensor in an artifact: its module name, role, stored bytes and format."""
+    """A source tensor in an artifact: its module name, role, stored bytes, and description of a quantized one's format."""
 
     name: str
     role: Role
     parameters: int
     nbytes: int
-    format: WeightFormat | None
+    format: str | None
 
 
 def describe_regions(program: Program) -> list[dict[str, Any]]:
@@ -51,7 +50,7 @@ def describe_roles(weights: Iterable[WeightSummary], refusals: dict[Role, list[s
             formats: Counter[str] = Counter()
             for weight in mine:
                 if weight.format is not None:
-                    formats[weight.format.describe()] += weight.parameters
+                    formats[weight.format] += weight.parameters
             quantized = sum(formats.values())
             reasons = list(dict.fromkeys(refusals.get(role, []))) + (["norms and biases"] if quantized else [])
             described.append(

@@ -132,7 +132,8 @@ def plan(
     stored_parameters = TARGETS[recipe.target].stored_parameters
     if stored_parameters is None:
         raise UsageError(
-            f"A plan is about the memory to train, and the target {recipe.target} cannot. Leave --target out."
+            f"A plan estimates the memory of training, and an artifact of target {recipe.target} cannot be trained. Leave "
+            f"--target out to plan the trainable one; `vlmbuild build --target {recipe.target}` shows the sizes of the other."
         )
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
@@ -176,9 +177,8 @@ def plan(
 def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[WeightSummary]:
     for parameter in parameters:
         nbytes = sum(spec.nbytes for spec in parameter.specs)
-        yield WeightSummary(
-            parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, parameter.format
-        )
+        form = None if parameter.format is None else parameter.format.describe()
+        yield WeightSummary(parameter.name, family.role(parameter.name), math.prod(parameter.shape), nbytes, form)
 
 
 def _size(image: Image) -> tuple[str, int, int]:

@@ -74,6 +74,9 @@ class Int8(WeightFormat):
     def describe(self) -> str:
         return f"int8, outliers above {self.threshold}" if self.threshold else "int8"
 
+    def describe_onnx(self) -> str:
+        return self.name
+
     def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         if len(shape) != 2 or min(shape) < 1:
             raise UsageError(

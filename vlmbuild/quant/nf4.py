@@ -73,6 +73,9 @@ class FourBit(WeightFormat):
     def describe(self) -> str:
         return f"{self.name}, blocks of {self.blocksize}{', scales in 8 bits' if self.double_quant else ''}"
 
+    def describe_onnx(self) -> str:
+        return f"{self.name}, blocks of {self.blocksize}"
+
     def chunk_unit(self, shape: StaticShape) -> int:
         return self.blocksize
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def _contents(reader: ArtifactReader) -> dict[str, Any]:
     program = _program(reader)
     passes = [{**record, "name": PASSES.get(record["name"], record["name"])} for record in manifest.passes]
     try:
-        weights = list(_weights(program, _sizes(reader, program)))
+        describe = WeightFormat.describe_onnx if manifest.target == "onnx" else WeightFormat.describe
+        weights = list(_weights(program, _sizes(reader, program), describe))
         regions = [
             _region(entry, [weight for region, weight in weights if region == entry["name"]])
             for entry in program["regions"]
@@ -102,7 +103,11 @@ def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
             yield slot["name"], tuple(slot["shape"]), slot["role"], None
 
 
-def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[tuple[str, WeightSummary]]:
+def _weights(
+    program: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    describe: Callable[[WeightFormat], str] = WeightFormat.describe,
+) -> Iterator[tuple[str, WeightSummary]]:
     """Yield (region, weight) for every weight of the program once."""
     seen = set()
     for entry in program["regions"]:
@@ -111,7 +116,8 @@ def _weights(program: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[t
                 name = f"{instance}.{relative}" if instance else relative
                 if name not in seen:
                     seen.add(name)
-                    yield entry["name"], WeightSummary(name, role, math.prod(shape), sizes.get(name, 0), form)
+                    described = None if form is None else describe(form)
+                    yield entry["name"], WeightSummary(name, role, math.prod(shape), sizes.get(name, 0), described)
 
 
 def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]:

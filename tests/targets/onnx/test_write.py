@@ -126,6 +126,8 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
     assert (levels, tolerances) == ({4}, {"1e-01"})
     worst = max(float(record["error"]) for record in artifact.manifest.numerics)
     assert 1e-3 < worst < 5e-2
+    described = {form for role in contents(artifact.path)["roles"] for form in role["formats"]}
+    assert described == {"int4, blocks of 64", "int8"}
     logits = [record for record in artifact.manifest.numerics if record["output"] == "logits"]
     assert all((r["top1"], r["greedy"]) == (r["tokens"], r["generated"]) for r in logits)
     assert all(0.05 < float(decision["error"]) < 0.15 for decision in quantized)

@@ -14,6 +14,7 @@ from vlmbuild import load
 from vlmbuild.builder.build import build
 from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import LARGEST, READ, answers, exact_match, training_batch
+from vlmbuild.errors import UsageError
 from vlmbuild.families import family_of
 from vlmbuild.recipe import QuantSpec, Recipe
 from vlmbuild.zoo import ZOO
@@ -156,3 +157,8 @@ def test_labels_are_the_answer_and_its_end(processor):
     for row, sample in enumerate(SAMPLES[:8]):
         kept = batch["labels"][row][batch["labels"][row] != -100]
         assert processor.tokenizer.decode(kept) == f"{max(sample.digits)}{processor.tokenizer.eos_token}"
+
+
+def test_an_unknown_split_of_the_digits():
+    with pytest.raises(UsageError, match="'test'.*train, held_out"):
+        Digits("test", 0)

@@ -57,7 +57,8 @@ def test_not_a_directory(tmp_path):
     ("options", "error", "message"),
     [
         ({"device": "cuda:99"}, DeviceError, "not available here"),
-        ({"device": "teapot"}, DeviceError, "not available here"),
+        ({"device": "gpu"}, DeviceError, "'gpu' names no device.*'cpu' or 'cuda'"),
+        ({"device": 1.5}, DeviceError, "1.5 names no device"),
         ({"dtype": "int8"}, UsageError, "dtype cannot be 'int8'"),
         ({"dtype": torch.float64}, UsageError, "dtype cannot be 'float64'"),
     ],

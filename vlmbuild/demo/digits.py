@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vlmbuild.util.validation import one_of
 from vlmbuild.zoo import DIGITS
 
 SPLIT_SEED = 0
@@ -40,9 +41,13 @@ class Digits:
         split: "train" or "held_out".
         seed: Two streams with the same split and seed yield the same samples.
         augment: Rotate, scale and shade the glyphs (training only; held-out glyphs are drawn as they are).
+
+    Raises:
+        UsageError: There is no such split.
     """
 
     def __init__(self, split: str, seed: int, *, augment: bool = False) -> None:
+        one_of("split", split, ("train", "held_out"))
         with np.load(DIGITS, allow_pickle=False) as data:
             images, labels = data["images"], data["labels"]
         order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))

@@ -21,8 +21,10 @@ def named_device(device: str | torch.device | None) -> torch.device:
     """Return the device of a name, available or not; None is the CPU. Raises DeviceError when there is no such device."""
     try:
         return torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise _unavailable(device, error) from error
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(
+            f"{device!r} names no device of torch. Pass 'cpu' or 'cuda', or one of several GPUs, such as 'cuda:1'."
+        ) from error
 
 
 def _unavailable(device: str | torch.device | None, error: Exception) -> DeviceError:

@@ -48,13 +48,17 @@ class Lossy(Renamed):
     exact: ClassVar[bool] = False
 
 
+class Normalize(Renamed):
+    name: ClassVar[str] = "normalize"
+
+
 class Other(type(FAMILIES["qwen2_vl"])):
     name = "other"
     title = "Other"
     architectures = ("OtherForConditionalGeneration",)
 
 
-renamed, lossy, other, taken = Renamed(), Lossy(), Other(), FAMILIES["qwen2_vl"]
+renamed, lossy, normalize, other, taken = Renamed(), Lossy(), Normalize(), Other(), FAMILIES["qwen2_vl"]
 copy = TargetPlugin(TARGET_OPTIONS["trainable"], TARGETS["trainable"], OPENERS["trainable"])
 """
 _ENTRIES = """
@@ -65,6 +69,7 @@ qwen2_vl = toy_plugins:taken
 [vlmbuild.passes]
 renamed = toy_plugins:renamed
 lossy = toy_plugins:lossy
+normalize = toy_plugins:normalize
 misnamed = toy_plugins:renamed
 twice = toy_plugins:renamed
 [vlmbuild.targets]
@@ -121,6 +126,7 @@ def test_builds_run_a_pass_and_record_its_version(checkpoint, tmp_path):
         ("misnamed", "of that name"),
         ("twice", "vlmbuild.passes"),
         ("qwen2_vl", "already"),
+        ("normalize", "a pass of that name already"),
         ("lossy", "exact"),
     ],
 )

@@ -88,11 +88,12 @@ def _add(entry: importlib.metadata.EntryPoint, plugin: Any) -> None:
     elif kind == "vlmbuild.passes":
         _require(entry, isinstance(plugin, Pass) and plugin.name == name, f"a pass of that name, not {plugin!r}")
         _require(entry, plugin.exact, "exact: builds do not measure what a foreign pass changes")
-        _require(entry, name not in {step.name for step in passes_for(Recipe())}, "new; there is such a pass already")
+        known = {step.name for step in passes_for(Recipe())}
+        _require(entry, name not in known, "named otherwise: there is a pass of that name already")
         EXTRA_PASSES[name] = plugin
     else:
         _require(entry, isinstance(plugin, TargetPlugin), f"a TargetPlugin, not {plugin!r}")
-        _require(entry, name not in TARGETS, "new; there is a target of that name already")
+        _require(entry, name not in TARGETS, "named otherwise: there is a target of that name already")
         TARGET_OPTIONS[name], TARGETS[name], OPENERS[name] = plugin.options, plugin.target, plugin.opener
     if entry.dist is not None and entry.dist.name not in BUILD_TOOLS:
         BUILD_TOOLS.append(entry.dist.name)

@@ -61,7 +61,8 @@ def cut(program: Program, variant: Variant, given: Collection[str], wanted: Coll
 
 
 def embedded_tokens(program: Program, variant: Variant) -> tuple[str, ...]:
-    """Return the names of the token embeddings, and of what else the layers add of images in the places of tokens."""
+    """Return the activations that the decoder's input consists of, by name: the embeddings of the tokens, in which those of
+    image tokens are replaced by image features, and the further features that single layers add at the image tokens."""
     for call in variant.calls:
         if "input_ids" in call.inputs:
             region = program.regions[call.region]

@@ -20,7 +20,7 @@ from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.printer import dataflow_order, target_name
 from vlmbuild.ir.program import COMPUTE_DTYPE, Region
 from vlmbuild.ops import ATTENTION
-from vlmbuild.ops.attention.op import flat
+from vlmbuild.ops.attention.op import gather_masks
 
 aten = torch.ops.aten
 _GATHERS = (aten.embedding.default, aten.index.Tensor)
@@ -103,7 +103,7 @@ class _NodeCost:
 
 def attention_window(node: Node) -> int | None:
     """Return the number of keys that a query of an attention node sees at most; None is all."""
-    window = flat(lambda *given: given[3].window)(*node.args)
+    window = gather_masks(node.args)[3].window
     return None if window is None else int(window)
 
 

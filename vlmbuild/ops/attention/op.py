@@ -7,7 +7,7 @@ its place. Each is a thin composite over a forward that also returns the log-sum
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -77,15 +77,20 @@ def flat(function: Callable[..., Any], tensors: int = 3, results: int = 0) -> Ca
         tensors: Number of arguments before the masks.
         results: Number of results of the forward.
     """
-    options = tensors + _MASK_TENSORS
-    end = options + results + 2
 
     @wraps(function)
     def with_masks(*arguments: Any) -> Any:
-        masks = Masks(*arguments[tensors:options], *arguments[end:])
-        return function(*arguments[:tensors], masks, *arguments[options:end])
+        return function(*gather_masks(arguments, tensors, results))
 
     return with_masks
+
+
+def gather_masks(arguments: Sequence[Any], tensors: int = 3, results: int = 0) -> tuple[Any, ...]:
+    """Return an operator's arguments with `Masks` in the place of its fields; options as for `flat`."""
+    options = tensors + _MASK_TENSORS
+    end = options + results + 2
+    masks = Masks(*arguments[tensors:options], *arguments[end:])
+    return (*arguments[:tensors], masks, *arguments[options:end])
 
 
 def check_attention(query: Tensor, key: Tensor, value: Tensor, masks: Masks, causal: bool) -> None:

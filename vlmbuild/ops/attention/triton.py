@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmbuild.errors import UsageError
 from vlmbuild.ops.attention.kernels_backward import grad_key_kernel, grad_query_kernel
 from vlmbuild.ops.attention.kernels_forward import forward_kernel
-from vlmbuild.ops.attention.op import Grads, Masks, check_attention, flat, key_intervals, row_ranges
+from vlmbuild.ops.attention.op import Grads, Masks, check_attention, gather_masks, key_intervals, row_ranges
 from vlmbuild.ops.tiles import tile_of
 from vlmbuild.ops.triton_util import INTERPRET, Launch, ceil_div, power_of_two, precision, require_device, target_of
 from vlmbuild.util.dtypes import FLOATS
@@ -257,7 +257,7 @@ def attention_backward_triton(
 
 def launches(arguments: tuple[Any, ...], target: int, backward: bool) -> tuple[Launch, ...]:
     """Return the launches of a call of the operator; see `vlmbuild.ops.operator.Operator.launches`."""
-    query, key, value, masks, causal, scale = flat(lambda *given: given)(*arguments)
+    query, key, value, masks, causal, scale = gather_masks(arguments)
     batch, heads, length, dim = query.shape
     out = query.new_empty((batch, length, heads, dim))
     sums = query.new_empty((batch, heads, length), dtype=torch.float32)

@@ -42,7 +42,7 @@ from vlmbuild.report.tables import build_report
 )
 @click.option("--processor", metavar="DIR_OR_ID", help="Source of the processor's files.  [default: SOURCE]")
 @click.option(
-    "--strip-prefix", default="", metavar="PREFIX", help="Leading part of all tensor names to leave out, as 'module.'."
+    "--strip-prefix", default="", metavar="PREFIX", help="Prefix to drop from all tensor names, such as 'module.'."
 )
 @json_option
 def command(
@@ -61,8 +61,8 @@ def command(
     """Build an artifact from a checkpoint.
 
     SOURCE is a checkpoint folder, a hub id, or the name of a demo checkpoint (qwen2-vl-digits, mllama-digits,
-    pixtral-digits). OUT is created complete or not at all. It is an ordinary Hugging Face checkpoint with the compiled
-    graph beside it.
+    pixtral-digits). OUT is created complete or not at all. With the target trainable it is an ordinary Hugging Face
+    checkpoint with the compiled graph beside it.
 
     \b
     Examples:

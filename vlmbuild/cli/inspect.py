@@ -34,8 +34,8 @@ def command(artifact: Path, html: Path | None, style: str, revision: str | None,
 
     ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
-    Prints its id, recipe, files, regions, passes and weights. The page also shows costs, the effect of each pass,
-    quantization decisions and parity; it works offline.
+    Prints its id, recipe, files, regions, passes and weights. The page of --html also shows costs, the effect
+    of each pass, quantization decisions and parity; it works offline.
 
     \b
     Examples:

@@ -74,14 +74,20 @@ _METAVARS = {
     "require": "PASS",
 }
 _HELP = {
-    "target": "Kind of artifact.  [default: trainable]",
-    "format": "Weight format of linear layers; none also dequantizes a quantized source.  [default: keep the source's]",
+    "target": (
+        "Kind of artifact: trainable is a torch model and a Hugging Face checkpoint, onnx is for ONNX Runtime, aoti is "
+        "compiled for CPUs.  [default: trainable]"
+    ),
+    "format": (
+        "Weight format of linear layers; source keeps the checkpoint's, none also dequantizes, auto chooses one for each "
+        "layer within --budget.  [default: source]"
+    ),
     "blocksize": "Weights per scale (nf4, fp4, int4, auto).  [default: 64]",
     "double_quant": "Store the scales of nf4, fp4 and auto in 8 bits.  [default: yes]",
     "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
     "roles": (
-        f"Part of the model to quantize ({', '.join(ROLES)}; embedding: target onnx alone), or with a format of its own, such "
-        "as vision=int8. Repeatable.  [default: language; int4: the others in int8, too]"
+        f"Part of the model to quantize ({', '.join(ROLES)}; embedding only in onnx), or with a format of its own, such as "
+        "vision=int8. Repeatable.  [default: language; with int4 the others too, in int8]"
     ),
     "overrides": "Format of matching modules, such as '*.down_proj=int8'. Repeatable; the first match wins.",
     "threshold": "Compute input columns with a value above this in 16 bits (int8).  [default: 6.0]",
@@ -92,8 +98,11 @@ _HELP = {
         "Attention kernel; auto uses Triton only where it was measured on the GPU, or for masks that no torch kernel "
         "takes.  [default: auto]"
     ),
-    "dtype": "Dtype of computation and unquantized weights.  [default: an artifact's own; bfloat16; onnx: float32]",
-    "require": "Fail unless this pass rewrites something. Repeatable.",
+    "dtype": (
+        "Dtype of computation and unquantized weights.  [default: that of a source artifact; else bfloat16, or float32 for "
+        "onnx]"
+    ),
+    "require": "Fail unless this pass, such as fuse_rope, rewrites something. Repeatable.",
 }
 
 

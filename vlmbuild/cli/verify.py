@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @id_option
 @revision_option
-@click.option("--allow-hardlinks", is_flag=True, help="Accept files that have a second name elsewhere.")
-@click.option("--numerics", is_flag=True, help="Also compare exported models with the program again.")
+@click.option(
+    "--allow-hardlinks", is_flag=True, help="Accept files with hard links, through which others may change them."
+)
+@click.option(
+    "--numerics", is_flag=True, help="Also run exported models (onnx, aoti), and compare them with the program."
+)
 @trust_option
 @json_option
 def command(

@@ -35,6 +35,7 @@ class Family(ForClients, ABC):
         architectures: Values of `architectures` in config.json that the family reads.
         refused_architectures: Pairs of an architecture that users may take for one of them, and the reason why it is not.
         config_class, model_class: Classes of transformers.
+        list_fields: Fields of config.json that are one number elsewhere and a list of them here, such as `patch_size`.
         image_core, text_core: Modules to trace for batches with images, and without.
         vision_prefix, projector_prefix: Module names of the vision tower and the projector, which may lie inside it.
         language_prefix: Module name of the language model without its head.
@@ -52,6 +53,7 @@ class Family(ForClients, ABC):
     refused_architectures: tuple[tuple[str, str], ...] = ()
     config_class: Any
     model_class: Any
+    list_fields: tuple[str, ...] = ()
     image_core: type[TextCore]
     text_core: type[TextCore] = TextCore
     vision_prefix: str
@@ -73,10 +75,10 @@ class Family(ForClients, ABC):
             SourceError: A value has the wrong type, contradicts another, or would be captured wrongly.
         """
         plain = {key: value for key, value in values.items() if key not in IGNORED_CONFIG_KEYS}
-        check_values(plain)  # before transformers makes lists and modules of these sizes
+        check_values(plain, self.list_fields)  # before transformers makes lists and modules of these sizes
         try:
             config = self.config_class.from_dict(plain)
-            check_values(config.to_dict())
+            check_values(config.to_dict(), self.list_fields)
             check_text(config.get_text_config())
             self.check(config)
             self.geometry(config), self.variants(config), self.constants(config)

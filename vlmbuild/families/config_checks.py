@@ -3,7 +3,7 @@ others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -40,7 +40,7 @@ _POSITIVE = {
 }
 """Field -> its highest value; each is a number above 0."""
 _LISTS = ("mrope_section",)
-"""Fields of these that are lists."""
+"""Fields of these that are lists in every family."""
 _LONGEST = 4096
 """Most entries of a list."""
 
@@ -51,12 +51,13 @@ def require(condition: bool, field: str, value: object, fault: str) -> None:
         raise SourceError(f"config.json: {field} {value!r} {fault}")
 
 
-def check_values(values: Mapping[str, Any]) -> None:
-    """Raise SourceError for a number out of its range, a list too long, or an unknown activation, at any depth."""
+def check_values(values: Mapping[str, Any], lists: Sequence[str] = ()) -> None:
+    """Raise SourceError for a number out of its range, a list too long, or an unknown activation, at any depth; fields named
+    in `lists` may be lists of numbers in their range."""
     for field, key, value in _leaves(values):
         if value is None:
             continue
-        if isinstance(value, list) and (key in _LISTS or key not in _COUNTS.keys() | _POSITIVE.keys()):
+        if isinstance(value, list) and (key in (*_LISTS, *lists) or key not in _COUNTS.keys() | _POSITIVE.keys()):
             require(
                 len(value) <= _LONGEST, field, f"of {len(value)} entries", f"may have {_LONGEST} at most. Shorten it."
             )
@@ -98,6 +99,7 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         if isinstance(value, Mapping):
             pending += [(f"{path}.{name}", str(name), entry) for name, entry in value.items()]
             continue
+        value = list(value) if isinstance(value, tuple) else value  # configs make tuples of some lists
         yield path, key, value
         if isinstance(value, list):
             pending += [(f"{path}[{index}]", key, entry) for index, entry in enumerate(value)]

@@ -11,6 +11,7 @@ from vlmbuild.capture.outline import outline
 from vlmbuild.errors import CaptureError
 from vlmbuild.ir.printer import region_text
 from vlmbuild.ir.program import COMPUTE_DTYPE, Input, join
+from vlmbuild.runtime.torch.region import BoundRegion
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,28 @@ def test_block_with_a_parameter_of_another_module_is_refused(program):
     trace = export(Blocks(), (Input("values", COMPUTE_DTYPE, ("rows", 4)),), "a test")
     with pytest.raises(CaptureError, match=r"Block layers.0 uses the parameter scale of another module"):
         outline(tiny.FAMILY, program.geometry, {}, {"text": trace})
+
+
+class Tiles(torch.nn.Module):
+    """A class token before the patches of every tile: no input has the number of tiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.empty(1, 1, 4, dtype=torch.bfloat16, device="meta"))
+
+    def forward(self, values):
+        tiles = values.view(-1, 3, 4)
+        return -torch.cat([self.first.expand(tiles.shape[0], -1, -1), tiles], dim=1)
+
+
+def test_a_size_that_no_input_has_is_read_where_it_is_computed(program):
+    trace = export(Tiles(), (Input("values", COMPUTE_DTYPE, ("3*tiles", 4)),), "a test")
+    region, _head = outline(tiny.FAMILY, program.geometry, {}, {"text": trace}).regions.values()
+    (size,) = [node for node in region.graph.graph.nodes if node.target is torch.ops.aten.sym_size.int and node.users]
+    assert size.args[0].target is torch.ops.aten.view.default
+    first, values = torch.randn(1, 1, 4), torch.randn(6, 4)
+    (found,) = BoundRegion(region, torch.float32, ()).graph(first, values)
+    assert torch.equal(found, torch.cat([first.expand(2, -1, -1), values.view(2, 3, 4)], dim=1))
 
 
 def test_roles_follow_the_module(program):

@@ -129,7 +129,7 @@ class _Outliner:
 
     def _region(self, body: GraphModule, block: str, name: str | None) -> tuple[str, list[int]]:
         """Return the region of a part, an equal one or a new one, and the indices of the arguments that are activations."""
-        _localise_sizes(body)
+        _localise_sizes(body, block)
         body.graph.eliminate_dead_code()
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
         slots = tuple(self._slot(node, block) for node in placeholders if node.name in self.slot_names)
@@ -216,9 +216,10 @@ def _drop_size_results(body: GraphModule) -> list[bool]:
     return tensors
 
 
-def _localise_sizes(body: GraphModule) -> None:
+def _localise_sizes(body: GraphModule, block: str) -> None:
     """Make sizes come from the part's own activations, first one first: equal blocks then have equal graphs, wherever the
-    traced graph happened to read a size, and no integer crosses a region's border."""
+    traced graph happened to read a size, and no integer crosses a region's border. A size that no activation has, such as the
+    number of tiles of which there are patches alone, is read where the part computes it."""
     tensors = [n for n in body.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
     known: dict[str, Node] = {}
     for node in list(body.graph.nodes):
@@ -227,20 +228,31 @@ def _localise_sizes(body: GraphModule) -> None:
             continue
         key = str(size)
         if key not in known:
-            known[key] = _size_node(body, tensors, key)
+            known[key] = _size_node(body, tensors, key) or _computed_size(node, tensors, key, block)
             known[key].meta["val"] = size
+        if node is known[key]:
+            continue
         node.replace_all_uses_with(known[key])
         if node.op != "placeholder":
             body.graph.erase_node(node)
 
 
-def _size_node(body: GraphModule, tensors: list[Node], key: str) -> Node:
+def _computed_size(node: Node, tensors: list[Node], key: str, block: str) -> Node:
+    if node.op != "placeholder":
+        return node
+    shapes = ", ".join(f"{tensor.name} {tuple(map(str, tensor.meta['val'].shape))}" for tensor in tensors)
+    raise CaptureError(
+        f"{block or 'The part between blocks'} needs the size {key}, and its inputs are {shapes}. {_REPORT}"
+    )
+
+
+def _size_node(body: GraphModule, tensors: list[Node], key: str) -> Node | None:
     for tensor in tensors:
         for axis, size in enumerate(tensor.meta["val"].shape):
             if str(size) == key:
                 with body.graph.inserting_after(next(n for n in reversed(body.graph.nodes) if n.op == "placeholder")):
                     return body.graph.call_function(aten.sym_size.int, (tensor, axis))
-    raise CaptureError(f"A block needs the size {key}, which none of its inputs has. {_REPORT}")
+    return None
 
 
 def _order_placeholders(body: GraphModule, slots: list[Node], activations: list[Node]) -> None:

@@ -1,4 +1,5 @@
-"""Drop leftovers of tracing (assertions, casts to the same dtype, products with one), and check the operators that stay."""
+"""Drop leftovers of tracing (assertions, casts to the same dtype, products with one, dropout), and check the operators that
+stay."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def inline_no_grad(graph_module: GraphModule) -> int:
 
 def drop_no_ops(graph_module: GraphModule) -> int:
     """Remove what computes nothing, exactly: assertions on metadata, casts to the dtype that a tensor has, slices of
-    everything, products with one, unused nodes. Casts through `to.device` and `type_as` become `to.dtype`: graphs name no
-    device."""
+    everything, products with one, dropout outside training, unused nodes. Casts through `to.device` and `type_as` become
+    `to.dtype`: graphs name no device."""
     graph = graph_module.graph
     before = len(graph.nodes)
     changed = 0
@@ -62,6 +62,8 @@ def _identity_of(node: Node) -> Node | None:
         return None
     rest = tuple(node.args[1:])
     if node.target is aten.to.dtype and rest == (value.dtype,):
+        return source
+    if node.target is aten.dropout.default and rest[1] is False:  # of a model in eval mode
         return source
     if node.target is aten.slice.Tensor and rest[1:] == (0, _LARGEST_INT):
         return source

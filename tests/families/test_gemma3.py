@@ -110,7 +110,7 @@ def test_types_that_differ_from_the_image_tokens_are_refused(config, batch):
         ({"token_type_ids": types}, "Sample 1: 1 tokens are image tokens"),
         ({"token_type_ids": types[:, 1:]}, "token_type_ids have shape"),
         ({"token_type_ids": None}, "token_type_ids are missing"),
-        ({"pixel_values": batch["pixel_values"][..., :40]}, r"\(images, 3, 48, 48\), but has shape \(3, 3, 48, 40\)"),
+        ({"pixel_values": batch["pixel_values"][..., :40]}, r"\(tiles, 3, 48, 48\), but has shape \(3, 3, 48, 40\)"),
         (
             {"pixel_values": batch["pixel_values"][:2]},
             "Sample 1 has 16 image tokens for which the batch holds no image",

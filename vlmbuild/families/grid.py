@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,14 @@ class BatchImage:
         number: Index among the images, or the videos, of the batch.
         grid: Frames, rows and columns of patches.
         offsets: int64 (features,): distance of each feature's token from the first one.
+        adjoining: Whether the next image's tokens may follow directly behind this one's.
     """
 
     kind: str
     number: int
     grid: tuple[int, int, int]
     offsets: Ints
+    adjoining: ClassVar[bool] = False
 
     @property
     def features(self) -> int:
@@ -208,10 +210,12 @@ def _number_sample(
 
 
 def _held(image: BatchImage, own: Ints) -> int:
-    """Count the tokens that follow the layout of the image, and those directly behind it."""
+    """Count the tokens that follow the layout of the image, and those directly behind it that are no other image's."""
     count = min(len(own), image.features)
     matched = _leading(own[:count] - own[0] == image.offsets[:count])
-    return matched if matched < image.features else matched + _leading(np.diff(own[matched - 1 :]) == 1)
+    return (
+        matched if matched < image.features or image.adjoining else matched + _leading(np.diff(own[matched - 1 :]) == 1)
+    )
 
 
 def _leading(flags: npt.NDArray[np.bool_]) -> int:

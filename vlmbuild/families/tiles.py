@@ -1,7 +1,8 @@
 """Families whose images are cut into square tiles of one size; the vision tower sees a tile by itself, and all of it.
 
-Tiles lie along the batch dimension of the tower, so that its attention needs no mask. A processor pads the tiles of a batch
-to the sample with most of them; padding is left out here, on the host. transformers leaves out tiles whose
+Tiles lie along the batch dimension of the tower, so that its attention needs no mask. A processor lists the tiles of all
+samples (`input_layout` says "medium"), or pads those of a sample to the one with most of them ("sample"); padding is left
+out here, on the host. transformers leaves out tiles whose
 values are all zero; here `pixel_attention_mask` decides, and the values where it is missing. The two differ for a tile that is
 all zero and no padding, which transformers drops, and then refuses the text.
 """
@@ -78,7 +79,9 @@ class TileLayout:
 
 
 class Tile(BatchImage):
-    """A tile of a batch; `number` counts those of its sample."""
+    """A tile of a batch; `number` counts those of its sample, or of a batch that lists them."""
+
+    adjoining = True
 
     def __str__(self) -> str:
         return f"tile {self.number}"
@@ -104,7 +107,8 @@ class TileCore(TextCore):
 
 
 class TileFamily(GridFamily):
-    """A family whose processor returns tiles: `pixel_values` (samples, tiles, channels, side, side), padded."""
+    """A family whose processor returns tiles: `pixel_values` (samples, tiles, channels, side, side), padded, or (tiles,
+    channels, side, side) where `input_layout` calls them "medium"."""
 
     input_layout: Mapping[str, InputLayout] = {"pixel_values": "sample", "pixel_attention_mask": "sample"}
 
@@ -129,18 +133,22 @@ class TileFamily(GridFamily):
     def read_images(
         self, batch: Mapping[str, Tensor], config: Any, processor: Any
     ) -> tuple[list[BatchImage], Tensor | None]:
-        """Read `pixel_values` and, if it is there, `pixel_attention_mask` (samples, tiles, side, side)."""
+        """Read `pixel_values` and, where samples have rows of them, `pixel_attention_mask` (samples, tiles, side, side)."""
         pixels = batch.get("pixel_values")
         if pixels is None:
             return [], None
         tile = self.tile(config)
-        real = _real_tiles(pixels, batch.get("pixel_attention_mask"), tile)
-        if not real.any():
+        if self.input_layout["pixel_values"] == "medium":
+            numbers = list(range(len(check_pixels(pixels, ("tiles",), tile))))
+        else:
+            real = _real_tiles(pixels, batch.get("pixel_attention_mask"), tile)
+            numbers, pixels = real.nonzero()[:, 1].tolist(), pixels[real.to(pixels.device)]
+            if numbers:
+                self._check_samples(batch, real, tile, config)
+        if not numbers:
             return [], None
-        self._check_samples(batch, real, tile, config)
         grid, offsets = (1, tile.rows, tile.rows), np.arange(tile.features)
-        tiles: list[BatchImage] = [Tile("image", number, grid, offsets) for _, number in real.nonzero().tolist()]
-        return tiles, tile.cut(pixels[real.to(pixels.device)])
+        return [Tile("image", number, grid, offsets) for number in numbers], tile.cut(pixels)
 
     def _check_samples(self, batch: Mapping[str, Tensor], real: Tensor, tile: TileLayout, config: Any) -> None:
         """Raise BatchError for a sample whose text has another number of image tokens than its tiles have features.
@@ -165,6 +173,8 @@ class TileFamily(GridFamily):
         return sizes | {"tiles": sizes["patches"] // self.tile(config).patches}
 
     def client_vision(self, config: Any) -> ClientVision | None:
+        if "pixel_attention_mask" not in self.input_layout:
+            return None
         tile = self.tile(config)
         batch = ("batch", "tiles")
         return ClientVision(
@@ -177,6 +187,8 @@ class TileFamily(GridFamily):
         )
 
     def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        if "pixel_attention_mask" not in self.input_layout:
+            return None
         pixels, mask = batch["pixel_values"].float(), batch.get("pixel_attention_mask")
         shown = (pixels != 0).any(2) if mask is None else mask.bool()
         return {"pixel_values": pixels, "pixel_attention_mask": shown}

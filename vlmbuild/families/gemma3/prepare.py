@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +12,14 @@ from vlmbuild.errors import BatchError
 from vlmbuild.families.base import InputLayout
 from vlmbuild.families.batch import PackedBatch, repeat_end
 from vlmbuild.families.gemma3.processor import Gemma3Processing
-from vlmbuild.families.grid import BatchImage
-from vlmbuild.families.js import ClientVision
-from vlmbuild.families.tiles import Tile, check_pixels
 from vlmbuild.ir.program import Input
 
 _TYPES = "token_type_ids"
 
 
 class Gemma3Prologue(Gemma3Processing):
-    """The part of the family that reads batches. Images lie in one row, with bounds: one image alone is no special case."""
+    """The part of the family that reads batches. Images lie in one row, with bounds: one image alone is no special case.
+    Crops of pan and scan are images. Clients say nothing of blocks, without which image tokens would see earlier ones only."""
 
     input_layout: Mapping[str, InputLayout] = {"pixel_values": "medium", _TYPES: "token"}
 
@@ -43,20 +40,6 @@ class Gemma3Prologue(Gemma3Processing):
         positions, bounds = tile.in_blocks(torch.arange(tile.patches)), torch.arange(len(grids) + 1) * tile.patches
         return {"vision_position_ids": positions.repeat(len(grids)), "vision_cu_seqlens": repeat_end(bounds)}
 
-    def read_images(
-        self, batch: Mapping[str, Tensor], config: Any, processor: Any
-    ) -> tuple[list[BatchImage], Tensor | None]:
-        """Read `pixel_values` (images, channels, side, side); crops of pan and scan are images."""
-        pixels = batch.get("pixel_values")
-        if pixels is None:
-            return [], None
-        tile = self.tile(config)
-        check_pixels(pixels, ("images",), tile)
-        if not len(pixels):
-            return [], None
-        grid, offsets = (1, tile.rows, tile.rows), np.arange(tile.features)
-        return [Tile("image", number, grid, offsets) for number in range(len(pixels))], tile.cut(pixels)
-
     def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         prepared = super().prepare(batch, config, processor)
         image = torch.zeros(len(prepared.index), dtype=torch.bool)
@@ -65,12 +48,6 @@ class Gemma3Prologue(Gemma3Processing):
             image = prepared.tensors["feature_index"][0] >= 0
         prepared.tensors["lookahead"] = lookahead(image, prepared.index, batch["input_ids"].shape[1])
         return prepared
-
-    def client_vision(self, config: Any) -> ClientVision | None:
-        return None  # a client says nothing of blocks, without which image tokens would see earlier ones alone
-
-    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        return None
 
 
 def lookahead(image: Tensor, index: Tensor, length: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib
 import logging
 import os
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from functools import partial
 import checkpoints
 import measured
 import pytest
+import setups
 import tiny
 import torch
 import traces
@@ -38,7 +40,20 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES, 16))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--family-setup",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="add a family of another distribution to the tests of every family: an importable module as those in "
+        "tests/helpers/setups",
+    )
+
+
 def pytest_configure(config):
+    for module in config.getoption("family_setup"):
+        setups.add(importlib.import_module(module))
     # torch.export and inductor trip over their own deprecations.
     config.addinivalue_line("filterwarnings", "ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
     logging.getLogger("transformers").setLevel(logging.ERROR)

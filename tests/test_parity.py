@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import matrix
 import pytest
@@ -106,21 +107,22 @@ def test_nf4_equals_transformers_with_the_same_packed_weights(same, loaded, batc
             assert relative(found, theirs(**inputs).logits[attended]) > 1e-3, case
 
 
-def images_of(inputs):
-    """Return (sample, index into pixel_values) of every image of "counts differ": two in the first sample, one in the second."""
-    if "image_grid_thw" in inputs:
-        bounds = [0, *inputs["image_grid_thw"].prod(-1).cumsum(0).tolist()]
-        places = [slice(*bounds[number : number + 2]) for number in range(3)]
-    else:
-        places = [(0, 0), (0, 1), (1, 0)] if inputs["pixel_values"].ndim > 4 else [0, 1, 2]
-    return zip((0, 0, 1), places, strict=True)
+def images_of(setup):
+    """Return (sample, index into pixel_values) of every image of "counts differ", or of a tile of it: two images in the first
+    sample, one in the second."""
+    if setup.family.input_layout["pixel_values"] == "sample":
+        return [(0, (0, 0)), (0, (0, 1)), (1, (1, 0))]
+    (first, second, _), side = matrix.conversations(setup)["counts differ, left"]
+    alone = [matrix.batch(setup, [[image, "Look!"]], side)[0] for image in (first[1], first[3], second[1])]
+    bounds = [0, *itertools.accumulate(len(inputs["pixel_values"]) for inputs in alone)]
+    return zip((0, 0, 1), itertools.starmap(slice, itertools.pairwise(bounds)), strict=True)
 
 
-def test_every_image_changes_its_sample_and_no_other(ours, batches):
+def test_every_image_changes_its_sample_and_no_other(setup, ours, batches):
     inputs, _ = batches["counts differ, left"]
     with torch.no_grad():
         before = ours(**inputs).logits
-        for sample, place in images_of(inputs):
+        for sample, place in images_of(setup):
             pixels = inputs["pixel_values"].clone()
             pixels[place] += 1
             after = ours(**{**inputs, "pixel_values": pixels}).logits

@@ -135,6 +135,8 @@ def reference(setup: Setup, seed: int = 0) -> Any:
                 pass  # SigLIP's are large enough: with larger ones a row of attention has one key
             elif "positional_embedding" in name or "class_embedding" in name:
                 parameter.normal_(std=0.3)
+            elif not parameter.any():
+                parameter.normal_(std=0.3)  # transformers starts with zeros, which would hide what is read wrongly
             elif "embed_tokens" not in name and "lm_head" not in name:
                 parameter.mul_(3)  # images must matter to the logits
     return positioned(model)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
 import pytest
+import setups
 
 import vlmbuild
 from vlmbuild import recipe
@@ -14,8 +16,10 @@ from vlmbuild.families import FAMILIES, family_named
 from vlmbuild.passes import EXTRA_PASSES
 from vlmbuild.runtime.load import OPENERS
 from vlmbuild.targets import TARGETS
+from vlmbuild.util.child import PLUGINS, ChildProcess
 
 _MODULE = """
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -60,6 +64,8 @@ class Other(type(FAMILIES["qwen2_vl"])):
 
 renamed, lossy, normalize, other, taken = Renamed(), Lossy(), Normalize(), Other(), FAMILIES["qwen2_vl"]
 copy = TargetPlugin(TARGET_OPTIONS["trainable"], TARGETS["trainable"], OPENERS["trainable"])
+if __name__ == "__main__":
+    print(sys.argv[1], "other" in FAMILIES)
 """
 _ENTRIES = """
 [vlmbuild.families]
@@ -89,12 +95,13 @@ def installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     tables = (FAMILIES, EXTRA_PASSES, TARGETS, OPENERS, recipe.TARGET_OPTIONS, plugins._used)
     saved = [(table, dict(table)) for table in tables]
-    tools = list(recipe.BUILD_TOOLS)
+    tools, named = list(recipe.BUILD_TOOLS), list(PLUGINS)
     yield
     for table, content in saved:
         table.clear()
         table.update(content)
     recipe.BUILD_TOOLS[:] = tools
+    PLUGINS[:] = named
 
 
 @pytest.mark.usefixtures("installed")
@@ -105,6 +112,24 @@ def test_nothing_is_added_before_it_is_named():
     vlmbuild.use_plugins("other")
     assert family_named("other").title == "Other"
     vlmbuild.use_plugins("other")  # again is no conflict
+
+
+@pytest.mark.usefixtures("installed")
+def test_child_processes_use_them_too(tmp_path):
+    vlmbuild.use_plugins("other")
+    with ChildProcess("toy_plugins", "argument", settings={"PYTHONPATH": str(tmp_path)}) as process:
+        assert list(process.answers()) == ["argument True\n"], process.last_words()
+
+
+@pytest.mark.usefixtures("installed")
+def test_tests_of_every_family_take_one_of_a_plugin(monkeypatch):
+    for table in ("FAMILIES", "SETUPS", "PROCESSORS"):
+        monkeypatch.setattr(setups, table, dict(getattr(setups, table)))
+    toy_plugins = importlib.import_module("toy_plugins")
+    toy_plugins.FAMILY, toy_plugins.setup, toy_plugins.processor = toy_plugins.other, print, repr
+    setups.add(toy_plugins)
+    assert (setups.SETUPS["other"], setups.PROCESSORS["other"]) == (print, repr)
+    assert family_named("other") is toy_plugins.other
 
 
 @pytest.mark.usefixtures("installed")

@@ -14,6 +14,7 @@ from vlmbuild.recipe import BUILD_TOOLS, TARGET_OPTIONS, Recipe, TargetOptions
 from vlmbuild.rewrite.pass_manager import Pass
 from vlmbuild.runtime.load import OPENERS, Opener
 from vlmbuild.targets import TARGETS, Target
+from vlmbuild.util.child import PLUGINS
 from vlmbuild.util.text import listed
 
 GROUPS = ("vlmbuild.families", "vlmbuild.passes", "vlmbuild.targets")
@@ -46,6 +47,7 @@ def use_plugins(*names: str) -> None:
             entry = _entry(name)
             _add(entry, _loaded(entry))
             _used[name] = entry
+            PLUGINS.append(name)
 
 
 def _entry(name: str) -> importlib.metadata.EntryPoint:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlmbuild.builder.passes import exact_passes
+from vlmbuild.builder.plugins import use_plugins
 from vlmbuild.builder.tracing import Traced, trace
 from vlmbuild.errors import UsageError, VlmbuildError
 from vlmbuild.locks.difference import Difference, Severity, compare
 from vlmbuild.locks.document import NO_KERNELS, Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
 from vlmbuild.measure.pass_parity import Parity, pass_parity
+from vlmbuild.util.child import PLUGINS
 from vlmbuild.util.cpu import available_cores
 from vlmbuild.util.progress import Progress, silent
 
@@ -88,18 +90,19 @@ def _run(work: Sequence[tuple[list[Path], bool]], processes: int) -> Iterable[li
         yield from (check_group(*task) for task in work)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=tuple(PLUGINS)) as pool:
         yield from (future.result() for future in as_completed([pool.submit(check_group, *task) for task in work]))
 
 
-def _quiet() -> None:
-    """Silence warnings as the command line does, and use one thread: there is one process per core."""
+def _prepare(*plugins: str) -> None:
+    """Silence warnings as the command line does, use this process's plugins, and one thread: there is one process per core."""
     import warnings
 
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    use_plugins(*plugins)
 
 
 def check_group(files: Sequence[Path], kernels: bool) -> list[Checked]:

@@ -13,6 +13,10 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Self
 
+PLUGINS: list[str] = []
+"""Plugins of this process, which its children use too."""
+_WITH_PLUGINS = "vlmbuild.builder.with_plugins"
+
 
 class ChildProcess:
     """A context with the process `python -m MODULE ARGUMENTS`; afterwards neither it nor anything that it started is left.
@@ -24,7 +28,8 @@ class ChildProcess:
     """
 
     def __init__(self, module: str, *arguments: str, settings: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
+        launch = (_WITH_PLUGINS, ",".join(PLUGINS)) if PLUGINS else ()
+        self._command = [sys.executable, "-m", *launch, module, *arguments]
         self._environment = {**os.environ, **settings}
 
     def __enter__(self) -> Self:

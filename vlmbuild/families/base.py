@@ -184,6 +184,9 @@ class Family(ForClients, ABC):
 
     # Batches --------------------------------------------------------------------------------------------------------
 
+    def compare_positions(self, batch: Mapping[str, Any], config: Any) -> None:
+        """Warn where a forward pass over this batch counts positions otherwise than transformers; its generate never does."""
+
     @abstractmethod
     def prepare(self, batch: Mapping[str, Tensor], config: Any, processor: Any = None) -> PackedBatch:
         """Run the host prologue: compute everything that depends on data as tensors, and check every sample.

@@ -57,7 +57,10 @@ class InferenceModel(Model):
             )
         check_names(self.family, "model", batch)
         cache = self.new_cache() if past_key_values is None else past_key_values
-        return CausalLMOutputWithPast(logits=self.logits(batch, cache, logits_to_keep), past_key_values=past_key_values)
+        logits = self.logits(batch, cache, logits_to_keep)
+        if past_key_values is None:
+            self.family.compare_positions(batch, self.config)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     forward = __call__
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
-from vlmbuild.families.batch import Tokens
 from vlmbuild.families.config_checks import require
-from vlmbuild.families.grid import BatchImage
 from vlmbuild.families.pixtral.model import PixtralTower, TowerCore
 
 
@@ -50,19 +49,20 @@ class Mistral3(PixtralTower):
         tied = isinstance(text, Mapping) and text.get("tie_word_embeddings", False)
         return super().config({"tie_word_embeddings": tied, **values})
 
-    def position_ids(
-        self, tokens: Tokens, images: Sequence[BatchImage], batch: Mapping[str, Tensor], config: Any
-    ) -> Tensor:
-        positions = tokens.positions()
-        rope, columns = config.text_config.rope_parameters, tokens.index % tokens.ids.shape[1]
-        length = rope.get("original_max_position_embeddings") if "llama_4_scaling_beta" in rope else None
-        if length and batch.get("labels") is not None and (positions // length != columns // length).any():
+    def compare_positions(self, batch: Mapping[str, Any], config: Any) -> None:
+        rope, mask = config.text_config.rope_parameters, batch.get("attention_mask")
+        length = rope["original_max_position_embeddings"] if rope.get("llama_4_scaling_beta") else None
+        if not length or mask is None:
+            return
+        mask = mask.cpu().bool()
+        positions, columns = mask.long().cumsum(1) - 1, torch.arange(mask.shape[1])
+        if (mask & (positions // length != columns // length)).any():
             warnings.warn(
                 f"Padding on the left does not count as positions, which scale queries from {length} on, while transformers "
-                'counts it in training. Pad on the right for equal losses: processor(..., padding_side="right").',
+                "counts it in a forward pass without position_ids, though not in generate. Pad on the right for equal logits "
+                'and losses: processor(..., padding_side="right").',
                 stacklevel=2,
             )
-        return positions
 
     def check(self, config: Any) -> None:
         super().check(config)

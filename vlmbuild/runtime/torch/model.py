@@ -210,6 +210,7 @@ class VisionLanguageModel(AdaptedModel):
         self.follow_dropout()
         checked = batch if labels is None else {**batch, "labels": labels}
         prepared = self.family.prepare(checked, self.config, self.processor)
+        self.family.compare_positions(batch, self.config)
         return Execution(self, prepared, batch["input_ids"].shape, compiler)
 
     def new_cache(self, length: int | None = None) -> KeyValueCache:

@@ -97,6 +97,9 @@ class Qwen3VL(Qwen3VLPrologue):
             f"must name some of {depth} vision blocks, in order, and no more than the {layers} text layers. Restore the list.",
         )
 
+    def client_names(self, module: str) -> tuple[str, ...]:
+        return *super().client_names(module), module.removeprefix("model.")  # vLLM's tower is `visual`
+
     def role(self, name: str) -> Role:
         return "projector" if name.startswith("model.visual.deepstack_merger_list.") else super().role(name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from checkpoints import NAMES
 from make_prebuilt import PREBUILT, ROLES
 
 from vlmbuild import QuantSpec, load, verify
@@ -11,7 +12,7 @@ from vlmbuild.demo.task import READ, exact_match
 from vlmbuild.zoo import ZOO
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_is_what_a_build_makes_and_reads_digits(name, zoo_artifact):
     path = PREBUILT / f"{name}-nf4"
     stored, built = verify(path), zoo_artifact(name, quantize=QuantSpec("nf4", roles=ROLES)).manifest

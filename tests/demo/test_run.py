@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 
 from vlmbuild import verify
-from vlmbuild.demo.run import run
+from vlmbuild.demo.run import PUBLISHED, run
+from vlmbuild.zoo import CHECKPOINTS
 
 
 @pytest.mark.slow
-def test_demo_teaches_a_new_question(tmp_path):
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.release] * (name != "qwen2_vl")) for name in CHECKPOINTS]
+)
+def test_demo_teaches_a_new_question(family, tmp_path):
     lines = []
-    result = run(tmp_path / "new", steps=40, echo=lines.append)
+    result = run(tmp_path / "new", family=family, steps=40, echo=lines.append)
     assert result.reading >= 0.93
     assert result.before < 0.3
     assert result.after > result.before + 0.3
@@ -20,4 +24,4 @@ def test_demo_teaches_a_new_question(tmp_path):
     text = "\n".join(lines)
     for stage in ("[1/6] Plan", "[2/6] Build", "[3/6] Verify", "[4/6] Load", "[5/6] Fine-tune", "[6/6] Ask again"):
         assert stage in text
-    assert "vlmbuild.load" in text
+    assert "vlmbuild.load" in text and PUBLISHED[family] in text

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from checkpoints import NAMES
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -26,10 +27,11 @@ COMMANDS = {
         "python -m tests.zoo_training OUTPUT --family mllama --resume BEFORE --warm-up 0 --steps 2500 --seed 2 --peak 0.0012"
     ),
     "pixtral-digits": "python -m tests.zoo_training OUTPUT --family pixtral --warm-up 3000 --steps 2500 --seed 0",
+    "qwen3-vl-digits": "python -m tests.zoo_training OUTPUT --family qwen3_vl --warm-up 0 --steps 1500 --seed 0",
 }
 
 
-@pytest.fixture(scope="module", params=ZOO)
+@pytest.fixture(scope="module", params=NAMES)
 def name(request):
     return request.param
 
@@ -96,6 +98,9 @@ def test_grouped_queries_and_published_specialities(name, config):
             if key.endswith(("gate", "gate_attn", "gate_ffn"))
         ]
         assert len(gates) > 6 and min(gate.abs().min() for gate in gates) > 0.001
+    elif name == "qwen3-vl-digits":
+        assert text.rope_parameters["mrope_section"] == [24, 20, 20]
+        assert len(config.vision_config.deepstack_visual_indexes) == 1
     else:
         assert text.head_dim != text.hidden_size // text.num_attention_heads
         assert not config.tie_word_embeddings
@@ -110,6 +115,7 @@ def test_canvases_vary_and_held_out_glyphs_are_new(name, processor):
         "qwen2-vl-digits": ("image_grid_thw", 9),
         "mllama-digits": ("aspect_ratio_ids", 5),
         "pixtral-digits": ("image_sizes", 9),
+        "qwen3-vl-digits": ("image_grid_thw", 9),
     }[name]
     assert len({tuple(size) for size in batch[key].tolist()}) >= kinds
     train, held_out = Digits("train", 0), Digits("held_out", 0)

@@ -8,12 +8,17 @@ import signal
 from pathlib import Path
 
 import matrix
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from vlmbuild.checkpoint.source import PROCESSOR_FILES
 from vlmbuild.families import FAMILIES
 from vlmbuild.zoo import ZOO
+
+QUICK = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in ZOO]
+"""The zoo's names as parameters of tests that build or run the checkpoints; some are slow, for the sake of the others."""
 
 
 def write_checkpoint(reference, directory: Path) -> Path:

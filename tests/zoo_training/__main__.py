@@ -2,7 +2,8 @@
 one further: `python -m tests.zoo_training OUTPUT --family F --resume DIRECTORY --warm-up 0 --steps N --seed N --peak RATE`.
 
 Everything is made here from a seed: the byte-level tokenizer with the family's special tokens, the processor's files, the
-randomly initialised model of about 1.4 million parameters, and the training itself, with transformers' own model class.
+model of about a million parameters, and the training itself, with transformers' own model class. The model is randomly
+initialised, or has weights of other checkpoints of the zoo where the layers are the same (`start.py`).
 Writes an ordinary checkpoint in the published layout and `training.json` with the script's arguments and figures.
 """
 
@@ -16,15 +17,22 @@ from typing import Any
 
 import torch
 
-from tests.zoo_training import mllama, pixtral, qwen2_vl
+from tests.zoo_training import mllama, pixtral, qwen2_vl, qwen3_vl
 from tests.zoo_training.probe import ZooFamily, warm_up
 from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import READ, exact_match, training_batch
 
-FAMILIES: dict[str, ZooFamily] = {"qwen2_vl": qwen2_vl, "mllama": mllama, "pixtral": pixtral}
+FAMILIES: dict[str, ZooFamily] = {
+    "qwen2_vl": qwen2_vl,
+    "mllama": mllama,
+    "pixtral": pixtral,
+    "qwen3_vl": qwen3_vl,
+}
 DEFAULT_FAMILY = "qwen2_vl"
 PEAK = 2e-3
 """Highest learning rate of the language loss."""
+BATCH = 64
+"""Samples of a step."""
 
 
 def fit(model: Any, processor: Any, steps: int, seed: int, batch_size: int, peak: float) -> list[dict[str, Any]]:
@@ -58,7 +66,7 @@ def train(
     seed: int,
     peak: float = PEAK,
     resume: Path | None = None,
-    batch_size: int = 64,
+    batch_size: int = BATCH,
 ) -> None:
     """Train from scratch, or from a checkpoint's weights, and write the checkpoint."""
     torch.manual_seed(seed)
@@ -78,6 +86,7 @@ def train(
     processor.save_pretrained(output)
     final = exact_match(model.float(), processor, READ, Digits("held_out", seed + 1).take(1000))
     options = f"--warm-up {warm_up_steps} --steps {steps} --seed {seed}" + ("" if peak == PEAK else f" --peak {peak}")
+    options += "" if batch_size == BATCH else f" --batch {batch_size}"
     chosen = "" if name == DEFAULT_FAMILY else f"--family {name} "
     before = {}
     if resume is not None:
@@ -103,9 +112,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="default: the family's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=PEAK)
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples of a step")
     parser.add_argument("--resume", type=Path, metavar="DIRECTORY", help="a checkpoint that this made")
     arguments = parser.parse_args()
     defaults = FAMILIES[arguments.family]
     warm_up_steps = defaults.WARM_UP_STEPS if arguments.warm_up is None else arguments.warm_up
     steps = defaults.STEPS if arguments.steps is None else arguments.steps
-    train(arguments.output, arguments.family, steps, warm_up_steps, arguments.seed, arguments.peak, arguments.resume)
+    rest = (arguments.seed, arguments.peak, arguments.resume, arguments.batch)
+    train(arguments.output, arguments.family, steps, warm_up_steps, *rest)

@@ -27,6 +27,7 @@ PUBLISHED = {
     "qwen2_vl": "Qwen/Qwen2-VL-2B-Instruct",
     "mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "pixtral": "mistral-community/pixtral-12b",
+    "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct",
 }
 SEED = 0
 RANK = 16

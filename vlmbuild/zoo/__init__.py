@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
-CHECKPOINTS = {"qwen2_vl": "qwen2-vl-digits", "mllama": "mllama-digits", "pixtral": "pixtral-digits"}
+CHECKPOINTS = {
+    "qwen2_vl": "qwen2-vl-digits",
+    "mllama": "mllama-digits",
+    "pixtral": "pixtral-digits",
+    "qwen3_vl": "qwen3-vl-digits",
+}
 """Model family -> name of its checkpoint."""
 
 ZOO: dict[str, Path] = {name: Path(__file__).with_name(name) for name in CHECKPOINTS.values()}

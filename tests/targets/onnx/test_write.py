@@ -5,6 +5,7 @@ import json
 import onnx
 import pytest
 import torch
+from checkpoints import NAMES
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -20,7 +21,7 @@ from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.zoo import ZOO
 
 INT8 = "model.language_model.layers.0.self_attn.o_proj.weight"
-CHECKPOINTS = (*ZOO, "qwen2_5_vl")
+CHECKPOINTS = (*NAMES, "qwen2_5_vl")
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -44,7 +45,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(pair):
         assert model.generate(**case.batch, **GREEDY).equal(tokens), case.name
 
 
-@pytest.mark.parametrize("pair", ZOO, indirect=True)
+@pytest.mark.parametrize("pair", NAMES, indirect=True)
 def test_reads_digits(pair):
     """Batches of the task that the models were trained for, so that a wrong token shows."""
     model, processor, theirs = pair

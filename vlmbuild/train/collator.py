@@ -15,7 +15,7 @@ from vlmbuild.families import family_of_processor
 from vlmbuild.families.images import ImageError
 from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.train.conversation import Conversation, is_pack, read_conversation
-from vlmbuild.train.media import MediaReader, named_errors, with_size
+from vlmbuild.train.media import MediaReader, as_they_are, named_errors, with_size
 from vlmbuild.train.render import check_processor, render
 from vlmbuild.train.rows import padded_on_the_left, until_first, until_last, within
 from vlmbuild.util.validation import one_of
@@ -230,7 +230,7 @@ class VisionDataCollator:
             batch = self.processor(
                 text=[one.text for one in samples],
                 **({"images": opened["image"]} if any(opened["image"]) else {}),
-                **({"videos": videos} if videos else {}),
+                **(as_they_are(videos) if videos else {}),
                 padding=True,
                 padding_side="right",
                 add_special_tokens=False,
@@ -247,9 +247,12 @@ class VisionDataCollator:
             positions = (batch["attention_mask"][row].bool() & ~media[row]).nonzero().squeeze(1)
             text = ~(torch.isin(sample.ids, self.media) | self.media_reader.joined(sample.ids))
             if not torch.equal(ids[positions], sample.ids[text]):
+                remedy = "Use a chat template that writes all special tokens, the first one (bos) too."
+                if any(sample.conversation.values("video")):
+                    remedy = "If it writes times into the text of videos, pass their frames as images."
                 raise BatchError(
-                    f"{sample.conversation.where}: the processor has changed the text besides its images, so that labels "
-                    "cannot be placed. Use a chat template that writes all special tokens, the first one (bos) too."
+                    f"{sample.conversation.where}: the processor has changed the text besides its images and videos, so that "
+                    f"labels cannot be placed. {remedy}"
                 )
             learned = positions[sample.learned[text]]
             labels[row, learned] = ids[learned]

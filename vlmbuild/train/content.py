@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmbuild.errors import BatchError
+from vlmbuild.families.videos import SAMPLING
 
 Part = dict[str, Any]
 
 LIMITS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 """Keys of an image's part that say how large it shall be."""
+_OPTIONS = {"image": LIMITS, "video": SAMPLING}
 _SOURCES = {"image": ("image", "path", "url", "base64"), "video": ("video", "path", "url")}
 _TAGS = re.compile(r"(<image>|<video>)")
 
@@ -23,9 +25,9 @@ class Media:
 
     Attributes:
         kind: "image" or "video".
-        value: A PIL image, an array, a path, an address, encoded bytes or a file; of a video a list of frames. None stands for
-            the next one beside the messages.
-        limits: Values of `LIMITS`.
+        value: A PIL image, an array, a path, an address, encoded bytes or a file; of a video a list of frames, or a path. None
+            stands for the next one beside the messages.
+        limits: Values of `LIMITS`; of a video of `SAMPLING`.
     """
 
     kind: str
@@ -97,13 +99,13 @@ def _part(part: Any, media: list[Media], where: str) -> Part:
         )
     if values.get("detail") == "auto":  # the processor's own sizes
         del values["detail"]
-    _refuse_unread(values, (*_SOURCES[kind], *(LIMITS if kind == "image" else ())), kind, where)
+    _refuse_unread(values, (*_SOURCES[kind], *_OPTIONS[kind]), kind, where)
     sources = [values[key] for key in _SOURCES[kind] if key in values]
     if len(sources) > 1:
         raise BatchError(
             f"{where}: one {kind} part has {len(sources)} of {', '.join(_SOURCES[kind])}. Leave all but one out."
         )
-    limits = {key: values[key] for key in LIMITS if key in values}
+    limits = {key: values[key] for key in _OPTIONS[kind] if key in values}
     media.append(Media(kind, sources[0] if sources else None, limits))
     return {"type": kind}
 

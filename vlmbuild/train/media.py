@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from transformers.image_utils import SizeDict
 from vlmbuild.errors import BatchError, UsageError
 from vlmbuild.families import Family
 from vlmbuild.families.images import ImageError, image_size, open_image, resized
+from vlmbuild.families.videos import open_video
 from vlmbuild.train.content import Media
 
 
@@ -46,13 +47,10 @@ class MediaReader:
         return joined & (pad(placeholders[1:], (0, 1)) | pad(placeholders[:-1], (1, 0)))
 
     def open(self, media: Media, where: str) -> Any:
-        """Open an image, or the frames of a video, and resize it to limits of its own."""
+        """Open an image and resize it to limits of its own; of a video return the frames that are used, and their metadata."""
         if media.kind == "video":
-            return (
-                [open_image(frame, where) for frame in media.value]
-                if isinstance(media.value, list | tuple)
-                else media.value
-            )
+            with named_errors(where, "the video"):
+                return open_video(media.value, self.processor.video_processor, where, **media.limits)
         image = open_image(media.value, where)
         size = image_size(image, where)
         wanted = self._size(size, media, where)
@@ -71,11 +69,17 @@ class MediaReader:
         """Count the tokens of an image or video."""
         if media.kind == "video":
             with named_errors(where, "the video"):
-                grid = self.processor.video_processor(videos=[self.open(media, where)], return_tensors="pt")
+                grid = self.processor.video_processor(**as_they_are([self.open(media, where)]), return_tensors="pt")
                 return int(grid["video_grid_thw"].prod()) // int(self.processor.image_processor.merge_size) ** 2
         size = self._size(image_size(media.value, where), media, where)
         with named_errors(where, "the image"):
             return self.family.image_tokens(self.processor, *size)
+
+
+def as_they_are(videos: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return the arguments of a video processor for frames that are chosen already, with their metadata."""
+    frames, metadata = map(list, zip(*videos, strict=True))
+    return {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
 
 
 @contextmanager
@@ -86,8 +90,9 @@ def named_errors(where: str, what: str) -> Iterator[None]:
     except BatchError:
         raise
     except Exception as error:  # processors raise whatever they like
+        said = str(error).rstrip(".")
         raise ImageError(
-            f'{where}: {what} cannot be processed: {error}. Change it, or leave such samples out: unusable="drop".'
+            f'{where}: {what} cannot be processed: {said}. Change it, or leave such samples out: unusable="drop".'
         ) from error
 
 

@@ -1,25 +1,30 @@
 """The processor of Qwen2-VL and of models with its images and videos, and its files for transformers.js.
 
-transformers' video processor needs torchvision; where that is missing, frames go through the image processor.
+transformers' video processor needs torchvision; where that is missing, frames go through the image processor. In both cases
+`vlmbuild.families.videos` decodes files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
-from transformers.video_utils import make_batched_metadata, make_batched_videos
+from transformers.video_utils import VideoMetadata, make_batched_metadata
 
 from vlmbuild.families.js import ClientFiles, image_settings, with_template
 from vlmbuild.families.mrope import MropeFamily
+from vlmbuild.families.videos import list_videos, read_video, with_files
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -59,17 +64,21 @@ def frame_size(directory: Path, default: Mapping[str, int] = _SIZE) -> dict[str,
 
 
 class FrameProcessor:
-    """Equivalent of transformers' `Qwen2VLVideoProcessor` for videos that are passed as frames, with Pillow.
+    """Equivalent of transformers' `Qwen2VLVideoProcessor`, with Pillow.
 
-    Frames are not sampled: all of them are used, the last one twice if their number is odd.
+    All frames are used, unless `do_sample_frames` is asked for; the last one twice if their number is odd.
 
     Attributes:
         stock_name: Name of transformers' class.
         default_size: Its pixels of a frame, least and most.
+        do_sample_frames: Whether frames are chosen by default.
+        min_frames, max_frames: Limits of the frames that are chosen by `fps`.
     """
 
     stock_name = "Qwen2VLVideoProcessor"
     default_size: Mapping[str, int] = _SIZE
+    do_sample_frames = False
+    min_frames, max_frames = 4, 768
 
     @classmethod
     def settings(cls, image: Mapping[str, Any], size: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -90,36 +99,73 @@ class FrameProcessor:
         size: Any = None,
         video_metadata: Any = None,
         return_metadata: bool = False,
+        do_sample_frames: bool | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
         **_unused: Any,
     ) -> BatchFeature:
         """Cut videos into patches.
 
         Args:
-            videos: One video or several: lists of images, or arrays (frames, height, width, channels).
+            videos: One video or several: lists of images, arrays (frames, height, width, channels), or paths of files.
             return_tensors: "pt", "np", or None for arrays.
             size: Least and most pixels of a frame, `shortest_edge` and `longest_edge`.
-            video_metadata: What transformers' `VideoMetadata` holds of each video, "fps" for example.
+            video_metadata: What transformers' `VideoMetadata` holds of each video, "fps" for example; a file has its own.
             return_metadata: Whether it is returned.
+            do_sample_frames: Whether some frames are chosen; else all are used. None for the class's default.
+            fps: Frames a second to choose.
+            num_frames: Frames to choose, instead.
 
         Returns:
             `pixel_values_videos` (patches, pixels) and `video_grid_thw` (videos, 3); `video_metadata` if asked for.
 
         Raises:
-            ValueError: A video is a path: decoding needs torchvision.
+            ValueError: A file cannot be decoded.
         """
-        videos = make_batched_videos(videos)
+        videos = list_videos(videos)
+        metadata = make_batched_metadata(videos, video_metadata=video_metadata)
+        sampled = self.do_sample_frames if do_sample_frames is None else do_sample_frames
+        choose = partial(self.sample_frames, num_frames=num_frames, fps=fps) if sampled else None
+        for number, (video, facts) in enumerate(zip(videos, metadata, strict=True)):
+            if isinstance(video, str):
+                videos[number], metadata[number] = self.fetch_videos(video, sample_indices_fn=choose)
+            elif choose is not None:
+                facts.frames_indices = choose(metadata=facts)
+                videos[number] = video[facts.frames_indices]
         patches, grids = zip(*(self._patches(frames, size or self.size) for frames in videos), strict=True)
         data = {"pixel_values_videos": np.concatenate(patches), "video_grid_thw": np.array(grids)}
         batch = BatchFeature(data, tensor_type=return_tensors)
         if return_metadata:
-            batch["video_metadata"] = make_batched_metadata(videos, video_metadata=video_metadata)
+            batch["video_metadata"] = metadata
         return batch
 
+    def fetch_videos(self, videos: Any, sample_indices_fn: Any = None) -> tuple[Any, Any]:
+        """Decode files; see `read_video`."""
+        return read_video(videos, sample_indices_fn)
+
+    def sample_frames(
+        self, metadata: VideoMetadata, *, num_frames: int | None = None, fps: float | None = None, **_unused: Any
+    ) -> Any:
+        """Choose frames as the stock class does, a multiple of `temporal_patch_size`; returns their numbers.
+
+        Raises:
+            ValueError: Neither or both of `num_frames` and `fps` are given, or the video is too short or of unknown speed.
+        """
+        total, depth = metadata.total_num_frames, self.temporal_patch_size
+        if (num_frames is None) == (fps is None):
+            raise ValueError("Choosing frames needs one of fps and num_frames. Pass one, or do_sample_frames=False")
+        if num_frames is not None:
+            count = round(num_frames / depth) * depth
+        elif metadata.fps is None:
+            raise ValueError("fps needs a video's own frames a second. Pass it in video_metadata, or pass num_frames")
+        else:
+            wanted = max(total / metadata.fps * (fps or 0), self.min_frames)
+            count = math.floor(min(wanted, min(self.max_frames, total) // depth * depth) / depth) * depth
+        if not 0 < count <= total:
+            raise ValueError(f"{count} frames cannot be chosen of a video that has {total}. Change fps or num_frames")
+        return torch.arange(0, total, total / count).int()
+
     def _patches(self, frames: Any, size: Any) -> tuple[Floats, list[int]]:
-        if isinstance(frames, str | Path):
-            raise ValueError(
-                f"Decoding {frames} needs torchvision, which is not installed. Pass the video as a list of its frames."
-            )
         images = self.image_processor(self._even(list(frames)), size=dict(size), return_tensors="np")
         grids, depth = images["image_grid_thw"], self.temporal_patch_size
         _, height, width = (int(side) for side in grids[0])
@@ -187,7 +233,9 @@ class Qwen2VLProcessing(MropeFamily):
         stock = is_torchvision_available() and _has_video_processor(directory)
         processor_class = self.stock_processor if stock else self.frame_processor
         processor = processor_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        if not stock:
+        if stock:
+            with_files(processor.video_processor)
+        else:
             processor.frame_size = frame_size(directory, processor.frame_class.default_size)
         return processor
 

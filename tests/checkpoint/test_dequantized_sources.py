@@ -35,6 +35,8 @@ SCHEMES = {
         "pack-quantized",
         {"num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": False},
     ),
+    "w2a16": ("pack-quantized", {"num_bits": 2, "strategy": "group", "group_size": GROUP}),
+    "w8a8 with zero points": ("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
     "w8a16 by channel": ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
     "w8a8": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "fp8": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
@@ -43,6 +45,14 @@ SCHEMES = {
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [48, 40]},
     ),
+}
+
+
+TEXTS = {
+    "w4a16": f"4 bits, groups of {GROUP}",
+    "w8a8": "8 bits, one scale a row",
+    "fp8, one scale": "8-bit floats, one scale",
+    "fp8 blocks": "8-bit floats, blocks of 48 x 40",
 }
 
 
@@ -81,10 +91,10 @@ def extremes(weight, args):
     return (x.flatten() if args.strategy == "tensor" else x for x in found)
 
 
-def compress(tensors, scheme):
+def compress(tensors, scheme, chosen=is_quantized):
     """Replace linear weights by what the library stores for them; return the values that it decompresses them to."""
     compressor, values = BaseCompressor.get_value_from_registry(scheme.format), {}
-    for name in list(filter(is_quantized, tensors)):
+    for name in list(filter(chosen, tensors)):
         module, weight = name.removesuffix(".weight"), tensors.pop(name)
         scale, zero = calculate_qparams(*extremes(weight, scheme.weights), scheme.weights)
         state = {"weight": weight, "weight_scale": scale.to(weight.dtype), "weight_zero_point": zero}
@@ -118,6 +128,8 @@ def test_values_are_those_that_the_library_decompresses_to(plain, tmp_path, name
     path, values = compressed(plain, tmp_path / "source", name)
     config = json.loads((path / "config.json").read_text())["quantization_config"]
     found = {weight.module: weight for weight in dequantized_weights(CheckpointWeights(path), config)}
+    layouts = {weight.layout for weight in found.values()}
+    assert layouts == {TEXTS.get(name, *layouts)}
     assert found.keys() == {name.removesuffix(".weight") for name in values}
     for module, weight in found.items():
         ours = torch.cat(list(weight.values(1000))).view(weight.shape)
@@ -151,9 +163,9 @@ def pack(numbers, bits, order=None):
     return sum(words[..., column] << bits * place for place, column in enumerate(order)).to(torch.int64).to(torch.int32)
 
 
-def numbers_of(weight, bits):
+def numbers_of(weight, bits, group=GROUP):
     """Numbers, zero points and float16 scales of groups: [out, in], [out, groups], [out, groups]."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    groups = weight.float().unflatten(1, (-1, group))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((high - low) / (2**bits - 1)).to(torch.float16)
     zeros = (-low / scales).round()
@@ -161,12 +173,12 @@ def numbers_of(weight, bits):
     return numbers.flatten(1), zeros, scales
 
 
-def awq(weight):
+def awq(weight, group=GROUP):
     """A layer in AWQ's files, and its values."""
-    numbers, zeros, scales = numbers_of(weight, 4)
+    numbers, zeros, scales = numbers_of(weight, 4, group)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     parts = {"qweight": pack(numbers.t(), 4, order), "qzeros": pack(zeros.t(), 4, order), "scales": scales.t()}
-    return parts, (numbers.unflatten(1, (-1, GROUP)) - zeros[..., None]).flatten(1) * scales.repeat_interleave(GROUP, 1)
+    return parts, (numbers.unflatten(1, (-1, group)) - zeros[..., None]).flatten(1) * scales.repeat_interleave(group, 1)
 
 
 def gptq(weight, bits, less):
@@ -187,7 +199,9 @@ def gptq(weight, bits, less):
 
 LAYOUTS = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
+    "awq by row": (lambda w: awq(w, w.shape[1]), {"quant_method": "awq", "group_size": -1, "version": None}),
     "gptq": (lambda w: gptq(w, 4, 1), {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
+    "gptq in 2 bits": (lambda w: gptq(w, 2, 1), {"quant_method": "gptq", "bits": 2, "dynamic": {"-:.*visual.*": {}}}),
     "gptq_v2": (lambda w: gptq(w, 8, 0), {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}),
 }
 
@@ -221,6 +235,12 @@ def without(*parts):
     return lambda config, tensors: [tensors.pop(f"{Q_PROJ}.{part}") for part in parts]
 
 
+def replaced(part, change):
+    return lambda config, tensors: tensors.update(
+        {f"{Q_PROJ}.{part}": change(tensors[f"{Q_PROJ}.{part}"]).contiguous()}
+    )
+
+
 def config_with(**options):
     return lambda config, tensors: config["quantization_config"].update(options)
 
@@ -236,12 +256,34 @@ def groups_with(**options):
         ("w4a16", config_with(transform_config={"config_groups": {"u": {}}}), "transform_config"),
         ("w4a16", config_with(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
         ("w4a16", groups_with(group_size=64), "no group of config_groups"),
-        ("w4a16", groups_with(num_bits=8), "no group of config_groups"),
-        ("w4a16 with zero points", without("weight_zero_point"), "no zero points"),
+        (
+            "w4a16",
+            groups_with(num_bits=8),
+            "without zero points, fits no group of config_groups .*'num_bits'|num_bits 8",
+        ),
+        ("w4a16", groups_with(strategy=None), "no group of config_groups"),
+        ("w4a16 with zero points", without("weight_zero_point"), "without zero points"),
+        ("w4a16 with zero points", replaced("weight_zero_point", lambda t: t.flatten()), "weight_zero_point"),
+        ("w4a16", replaced("weight_shape", lambda t: t[0]), "weight_shape is torch.int64 \\[\\], not two integers"),
+        ("w4a16", replaced("weight_shape", lambda t: t.float()), "weight_shape is torch.float32"),
+        ("w4a16", replaced("weight_scale", lambda t: t.to(torch.uint8)), "weight_scale.* torch.uint8"),
+        ("w4a16", replaced("weight_packed", lambda t: t[:0]), "weight_shape says"),
+        ("w4a16", config_with(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (
+            "w4a16",
+            lambda c, t: c["quantization_config"]["config_groups"].update(g={"format": "nvfp4-pack-quantized"}),
+            "nvfp4-pack-quantized",
+        ),
         ("w4a16", without("weight_shape"), "weight_shape"),
         ("w4a16", lambda c, t: t.update({f"{Q_PROJ}.weight_g_idx": torch.arange(4)}), f"{Q_PROJ} orders its columns"),
         ("awq", config_with(version="gemv"), "version is 'gemv'"),
         ("awq", config_with(group_size=64), "do not fit .* groups of 64"),
+        ("awq", config_with(group_size=None), "group_size is None"),
+        ("awq", config_with(group_size=32.0), "group_size is 32.0"),
+        ("gptq", config_with(bits=4.0), "bits is 4.0"),
+        ("gptq", config_with(checkpoint_format=["gptq"]), "checkpoint_format"),
+        ("gptq", config_with(dynamic={"+:.*": {"bits": 8}}), "dynamic"),
+        ("gptq", replaced("scales", lambda t: t[:0]), "0 groups"),
         ("awq", without("qzeros"), ".qzeros"),
         ("gptq", config_with(bits=3), "bits is 3"),
         ("gptq", config_with(checkpoint_format="marlin"), "'marlin'"),
@@ -264,3 +306,28 @@ def test_what_does_not_fit_is_named(plain, tmp_path, name, change, message):
         for weight in Checkpoint.open(path).tensors.values():
             if weight.dequantized is not None:
                 list(weight.dequantized.values(10**6))
+
+
+def test_two_groups_and_zero_biases(plain, tmp_path):
+    """Each weight is read by the group that it fits; a bias of zeros, as AutoGPTQ writes, is none."""
+    path, values = compressed(plain, tmp_path / "source", "w4a16")
+    module, scheme = f"{Q_PROJ}", scheme_of("w8a8")
+
+    def change(tensors):
+        for part in ("weight_packed", "weight_scale", "weight_shape"):
+            del tensors[f"{module}.{part}"]
+        tensors[f"{module}.weight"] = load_file(plain / "model.safetensors")[f"{module}.weight"]
+        values.update(compress(tensors, scheme, lambda name: name == f"{module}.weight"))
+        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(
+            len(values["model.layers.0.self_attn.o_proj.weight"])
+        )
+
+    edit_weights(path, change)
+    edit_config(
+        path, lambda c: c["quantization_config"]["config_groups"].update(group_1=scheme.model_dump(mode="json"))
+    )
+    built = read(build(path, tmp_path / "out", Recipe(dtype="bfloat16")).path)
+    assert all(torch.equal(built[name], value) for name, value in values.items())
+    edit_weights(path, lambda tensors: tensors["model.layers.0.self_attn.o_proj.bias"].fill_(1))
+    with pytest.raises(SourceError, match=r"holds .*o_proj\.bias"):
+        build(path, tmp_path / "other", Recipe(dtype="bfloat16"))

@@ -50,10 +50,18 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     extra = [
         family.stored_name(name)
         for name in sorted(set(tensors) - set(needed) - set(program.ties))
-        if not _IGNORED_SOURCE_TENSORS.fullmatch(name)
+        if not _IGNORED_SOURCE_TENSORS.fullmatch(name) and not _is_zero_bias(checkpoint, name)
     ]
     if extra:
         raise SourceError(
             f"{directory} holds {listed(extra, 5)}, which a model with this config.json does not have. "
             "Building would lose them; check num_hidden_layers and depth."
         )
+
+
+def _is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """Tell whether this is a bias of zeros of a dequantized layer: AutoGPTQ writes one where the model has none."""
+    weight = checkpoint.tensors.get(f"{name.removesuffix('.bias')}.weight")
+    if not name.endswith(".bias") or weight is None or weight.dequantized is None:
+        return False
+    return not checkpoint.weights.read(checkpoint.tensors[name].name).any()

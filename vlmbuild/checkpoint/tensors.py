@@ -46,7 +46,7 @@ class SourceTensor:
     @property
     def module(self) -> str:
         """Name of its module in the files."""
-        return self.name.removesuffix(".weight")
+        return self.name.removesuffix(".weight") if self.dequantized is None else self.dequantized.module
 
     def values(self, weights: CheckpointWeights, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
         """Yield the values, flat, in chunks of at most `step` elements and in memory of their own.
@@ -76,7 +76,7 @@ class SourceTensor:
 def source_tensors(weights: CheckpointWeights, family: Family, config: Mapping[str, Any]) -> dict[str, SourceTensor]:
     """Return every parameter of a source by module name. `config` holds the values of config.json.
 
-    Reads headers, and the states of 4-bit weights (some hundred bytes each).
+    Reads headers, and the states and shapes of packed weights (some hundred bytes each).
 
     Raises:
         SourceError: It is quantized in an unknown layout, or the parts of a weight do not fit each other.

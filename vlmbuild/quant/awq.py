@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.formats import StaticShape, unfit
-from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales, unpack, unread
+from vlmbuild.quant.dequantized import Dequantized, ReadRows, checked_scales, sharing, unpack, unread
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SUFFIXES: Final = (".qweight", ".qzeros", ".scales")
 
 def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[Dequantized]:
     """Yield the weights; see `dequantized_weights`."""
-    version = str(config.get("version", config.get("format", "gemm"))).lower()
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
     for option, value, known in (
         ("bits", config.get("bits", BITS), BITS),
         ("zero_point", config.get("zero_point", True), True),
@@ -43,7 +43,7 @@ def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterato
             module = name.removesuffix(SUFFIXES[0])
             shape, group = _shape(weights, module, config)
             parts = tuple(module + suffix for suffix in SUFFIXES)
-            layout = f"{BITS} bits, groups of {group}"
+            layout = f"{BITS} bits with zero points, {sharing(shape, (1, group))}"
             yield Dequantized(module, shape, parts, layout, partial(_open, weights, parts, group))
 
 
@@ -53,18 +53,20 @@ def _shape(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -
     if any(info is None or len(info.shape) != 2 for info in found):
         raise unfit(weights, name, f"it has no matrices {', '.join(SUFFIXES[1:])} beside it")
     words, zeros, scales = (info for info in found if info is not None)
-    (columns, _), (groups, rows) = words.shape, scales.shape
-    group = columns if config.get("group_size", 128) == -1 else config.get("group_size", 128)
-    packed = rows * BITS // 32
-    shapes = {".qweight": (columns, packed), ".qzeros": (groups, packed), ".scales": (columns // max(1, groups), rows)}
+    columns, (groups, rows) = words.shape[0], scales.shape
+    size, packed = config.get("group_size", 128), rows * BITS // 32
+    if type(size) is not int or size == 0 or size < -1:
+        raise unread(weights, config, f"group_size is {size!r}, and -1 and positive numbers are known")
+    group = columns if size == -1 else size
     if words.dtype != torch.int32 or zeros.dtype != torch.int32 or rows % (32 // BITS):
-        raise unfit(weights, name, "its words are not int32 with eight numbers each")
-    if words.shape[1] != packed or zeros.shape != shapes[".qzeros"] or groups * group != columns:
+        problem = f"it is {words.dtype} and .qzeros {zeros.dtype}, for {rows} rows; int32 and multiples of 8 are read"
+        raise unfit(weights, name, problem)
+    if words.shape[1] != packed or zeros.shape != (groups, packed) or groups * group != columns:
         raise unfit(weights, name, f"the shapes of its tensors do not fit {rows} rows in groups of {group}")
     return (rows, columns), group
 
 
-def _open(weights: CheckpointWeights, parts: tuple[str, ...], group: int) -> Rows:
+def _open(weights: CheckpointWeights, parts: tuple[str, ...], group: int) -> ReadRows:
     words, zeros, scales = weights.read(parts[0]), weights.read(parts[1]), checked_scales(weights, parts[2])
 
     def rows(top: int, bottom: int) -> Tensor:

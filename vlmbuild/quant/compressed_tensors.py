@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.formats import StaticShape, unfit
-from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales, unpack, unread
+from vlmbuild.quant.dequantized import Dequantized, ReadRows, checked_scales, sharing, unpack, unread
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ else:
 
 FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 PACKED_BITS: Final = (1, 2, 4, 8)
-"""Bits of packed numbers that do not straddle words."""
+"""Bits of packed numbers that are read; others straddle words."""
 SCALE: Final = ".weight_scale"
 INPUTS: Final = (".input_scale", ".input_zero_point")
 """Suffixes of what belongs to quantized inputs."""
@@ -73,12 +73,19 @@ def _groups(weights: CheckpointWeights, config: Mapping[str, Any]) -> list[Mappi
         raise unread(weights, config, "transform_config rotates activations")
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise unread(weights, config, f"sparsity_config has the format {sparsity['format']!r}")
+    if config.get("kv_cache_scheme"):
+        raise unread(weights, config, "kv_cache_scheme quantizes keys and values")
     groups = config.get("config_groups")
     found = list(groups.values()) if isinstance(groups, Mapping) else []
     if not found or not all(isinstance(group, Mapping) for group in found):
         raise unread(weights, config, "config_groups has no groups")
-    if any(group.get("output_activations") for group in found):
-        raise unread(weights, config, "outputs of layers are quantized")
+    for group in found:
+        if group.get("output_activations"):
+            raise unread(weights, config, "outputs of layers are quantized")
+        if group.get("format") not in (None, *FORMATS):
+            raise unread(
+                weights, config, f"a group's format is {group['format']!r}, and {', '.join(FORMATS)} are known"
+            )
     return [group["weights"] for group in found if isinstance(group.get("weights"), Mapping)]
 
 
@@ -93,13 +100,16 @@ def _scheme(
         bits, block = group.get("num_bits", 8), _block(scales, shape, group)
         if block and group.get("type", "int") == kind and bits in widths and (zeros or group.get("symmetric", True)):
             numbers = f"{bits} bits" if kind == "int" else "8-bit floats"
-            sharing = (
-                "one scale" if block == shape else f"groups of {block[1]}" if block[0] == 1 else f"blocks of {block}"
-            )
-            layout = f"{numbers}{' with zero points' if zeros else ''}, {sharing}"
+            layout = f"{numbers}{' with zero points' if zeros else ''}, {sharing(shape, block)}"
             return _Scheme(bits if suffix == ".weight_packed" else 0, shape, block), layout
-    problem = f"no group of config_groups has {kind} numbers for {list(shape)} with scales {list(scales)}"
-    raise unfit(weights, module + suffix, problem + ("" if zeros else " and no zero points"))
+    options = ("type", "num_bits", "strategy", "group_size", "symmetric")
+    announced = "; ".join(", ".join(f"{key} {group.get(key)!r}" for key in options) for group in groups)
+    raise unfit(
+        weights,
+        module + suffix,
+        f"{kind} {list(shape)} with scales {list(scales)}, {'with' if zeros else 'without'} zero points, fits no group of "
+        f"config_groups ({announced}); packed numbers may have {', '.join(map(str, PACKED_BITS))} bits",
+    )
 
 
 def _numbers(weights: CheckpointWeights, module: str, suffix: str) -> tuple[StaticShape, str, tuple[int, ...]]:
@@ -111,8 +121,11 @@ def _numbers(weights: CheckpointWeights, module: str, suffix: str) -> tuple[Stat
                 weights, module + suffix, f"it is {info.dtype} {list(info.shape)}, not a matrix of 8-bit numbers"
             )
         return info.shape, "int" if info.dtype == torch.int8 else "float", tuple(range(1, 9))
+    sizes = weights.info(f"{module}.weight_shape")
+    if sizes.shape != (2,) or sizes.dtype not in (torch.int32, torch.int64):
+        raise unfit(weights, module + suffix, f"weight_shape is {sizes.dtype} {list(sizes.shape)}, not two integers")
     shape = tuple(weights.read(f"{module}.weight_shape").tolist())
-    if info.dtype != torch.int32 or len(shape) != 2 or len(info.shape) != 2 or info.shape[0] != shape[0]:
+    if info.dtype != torch.int32 or len(info.shape) != 2 or info.shape[0] != shape[0]:
         raise unfit(
             weights, module + suffix, f"it is {info.dtype} {list(info.shape)}, and weight_shape says {list(shape)}"
         )
@@ -142,7 +155,7 @@ def _block(scales: StaticShape, shape: StaticShape, group: Mapping[str, Any]) ->
     return None
 
 
-def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme) -> Rows:
+def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme) -> ReadRows:
     height, width = scheme.block
     count, columns = scheme.shape
     grid = (math.ceil(count / height), math.ceil(columns / width))
@@ -170,7 +183,7 @@ def _zeros(weights: CheckpointWeights, name: str, scheme: _Scheme, grid: tuple[i
     if name not in weights.tensors:
         return None
     zeros = weights.read(name)
-    if scheme.bits and zeros.dtype == torch.int32:
+    if scheme.bits and zeros.dtype == torch.int32 and zeros.ndim == 2:
         zeros = unpack(zeros.t().contiguous(), scheme.bits)[:, : grid[0]].t() - 2 ** (scheme.bits - 1)
     if zeros.numel() != math.prod(grid):
         raise unfit(weights, name, f"it has shape {list(weights.info(name).shape)} for scales of {list(grid)}")

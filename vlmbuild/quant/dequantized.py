@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.errors import SourceError
-from vlmbuild.formats import StaticShape, ranges
+from vlmbuild.formats import StaticShape, ranges, unfit
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ METHODS: Final[dict[str, str]] = {
 }
 """`quant_method` of a config.json -> module that reads such weights."""
 
-Rows = Callable[[int, int], "Tensor"]
+ReadRows = Callable[[int, int], "Tensor"]
 """Returns the rows from the first to before the second, float32 [rows, columns]."""
 
 
@@ -44,18 +44,18 @@ class Dequantized:
         shape: Shape of the weight, [out, in].
         parts: Names of its tensors, the stored numbers first.
         layout: The layout for people: "4 bits, groups of 128".
-        open: Reads what all rows need, and returns a function that reads rows. Raises SourceError.
+        reader: Function that reads what all rows need, and returns a reader of rows. Raises SourceError.
     """
 
     module: str
     shape: StaticShape
     parts: tuple[str, ...]
     layout: str
-    open: Callable[[], Rows]
+    reader: Callable[[], ReadRows]
 
     def values(self, step: int) -> Iterator[Tensor]:
         """Yield the values, float32, flat, in chunks of at most `step` elements. Raises SourceError."""
-        rows, columns = self.open(), self.shape[1]
+        rows, columns = self.reader(), self.shape[1]
         for first, count in ranges(math.prod(self.shape), step):
             top = first // columns
             part = rows(top, -(-(first + count) // columns))
@@ -78,7 +78,10 @@ def dequantized_weights(weights: CheckpointWeights, config: Mapping[str, Any]) -
         SourceError: They are in a layout that is not read, or contradict the config.
     """
     found: Iterator[Dequantized] = importlib.import_module(METHODS[config["quant_method"]]).weights_in(weights, config)
-    yield from found
+    for weight in found:
+        if min(weight.shape) < 1:
+            raise unfit(weights, weight.parts[0], f"its shape is {list(weight.shape)}")
+        yield weight
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -89,11 +92,23 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 
 def checked_scales(weights: CheckpointWeights, name: str) -> Tensor:
-    """Read scales as float32. Raises SourceError for one that is negative or not finite."""
+    """Read scales as float32. Raises SourceError for another type, and for one that is negative or not finite."""
+    dtype = weights.info(name).dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise unfit(weights, name, f"it is {dtype}, and scales are float32, bfloat16 or float16")
     scales = weights.read(name).float()
     if not (torch.isfinite(scales) & (scales >= 0)).all():
         raise SourceError(f"{weights.directory}: a scale in {name} is negative, NaN or infinity. Download it again.")
     return scales
+
+
+def sharing(shape: StaticShape, block: tuple[int, int]) -> str:
+    """Describe for people which weights share a scale."""
+    if block == shape:
+        return "one scale"
+    if block[0] == 1:
+        return "one scale a row" if block[1] >= shape[1] else f"groups of {block[1]}"
+    return f"blocks of {block[0]} x {block[1]}"
 
 
 def unread(weights: CheckpointWeights, config: Mapping[str, Any], problem: str) -> SourceError:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.formats import StaticShape, unfit
-from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales
+from vlmbuild.quant.dequantized import Dequantized, ReadRows, checked_scales, sharing
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterato
             parts = _parts(weights, module, config)
             shape = weights.tensors[parts[0]].shape
             one = math.prod(weights.tensors[scale].shape) == 1
-            layout = f"8-bit floats, {'one scale' if one else 'blocks of {} x {}'.format(*config['weight_block_size'])}"
+            height, width = shape if one else config["weight_block_size"]
+            layout = f"8-bit floats, {sharing(shape, (height, width))}"
             yield Dequantized(module, shape, parts, layout, partial(_open, weights, parts, shape))
 
 
@@ -47,8 +48,6 @@ def _parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -
     info, scales = weights.tensors.get(name), weights.tensors[scale]
     if info is None or info.dtype != torch.float8_e4m3fn or len(info.shape) != 2:
         raise unfit(weights, name, f"it is not a matrix of float8_e4m3fn, as its {scale} says")
-    if scales.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise unfit(weights, name, f"{scale} is {scales.dtype}, and scales are float32, bfloat16 or float16")
     if math.prod(scales.shape) != 1 and not _fits(info.shape, scales.shape, config.get("weight_block_size")):
         blocks = f"blocks of {config.get('weight_block_size')}"
         raise unfit(weights, name, f"{scale} has shape {list(scales.shape)} for {list(info.shape)} in {blocks}")
@@ -56,7 +55,7 @@ def _parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -
     return (name, scale, *([activation] if activation in weights.tensors else []))
 
 
-def _open(weights: CheckpointWeights, parts: tuple[str, ...], shape: StaticShape) -> Rows:
+def _open(weights: CheckpointWeights, parts: tuple[str, ...], shape: StaticShape) -> ReadRows:
     scales = checked_scales(weights, parts[1])
     scales = scales.view(1, 1) if scales.numel() == 1 else scales
     rows_of, columns_of = (size // count for size, count in zip(shape, scales.shape, strict=True))
@@ -72,4 +71,4 @@ def _fits(shape: StaticShape, scales: StaticShape, block: object) -> bool:
     """Tell whether a weight of this shape is made of whole blocks, one for each scale."""
     if not isinstance(block, list) or len(block) != 2 or len(scales) != 2:
         return False
-    return all(size == count * side for size, count, side in zip(shape, scales, block, strict=True))
+    return min(scales) > 0 and all(size == count * side for size, count, side in zip(shape, scales, block, strict=True))

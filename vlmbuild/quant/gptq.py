@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from vlmbuild.formats import StaticShape, unfit
-from vlmbuild.quant.dequantized import Dequantized, Rows, checked_scales, unpack, unread
+from vlmbuild.quant.dequantized import Dequantized, ReadRows, checked_scales, sharing, unpack, unread
 from vlmbuild.util.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -31,19 +31,22 @@ SUFFIXES: Final = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[Dequantized]:
     """Yield the weights; see `dequantized_weights`."""
-    bits, form = config.get("bits"), config.get("checkpoint_format", config.get("format", "gptq"))
-    if bits not in BITS:
+    bits, form = config.get("bits"), config.get("checkpoint_format") or config.get("format") or "gptq"
+    if type(bits) is not int or bits not in BITS:
         raise unread(weights, config, f"bits is {bits!r}, and {', '.join(map(str, BITS))} are known")
-    if form not in FORMATS:
+    if not isinstance(form, str) or form not in FORMATS:
         raise unread(weights, config, f"checkpoint_format is {form!r}, and {', '.join(FORMATS)} are known")
-    if config.get("dynamic"):
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(
+        str(rule).startswith("-:") for rule in rules
+    ):  # "-:" leaves layers out
         raise unread(weights, config, "dynamic gives some layers options of their own")
     for name in weights.tensors:
         if name.endswith(SUFFIXES[0]):
             module = name.removesuffix(SUFFIXES[0])
             parts = tuple(module + suffix for suffix in SUFFIXES)
             shape, groups = _shape(weights, module, bits)
-            layout = f"{bits} bits, groups of {shape[1] // groups}"
+            layout = f"{bits} bits with zero points, {sharing(shape, (1, -(-shape[1] // groups)))}"
             yield Dequantized(module, shape, parts, layout, partial(_open, weights, parts, bits, FORMATS[form]))
 
 
@@ -59,12 +62,14 @@ def _shape(weights: CheckpointWeights, module: str, bits: int) -> tuple[StaticSh
     (groups, rows), (columns,) = scales.shape, index.shape
     if not words.dtype == zeros.dtype == index.dtype == torch.int32:
         raise unfit(weights, name, "its words, zero points and groups are not int32")
-    if words.shape != (columns * bits // 32, rows) or zeros.shape != (groups, rows * bits // 32) or columns * bits % 32:
+    if columns * bits % 32 or rows * bits % 32 or not groups:
+        raise unfit(weights, name, f"{rows} x {columns} numbers of {bits} bits in {groups} groups fill no whole words")
+    if words.shape != (columns * bits // 32, rows) or zeros.shape != (groups, rows * bits // 32):
         raise unfit(weights, name, f"the shapes of its tensors do not fit {rows} x {columns} in {bits} bits")
     return (rows, columns), groups
 
 
-def _open(weights: CheckpointWeights, parts: tuple[str, ...], bits: int, added: int) -> Rows:
+def _open(weights: CheckpointWeights, parts: tuple[str, ...], bits: int, added: int) -> ReadRows:
     words, scales, index = weights.read(parts[0]), checked_scales(weights, parts[2]), weights.read(parts[3]).long()
     zeros = (unpack(weights.read(parts[1]), bits) + added) & (2**bits - 1)
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(scales):

@@ -12,14 +12,16 @@ from typing import Any
 import lazy_loader
 
 if not Path(__file__).with_name("passes").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))  # in a checkout `passes/` and `targets/` stand beside this folder
+    # In a checkout `passes/` and `targets/` are beside this folder. The rest of it becomes importable below `vlmbuild.` too
+    # (`vlmbuild.tests`, `vlmbuild.vlmbuild`): import none of it so, for it would be a second copy.
+    __path__.append(str(Path(__file__).parents[1]))
 
 from vlmbuild.util.gc_paused import gc_paused
-from vlmbuild.util.torchvision import torchvision_named
+from vlmbuild.util.torchvision import blame_torchvision
 
 _attribute, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> Any:
-    with torchvision_named(), gc_paused():  # torch and transformers make a million objects that stay
+    with blame_torchvision(), gc_paused():  # torch and transformers make a million objects that stay
         return _attribute(name)

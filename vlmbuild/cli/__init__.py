@@ -15,7 +15,7 @@ import click
 from vlmbuild.cli.output import printable, quiet_libraries
 from vlmbuild.errors import ReportedError, UsageError, VlmbuildError
 from vlmbuild.util.interrupt import TERMINATED, check_interrupted, ending_signals
-from vlmbuild.util.torchvision import torchvision_named
+from vlmbuild.util.torchvision import blame_torchvision
 
 COMMANDS: dict[str, str] = {
     "plan": "vlmbuild.cli.plan",
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     with ending_signals():
         try:
-            with torchvision_named():
+            with blame_torchvision():
                 cli.main(arguments, prog_name="vlmbuild", standalone_mode=False)
         except ReportedError as error:
             _say(f"error: {error}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,10 +12,12 @@ from vlmbuild.errors import IncompatibleError
 
 _OFFSET = 15
 """torchvision 0.N is for torch 2.(N - 15)."""
+_INDEXED = re.compile(r"2\.(\d+)[.\d]*(?:\+(cpu|cu\d+|rocm[\d.]+|xpu))?")
+"""Versions of torch that pytorch.org serves: releases, for one kind of device."""
 
 
 @contextmanager
-def torchvision_named() -> Iterator[None]:
+def blame_torchvision() -> Iterator[None]:
     """Raise IncompatibleError in place of an error that an installed torchvision causes, which can be any import's."""
     try:
         yield
@@ -24,8 +27,8 @@ def torchvision_named() -> Iterator[None]:
         import torch
 
         raise IncompatibleError(
-            f"The installed torchvision does not fit torch {torch.__version__}: {fault}. Install the one that does: "
-            f"{install_line(torch.__version__)}; or remove it: pip uninstall torchvision."
+            f"The installed torchvision does not fit torch {torch.__version__}: {fault}. "
+            f"{remedy(torch.__version__)}; or remove it: pip uninstall torchvision."
         ) from error
 
 
@@ -40,8 +43,11 @@ def _fault() -> Exception | None:
     return None
 
 
-def install_line(version: str) -> str:
-    """Write the command that installs the torchvision of a version of torch, from the same index."""
-    number, _, build = version.partition("+")
-    index = f" --index-url https://download.pytorch.org/whl/{build}" if build else ""
-    return f"pip install --force-reinstall --no-deps 'torchvision==0.{int(number.split('.')[1]) + _OFFSET}.*'{index}"
+def remedy(version: str) -> str:
+    """Tell how to install the torchvision of a version of torch: from the same index, if that build is on one."""
+    served = _INDEXED.fullmatch(version)
+    if served is None:
+        return "Install the torchvision that was built for this torch"
+    index = f" --index-url https://download.pytorch.org/whl/{served[2]}" if served[2] else ""
+    line = f"pip install --force-reinstall --no-deps 'torchvision==0.{int(served[1]) + _OFFSET}.*'{index}"
+    return f"Install the one that does: {line}"

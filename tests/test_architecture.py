@@ -89,6 +89,18 @@ def test_imports_point_one_way():
     assert not wrong
 
 
+def test_other_folders_beside_the_package_are_not_imported_through_it():
+    """A checkout puts its root on `vlmbuild.__path__`, for `passes/` and `targets/`; the rest would be a second copy."""
+    beside = {"vlmbuild.vlmbuild", "vlmbuild.tests", "vlmbuild.artifacts"}
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {other}"
+        for path in [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
+        for other in imports(path, beside)
+        if ".".join(other.split(".")[:2]) in beside
+    ]
+    assert not wrong
+
+
 def test_no_circle_of_modules():
     """Imports inside functions and for type checkers count too."""
     graph = {

@@ -10,9 +10,8 @@ def run() -> int:
 
     def stop(number: int, _: object) -> None:
         os.write(2, b"error: interrupted.\n")
-        os._exit(
-            128 + number
-        )  # an exception would be lost in the middle of an import, and nothing is there to clean up
+        # An exception would be lost in the middle of an import, and there is nothing to clean up.
+        os._exit(128 + number)
 
     for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is default:

@@ -11,12 +11,11 @@ import setups
 
 import vlmbuild
 from vlmbuild import recipe
-from vlmbuild.builder import plugins
 from vlmbuild.families import FAMILIES, family_named
 from vlmbuild.passes import EXTRA_PASSES
 from vlmbuild.runtime.load import OPENERS
 from vlmbuild.targets import TARGETS
-from vlmbuild.util.child import PLUGINS, ChildProcess
+from vlmbuild.util.child import INHERITED_PLUGINS, ChildProcess
 
 _MODULE = """
 import sys
@@ -93,15 +92,15 @@ def installed(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-plugins\nVersion: 1.2\n")
     (info / "entry_points.txt").write_text(_ENTRIES)
     monkeypatch.syspath_prepend(tmp_path)
-    tables = (FAMILIES, EXTRA_PASSES, TARGETS, OPENERS, recipe.TARGET_OPTIONS, plugins._used)
+    tables = (FAMILIES, EXTRA_PASSES, TARGETS, OPENERS, recipe.TARGET_OPTIONS)
     saved = [(table, dict(table)) for table in tables]
-    tools, named = list(recipe.BUILD_TOOLS), list(PLUGINS)
+    tools, named = list(recipe.BUILD_TOOLS), list(INHERITED_PLUGINS)
     yield
     for table, content in saved:
         table.clear()
         table.update(content)
     recipe.BUILD_TOOLS[:] = tools
-    PLUGINS[:] = named
+    INHERITED_PLUGINS[:] = named
 
 
 @pytest.mark.usefixtures("installed")

@@ -14,13 +14,11 @@ from vlmbuild.recipe import BUILD_TOOLS, TARGET_OPTIONS, Recipe, TargetOptions
 from vlmbuild.rewrite.pass_manager import Pass
 from vlmbuild.runtime.load import OPENERS, Opener
 from vlmbuild.targets import TARGETS, Target
-from vlmbuild.util.child import PLUGINS
+from vlmbuild.util.child import INHERITED_PLUGINS
 from vlmbuild.util.text import listed
 
 GROUPS = ("vlmbuild.families", "vlmbuild.passes", "vlmbuild.targets")
 """Entry points: a `Family`, an exact `Pass`, and a `TargetPlugin`; the entry point's name is its key in our tables."""
-
-_used: dict[str, importlib.metadata.EntryPoint] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +41,10 @@ def use_plugins(*names: str) -> None:
             something.
     """
     for name in names:
-        if name not in _used:
+        if name not in INHERITED_PLUGINS:
             entry = _entry(name)
             _add(entry, _loaded(entry))
-            _used[name] = entry
-            PLUGINS.append(name)
+            INHERITED_PLUGINS.append(name)
 
 
 def _entry(name: str) -> importlib.metadata.EntryPoint:

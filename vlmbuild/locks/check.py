@@ -21,7 +21,7 @@ from vlmbuild.locks.difference import Difference, Severity, compare
 from vlmbuild.locks.document import NO_KERNELS, Lock, lock_files, read_lock
 from vlmbuild.locks.make import lock_traced
 from vlmbuild.measure.pass_parity import Parity, pass_parity
-from vlmbuild.util.child import PLUGINS
+from vlmbuild.util.child import INHERITED_PLUGINS
 from vlmbuild.util.cpu import available_cores
 from vlmbuild.util.progress import Progress, silent
 
@@ -90,7 +90,7 @@ def _run(work: Sequence[tuple[list[Path], bool]], processes: int) -> Iterable[li
         yield from (check_group(*task) for task in work)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=tuple(PLUGINS)) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=tuple(INHERITED_PLUGINS)) as pool:
         yield from (future.result() for future in as_completed([pool.submit(check_group, *task) for task in work]))
 
 

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Self
 
-PLUGINS: list[str] = []
-"""Plugins of this process, which its children use too."""
+INHERITED_PLUGINS: list[str] = []
+"""Names of the plugins that this process uses; its children use them too."""
 _WITH_PLUGINS = "vlmbuild.builder.with_plugins"
 
 
@@ -28,7 +28,7 @@ class ChildProcess:
     """
 
     def __init__(self, module: str, *arguments: str, settings: Mapping[str, str] = MappingProxyType({})) -> None:
-        launch = (_WITH_PLUGINS, ",".join(PLUGINS)) if PLUGINS else ()
+        launch = (_WITH_PLUGINS, ",".join(INHERITED_PLUGINS)) if INHERITED_PLUGINS else ()
         self._command = [sys.executable, "-m", *launch, module, *arguments]
         self._environment = {**os.environ, **settings}
 

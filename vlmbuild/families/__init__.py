@@ -7,24 +7,26 @@ processor), which runs the tests that hold for every family, and `tests/families
    (`grid.py`: images are grids of patches, features take the places of placeholder tokens), `PackedPatchFamily`
    (`packed_patches.py`: images padded to the largest one, with `image_sizes`), `TileFamily` (`tiles.py`: images cut into
    square tiles of one size, listed or padded to the sample with most) or `Family` (`base.py`). Override what differs;
-   abstract methods are what a family must say. A language model that is not at `model.language_model.` has its
-   `language_prefix`. A tower or a processor that another family has is imported from its folder (`PixtralTower`); families
-   whose processors have one class tell them apart in `has_processor`.
-2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly; numbers that are lists in its
-   config.json are `list_fields`), the core module (`traced.py`; transformers' own layers, called with tensors only: nothing
-   may depend on data), `geometry`, `rotary_modules`, names. A method of transformers that writes in place or selects by a
-   mask gets an equal one on the module made for the trace (`Qwen3VL.module`). What the first layers add of images is one
-   feature, as wide as several embeddings: every target carries it beside the embeddings. Architectures that users may take
-   for a supported one are `refused_architectures`.
+   abstract methods are what a family must say. Set `language_prefix` where the language model is not at
+   `model.language_model.`. A tower or a processor that another family has is imported from its folder (`PixtralTower`);
+   families whose processors have one class tell them apart in `has_processor`.
+2. `model.py`: transformers' classes, `check` (refuse configs that would be captured wrongly; name in `list_fields`
+   the fields of config.json that hold a list where other families hold a number), the core module (`traced.py`;
+   transformers' own layers, called with tensors only: nothing may depend on data), `geometry`, `rotary_modules`, names. A
+   method of transformers that writes in place or selects by a mask gets an equal one on the module made for the trace
+   (`Qwen3VL.module`). Features that single decoder layers add at image tokens (Qwen3-VL) are joined into one feature,
+   several embeddings wide, which every target carries beside the embeddings. Architectures that users may take for a
+   supported one are `refused_architectures`.
 3. `prepare.py`, where the base class does not do it: everything that depends on data, on the host, packed (`batch.py`); a
    tower's windows are segments from `GridFamily.vision_tensors`, which also gives the order of features where the tower has
-   one of its own; bounds of one length keep blocks that attend differently one region. Patches that become one feature lie
-   side by side (order them on the host, as `TileLayout.cut` does), so that merging them is a reshape. What follows from the
-   config alone is no input but a buffer of the core module, with its value in `constants`. Name the sample in every refusal.
-   Where transformers has the host function (`transformers.vision_utils`, `get_rope_index`), call it.
-4. `processor.py`: loading without torchvision (a class without the video processor: `smolvlm`, or with frames: `qwen2_vl`),
-   the cost of an image, tokens of media (`is_media` too, where a processor writes text into an image), files for
-   transformers.js (`js.py`).
+   one of its own. Give all bounds (`*_cu_seqlens`) of a tower the same length: blocks with windows and without then share
+   one region. Patches that become one feature lie side by side (order them on the host, as `TileLayout.cut` does), so that
+   merging them is a reshape. What follows from the config alone is no input but a buffer of the core module, with its value
+   in `constants`. Name the sample in every refusal. Where transformers has the host function (`transformers.vision_utils`,
+   `get_rope_index`), call it.
+4. `processor.py`: loading without torchvision (without the video processor, as `ImageTextSmolVLMProcessor` in
+   `idefics3/processor.py`; with frames in its place, as `FrameProcessor` in `qwen2_vl`), the cost of an image, tokens of
+   media (`is_media` too, where a processor writes text into an image), files for transformers.js (`js.py`).
 
 A new version of transformers touches `model.py` and `processor.py` of the families, `chat_processor.py` and `runtime/hf.py`:
 modules of its models and its private names are used nowhere else here.

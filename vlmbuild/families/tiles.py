@@ -173,7 +173,7 @@ class TileFamily(GridFamily):
         return sizes | {"tiles": sizes["patches"] // self.tile(config).patches}
 
     def client_vision(self, config: Any) -> ClientVision | None:
-        if "pixel_attention_mask" not in self.input_layout:
+        if "pixel_attention_mask" not in self.input_layout:  # what follows is for tiles padded to the sample with most
             return None
         tile = self.tile(config)
         batch = ("batch", "tiles")
@@ -187,7 +187,7 @@ class TileFamily(GridFamily):
         )
 
     def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        if "pixel_attention_mask" not in self.input_layout:
+        if "pixel_attention_mask" not in self.input_layout:  # what follows is for tiles padded to the sample with most
             return None
         pixels, mask = batch["pixel_values"].float(), batch.get("pixel_attention_mask")
         shown = (pixels != 0).any(2) if mask is None else mask.bool()

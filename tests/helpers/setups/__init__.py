@@ -5,7 +5,7 @@ To add a family: a module here with `FAMILY`, `processor()` (cached; real vocabu
 follows: tests take `SETUPS` where families differ, and `KINDS` where they only must see every form that a program has. A family that
 shares another's vocabulary imports it from that module. Its tests together take at most 40 s of one core (`pytest --durations=20 -k NAME`):
 lower the layers, and the size of images in `setup(False)`, until they do. What holds for it alone is `tests/families/test_<name>.py`.
-A family of another distribution has such a module there, and `pytest --family-setup MODULE -k NAME` runs the tests on it.
+A family of another distribution keeps such a module in its own repository, and `pytest --family-setup MODULE -k NAME` runs the tests on it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ three axes, tied and own heads, cross attention, state besides keys and values, 
 
 
 def add(module: Any) -> None:
-    """Add a family of another distribution, which is installed, from its module of the tests."""
+    """Add the family of an installed plugin to the tests; `module` is as those in this folder."""
     name = module.FAMILY.name
     use_plugins(name)
     FAMILIES[name], SETUPS[name], PROCESSORS[name] = module, module.setup, module.processor

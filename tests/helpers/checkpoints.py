@@ -11,9 +11,9 @@ import matrix
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from setups.base import with_few_tokens
 
 from vlmbuild.checkpoint.source import PROCESSOR_FILES
-from vlmbuild.families import FAMILIES
 from vlmbuild.zoo import ZOO
 
 QUICK = ("qwen2-vl-digits", "mllama-digits", "pixtral-digits")
@@ -31,15 +31,19 @@ def write_checkpoint(reference, directory: Path) -> Path:
 
 
 def write_untrained(family: str, directory: Path) -> Path:
-    """Save a tiny model of a family that the zoo lacks, random, with the zoo's tokenizer and images of Qwen2-VL."""
-    setup, zoo = matrix.SETUPS[family](False), ZOO["qwen2-vl-digits"]
-    packaged, values = FAMILIES["qwen2_vl"].processor(zoo), json.loads((zoo / "config.json").read_text())
-    text = {key: values["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    tokens = {key: values[key] for key in setup.values if key.endswith("_token_id") and key in values}
-    values = {**setup.values, **tokens, "text_config": {**setup.values["text_config"], **text}}
-    processor = type(setup.processor)(
-        packaged.image_processor, packaged.tokenizer, chat_template=packaged.chat_template
-    )
+    """Save a tiny random model of a family that the zoo lacks, with its processor and a tokenizer of single characters."""
+    setup = matrix.SETUPS[family](False)
+    whole, processor = setup.processor.tokenizer, with_few_tokens(setup.processor)
+    few = processor.tokenizer
+
+    def renumbered(values):
+        ids = {key: value for key, value in values.items() if "token_" in key and isinstance(value, int)}
+        return {key: few.convert_tokens_to_ids(whole.convert_ids_to_tokens(number)) for key, number in ids.items()}
+
+    text = setup.values["text_config"]
+    ends = {f"{name}_token_id": getattr(few, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = {**text, **renumbered(text), **ends, "vocab_size": len(few)}
+    values = {**setup.values, **renumbered(setup.values), "text_config": text}
     matrix.reference(matrix.replace(setup, values=values)).eval().save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory

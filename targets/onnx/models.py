@@ -16,6 +16,7 @@ from vlmbuild.ir.dims import Dim, Size
 from vlmbuild.ir.program import COMPUTE_DTYPE, Input, Program, Variant
 from vlmbuild.kv_cache.program import CROSS, PAST, PRESENT, STEP, TOKENS, TOTAL
 from vlmbuild.runtime.onnx.decoding import DECODER, EMBED, EMBEDS, FEATURES, KEEP, LOGITS, TEXT_DECODER, VISION
+from vlmbuild.targets.onnx.blocks import LOOKAHEAD, run_lookahead
 from vlmbuild.targets.onnx.graph_builder import GraphBuilder
 from vlmbuild.targets.onnx.layout import DataFile, Weights
 from vlmbuild.targets.onnx.operators import table
@@ -50,7 +51,7 @@ def onnx_models(
     Raises:
         PassError: An operator has no translation.
     """
-    maker = _Maker(program, weights, compute, suffix)
+    maker = _Maker(program, weights, compute, suffix, client is not None and client.blocks)
     step = STEP if STEP in program.variants else "image" if maker.parts() > 1 else "text"
     models = [maker.vision(client), maker.embed(), maker.decoder(DECODER, step, maker.data(DECODER))]
     if step == STEP:  # without images, blocks that read them are left out
@@ -64,6 +65,8 @@ class _Maker:
     weights: Weights
     compute: torch.dtype
     suffix: str
+    marked: bool
+    """Whether a last column of features and embeddings marks image tokens."""
 
     def data(self, stem: str) -> DataFile:
         return DataFile(f"{stem}{self.suffix}.onnx_data")
@@ -83,7 +86,13 @@ class _Maker:
             shown = name if name.startswith(CROSS) else FEATURES
             if shown == FEATURES and client is not None and client.restores:
                 values[name] = builder.op("Gather", values[name], values[client.outputs[-1]], axis=0)
-            self._give(builder, shown, values[name], self._result_shape(variant, name))
+            shape = self._result_shape(variant, name)
+            if shown == FEATURES and self.marked:
+                values[name] = builder.op(
+                    "Pad", values[name], builder.constant([0, 0, 0, 1]), builder.constant(1, self.compute)
+                )
+                shape[-1] = self.columns()
+            self._give(builder, shown, values[name], shape)
         return OnnxModel(VISION + self.suffix, builder.model(VISION), data)
 
     def embed(self) -> OnnxModel:
@@ -94,7 +103,7 @@ class _Maker:
         values = {"input_ids": builder.reshape(builder.take_input("input_ids", torch.int64, tokens), [1, -1])}
         self._translate(builder, data, cut(self.program, variant, (), [name]), values)
         batch = builder.size("input_ids", 0)
-        width, whole = self._width(), self._width() * self.parts()
+        width, whole = self._width(), self.columns()
         embeds = builder.reshape(values[name], [batch, -1, width])
         if whole > width:  # zeros where images would have more
             embeds = builder.op("Pad", embeds, builder.constant([0] * 5 + [whole - width]))
@@ -109,13 +118,17 @@ class _Maker:
         before = cut(self.program, variant, embedded, [hidden, *variant.presents])
         after = cut(self.program, variant, [hidden], [variant.output])
         builder, width = GraphBuilder(self.compute), self._width()
-        whole, count = width * self.parts(), len(embedded)
+        whole, count = self.columns(), len(embedded)
         embeds = builder.take_input(EMBEDS, self.compute, ["batch_size", "sequence_length", whole])
         row = builder.reshape(embeds, [1, -1, whole])
+        values: dict[str, str] = {}
+        if self.marked:
+            row, marks = builder.op("Split", row, builder.constant([whole - 1, 1]), axis=-1, outputs=2)
+            values[LOOKAHEAD] = run_lookahead(builder, builder.reshape(marks, [builder.size(EMBEDS, 0), -1]))
         pieces = builder.op("Split", row, axis=-1, num_outputs=count, outputs=count) if count > 1 else (row,)
-        values = dict(zip(embedded, pieces, strict=True))
+        values |= zip(embedded, pieces, strict=True)
         for entry in variant.inputs:
-            if entry.name in before.inputs:
+            if entry.name in before.inputs and entry.name not in values:
                 values[entry.name] = self._take(builder, entry)
         builder.take_input(KEEP, torch.int64, [])
         self._translate(builder, data, before, values)
@@ -179,6 +192,10 @@ class _Maker:
         return (
             1 if STEP in self.program.variants else len(embedded_tokens(self.program, self.program.variants["image"]))
         )
+
+    def columns(self) -> int:
+        """Return the width of features and embeddings as clients pass them."""
+        return self._width() * self.parts() + self.marked
 
     def _width(self) -> int:
         """Return the width of the token embeddings."""

@@ -121,7 +121,10 @@ def _side_files(request: Request, suffix: str) -> dict[str, bytes]:
     values = {name: _object(name, data) for name, data in files.items() if name.endswith("_config.json")}
     config = artifact_config(request.checkpoint.values, request.recipe)
     config["transformers.js_config"] = {"dtype": _CLIENT_DTYPES[suffix], "use_external_data_format": True}
-    client = request.family.client_files(config, values, _template(files))
+    template = _template(files)
+    client = request.family.client_files(config, values, template)
+    if request.family.client_template_file and template:
+        files = {**files, "chat_template.jinja": template.encode()}
     return files | {name: _json(content) for name, content in client.items()}
 
 

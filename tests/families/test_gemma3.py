@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import matrix
 import pytest
 import torch
 from parity import MODEL_FP32, assert_close
+from processors import CONFIGS
 from setups import PROCESSORS
 from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
@@ -172,3 +174,18 @@ def test_one_image_alone_equals_transformers(setup, ours, theirs):
     inputs, _ = matrix.batch(setup, [[matrix.photographs()["rocket"]]], "right")
     with torch.no_grad():
         assert_close(ours(**inputs).logits, theirs(**inputs).logits, MODEL_FP32)
+
+
+def test_files_for_clients_have_what_published_ones_leave_out():
+    folder = CONFIGS / "gemma-3-4b"
+    values, images, processor = (
+        json.loads((folder / f"{name}config.json").read_text()) for name in ("", "preprocessor_", "processor_")
+    )
+    files = {"preprocessor_config.json": images, "processor_config.json": processor, "tokenizer_config.json": {}}
+    written = FAMILY.client_files(values, files, "template")
+    text = written["config.json"]["text_config"]
+    assert [text[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")] == [34, 4, 256]
+    assert written["processor_config.json"]["image_seq_length"] == 256
+    assert written["preprocessor_config.json"]["resample"] == 2
+    tokens = [written["tokenizer_config.json"][name] for name in ("boi_token", "image_token", "eoi_token")]
+    assert tokens == ["<start_of_image>", "<image_soft_token>", "<end_of_image>"]

@@ -13,9 +13,10 @@ export async function answers(request) {
   const found = [];
   for (const file of request.images) {
     const image = await RawImage.read(file);
+    const options = { add_special_tokens: false }; // the prompt has them already
     const inputs = ["llava", "mistral3"].includes(model.config.model_type)
-      ? await processor(image, prompt, { add_special_tokens: false })
-      : await processor(prompt, image);
+      ? await processor(image, prompt, options)
+      : await processor(prompt, image, ...(model.config.model_type === "gemma3" ? [options] : []));
     const generated = await model.generate({ ...inputs, max_new_tokens: request.steps, do_sample: false });
     const ids = inputs.input_ids.tolist()[0].map(Number);
     found.push({

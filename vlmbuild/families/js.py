@@ -22,6 +22,8 @@ class ClientVision:
         optional: Inputs that a client may leave out.
         restores: Whether the module's last result, which is no input of the variant, numbers the rows of the tower's
             features in the order of the images: int64 (features,).
+        blocks: Whether runs of image tokens see each other both ways, of which clients say nothing. Features then have one
+            more column, of ones, and embeddings one of zeros, from which the decoder computes `lookahead`.
     """
 
     inputs: tuple[Input, ...]
@@ -29,6 +31,7 @@ class ClientVision:
     outputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
     restores: bool = False
+    blocks: bool = False
 
 
 ClientFiles = Mapping[str, Mapping[str, Any]]
@@ -58,7 +61,13 @@ def with_template(files: ClientFiles, template: str | None) -> dict[str, Any]:
 
 
 class ForClients:
-    """The part of a family that serves clients without Python; here, clients that know nothing of it."""
+    """The part of a family that serves clients without Python; here, clients that know nothing of it.
+
+    Attributes:
+        client_template_file: Whether clients read the chat template from chat_template.jinja, which sources may lack.
+    """
+
+    client_template_file: bool = False
 
     def client_vision(self, config: Any) -> ClientVision | None:
         """Describe the vision prologue as a graph on the inputs that clients pass; None where no client knows the family."""

@@ -15,10 +15,10 @@ BOUNDS = ("vision_cu_seqlens", "vision_window_cu_seqlens")
 DTYPES = {"pixel_values": torch.float32, **dict.fromkeys(BOUNDS, torch.int32)}
 
 
-def session(family, config):
+def session(family, config, ranks=RANKS):
     builder = GraphBuilder(torch.float32)
     for name, value in add_prologue(builder, family.client_vision(config)).items():
-        builder.give_output(f"{name}_out", value, DTYPES.get(name, torch.int64), [None] * RANKS.get(name, 1))
+        builder.give_output(f"{name}_out", value, DTYPES.get(name, torch.int64), [None] * ranks.get(name, 1))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     model = builder.model("prologue").SerializeToString()
@@ -115,3 +115,11 @@ def test_padded_tiles(name):
     check(opened, setup.family, setup.config(), batch)
     del batch["pixel_attention_mask"]
     check(opened, setup.family, setup.config(), batch)
+
+
+def test_squares():
+    setup = matrix.tiny("gemma3")
+    opened = session(setup.family, setup.config(), {"pixel_values": 2})
+    for case in ("one image", "counts differ, left"):
+        batch, _ = matrix.batch(setup, *matrix.conversations(setup)[case])
+        check(opened, setup.family, setup.config(), batch)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmbuild.errors import BatchError
 from vlmbuild.families.base import InputLayout
 from vlmbuild.families.batch import PackedBatch, repeat_end
 from vlmbuild.families.gemma3.processor import Gemma3Processing
+from vlmbuild.families.js import ClientVision
+from vlmbuild.families.tiles import TileLayout
 from vlmbuild.ir.program import Input
 
 _TYPES = "token_type_ids"
@@ -19,7 +21,7 @@ _TYPES = "token_type_ids"
 
 class Gemma3Prologue(Gemma3Processing):
     """The part of the family that reads batches. Images lie in one row, with bounds: one image alone is no special case.
-    Crops of pan and scan are images. Clients say nothing of blocks, without which image tokens would see earlier ones only."""
+    Crops of pan and scan are images."""
 
     input_layout: Mapping[str, InputLayout] = {"pixel_values": "medium", _TYPES: "token"}
 
@@ -48,6 +50,34 @@ class Gemma3Prologue(Gemma3Processing):
             image = prepared.tensors["feature_index"][0] >= 0
         prepared.tensors["lookahead"] = lookahead(image, prepared.index, batch["input_ids"].shape[1])
         return prepared
+
+    def client_vision(self, config: Any) -> ClientVision | None:
+        tile = self.tile(config)
+        return ClientVision(
+            (Input("pixel_values", torch.float32, ("images", tile.channels, tile.side, tile.side)),),
+            SquarePrologue(tile),
+            ("pixel_values", "vision_position_ids", "vision_cu_seqlens"),
+            blocks=True,
+        )
+
+    def client_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        return {"pixel_values": batch["pixel_values"].float()}
+
+
+class SquarePrologue(nn.Module):
+    """Patches of images, their positions and the bounds of images, equal to `Gemma3Prologue.prepare`."""
+
+    def __init__(self, tile: TileLayout) -> None:
+        super().__init__()
+        self.tile = tile
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut images into patches, with their positions and bounds."""
+        tile, device = self.tile, pixel_values.device
+        number = torch.arange(pixel_values.shape[0], device=device)
+        ends = (number + 1) * tile.patches
+        positions = tile.in_blocks(torch.arange(tile.patches, device=device)) + 0 * number.unsqueeze(1)
+        return tile.cut(pixel_values), positions.flatten(), torch.cat([ends[:1] * 0, ends]).to(torch.int32)
 
 
 def lookahead(image: Tensor, index: Tensor, length: int) -> Tensor:

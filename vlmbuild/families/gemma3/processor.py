@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor
 from transformers import Gemma3Processor
 
 from vlmbuild.families.batch import ImageCost
+from vlmbuild.families.js import ClientFiles, image_settings, with_template
 from vlmbuild.families.tiles import TileFamily
 
+_TOKENS = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+_BILINEAR = 2
 _AROUND = 4
 """Tokens around those of an image: its begin and its end, and line breaks."""
 _SENTENCE = 17
@@ -24,9 +28,30 @@ class Gemma3Processing(TileFamily):
 
     processors = ("Gemma3Processor",)
     size_example = ""
+    client_template_file = True
 
     def load_processor(self, directory: Path) -> Any:
         return Gemma3Processor.from_pretrained(directory, local_files_only=True, trust_remote_code=False, backend="pil")
+
+    def client_files(
+        self, values: Mapping[str, Any], files: ClientFiles, template: str | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Write out sizes for which clients have no defaults, and the names of an image's tokens."""
+        processor = dict(files.get("processor_config.json", {}))
+        images = {**processor.pop("image_processor", {}), **files.get("preprocessor_config.json", {})}
+        tokenizer, text = with_template(files, template), self.config(values).text_config
+        sizes = {name: getattr(text, name) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim")}
+        named = tokenizer.get("extra_special_tokens")
+        known = tokenizer.get("model_specific_special_tokens") or (named if isinstance(named, dict) else {})
+        length = {"image_seq_length": values.get("mm_tokens_per_image", 256)}
+        return {
+            "config.json": {**values, "text_config": {**values["text_config"], **sizes}},
+            "preprocessor_config.json": image_settings(
+                files, "Gemma3Processor", "Gemma3ImageProcessor", images.get("resample", _BILINEAR)
+            ),
+            "processor_config.json": {**length, **processor, "processor_class": "Gemma3Processor"},
+            "tokenizer_config.json": {**_TOKENS, **known, **tokenizer},
+        }
 
     def processor_pixels(self, image_processor: Any) -> int:
         crops = image_processor.pan_and_scan_max_num_crops or 0 if image_processor.do_pan_and_scan else 0

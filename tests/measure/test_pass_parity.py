@@ -15,6 +15,7 @@ from vlmbuild.cli import main
 from vlmbuild.locks.sources import trace_source
 from vlmbuild.measure import pass_parity as module
 from vlmbuild.measure.pass_parity import pass_parity
+from vlmbuild.passes import EXTRA_PASSES
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassOutcome
 
@@ -71,6 +72,15 @@ def test_the_command(tmp_path, capsys):
     assert main(["lock", "pixtral-digits", "-o", str(path), "--attention", "triton", "--no-kernels"]) == 0
     assert main(["check", str(path), "--bisect", "--no-kernels"]) == 0
     assert "all equal" in capsys.readouterr().out
+
+
+def test_a_lock_that_cannot_be_read_hides_no_broken_pass(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(EXTRA_PASSES, "break", Break("forward"))
+    bad, good = tmp_path / "bad.lock", tmp_path / "good.lock"
+    bad.write_text("<<<<<<< HEAD\n")
+    assert main(["lock", "qwen2-vl-digits", "-o", str(good), "--no-kernels"]) == 0
+    assert main(["check", str(bad), str(good), "--bisect", "--no-kernels"]) == 6
+    assert "good.lock: the pass break " in capsys.readouterr().err
 
 
 def test_a_model_that_is_too_large_is_refused(tmp_path, capsys, monkeypatch):

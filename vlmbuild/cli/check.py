@@ -49,7 +49,7 @@ def command(
     """Compare locks with the graphs that this version compiles.
 
     LOCKS are lock files or folders of them. Exits with 6 if a graph, a pass or a kernel differs, and explains each
-    difference. Exits with 2 if a lock cannot be read and no other differs. If a lock was made with another version of
+    difference. Exits with 2 if a lock cannot be read and nothing differs. If a lock was made with another version of
     torch, transformers or triton, only parts that these versions do not change are compared, and a note says so.
 
     \b
@@ -113,11 +113,9 @@ def _fail(results: Sequence[Checked], limit: Severity, parities: Mapping[Path, P
         raise GraphDiffersError(
             f"{_count(unmade)} cannot be compared: {_names(unmade)}. Create them again with `vlmbuild lock`."
         )
-    if unread:
-        raise UnreadableLockError(
-            f"{_count(unread)} cannot be read: {_names(unread)}. Create them again with `vlmbuild lock`."
-        )
     for path, parity in parities.items():
+        if path in unread:
+            continue
         if parity.refused:
             raise GraphDiffersError(f"{path}: parity could not be computed: {parity.refused}")
         if parity.broken_by:
@@ -125,6 +123,10 @@ def _fail(results: Sequence[Checked], limit: Severity, parities: Mapping[Path, P
                 f"{path}: the pass {parity.broken_by} changes values although it is declared exact. Fix the pass; the "
                 "table shows the errors."
             )
+    if unread:
+        raise UnreadableLockError(
+            f"{_count(unread)} cannot be read: {_names(unread)}. Create them again with `vlmbuild lock`."
+        )
 
 
 def _count(paths: Sequence[Path]) -> str:

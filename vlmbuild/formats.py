@@ -122,12 +122,8 @@ class WeightFormat(ABC):
         """Count the bits that a weight of this shape takes with its scales."""
 
     @abstractmethod
-    def describe(self) -> str:
-        """Describe the format for people: "nf4, blocks of 64, scales in 8 bits"."""
-
-    def describe_onnx(self) -> str:
-        """Describe how an ONNX model stores the format, where it differs from `describe`."""
-        return self.describe()
+    def describe(self, target: str = "trainable") -> str:
+        """Describe for people how a target stores the format: "nf4, blocks of 64, scales in 8 bits"."""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values; floats in hexadecimal."""

@@ -34,7 +34,7 @@ class Rows8(WeightFormat):
     def bits(self, shape):
         return 8 * math.prod(shape) + 32 * shape[0]
 
-    def describe(self):
+    def describe(self, target="trainable"):
         return f"rows8 up to {self.largest}"
 
     def parts(self, module, shape, dtype):

@@ -54,7 +54,7 @@ class Int4(WeightFormat):
         blocks = shape[0] * math.ceil(shape[1] / self.blocksize)
         return blocks * (4 * self.blocksize + 32 + (0 if self.symmetric else 4))
 
-    def describe(self) -> str:
+    def describe(self, target: str = "trainable") -> str:
         zero, inputs = "" if self.symmetric else " with zero points", ", exact inputs" if self.exact_inputs else ""
         return f"int4, blocks of {self.blocksize}{zero}{inputs}"
 

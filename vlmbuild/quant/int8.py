@@ -71,11 +71,8 @@ class Int8(WeightFormat):
     def bits(self, shape: StaticShape) -> int:
         return 8 * math.prod(shape) + 32 * shape[0]
 
-    def describe(self) -> str:
-        return f"int8, outliers above {self.threshold}" if self.threshold else "int8"
-
-    def describe_onnx(self) -> str:
-        return self.name
+    def describe(self, target: str = "trainable") -> str:
+        return f"int8, outliers above {self.threshold}" if self.threshold and target != "onnx" else "int8"
 
     def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         if len(shape) != 2 or min(shape) < 1:

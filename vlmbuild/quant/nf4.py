@@ -70,11 +70,9 @@ class FourBit(WeightFormat):
     def bits(self, shape: StaticShape) -> int:
         return 8 * sum(math.prod(size) * dtype.itemsize for dtype, size in self._data(shape).values())
 
-    def describe(self) -> str:
-        return f"{self.name}, blocks of {self.blocksize}{', scales in 8 bits' if self.double_quant else ''}"
-
-    def describe_onnx(self) -> str:
-        return f"{self.name}, blocks of {self.blocksize}"
+    def describe(self, target: str = "trainable") -> str:
+        nested = self.double_quant and target != "onnx"
+        return f"{self.name}, blocks of {self.blocksize}{', scales in 8 bits' if nested else ''}"
 
     def chunk_unit(self, shape: StaticShape) -> int:
         return self.blocksize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ def _contents(reader: ArtifactReader) -> dict[str, Any]:
     program = _program(reader)
     passes = [{**record, "name": PASSES.get(record["name"], record["name"])} for record in manifest.passes]
     try:
-        describe = WeightFormat.describe_onnx if manifest.target == "onnx" else WeightFormat.describe
-        weights = list(_weights(program, _sizes(reader, program), describe))
+        weights = list(_weights(program, _sizes(reader, program), manifest.target))
         regions = [
             _region(entry, [weight for region, weight in weights if region == entry["name"]])
             for entry in program["regions"]
@@ -104,9 +103,7 @@ def _weights_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def _weights(
-    program: Mapping[str, Any],
-    sizes: Mapping[str, int],
-    describe: Callable[[WeightFormat], str] = WeightFormat.describe,
+    program: Mapping[str, Any], sizes: Mapping[str, int], target: str = "trainable"
 ) -> Iterator[tuple[str, WeightSummary]]:
     """Yield (region, weight) for every weight of the program once."""
     seen = set()
@@ -116,7 +113,7 @@ def _weights(
                 name = f"{instance}.{relative}" if instance else relative
                 if name not in seen:
                     seen.add(name)
-                    described = None if form is None else describe(form)
+                    described = None if form is None else form.describe(target)
                     yield entry["name"], WeightSummary(name, role, math.prod(shape), sizes.get(name, 0), described)
 
 

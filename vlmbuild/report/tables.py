@@ -245,17 +245,17 @@ def _facts(facts: Mapping[str, str]) -> Table:
 def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
     required = {"required": ", ".join(recipe["require"])} if recipe.get("require") else {}
     facts = {name: str(recipe.get(name)) for name in ("target", "dtype", "attention")}
-    return {**facts, "quantize": _quantization(recipe.get("quantize"), recipe.get("target")), **required}
+    return {**facts, "quantize": _quantization(recipe.get("quantize"), facts["target"]), **required}
 
 
-def _quantization(values: Mapping[str, Any] | None, target: str | None) -> str:
+def _quantization(values: Mapping[str, Any] | None, target: str) -> str:
     if values is None:
         return "as in the source"
     spec = QuantSpec.from_mapping(values, "recipe")
     form = spec.weight_format()
     parts = [
         f"{spec.budget} bits per weight of" if spec.budget else "",
-        spec.format if form is None else form.describe_onnx() if target == "onnx" else form.describe(),
+        spec.format if form is None else form.describe(target),
         *(f"{item.pattern} {item.format}" for item in spec.overrides),
         f"except {', '.join(spec.skip)}" if spec.skip else "",
     ]

@@ -1,6 +1,7 @@
 """Weights of a source that are dequantized when they are read, in layouts that artifacts do not keep.
 
-A layout is one file here, with a function `weights_in`, and one row in `METHODS`.
+A layout is one file in this folder, with a function `weights_in`, and one row in `METHODS`. The unpacking of words, the
+reading of scales and the words for what shares one are here.
 """
 
 from __future__ import annotations
@@ -85,7 +86,10 @@ def dequantized_weights(weights: CheckpointWeights, config: Mapping[str, Any]) -
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 [rows, words] to int32 [rows, words * 32 / bits]: unsigned numbers, the first in the lowest bits."""
+    """Unpack int32 [rows, words] to int32 [rows, words * 32 / bits]: unsigned numbers, the first in the lowest bits.
+
+    `bits` divides 32: numbers that straddle words are not read.
+    """
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     numbers: Tensor = (words[..., None] >> shifts) & (2**bits - 1)
     return numbers.flatten(-2)

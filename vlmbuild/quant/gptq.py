@@ -24,6 +24,7 @@ else:
     torch = LazyModule("torch")
 
 BITS: Final = (2, 4, 8)
+"""Bits that are read; numbers of 3 straddle words, in an order of their own."""
 FORMATS: Final = {"gptq": 1, "gptq_v2": 0}
 """Name -> what is added to a stored zero point."""
 SUFFIXES: Final = (".qweight", ".qzeros", ".scales", ".g_idx")

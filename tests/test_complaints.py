@@ -258,9 +258,9 @@ def test_complaint_08_adapter_not_loaded_after_key_rename(trained, tmp_path):
         assert name == other
         assert torch.equal(expected, found), name
     edit_adapter(old, lambda t: {key.replace("layers.0.", "blocks.0."): value for key, value in t.items()})
-    with pytest.raises(SourceError, match=r"language_model.blocks.0.* is not a linear layer of the model"):
+    with pytest.raises(SourceError, match=r"target_modules .* does not match model\.blocks\.0\.mlp\.down_proj"):
         vlmbuild.load_adapter(vlmbuild.load(artifact)[0], old)
-    with pytest.raises(SourceError, match=r"language_model.blocks.0.* is not a linear layer of the model"):
+    with pytest.raises(SourceError, match=r"target_modules .* does not match model\.blocks\.0\.mlp\.down_proj"):
         vlmbuild.build(artifact, tmp_path / "out", adapter=old)
 
 

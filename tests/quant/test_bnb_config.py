@@ -65,7 +65,7 @@ def test_names_that_would_be_patterns():
         quantization_config([NF4()], skip_modules=["layers.*"], compute_dtype="float32")
 
 
-@pytest.mark.parametrize("config", [{"quant_method": "gptq"}, {"quant_method": "compressed-tensors"}, "awq", None, []])
+@pytest.mark.parametrize("config", [{"quant_method": "hqq"}, {"quant_method": ["gptq"]}, "awq", None, []])
 def test_other_methods_are_refused(config):
     with pytest.raises(SourceError, match="models/x is quantized with .*build from the unquantized checkpoint"):
         check_method(config, "models/x")

@@ -30,7 +30,7 @@ def with_module_names(adapter: Adapter, family: Family, directory: str | Path) -
     """
     for module in adapter.loras:
         if not (adapter.is_target(module) or adapter.is_target(family.module_name(module))):
-            targets = adapter.targets if isinstance(adapter.targets, str) else listed(adapter.targets)
+            targets = adapter.targets if isinstance(adapter.targets, str) else listed(adapter.targets, 3)
             raise SourceError(
                 f"{directory}: target_modules in {CONFIG_FILE} ({targets}) does not match {module}, which {WEIGHTS_FILE} "
                 "adapts, and PEFT would leave it out. Save the adapter again with PEFT."

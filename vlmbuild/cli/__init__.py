@@ -78,7 +78,7 @@ def cli() -> None:
     """Compile vision-language models into trainable, verified artifacts.
 
     \b
-    Try it offline on a CPU; it takes about a minute:
+    Try it offline on a CPU; it takes about two minutes:
         vlmbuild demo
 
     \b

@@ -65,7 +65,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
 
 
 def _run(output: Path, family: str, *, as_json: bool) -> None:
-    click.echo(f"The demo takes about a minute. Artifact and adapter are written to {output}.", err=as_json)
+    click.echo(f"The demo takes about two minutes. Artifact and adapter are written to {output}.", err=as_json)
 
     from vlmbuild.demo.run import run
 

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.families.chat import compiled_template, refusals, template_names
 from vlmbuild.families.chat_sandbox import rendering
+from vlmbuild.families.derived_class import derive
 
 _METHODS = ("apply_chat_template", "_prepare_processor_kwargs")
 """Methods of transformers that compile a template; not every supported version has the second."""
@@ -32,24 +33,13 @@ def limit_templates(processor: Any) -> Any:
 
 @lru_cache
 def _limited(base: type) -> type:
-    """Derive a class from a processor's. It is pickled by its base, since modules know no class that is made here."""
+    """Derive the class from a processor's."""
     render = _with_names(render_jinja_template, {"_compile_jinja_template": _Template})
     ours = {"render_jinja_template": render, "_get_template_variables": template_names}
     methods = {name: getattr(ProcessorMixin, name) for name in _METHODS if hasattr(ProcessorMixin, name)}
     if missing := ours.keys() - {name for method in methods.values() for name in method.__code__.co_names}:
         raise _other_version(missing)
-    members = {
-        **{name: _with_names(method, ours) for name, method in methods.items()},
-        "__reduce_ex__": lambda self, _: (_instance, (base,), self.__dict__),
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (base,), members)  # `save_pretrained` writes the name
-
-
-def _instance(base: type) -> Any:
-    made: Any = _limited(base)
-    return made.__new__(made)
+    return derive(base, {name: _with_names(method, ours) for name, method in methods.items()}, _limited)
 
 
 def _with_names(function: Any, names: Mapping[str, Any]) -> Callable[..., Any]:

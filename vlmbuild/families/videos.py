@@ -22,6 +22,7 @@ from transformers.video_utils import (
     make_batched_videos,
 )
 
+from vlmbuild.families.derived_class import derive
 from vlmbuild.families.images import open_image
 from vlmbuild.util.pixels import VARIABLE, max_pixels
 
@@ -117,19 +118,12 @@ def with_files(video_processor: Any) -> Any:
 
 @lru_cache
 def _with_files(base: type) -> type:
-    """Derive a class from a video processor's. It is pickled by its base, since modules know no class that is made here."""
-    members = {
-        "fetch_videos": lambda _, videos, sample_indices_fn=None: read_video(videos, sample_indices_fn),
-        "__reduce_ex__": lambda self, _: (_instance, (base,), self.__dict__),
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-    }
-    return type(base.__name__, (base,), members)  # `save_pretrained` writes the name
-
-
-def _instance(base: type) -> Any:
-    made: Any = _with_files(base)
-    return made.__new__(made)
+    """Derive the class from a video processor's."""
+    return derive(
+        base,
+        {"fetch_videos": lambda _, videos, sample_indices_fn=None: read_video(videos, sample_indices_fn)},
+        _with_files,
+    )
 
 
 class _RefusedError(ValueError):

@@ -20,16 +20,10 @@ def run_lookahead(builder: GraphBuilder, marks: str) -> str:
     before = builder.op("Pad", inner, builder.constant([0, 1, 0, 0]))
     inner = builder.op("Slice", shown, builder.constant([1]), builder.constant([2**63 - 1]), builder.constant([1]))
     after = builder.op("Pad", inner, builder.constant([0, 0, 0, 1]))
-    shown, starts, ends = (
-        builder.reshape(value, [-1])
-        for value in (
-            shown,
-            *(builder.op("Mul", shown, builder.op("Sub", one, other)) for other in (before, after)),
-        )
-    )
+    starts, ends = (builder.op("Mul", shown, builder.op("Sub", one, other)) for other in (before, after))
+    shown, starts, ends = (builder.reshape(value, [-1]) for value in (shown, starts, ends))
     last = builder.op("Concat", builder.reshape(builder.op("NonZero", ends), [-1]), builder.constant([0]), axis=0)
-    number = builder.op(
-        "Sub", builder.op("CumSum", starts, builder.constant(0)), one
-    )  # -1, the zero, before the first run
+    # Before the first run the number is -1, which gathers the zero.
+    number = builder.op("Sub", builder.op("CumSum", starts, builder.constant(0)), one)
     index = builder.op("Range", builder.constant(0), builder.op("Squeeze", builder.size(shown, 0)), one)
     return str(builder.op("Mul", builder.op("Sub", builder.op("Gather", last, number), index), shown))

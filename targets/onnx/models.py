@@ -66,7 +66,7 @@ class _Maker:
     compute: torch.dtype
     suffix: str
     marked: bool
-    """Whether a last column of features and embeddings marks image tokens."""
+    """True if the last column of features and embeddings marks image tokens."""
 
     def data(self, stem: str) -> DataFile:
         return DataFile(f"{stem}{self.suffix}.onnx_data")

@@ -146,7 +146,7 @@ def assert_clients_skip_the_same_modules(family, artifact):
 
 
 def bitsandbytes_error(weight, form):
-    """What bitsandbytes itself loses of a weight, as a norm; 0 for one that is no matrix."""
+    """Norm of bitsandbytes' own rounding error of a weight; 0 for a tensor that is not a matrix."""
     if weight.ndim != 2:
         return 0.0
     if form == "int8":

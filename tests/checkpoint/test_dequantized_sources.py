@@ -7,7 +7,7 @@ import json
 import matrix
 import pytest
 import torch
-from checkpoints import copied, edit_config, edit_weights
+from checkpoints import copied, edit_config, edit_weights, write_tiny
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -58,11 +58,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A checkpoint in bfloat16."""
-    setup, path = matrix.tiny("qwen2_vl"), tmp_path_factory.mktemp("plain")
-    matrix.reference(setup).to(torch.bfloat16).save_pretrained(path)
-    setup.processor.save_pretrained(path)
-    return path
+    return write_tiny("qwen2_vl", tmp_path_factory.mktemp("plain"))
 
 
 def is_quantized(name):

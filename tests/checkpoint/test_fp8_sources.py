@@ -7,7 +7,7 @@ import json
 import matrix
 import pytest
 import torch
-from checkpoints import copied, edit_config, edit_weights
+from checkpoints import copied, edit_config, edit_weights, write_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -53,11 +53,7 @@ def quantize(tensors, block):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A checkpoint in bfloat16."""
-    setup, path = matrix.tiny("mistral3"), tmp_path_factory.mktemp("plain")
-    matrix.reference(setup).to(torch.bfloat16).save_pretrained(path)
-    setup.processor.save_pretrained(path)
-    return path
+    return write_tiny("mistral3", tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one scale", "blocks"])

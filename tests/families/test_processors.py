@@ -18,10 +18,10 @@ from processors import CONFIGS, photographs, shipped
 from setups import PROCESSORS
 from setups.mllama import LLAMA_SPECIAL
 from setups.qwen2_vl import QWEN_SPECIAL
-from setups.qwen3_vl import QWEN3_ADDED
 from transformers import AutoConfig
 from transformers.utils.import_utils import is_torchvision_available
 
+from tests.zoo_training.qwen3_vl import ADDED_TOKENS
 from vlmbuild.errors import SourceError
 from vlmbuild.families import FAMILIES, family_of_processor
 from vlmbuild.families.pixtral import processor as pixtral_processor
@@ -96,7 +96,7 @@ def test_qwen_tokenizer_composes_accents_first():
 QWEN_IDS = dict(zip(QWEN_SPECIAL, range(151643, 151657), strict=True))
 PUBLISHED_IDS = {
     "qwen2_vl": (QWEN_IDS, 151657),
-    "qwen3_vl": (QWEN_IDS | dict(zip(QWEN3_ADDED, range(151657, 151669), strict=True)), 151669),
+    "qwen3_vl": (QWEN_IDS | dict(zip(ADDED_TOKENS, range(151657, 151669), strict=True)), 151669),
     "mllama": (dict(zip(LLAMA_SPECIAL, range(128000, 128257), strict=True)), 128257),
     "mistral3": (
         {"[IMG]": 10, "[IMG_BREAK]": 12, "[IMG_END]": 13, "[SYSTEM_PROMPT]": 17, "[/SYSTEM_PROMPT]": 18},

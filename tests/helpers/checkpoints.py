@@ -49,6 +49,14 @@ def write_untrained(family: str, directory: Path) -> Path:
     return directory
 
 
+def write_tiny(family: str, directory: Path) -> Path:
+    """Save a family's tiny model in bfloat16, with its processor."""
+    setup = matrix.tiny(family)
+    matrix.reference(setup).to(torch.bfloat16).save_pretrained(directory)
+    setup.processor.save_pretrained(directory)
+    return directory
+
+
 def copied(checkpoint: Path, target: Path) -> Path:
     """Copy a checkpoint that a test may spoil."""
     return Path(shutil.copytree(checkpoint, target))

@@ -60,9 +60,9 @@ def command(
 ) -> None:
     """Build an artifact from a checkpoint.
 
-    SOURCE is a checkpoint folder, a hub id, or the name of a demo checkpoint (qwen2-vl-digits, mllama-digits,
-    pixtral-digits). OUT is created complete or not at all. With the target trainable it is an ordinary Hugging Face
-    checkpoint with the compiled graph beside it.
+    SOURCE is a checkpoint folder, a hub id, or the name of a packaged checkpoint, such as qwen2-vl-digits. OUT is created
+    complete or not at all. With the target trainable it is an ordinary Hugging Face checkpoint with the compiled graph
+    beside it.
 
     \b
     Examples:

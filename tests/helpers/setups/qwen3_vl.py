@@ -9,23 +9,10 @@ from processors import image_processor
 
 from setups import qwen2_vl
 from setups.base import MLP, QKVO, Setup
+from tests.zoo_training.qwen3_vl import ADDED_TOKENS
 from vlmbuild.families import FAMILIES
 from vlmbuild.families.qwen3_vl.processor import FrameTextProcessor
 
-QWEN3_ADDED = [
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-]
 # Equal to the published template for system, user and assistant messages of text, images and videos; tools are left out. Other than
 # Qwen2-VL's it writes no system message by itself.
 _SYSTEM = '{%- if loop.first and message.role != "system" -%}'
@@ -36,7 +23,7 @@ QWEN3_TEMPLATE = qwen2_vl.QWEN_TEMPLATE.replace(_SYSTEM, "{%- if false -%}")
 def processor() -> Any:
     """Make Qwen3-VL's processor, all sizes."""
     return FrameTextProcessor(
-        image_processor("qwen3-vl-8b"), qwen2_vl.make_tokenizer(QWEN3_ADDED), chat_template=QWEN3_TEMPLATE
+        image_processor("qwen3-vl-8b"), qwen2_vl.make_tokenizer(list(ADDED_TOKENS)), chat_template=QWEN3_TEMPLATE
     )
 
 

@@ -157,7 +157,7 @@ def test_with_torchvision_a_file_equals_what_the_stock_processor_makes_of_its_fr
     assert type(stock.video_processor).__name__ == type(ours.video_processor).__name__
     ours = pickle.loads(pickle.dumps(ours))
     text = [text_of(setup, "video")]
-    for sampling in SAMPLINGS:
+    for sampling in (*SAMPLINGS[:2], {"num_frames": 6, "fps": None}):  # the stock ones may have fps by default
         made = ours(text=text, videos=[str(clip)], return_tensors="pt", **{"do_sample_frames": True, **sampling})
         arguments = {"text": text, "return_tensors": "pt", **decoded(clip, stock.video_processor, sampling)}
         expected, pillow = stock(**arguments), setup.processor(**arguments)
@@ -204,6 +204,12 @@ def test_what_is_not_decoded(clip, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"128 x 96 .*{limit:,}.*{VARIABLE}"):
             read_video(source)
     assert read_video(clip)[0].shape == (10, 96, 128, 3)
+
+    def choose(**_):
+        raise ValueError("num_frames and fps exclude each other")
+
+    with pytest.raises(ValueError, match=r"a clip\.mp4: num_frames and fps exclude"):
+        read_video(clip, choose)
     monkeypatch.setattr("vlmbuild.families.videos.is_av_available", lambda: False)
     with pytest.raises(ValueError, match="a clip.mp4 needs PyAV.*pip install av"):
         read_video(clip)

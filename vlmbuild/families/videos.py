@@ -127,7 +127,7 @@ def _with_files(base: type) -> type:
 
 
 class _RefusedError(ValueError):
-    """A video file that is over a limit, or does not say what limits are checked by."""
+    """A video file that can be decoded, but not as asked, or is over a limit."""
 
 
 def _path(source: Any) -> str:
@@ -154,7 +154,10 @@ def _limited(path: str, choose: Callable[..., Any] | None) -> Callable[..., Any]
             raise _RefusedError(
                 f"{path} does not say how many frames it has. Convert it: ffmpeg -i {path} converted.mp4"
             )
-        indices = np.asarray((choose or default_sample_indices_fn)(metadata=metadata, **options))
+        try:
+            indices = np.asarray((choose or default_sample_indices_fn)(metadata=metadata, **options))
+        except ValueError as error:  # of its arguments, or for a video of this length
+            raise _RefusedError(f"{path}: {error}") from error
         size, most = (metadata.width or 0) * (metadata.height or 0), max_pixels()
         if size > most or size * len(indices) > _IMAGES * most:
             raise _RefusedError(

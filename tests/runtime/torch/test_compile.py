@@ -80,8 +80,14 @@ SIZES = (
 """Four batches of eight sizes of photographs, down to a single pixel."""
 
 
+OTHERS = ("qwen2_vl", "qwen2_5_vl", "idefics3")
+"""Families of which other tests show it, or that have the graphs of another one."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllama", "pixtral", "mistral3", "smolvlm", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.release] * (name in OTHERS)) for name in matrix.SETUPS]
+)
 def test_one_compilation_for_all_image_sizes_of_every_family(name, counter):
     setup = matrix.tiny(name)
     model = matrix.bind(setup, matrix.program(setup), matrix.reference(setup))

@@ -10,6 +10,7 @@ from videos import pan, write_mp4
 from vlmbuild import VisionDataCollator
 from vlmbuild.errors import BatchError
 from vlmbuild.families import FAMILIES
+from vlmbuild.runtime.torch.loss import IGNORED
 from vlmbuild.zoo import ZOO
 
 COLLATOR = VisionDataCollator(FAMILIES["qwen2_vl"].processor(ZOO["qwen2-vl-digits"]))
@@ -41,6 +42,32 @@ def test_frames_of_a_file_are_chosen(clip):
         batch = COLLATOR([sample(video=str(clip), **choice)])
         assert batch["video_grid_thw"][0, 0] == pairs
         assert COLLATOR.measure(sample(video=str(clip), **choice)).tokens == batch["input_ids"].shape[1]
+
+
+def test_times_between_frames_are_never_learned():
+    """Qwen3-VL's processor writes them into the text."""
+    processor = FAMILIES["qwen3_vl"].processor(ZOO["qwen3-vl-digits"])
+    first, second = sample(video=pan(10)), sample(video=pan(9))
+    more = ({"type": "text", "text": "or"}, {"type": "image", "image": pan(1)[0]}, {"type": "video", "video": pan(2)})
+    first["messages"][0]["content"] += more
+    texts = [processor.apply_chat_template(one["messages"]) for one in (first, second)]
+    media = {"images": [pan(1)], "videos": [pan(10), pan(2), pan(9)]}
+    own = processor(text=list(texts), **media, padding=True, padding_side="right", return_tensors="pt")
+    assert own["video_grid_thw"][:, 0].tolist() == [2, 1, 2]
+    for only in (True, False):
+        collator = VisionDataCollator(processor, responses_only=only)
+        batch = collator([first, second])
+        assert all(torch.equal(batch[key], own[key]) for key in batch.keys() - {"labels"})
+        for one, text, labels, mask in zip(
+            (first, second), texts, batch["labels"], batch["attention_mask"], strict=True
+        ):
+            ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+            written = ids[~torch.isin(ids, collator.media)]
+            assert torch.equal(labels[labels != IGNORED], written[-3:-1] if only else written)
+            assert collator.measure(one).tokens == int(mask.sum()) > len(ids) + 9
+    first["messages"][0]["content"][1]["text"] = "<|vision_start|>8<|vision_end|>"
+    with pytest.raises(BatchError, match="Sample 0.*texts without tokens of images"):
+        VisionDataCollator(processor)([first])
 
 
 @pytest.mark.parametrize(

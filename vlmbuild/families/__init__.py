@@ -26,7 +26,7 @@ processor), which runs the tests that hold for every family, and `tests/families
    `get_rope_index`), call it.
 4. `processor.py`: loading without torchvision (without the video processor, as `ImageTextSmolVLMProcessor` in
    `idefics3/processor.py`; with frames in its place, as `FrameProcessor` in `qwen2_vl`), the cost of an image, tokens of
-   media (`is_media` too, where a processor writes text into an image), files for transformers.js (`js.py`).
+   media (`is_media` too, where a processor writes text into an image or video), files for transformers.js (`js.py`).
 
 A new version of transformers touches `model.py` and `processor.py` of the families, `chat_processor.py` and `runtime/hf.py`:
 modules of its models and its private names are used nowhere else here.

@@ -240,19 +240,17 @@ class VisionDataCollator:
         return {**tensors, "labels": self._labels(samples, tensors)}
 
     def _labels(self, samples: Sequence[_Sample], batch: Mapping[str, Tensor]) -> Tensor:
-        """Place labels: each placeholder has become a run of image tokens; other tokens are the same, in the same order."""
+        """Place labels: each placeholder has become what the processor writes; other tokens are as they were, in order."""
         labels = torch.full_like(batch["input_ids"], IGNORED)
         media = self.family.is_media(batch["input_ids"], self.media, int(self.processor.image_token_id))
         for row, (sample, ids) in enumerate(zip(samples, batch["input_ids"], strict=True)):
             positions = (batch["attention_mask"][row].bool() & ~media[row]).nonzero().squeeze(1)
             text = ~(torch.isin(sample.ids, self.media) | self.media_reader.joined(sample.ids))
             if not torch.equal(ids[positions], sample.ids[text]):
-                remedy = "Use a chat template that writes all special tokens, the first one (bos) too."
-                if any(sample.conversation.values("video")):
-                    remedy = "If it writes times into the text of videos, pass their frames as images."
                 raise BatchError(
                     f"{sample.conversation.where}: the processor has changed the text besides its images and videos, so that "
-                    f"labels cannot be placed. {remedy}"
+                    "labels cannot be placed. Use a chat template that writes all special tokens, the first one (bos) too, "
+                    "and texts without tokens of images and videos."
                 )
             learned = positions[sample.learned[text]]
             labels[row, learned] = ids[learned]

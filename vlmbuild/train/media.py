@@ -69,8 +69,10 @@ class MediaReader:
         """Count the tokens of an image or video."""
         if media.kind == "video":
             with named_errors(where, "the video"):
-                grid = self.processor.video_processor(**as_they_are([self.open(media, where)]), return_tensors="pt")
-                return int(grid["video_grid_thw"].prod()) // int(self.processor.image_processor.merge_size) ** 2
+                video = as_they_are([self.open(media, where)])
+                made = self.processor.video_processor(**video, return_metadata=True, return_tensors="pt")
+                written = self.processor.replace_video_token(made, 0)
+                return len(self.processor.tokenizer(written, add_special_tokens=False)["input_ids"])
         size = self._size(image_size(media.value, where), media, where)
         with named_errors(where, "the image"):
             return self.family.image_tokens(self.processor, *size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.image_transforms import to_pil_image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
@@ -58,6 +60,14 @@ class Qwen3VLProcessing(Qwen2VLProcessing):
     frame_processor = FrameTextProcessor
     size_example = '{"shortest_edge": 4096, "longest_edge": 524288}'
     client_grids = "image_grid_thw"
+
+    def is_media(self, ids: Tensor, media: Tensor, placeholder: int) -> Tensor:
+        """Include the times before a video's frames: each frame has a start and an end of its own within the video's."""
+        found = super().is_media(ids, media, placeholder)
+        if not found.any():
+            return found
+        ends = ids[found].tolist()
+        return torch.logical_or(found, (ids == ends[0]).cumsum(1) > (ids == ends[-1]).cumsum(1))
 
     def client_files(
         self, values: Mapping[str, Any], files: ClientFiles, template: str | None

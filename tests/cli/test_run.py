@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from videos import pan, write_mp4
 
 import vlmbuild
 from vlmbuild.builder.build import build
@@ -14,6 +15,7 @@ from vlmbuild.checkpoint.source import resolve
 from vlmbuild.cli.run import _batch
 from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import READ
+from vlmbuild.errors import UsageError
 from vlmbuild.families import family_of
 from vlmbuild.recipe import Recipe
 from vlmbuild.zoo import ZOO
@@ -54,6 +56,19 @@ def test_several_images_sampling_and_json(digits, samples, run, tmp_path):
     assert 1 <= answer["new_tokens"] <= 3 and answer["prompt_tokens"] > 3 and answer["seconds"] > 0
 
 
+def test_a_video(digits, run, tmp_path):
+    clip = write_mp4(tmp_path / "clip.mp4", pan(4), 2)
+    code, out, err = run(digits, "--video", clip, "--prompt", READ.question, "--max-new-tokens", 2, "--json")
+    assert (code, err) == (0, "")
+    _, processor = vlmbuild.load(digits)
+    batch = _batch(processor, READ.question, (), [str(clip)])
+    assert batch["video_grid_thw"][0, 0] == 2
+    assert json.loads(out)["prompt_tokens"] == batch["input_ids"].shape[1] > 12
+    pixtral = resolve("pixtral-digits")
+    with pytest.raises(UsageError, match="--video"):
+        _batch(family_of(pixtral.config(), "").processor(pixtral.directory), "What?", (), [str(clip)])
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_prompts_of_all_families(name, samples):
     """The answers themselves are tested in `demo/test_zoo.py`."""
@@ -77,6 +92,8 @@ def test_the_artifact_knows_how_answers_end(digits):
     [
         (("--image", "missing.jpg", "--prompt", "Hello"), 2, "--image missing.jpg: there is no such file"),
         (("--image", ".", "--prompt", "Hello"), 2, "--image .: there is no such file"),
+        (("--video", "missing.mp4", "--prompt", "Hello"), 2, "--video missing.mp4: there is no such file"),
+        (("--video", __file__, "--prompt", "Hello"), 2, "cannot be decoded"),
         (("--image", __file__, "--prompt", "Hello"), 2, "cannot be read"),
         (("--prompt", "  "), 2, "The prompt is empty"),
         ((), 2, "Missing option '--prompt'"),

@@ -21,6 +21,9 @@ from vlmbuild.errors import BatchError, UsageError
 @click.option("--prompt", required=True, help="Text of the user's turn.")
 @click.option("--image", "images", multiple=True, metavar="FILE", help="Image before the prompt. Repeatable.")
 @click.option(
+    "--video", "videos", multiple=True, metavar="FILE", help="Video before the prompt (Qwen families). Repeatable."
+)
+@click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Stop after this many tokens."
 )
 @click.option(
@@ -39,6 +42,7 @@ def command(
     artifact: Path,
     prompt: str,
     images: tuple[str, ...],
+    videos: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
     device: str | None,
@@ -47,7 +51,7 @@ def command(
     trust_code: bool,
     as_json: bool,
 ) -> None:
-    """Generate an answer to a prompt with images.
+    """Generate an answer to a prompt with images and videos.
 
     ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
@@ -57,6 +61,7 @@ def command(
     Examples:
         vlmbuild run qwen2-vl-nf4 --image photo.jpg --prompt "What is this?"
         vlmbuild run qwen2-vl-nf4 --image a.jpg --image b.jpg --prompt "Compare."
+        vlmbuild run qwen2-vl-nf4 --video clip.mp4 --prompt "What happens?"
         vlmbuild run qwen2-vl-nf4 --prompt "Write a haiku." --temperature 0.7
         vlmbuild run owner/qwen2-vl-nf4 --revision v1 --prompt "Write a haiku."
     """
@@ -65,6 +70,9 @@ def command(
     check_id(expected_id)
     for image in images:
         check_image(image, "the path of an image")
+    for video in videos:
+        if not Path(video).is_file():
+            raise UsageError(f"--video {video}: there is no such file. Pass the path of a video.")
     with StageProgress(lines=False) as progress:
         directory = artifact_directory(artifact, revision, progress)
         # Refuse a folder that is no artifact, or another one, before torch is imported.
@@ -81,7 +89,7 @@ def command(
             device=device or best_device(reader.manifest.target),
             trust=("code",) if trust_code else (),
         )
-        batch = _batch(processor, prompt, pictures)
+        batch = _batch(processor, prompt, pictures, videos)
     tokenizer, prompt_tokens = processor.tokenizer, batch["input_ids"].shape[1]
     started = time.perf_counter()
     tokens = model.generate(
@@ -110,22 +118,25 @@ def _opened(image: str) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _batch(processor: Any, prompt: str, images: Sequence[Any]) -> dict[str, Any]:
-    """Format a user's turn with images."""
+def _batch(processor: Any, prompt: str, images: Sequence[Any], videos: Sequence[str] = ()) -> dict[str, Any]:
+    """Format a user's turn with images and videos."""
     if not getattr(processor, "chat_template", None):
         raise UsageError(
             "The artifact's processor has no chat template to format the prompt with. Build from a checkpoint that was "
             "tuned on conversations."
         )
+    if videos and getattr(processor, "video_token", None) is None:
+        raise UsageError("--video: the artifact's processor reads no videos. Pass their frames, each with --image.")
     from vlmbuild.families.chat import question_batch
 
     try:
-        return question_batch(processor, prompt, images)
+        return question_batch(processor, prompt, images, videos)
     except BatchError:
         raise
     except ValueError as error:
+        kind = "video" if videos else "image"
         raise UsageError(
-            f"--image: the artifact's processor refuses the images: {error}. Pass other images, or leave --image out."
+            f"--{kind}: the artifact's processor refuses the {kind}s: {error}. Pass other {kind}s, or leave --{kind} out."
         ) from error
 
 

@@ -84,28 +84,32 @@ def template_names(template: str) -> frozenset[str]:
         raise UsageError(f"The chat template is not valid Jinja: {error}. Use the model's published one.") from error
 
 
-def question_text(processor: Any, question: str, images: int) -> str:
-    """Write a question of the user after images as a prompt; plain text where the processor has no chat template."""
+def question_text(processor: Any, question: str, images: int, videos: int = 0) -> str:
+    """Write a question of the user after images and videos as a prompt; plain text without a chat template."""
     if not getattr(processor, "chat_template", None):  # a base model's
         return f"{processor.image_token}\n" * images + question
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    media = ["image"] * images + ["video"] * videos
+    content = [*({"type": kind} for kind in media), {"type": "text", "text": question}]
     return render_chat(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def question_batch(processor: Any, question: str, images: Sequence[Any] = (), **options: Any) -> dict[str, Tensor]:
-    """Process images and a question of the user as a prompt; see `question_text`.
+def question_batch(
+    processor: Any, question: str, images: Sequence[Any] = (), videos: Sequence[str] = (), **options: Any
+) -> dict[str, Tensor]:
+    """Process images, videos and a question of the user as a prompt; see `question_text`.
 
     Args:
         processor: Processor of the model.
-        question: Text after the images.
+        question: Text after the images and videos.
         images: Images of the one message.
+        videos: Paths of its video files.
         **options: For the processor.
     """
     if getattr(processor, "chat_template", None):  # it writes special tokens
         options = {"add_special_tokens": False, **options}
-    pictures = {"images": [list(images)]} if images else {}
-    text = question_text(processor, question, len(images))
-    batch = processor(text=[text], **pictures, return_tensors="pt", **options)
+    media = ({"images": [list(images)]} if images else {}) | ({"videos": list(videos)} if videos else {})
+    text = question_text(processor, question, len(images), len(videos))
+    batch = processor(text=[text], **media, return_tensors="pt", **options)
     return {name: tensor for name, tensor in batch.items() if isinstance(tensor, Tensor)}
 
 

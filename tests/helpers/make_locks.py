@@ -1,4 +1,4 @@
-"""Write artifacts/locks: every published config in NF4 with Triton; the smallest of each family unquantized with SDPA too.
+"""Write artifacts/locks: every published config in NF4 with Triton; three unquantized with SDPA too.
 
 python tests/helpers/make_locks.py
 """

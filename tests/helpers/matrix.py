@@ -37,6 +37,7 @@ __all__ = [
     "conversations",
     "copied",
     "errors",
+    "kinds",
     "of_kinds",
     "photographs",
     "positioned",
@@ -48,8 +49,15 @@ __all__ = [
 
 Batch = dict[str, torch.Tensor]
 
-of_kinds = pytest.mark.parametrize("setup", KINDS, indirect=True, scope="module")
-"""Marks a test, in a file that is for all families, for which families of all kinds are enough."""
+
+def kinds() -> list[Any]:
+    """Parametrize by family; the others of a kind that has one are for releases."""
+    return [pytest.param(name, marks=[pytest.mark.release] * (name not in KINDS)) for name in SETUPS]
+
+
+def of_kinds(test: Any) -> Any:
+    """Mark a test, in a file that is for all families, which takes one family of each kind, and all before a release."""
+    return pytest.mark.parametrize("setup", kinds(), indirect=True, scope="module")(test)
 
 
 def shrink(setup: Setup) -> Setup:

@@ -17,7 +17,7 @@ from vlmbuild.ir.serialize import from_json, to_json
 from vlmbuild.kv_cache.program import STEP, cached_inputs, present_name, with_cache
 
 
-@pytest.fixture(scope="module", params=matrix.KINDS)
+@pytest.fixture(scope="module", params=matrix.kinds())
 def setup(request):
     return matrix.tiny(request.param)
 

@@ -2,9 +2,10 @@
 
 To add a family: a module here with `FAMILY`, `processor()` (cached; real vocabulary and chat template, image settings of the published config in
 `tests/configs/`) and `setup(full)` (a tiny config: two or three layers of each kind), and its line in `FAMILIES`. Everything else
-follows: tests take `SETUPS` where families differ, and `KINDS` where they only must see every form that a program has. A family that
-shares another's vocabulary imports it from that module. Its tests together take at most 40 s of one core (`pytest --durations=20 -k NAME`):
-lower the layers, and the size of images in `setup(False)`, until they do. What holds for it alone is `tests/families/test_<name>.py`.
+follows: tests take `SETUPS` where families differ, and `KINDS` where they only must see every form that a program has; the other
+families take those before a release (`pytest -m release -k NAME`). A family that shares another's vocabulary imports it from that
+module. Its other tests together take at most 40 s of one core (`pytest --durations=20 -k NAME`): lower the layers, and the size of
+images in `setup(False)`, until they do. What holds for it alone is `tests/families/test_<name>.py`.
 A family of another distribution keeps such a module in its own repository, and `pytest --family-setup MODULE -k NAME` runs the tests on it.
 """
 
@@ -35,7 +36,7 @@ SETUPS: dict[str, Callable[[bool], Setup]] = {name: module.setup for name, modul
 PROCESSORS: dict[str, Callable[[], Any]] = {name: module.processor for name, module in FAMILIES.items()}
 """Family -> its processor with published limits."""
 
-KINDS = ("qwen2_vl", "mllama", "pixtral")
+KINDS = ["qwen2_vl", "mllama", "pixtral"]
 """Families whose programs have everything that the compiler and the runtime treat apart: packed segments and windows, positions on
 three axes, tied and own heads, cross attention, state besides keys and values, images of padded tiles and of free sizes."""
 
@@ -45,6 +46,7 @@ def add(module: Any) -> None:
     name = module.FAMILY.name
     use_plugins(name)
     FAMILIES[name], SETUPS[name], PROCESSORS[name] = module, module.setup, module.processor
+    KINDS.append(name)
 
 
 __all__ = ["FAMILIES", "KINDS", "PROCESSORS", "SETUPS", "Setup", "add"]

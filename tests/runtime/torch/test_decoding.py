@@ -22,7 +22,7 @@ OPTIONS = {
 SAME = 1e-5  # relative, float32: sums over masked keys too
 
 
-@pytest.fixture(scope="module", params=matrix.KINDS)
+@pytest.fixture(scope="module", params=matrix.kinds())
 def setup(request):
     return matrix.tiny(request.param)
 

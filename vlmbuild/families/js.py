@@ -42,15 +42,13 @@ def image_settings(files: ClientFiles, processor_class: str, image_processor: st
     """Collect an image processor's settings, from preprocessor_config.json or, as newer versions write it,
     processor_config.json, and write out those for which transformers.js has other defaults."""
     nested = files.get("processor_config.json", {}).get("image_processor", {})
+    given = {**nested, **files.get("preprocessor_config.json", {})}
+    defaults = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": resample}
     return {
-        **nested,
-        **files.get("preprocessor_config.json", {}),
+        **given,
+        **{name: default if given.get(name) is None else given[name] for name, default in defaults.items()},
         "processor_class": processor_class,
         "image_processor_type": image_processor,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "resample": resample,
     }
 
 

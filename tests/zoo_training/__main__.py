@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.zoo_training import mllama, pixtral, qwen2_vl, qwen3_vl
+from tests.zoo_training import mllama, pixtral, qwen2_vl, qwen3_vl, smolvlm
 from tests.zoo_training.probe import ZooFamily, warm_up
 from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import READ, exact_match, training_batch
@@ -27,6 +27,7 @@ FAMILIES: dict[str, ZooFamily] = {
     "mllama": mllama,
     "pixtral": pixtral,
     "qwen3_vl": qwen3_vl,
+    "smolvlm": smolvlm,
 }
 DEFAULT_FAMILY = "qwen2_vl"
 PEAK = 2e-3

@@ -21,6 +21,7 @@ from tests.zoo_training.tokenizer import BASE_TOKENS, fast_tokenizer
 from vlmbuild.demo.digits import Sample
 
 WARM_UP_STEPS, STEPS = 4000, 3500
+EMPTY_WEIGHT = 1.0
 TILE, PATCH, TILES = 56, 28, 4
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",

@@ -16,6 +16,7 @@ from vlmbuild.demo.digits import Sample
 from vlmbuild.families.pixtral.processor import ImageTextPixtralProcessor
 
 WARM_UP_STEPS, STEPS = 3000, 2500
+EMPTY_WEIGHT = 1.0
 PATCH = 20
 SPECIAL_TOKENS = (
     "<unk>",

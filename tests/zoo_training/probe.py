@@ -22,6 +22,8 @@ class ZooFamily(Protocol):
     WARM_UP_STEPS: int
     STEPS: int
     """Training steps after the warm-up."""
+    EMPTY_WEIGHT: float
+    """Weight of patches without a digit in the warm-up's loss."""
 
     def make_processor(self) -> Any: ...
 
@@ -57,11 +59,13 @@ def warm_up(
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
     accuracy = 0.0
+    weight = torch.ones(EMPTY + 1)
+    weight[EMPTY] = family.EMPTY_WEIGHT
     for step in range(1, steps + 1):
         samples = stream.take(batch_size)
         images = processor.image_processor([[sample.image] for sample in samples], return_tensors="pt")
         logits, cells = probe(family.patch_features(model, images)), family.patch_cells(samples, images)
-        nn.functional.cross_entropy(logits, cells, ignore_index=IGNORED).backward()
+        nn.functional.cross_entropy(logits, cells, weight, ignore_index=IGNORED).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

@@ -17,6 +17,7 @@ from vlmbuild.demo.digits import Sample
 from vlmbuild.families.qwen2_vl.processor import ImageTextProcessor
 
 WARM_UP_STEPS, STEPS = 2000, 3500
+EMPTY_WEIGHT = 1.0
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -14,6 +14,7 @@ from vlmbuild.families.qwen3_vl.processor import FrameTextProcessor
 __all__ = ["make_config", "make_model", "make_processor", "patch_cells", "patch_features", "vision_modules"]
 
 WARM_UP_STEPS, STEPS = 0, 1500
+EMPTY_WEIGHT = 1.0
 ADDED_TOKENS = (
     "<tool_call>",
     "</tool_call>",

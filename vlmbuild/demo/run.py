@@ -28,6 +28,7 @@ PUBLISHED = {
     "mllama": "meta-llama/Llama-3.2-11B-Vision-Instruct",
     "pixtral": "mistral-community/pixtral-12b",
     "qwen3_vl": "Qwen/Qwen3-VL-2B-Instruct",
+    "smolvlm": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
 }
 SEED = 0
 RANK = 16

@@ -7,6 +7,7 @@ CHECKPOINTS = {
     "mllama": "mllama-digits",
     "pixtral": "pixtral-digits",
     "qwen3_vl": "qwen3-vl-digits",
+    "smolvlm": "smolvlm2-digits",
 }
 """Model family -> name of its checkpoint."""
 

@@ -68,7 +68,8 @@ def cached_block(region: Region, form: CacheForm) -> CachedBlock | None:
     After, dynamic:
             attention(q', cat(past_key, k'), cat(past_value, v'), mask, None, None, None, True, scale, lookahead', window)
     After, static:
-            attention(q', index_copy_(past_key, 2, position, k'), ..., mask', None, None, None, False, scale)
+            attention(q', index_copy_(past_key, 2, position, type_as(k', past_key)), ..., mask', None, None, None, False,
+            scale)
 
     q', k', v' and lookahead' are the padded rows [batch, heads, new, head dim]; mask' hides keys before the window. Legal
     because the i-th query from the end sees all keys but the last i, and no padding, as within its bounds; for one new
@@ -114,7 +115,10 @@ def _read_cache(graph: Graph, node: Node, mask: Node, past: list[Node], form: Ca
     else:
         position = _placeholder(graph, "cache_position", past[1])
         write = aten.index_copy_.default
-        keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, rows[1:], strict=True)]
+        new = [
+            graph.call_function(aten.type_as.default, (x, p)) for p, x in zip(past, rows[1:], strict=True)
+        ]  # autocast
+        keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, new, strict=True)]
         mask = mask if window is None else _within(graph, mask, position, window)
     node.args = (rows[0], *keys, mask, None, None, None, form == "dynamic", node.args[_SCALE], *others)
     return keys

@@ -65,9 +65,10 @@ class Decoding(DecodeSteps[ProgramModel]):
         cache = self.cache
         batch, tokens = values[MASK].shape
         _check_room(cache, tokens)
-        past = cache.past(batch, self._dtype(), values[MASK].device)
+        dtype = self._dtype()
+        past = cache.past(batch, dtype, values[MASK].device)
         logits, presents = self._run("dynamic", name, values | past)
-        cache.keep({name: presents.pop(present_name(name)) for name in past})
+        cache.keep({name: presents.pop(present_name(name)).to(dtype) for name in past})  # norms of keys undo autocast
         return logits, presents
 
     def _write(self, name: str, values: dict[str, Tensor]) -> Tensor:

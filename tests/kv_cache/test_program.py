@@ -27,6 +27,11 @@ def traced(setup):
     return matrix.program(setup)
 
 
+@pytest.fixture
+def language(setup):
+    return setup.family.language_prefix.removeprefix("model.")
+
+
 @pytest.fixture(scope="module")
 def dynamic(traced):
     return with_cache(traced)
@@ -112,33 +117,33 @@ def test_the_same_weights_in_the_same_places(traced, dynamic):
     assert cached == names
 
 
-def test_the_program_stays_as_it_is_and_shares_what_does_not_change(traced):
+def test_the_program_stays_as_it_is_and_shares_what_does_not_change(traced, language):
     before = {name: digest(region) for name, region in traced.regions.items()}
     variants = dict(traced.variants)
     cached = with_cache(traced)
     assert {name: digest(region) for name, region in traced.regions.items()} == before
     assert traced.variants == variants
     shared = [name for name in cached.regions if cached.regions[name] is traced.regions.get(name)]
-    assert {"lm_head", "language_model.norm"} <= set(shared) and "language_model.layers" not in cached.regions
+    assert {"lm_head", f"{language}norm"} <= set(shared) and f"{language}layers" not in cached.regions
 
 
-def test_what_has_a_cache_stays_as_it_is(traced, dynamic):
+def test_what_has_a_cache_stays_as_it_is(traced, dynamic, language):
     new = dynamic.regions.keys() - traced.regions.keys()
-    assert "language_model.layers.cached" in new
+    assert f"{language}layers.cached" in new
     assert all(name.endswith((".cached", ".images", ".tokens")) for name in new)
     for region in dynamic.regions.values():
         region.graph.graph.lint()
     assert with_cache(dynamic) is dynamic
 
 
-def test_two_self_attentions_in_a_block_are_refused(traced):
+def test_two_self_attentions_in_a_block_are_refused(traced, language):
     program = copy.deepcopy(traced)
-    region = program.regions["language_model.layers"]
+    region = program.regions[f"{language}layers"]
     node = next(n for n in region.graph.graph.nodes if "vlmbuild.attention" in str(n.target))
     with region.graph.graph.inserting_after(node):
         second = region.graph.graph.call_function(node.target, node.args)
     with region.graph.graph.inserting_after(second):
         total = region.graph.graph.call_function(torch.ops.aten.add.Tensor, (node, second))
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    with pytest.raises(PassError, match="language_model.layers has 2 causal attention operators"):
+    with pytest.raises(PassError, match=f"{language}layers has 2 causal attention operators"):
         with_cache(program)

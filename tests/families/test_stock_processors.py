@@ -28,7 +28,8 @@ def opens(directory):
     found = json.loads((directory / "processor_config.json").read_text())
     family = next(family for family in FAMILIES.values() if found["processor_class"] in family.processors)
     assert found["image_processor"]["image_processor_type"].endswith("ImageProcessor")
-    assert (VIDEO in found) == ("pixel_values_videos" in family.input_layout)
+    videos = "pixel_values_videos" in family.input_layout or family.name == "smolvlm"  # whose videos are refused
+    assert (VIDEO in found) == videos
 
 
 @pytest.mark.parametrize("name", [*ZOO, "qwen2_5_vl"])

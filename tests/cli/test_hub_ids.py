@@ -20,10 +20,12 @@ def hub(plain, tmp_path, monkeypatch):
     return cached(plain.path, tmp_path / "hub")
 
 
-@pytest.mark.parametrize("revision", [(), ("--revision", "main"), ("--revision", COMMIT)])
-def test_verify_and_inspect(run, hub, plain, revision):
+@pytest.mark.parametrize(
+    "source", ["owner/name", "owner/name --revision main", "owner/name@main", f"owner/name@{COMMIT}"]
+)
+def test_verify_and_inspect(run, hub, plain, source):
     for command in (("verify", "--id", plain.manifest.id), ("inspect",)):
-        code, out, err = run(*command, "owner/name", *revision, "--json")
+        code, out, err = run(*command, *source.split(), "--json")
         assert code == 0, err
         assert (json.loads(out)["id"], json.loads(out)["path"]) == (plain.manifest.id, str(hub))
 
@@ -46,7 +48,7 @@ def test_run_pins_the_identity(run, hub, plain):
 
 
 def test_build_keeps_the_dtype_of_an_artifact(run, hub, plain, tmp_path):
-    code, _, err = run("build", "owner/name", "--revision", "main", "-o", tmp_path / "built")
+    code, _, err = run("build", "owner/name@main", "-o", tmp_path / "built")
     assert code == 0, err
     manifest = verify(tmp_path / "built")
     assert manifest.recipe["dtype"] == plain.manifest.recipe["dtype"] == "float32"
@@ -54,7 +56,7 @@ def test_build_keeps_the_dtype_of_an_artifact(run, hub, plain, tmp_path):
 
 
 def test_diff(run, hub, plain):
-    assert run("diff", "owner/name", "owner/name", "--new-revision", COMMIT, "--no-kernels")[0] == 0
+    assert run("diff", "owner/name@main", "owner/name", "--new-revision", COMMIT, "--no-kernels")[0] == 0
     code, _, err = run("diff", "owner/name", plain.path, "--new-revision", "main")
     assert code == 2 and "--new-revision" not in err and "'main'" in err
 
@@ -68,3 +70,5 @@ def test_what_the_cache_lacks(run, hub, command):
         code, _, err = run(name, *options, "owner/name", "--revision", "v9")
         assert code == 1 and "owner/name" in err
     assert run("verify", hub, "--revision", "main")[0] == 2
+    code, _, err = run("verify", "owner/name@main", "--revision", COMMIT)
+    assert code == 2 and "owner/name@main" in err and COMMIT in err

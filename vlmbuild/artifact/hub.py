@@ -12,7 +12,8 @@ from vlmbuild.errors import IntegrityError, SourceError, UsageError
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.util.validation import reachable
 
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID: Final = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+"""Name of a repository on the hub, and after "@" a branch, tag or commit."""
 
 _RECORDS = ".cache/huggingface/"
 _EXTRA_NAMES = frozenset(
@@ -25,6 +26,11 @@ _EXTRA_NAMES = frozenset(
 )
 _EXTRA_PATTERN = re.compile(r"[^/]+\.intoto\.jsonl")
 _RECORD_PATTERN = re.compile(re.escape(_RECORDS) + r"(?:download|upload)/(.+)\.(?:metadata|lock)")
+
+
+def is_card_or_signature(name: str) -> bool:
+    """Return whether a file beside the manifest is about the artifact: its model card, a signature or an attestation."""
+    return name in ("README.md", "model.sig") or _EXTRA_PATTERN.fullmatch(name) is not None
 
 
 def is_extra(path: str, listed: Collection[str]) -> bool:
@@ -62,8 +68,8 @@ def artifact_directory(path: Path | str, revision: str | None = None, progress: 
     """Return the directory of an artifact. A hub id is downloaded into the hub's cache, unless it is there already.
 
     Args:
-        path: A directory, which need not exist, or a hub id ("owner/name").
-        revision: Branch, tag or commit of a hub id.
+        path: A directory, which need not exist, or a hub id ("owner/name" or "owner/name@revision").
+        revision: Branch, tag or commit of a hub id without its own.
         progress: Called when a download begins and ends.
 
     Raises:
@@ -86,6 +92,20 @@ def is_hub_id(path: Path | str) -> bool:
     return HUB_ID.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Split "owner/name@revision" into both; a name that is no hub id is returned as it is.
+
+    Raises:
+        UsageError: Another revision is given beside it.
+    """
+    match = HUB_ID.fullmatch(name)
+    if match is None or match[2] is None:
+        return name, revision
+    if revision not in (None, match[2]):
+        raise UsageError(f"{name} names a revision, and so does {revision!r}. Drop one of them.")
+    return match[1], match[2]
+
+
 def check_no_revision(path: Path | str, revision: str | None) -> None:
     """Raise UsageError if there is a revision. The caller knows that the path is not a hub id."""
     if revision is not None:
@@ -93,10 +113,17 @@ def check_no_revision(path: Path | str, revision: str | None) -> None:
 
 
 def download(name: str, revision: str | None, patterns: list[str] | None = None) -> Path:
-    """Download files of a repository into the hub's cache, or find them there. Raises SourceError."""
+    """Download files of a repository into the hub's cache, or find them there. Raises SourceError.
+
+    Args:
+        name: A hub id.
+        revision: Branch, tag or commit of a hub id without its own.
+        patterns: Names of the files; None is all of them.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    name, revision = split_revision(name, revision)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:

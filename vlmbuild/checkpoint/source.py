@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.files import closing, open_file, read_file
-from vlmbuild.artifact.hub import HUB_ID, check_no_revision, download
+from vlmbuild.artifact.hub import HUB_ID, check_no_revision, download, split_revision
 from vlmbuild.artifact.paths import GENERATION_CONFIG, MANIFEST_NAME
 from vlmbuild.checkpoint.layout import check_no_adapter
 from vlmbuild.errors import SourceError
@@ -77,8 +77,9 @@ def resolve(
     """Find a checkpoint, downloading it from the hub when it is a hub id.
 
     Args:
-        source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name"); a `Source` is returned as it is.
-        revision: Branch, tag or commit of a hub id.
+        source: A directory, the name of a zoo checkpoint, or a hub id ("owner/name" or "owner/name@revision"); a `Source`
+            is returned as it is.
+        revision: Branch, tag or commit of a hub id without its own.
         weights: False downloads the config and the processor only.
         progress: Called when a download begins and ends.
 
@@ -150,4 +151,4 @@ def _download(name: str, revision: str | None, weights: bool) -> Source:
     wanted += ["*.safetensors", "*.safetensors.index.json"] if weights else []
     directory = download(name, revision, wanted)
     _check_side_files(directory)
-    return Source(directory, f"{name}@{directory.name}")
+    return Source(directory, f"{split_revision(name)[0]}@{directory.name}")

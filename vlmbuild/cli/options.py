@@ -19,7 +19,7 @@ Command = Callable[..., Any]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 id_option = click.option("--id", "expected_id", metavar="sha256:…", help="Fail unless the artifact has this id.")
-revision_option = click.option("--revision", help="Branch, tag or commit of a hub id.")
+revision_option = click.option("--revision", help="Branch, tag or commit of a hub id; or write ID@REVISION.")
 trust_option = click.option(
     "--trust-code", is_flag=True, help="Run the compiled code of an aoti artifact, with all your permissions."
 )

@@ -68,8 +68,9 @@ def load(
     replaced while it is read is read again from the start, a few times.
 
     Args:
-        path: The artifact's directory, or the hub id ("owner/name") of one, which is downloaded into the hub's cache.
-        revision: Branch, tag or commit of a hub id.
+        path: The artifact's directory, or the hub id ("owner/name", "owner/name@revision") of one, which is downloaded into
+            the hub's cache.
+        revision: Branch, tag or commit of a hub id without its own.
         device: Where the weights go; None is the CPU.
         dtype: Compute dtype; None is the one that the artifact was built with.
         verify: Check every file against the manifest before returning. Turn it off only for an artifact just verified.

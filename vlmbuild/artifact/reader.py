@@ -237,11 +237,11 @@ class ArtifactReader:
             yield folder
 
     @contextmanager
-    def verifying(self, *, first: bool = False) -> Iterator[None]:
+    def verifying(self, *, first: bool = False, progress: ByteProgress | None = None) -> Iterator[None]:
         """Verify all files, and that none changes while the block runs.
 
         With `first` they are verified before the block, which may then read them by name. Otherwise other threads verify
-        them while it runs: nothing that it reads is proven before its end.
+        them while it runs: nothing that it reads is proven before its end. `progress` is called by the former alone.
 
         Raises the errors of `verify`, also in place of an error of the block: the data may have been wrong.
         """
@@ -250,7 +250,7 @@ class ArtifactReader:
             with reading_errors(self.path, entry.path):
                 os.close(self.open(entry.path))
         if first or comparison.problems:
-            comparison.check_contents(self.open)
+            comparison.check_contents(self.open, progress)
             yield
             self.check_unchanged(by_name=True)
             return

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "lock": "vlmbuild.cli.lock",
     "check": "vlmbuild.cli.check",
     "diff": "vlmbuild.cli.diff",
+    "push": "vlmbuild.cli.push",
     "demo": "vlmbuild.cli.demo",
 }
 """Name of each command -> module whose `command` it is, in the order of `vlmbuild --help`."""

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     Report = list[str | Table]
 
 WIDTH = 80
+PARITY: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "Parity": lambda record: record["case"],
+    "output": lambda record: record.get("output", ""),
+    "relative error": lambda record: record["error"],
+    "its tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
+    "worst token (no limit)": lambda record: record.get("worst_token", ""),
+    "adapter effect": lambda record: record.get("effect", ""),
+    "same top token": lambda record: f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
+    "same generated": lambda record: f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
+}
+"""Columns of parity: head -> text of a record."""
 _CAVEAT = (
     "tensors only, within 15 % of measurements on a CPU; not measured on a GPU, where the CUDA context and fragmentation "
     "add to it"
@@ -44,7 +55,7 @@ def build_report(document: Mapping[str, Any]) -> Report:
 def plan_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild plan`."""
     parts: Report = [
-        _facts({"source": document["source"], "model": document["architecture"], **_recipe_facts(document["recipe"])}),
+        _facts({"source": document["source"], "model": document["architecture"], **recipe_facts(document["recipe"])}),
         "",
         regions_table(document),
         "",
@@ -85,7 +96,7 @@ def inspect_report(document: Mapping[str, Any]) -> Report:
         sources["dequantized from"] = layouts
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(document["toolchain"].items()))
     code = ", ".join(document["trust"]["code"]) or "none; loading runs nothing from the artifact"
-    recipe = _recipe_facts(document["recipe"])
+    recipe = recipe_facts(document["recipe"])
     if "merged" in sources and document["recipe"].get("quantize") is None:
         recipe["quantize"] = "none, because an adapter is merged"
     sizes = [
@@ -119,24 +130,36 @@ def verify_report(document: Mapping[str, Any]) -> Report:
     return [head, document["id"], *_section(parity_table(document["numerics"]))]
 
 
+def push_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild push`: what was published, or with the model card what would be."""
+    name, commit = document["repository"], document["commit"]
+    size = f"{len(document['files'])} files, {human_size(document['bytes'])}"
+    where = f"{name} ({'private' if document['private'] else 'public'}{', new' if document['new'] else ''})"
+    facts = {"artifact": document["id"], "repository": where, "branch": document["branch"]}
+    facts |= {"replaces": document["replaces"]} if document["replaces"] else {}
+    facts |= {"deletes": ", ".join(document["removed"])} if document["removed"] else {}
+    facts |= {"not known": document["note"]} if document["note"] else {}
+    if commit is not None:
+        load = f'vlmbuild.load("{name}", revision="{commit}")'
+        return [f"{document['path']}: {size}, published", _facts(facts | {"commit": commit}), "", f"Load it: {load}"]
+    sizes = [[file["path"], human_size(file["bytes"])] for file in document["files"]]
+    return [
+        f"{document['path']}: {size}; nothing was uploaded",
+        _facts(facts),
+        "",
+        table(["Files", "size"], sizes, "<>"),
+        "",
+        "README.md:",
+        "",
+        document["card"],
+    ]
+
+
 def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:
     """Make a table of the parity that the build measured, of logits or of exported models; None if it measured none."""
     if not numerics:
         return None
-    return records_table(
-        {
-            "Parity": lambda record: record["case"],
-            "output": lambda record: record.get("output", ""),
-            "relative error": lambda record: record["error"],
-            "its tolerance": lambda record: record["tolerance"] or f"none: rounded to {', '.join(record['formats'])}",
-            "worst token (no limit)": lambda record: record.get("worst_token", ""),
-            "adapter effect": lambda record: record.get("effect", ""),
-            "same top token": lambda record: f"{record['top1']}/{record['tokens']}" if "top1" in record else "",
-            "same generated": lambda record: f"{record['greedy']}/{record['generated']}" if "greedy" in record else "",
-        },
-        numerics,
-        "<<>>>>>>",
-    )
+    return records_table(PARITY, numerics, "<<>>>>>>")
 
 
 def regions_table(document: Mapping[str, Any]) -> Table:
@@ -161,7 +184,7 @@ def roles_table(document: Mapping[str, Any]) -> Table:
     """Make a table of parameters, bytes and formats by role."""
     recipe = document["recipe"]
     rows = [
-        [role["role"], f"{role['parameters']:,}", human_size(role["bytes"]), _storage(role, recipe)]
+        [role["role"], f"{role['parameters']:,}", human_size(role["bytes"]), storage(role, recipe)]
         for role in document["roles"]
     ]
     rows += [[alias.partition(".")[0], "", "", f"shared with {name}"] for alias, name in document["ties"].items()]
@@ -242,7 +265,8 @@ def _facts(facts: Mapping[str, str]) -> Table:
     return columns
 
 
-def _recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
+def recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Describe a recipe: name of an option -> its value."""
     required = {"required": ", ".join(recipe["require"])} if recipe.get("require") else {}
     facts = {name: str(recipe.get(name)) for name in ("target", "dtype", "attention")}
     return {**facts, "quantize": _quantization(recipe.get("quantize"), facts["target"]), **required}
@@ -262,7 +286,7 @@ def _quantization(values: Mapping[str, Any] | None, target: str) -> str:
     return ", ".join(filter(None, parts)) + (f"; {', '.join(spec.roles)}" if form is not None else "")
 
 
-def _storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def storage(role: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     """Describe how the weights of a role are stored: "nf4 99.9 %, bfloat16 the rest (norms and biases)"."""
     dtype = str(recipe.get("dtype"))
     kept = "; ".join(role["kept"])

@@ -37,12 +37,14 @@ class Target:
             any weight is read; None for a target that cannot train, which `plan` is about.
         measurement: (artifact, dtype) -> the comparison of exported code with the program; None where nothing is exported.
         devices: Types of devices that can quantize its weights.
+        golden: True if its artifacts can hold golden cases.
     """
 
     begin: Callable[[], AbstractContextManager[Write]]
     stored_parameters: Callable[[Program, Family, Recipe], Iterator[StoredParameter]] | None = None
     measurement: Callable[[Path, str], Measurement] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    golden: bool = True
 
 
 TARGETS: dict[str, Target] = {
@@ -58,6 +60,7 @@ TARGETS: dict[str, Target] = {
         begin=aoti.writing,
         measurement=code_measurement,
         devices=("cpu",),
+        golden=False,
     ),
 }
 

@@ -20,6 +20,7 @@ from vlmbuild.checkpoint.tensors import SourceTensor
 from vlmbuild.errors import SourceError
 from vlmbuild.families import Family
 from vlmbuild.formats import WeightFormat
+from vlmbuild.golden.cases import GoldenCase
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.quant.decide import Decision
@@ -64,6 +65,7 @@ class Request:
         calibration: SHA-256 (hex) of the batches that decisions were measured on, or "".
         device: Device that quantizes weights.
         merged: The adapter that is merged into the weights, with the check of the result; None for none.
+        golden: Prompts to record, empty for the packaged ones; None for what the target records by itself.
         progress: Called with a stage's name, the amount done, and the total.
     """
 
@@ -76,6 +78,7 @@ class Request:
     calibration: str
     device: str
     merged: MergeCheck | None
+    golden: tuple[GoldenCase, ...] | None = None
     progress: Progress
 
     @property

@@ -22,6 +22,7 @@ from vlmbuild.ir.program import Program, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.quant.bnb_config import is_skipped, quantization_config
 from vlmbuild.recipe import Recipe
+from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.targets.weights import stored_specs, write_weights
@@ -36,7 +37,8 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         OutputError: There is no space, or the output cannot be written.
     """
     write_checkpoint(writer, request)
-    return publish(writer, request, formats=format_names(request.program), numerics=request.measure(writer.staging))
+    numerics = [*request.measure(writer.staging), *record_golden(writer, request)]
+    return publish(writer, request, formats=format_names(request.program), numerics=numerics)
 
 
 def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:

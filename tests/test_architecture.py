@@ -38,6 +38,8 @@ ORDER = [
     "capture",
     "passes",
     "measure",
+    "golden",
+    "engines",
     "targets",
     "builder",
     "train",

@@ -86,6 +86,12 @@ class GraphDiffersError(ReportedError):
     exit_code = 6
 
 
+class EngineDiffersError(ReportedError):
+    """An engine that computes something else than the artifact's program."""
+
+    exit_code = 7
+
+
 class UnreadableLockError(ReportedError, UsageError):
     """A file that should be a lock and cannot be read as one."""
 

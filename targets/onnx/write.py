@@ -23,6 +23,7 @@ from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.measure.onnx_parity import onnx_measurement
 from vlmbuild.runtime.onnx.decoding import Q4
 from vlmbuild.runtime.onnx.session import FOLDER, onnx_runtime
+from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.onnx.data import write_data
 from vlmbuild.targets.onnx.graph_builder import OLDEST_RUNTIME
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
@@ -67,6 +68,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     with onnx_measurement(writer.staging, recipe.dtype) as measurement:
         errors = _write_models(writer, models, request)
         numerics = [*measurement.records(request.progress), *request.measure(writer.staging)]
+    numerics += record_golden(writer, request)
     decisions = {
         module: replace(decision, error=errors.get(f"{module}.weight", decision.error))
         for module, decision in request.decisions.items()

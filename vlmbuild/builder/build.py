@@ -22,6 +22,7 @@ from vlmbuild.checkpoint.fit import check_weights
 from vlmbuild.checkpoint.source import Source
 from vlmbuild.errors import OutputError, PassError, UsageError
 from vlmbuild.families import Family
+from vlmbuild.golden.cases import GoldenCase, read_cases
 from vlmbuild.ir.program import Program
 from vlmbuild.measure.calibration import Batch, batches_digest
 from vlmbuild.measure.merge_parity import MergeCheck
@@ -61,6 +62,7 @@ def build(
     calibration: Sequence[Batch] = (),
     adapter: str | Path | None = None,
     processor: str | Path | None = None,
+    golden: bool | str | Path = False,
     strip_prefix: str = "",
     progress: Progress | None = None,
 ) -> Artifact:
@@ -82,6 +84,7 @@ def build(
             weights alone are.
         adapter: Directory of a LoRA adapter in PEFT's format.
         processor: Source of the processor's files, where the model's has none or others are wanted.
+        golden: Record golden cases in the artifact: True for packaged prompts and images, or a JSONL file of conversations.
         strip_prefix: Leading part of every tensor's name in the source, such as "module.", to leave out.
         progress: Called with a stage's name, the amount done, and the total; from several threads, one at a time.
 
@@ -98,6 +101,7 @@ def build(
     target = _checked_target(recipe, device)
     recipe.check_calibration(bool(calibration))
     check_passes(recipe)
+    prompts = _golden_cases(golden, target, recipe)
     check_output(output, overwrite=overwrite)
     if adapter is not None:
         check_mergeable(recipe, adapter, output)
@@ -125,11 +129,22 @@ def build(
             calibration=batches_digest(calibration),
             device=device,
             merged=merged,
+            golden=prompts,
             progress=progress,
         )
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)
+
+
+def _golden_cases(golden: bool | str | Path, target: Target, recipe: Recipe) -> tuple[GoldenCase, ...] | None:
+    """Read the prompts to record; None for none. Raises UsageError for a target that records none."""
+    if golden is False:
+        return None
+    if not target.golden:
+        able = " or ".join(f"--target {name}" for name, row in TARGETS.items() if row.golden)
+        raise UsageError(f"--target {recipe.target} records no golden cases. Drop --golden, or choose {able}.")
+    return () if golden is True else tuple(read_cases(Path(golden)))
 
 
 def least_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:

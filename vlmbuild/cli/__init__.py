@@ -93,7 +93,7 @@ def cli() -> None:
     Exit codes:
         0 success            1 failure                2 invalid usage
         3 corrupt artifact   4 untrusted code         5 incompatible artifact
-        6 graphs differ      130, 143 interrupted
+        6 graphs differ      7 an engine differs      130, 143 interrupted
     """
 
 

@@ -14,6 +14,9 @@ from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.report.contents import contents
 from vlmbuild.report.tables import build_report
 
+PACKAGED = "packaged cases"
+"""Value of --golden without a file."""
+
 
 @click.command()
 @click.argument("source")
@@ -40,6 +43,14 @@ from vlmbuild.report.tables import build_report
     metavar="DIR",
     help="Merge a LoRA adapter in PEFT's format. The result is unquantized unless --quantize is given.",
 )
+@click.option(
+    "--golden",
+    is_flag=False,
+    flag_value=PACKAGED,
+    metavar="[FILE.jsonl]",
+    help='Record in the artifact what its program computes for packaged prompts and images, or for your own: {"messages": '
+    "[...]} per line. `vlmbuild verify --engine` compares engines with it.",
+)
 @click.option("--processor", metavar="DIR_OR_ID", help="Source of the processor's files.  [default: SOURCE]")
 @click.option(
     "--strip-prefix", default="", metavar="PREFIX", help="Prefix to drop from all tensor names, such as 'module.'."
@@ -53,6 +64,7 @@ def command(
     device: str,
     calibrate: Path | None,
     adapter: Path | None,
+    golden: str | None,
     processor: str | None,
     strip_prefix: str,
     as_json: bool,
@@ -91,6 +103,7 @@ def command(
             calibration=[] if calibrate is None else _calibration(found, calibrate, processor),
             adapter=adapter,
             processor=processor,
+            golden={None: False, PACKAGED: True}.get(golden, golden or False),
             strip_prefix=strip_prefix,
             progress=progress,
         )

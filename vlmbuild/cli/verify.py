@@ -12,7 +12,7 @@ from vlmbuild.artifact.hub import artifact_directory
 from vlmbuild.artifact.reader import verify
 from vlmbuild.cli.options import id_option, json_option, revision_option, trust_option
 from vlmbuild.cli.output import StageProgress, show
-from vlmbuild.errors import UsageError
+from vlmbuild.errors import EngineDiffersError, UsageError
 from vlmbuild.report.tables import verify_report
 
 if TYPE_CHECKING:
@@ -30,6 +30,25 @@ if TYPE_CHECKING:
     "--numerics", is_flag=True, help="Also run exported models (onnx, aoti), and compare them with the program."
 )
 @trust_option
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help="Also run this engine on the golden cases, and compare every stage that it shows: transformers, onnxruntime, "
+    "openvino, transformers.js and others; a wrong name lists them.",
+)
+@click.option("--engine-python", metavar="PATH", help="Interpreter that has the engine.  [default: this one]")
+@click.option(
+    "--engine-model",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="DIR",
+    help="Folder that the engine opens, if it serves another one, such as a conversion of the artifact.",
+)
+@click.option(
+    "--golden",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.jsonl",
+    help='Prompts in place of the artifact\'s golden cases, one per line: {"messages": [...]}.',
+)
 @json_option
 def command(
     artifact: Path,
@@ -38,20 +57,29 @@ def command(
     allow_hardlinks: bool,
     numerics: bool,
     trust_code: bool,
+    engine: str | None,
+    engine_python: str | None,
+    engine_model: Path | None,
+    golden: Path | None,
     as_json: bool,
 ) -> None:
     """Check every file of an artifact.
 
     ARTIFACT is a folder, or the hub id of an artifact, which is downloaded into the hub's cache.
 
-    Compares all files with the manifest. Names every changed, missing, extra or swapped file, and exits with 3.
+    Compares all files with the manifest. Names every changed, missing, extra or swapped file, and exits with 3. With
+    --engine, also compares what an engine computes, stage by stage, names the first stage that differs, and exits with 7.
 
     \b
     Examples:
         vlmbuild verify qwen2-vl-nf4
         vlmbuild verify qwen2-vl-onnx --numerics
+        vlmbuild verify qwen2-vl-onnx --engine onnxruntime
+        vlmbuild verify qwen2-vl-nf4 --engine transformers --engine-python ~/serving/bin/python
         vlmbuild verify owner/qwen2-vl-nf4 --revision v1
     """
+    if engine is None and (engine_python or engine_model or golden):
+        raise UsageError("--engine-python, --engine-model and --golden are about an engine. Name it with --engine.")
     with StageProgress(lines=False) as progress:
         directory = artifact_directory(artifact, revision, progress)
         manifest = verify(
@@ -61,6 +89,15 @@ def command(
             progress=functools.partial(progress, "verify"),
         )
         records = _numerics(directory, manifest, progress, trusted=trust_code) if numerics else []
+        held = {}
+        if engine is not None:
+            from vlmbuild.engines.verify import verify_engine
+            from vlmbuild.golden.cases import read_cases
+
+            cases = read_cases(golden) if golden else ()
+            held["engine"] = verify_engine(
+                directory, manifest, engine, python=engine_python, model=engine_model, cases=cases, progress=progress
+            )
     document = {
         "path": str(directory),
         "id": manifest.id,
@@ -68,8 +105,15 @@ def command(
         "files": len(manifest.files),
         "bytes": manifest.total_bytes,
         "numerics": records,
+        **held,
     }
     show(document, verify_report, as_json=as_json)
+    if held and (first := held["engine"]["first"]):
+        raise EngineDiffersError(
+            f"{engine} differs from the program of {artifact} at the stage {first['stage']}: case {first['case']!r}, error "
+            f"{first['error']}, and at most {first['tolerance']} is allowed{first['note'] and ': ' + first['note']}. Repair "
+            "what computes this stage; later ones follow from it."
+        )
 
 
 def _numerics(artifact: Path, manifest: Manifest, progress: StageProgress, *, trusted: bool) -> list[dict[str, Any]]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vlmbuild.families import Family
-from vlmbuild.ir import interpret
-from vlmbuild.ir.program import Program, Region, Variant
+from vlmbuild.ir.interpret import run_calls
+from vlmbuild.ir.program import Call, Program, Region, Variant
 from vlmbuild.kv_cache.program import MASK, cached_inputs
 from vlmbuild.runtime.decode_steps import unpack_to_padded, whole_mask
 from vlmbuild.runtime.torch.region import BoundRegion
+
+State = dict[str, Tensor]
+"""Values by the names that a variant has for them."""
 
 
 class SlotWeights(Protocol):
@@ -36,8 +39,8 @@ class Reference:
         self._constants = family.constants(config)
         self._bound = {name: BoundRegion(region, torch.float32, ()) for name, region in program.regions.items()}
 
-    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-        """Return the variant of a batch and its inputs, with an empty cache."""
+    def inputs(self, batch: Mapping[str, Tensor]) -> tuple[str, State]:
+        """Return the variant of a batch, which has one row a sample, and its inputs with an empty cache."""
         prepared = self._family.prepare(batch, self._config)
         variant = self.program.variants[prepared.variant]
         shape = batch["input_ids"].shape
@@ -48,10 +51,9 @@ class Reference:
             values[entry.name] = torch.zeros(shape[0], entry.fixed_size(1), 0, entry.fixed_size(3))
         return prepared.variant, values
 
-    @torch.no_grad()
     def run(
         self, batch: Mapping[str, Tensor], keep: Callable[[Variant], Collection[str]] = lambda _: ()
-    ) -> tuple[str, dict[str, Tensor]]:
+    ) -> tuple[str, State]:
         """Run a batch.
 
         Args:
@@ -63,14 +65,26 @@ class Reference:
         """
         name, values = self.inputs(batch)
         variant = self.program.variants[name]
-        found = interpret.run(self.program, variant, values, self._tensors_of, self._run_region, keep=keep(variant))
+        (found,) = self.run_together(variant, [values], keep(variant))
         found[variant.output] = found[variant.output].view(*batch["input_ids"].shape, -1)
         return name, found
 
-    def _tensors_of(self, region: Region, instance: str) -> tuple[Tensor, ...]:
-        return self._weights.slots(region, instance, self._constants)
+    @torch.no_grad()
+    def run_together(self, variant: Variant, states: Sequence[State], keep: Collection[str] = ()) -> list[State]:
+        """Run a variant on several inputs, each by itself; the weights are read once.
 
-    def _run_region(
-        self, region: Region, tensors: tuple[Tensor, ...], activations: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        return self._bound[region.name].run(tensors, None, activations, training=False)
+        Returns:
+            For each, the output as the program has it, the presents and the kept values.
+        """
+        kept = {variant.output, *variant.presents, *keep}
+
+        def step(call: Call, arguments: tuple[list[Tensor], ...]) -> list[list[Tensor]]:
+            region = self.program.regions[call.region]
+            tensors = tuple(self._weights.slots(region, call.instance, self._constants))
+            bound = self._bound[call.region]
+            results = [bound.run(tensors, None, values, training=False) for values in zip(*arguments, strict=True)]
+            return [list(column) for column in zip(*results, strict=True)]
+
+        columns = {entry.name: [state[entry.name] for state in states] for entry in variant.inputs}
+        run_calls(variant.calls, columns, step, keep=kept)
+        return [{name: columns[name][index] for name in kept} for index in range(len(states))]

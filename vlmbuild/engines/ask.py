@@ -1,0 +1,185 @@
+"""Run an engine in an interpreter of its own: a job as JSON, values in a folder.
+
+The worker is called with the path of job.json, which holds
+
+    model    folder that the engine opens
+    out      folder for values
+    cases    name, messages (images as {"type": "image", "path": FILE}), images (files), text (the prompt), template (whether
+             the chat template wrote it), tokens (the prompt's, for engines whose callers process prompts themselves),
+             modules (stage -> module of transformers' names, and "input" or "output")
+    steps    tokens to generate
+    last     positions at the end of the prompt whose logits are wanted
+
+and writes out/result.json: `version` of the engine and, for each case, what it can show of `tokens`, `greedy`,
+`log_probabilities` (token -> value, at the end of the prompt), `values` (stage -> shape; the values are little-endian float32
+in out/NUMBER.STAGE.f32), and `failed` (stage, message). A worker that lacks a package prints its name on stderr and ends with
+`MISSING`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmbuild.errors import IncompatibleError, UsageError
+from vlmbuild.golden import tolerances
+from vlmbuild.golden.cases import png
+from vlmbuild.golden.compare import Answer, Limits
+from vlmbuild.golden.record import STEPS, GoldenRecord
+from vlmbuild.golden.sample import LAST
+
+MISSING = 86
+"""Exit code of a worker that lacks a package."""
+_WORKERS = Path(__file__).parent / "workers"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine.
+
+    Attributes:
+        name: Name of the engine.
+        worker: File in `workers/`.
+        install: The line that installs it; {python} is the interpreter.
+        targets: Targets whose artifacts it opens.
+        dtype: Dtype in which it computes; None is the artifact's.
+        pixels: Tolerance of its processor's pixels.
+        program: Program that runs the worker; None is Python.
+        environment: Environment variables besides the caller's.
+    """
+
+    name: str
+    worker: str
+    install: str
+    targets: tuple[str, ...]
+    dtype: str | None = None
+    pixels: float = tolerances.PIXELS
+    program: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def limits(self, dtype: str, *, rounded: bool = False) -> Limits:
+        """Return the tolerances on an artifact of this dtype, whose operators round inputs or not."""
+        compute = tolerances.COMPUTE[self.dtype or dtype]
+        return Limits(max(compute, tolerances.ROUNDED_INPUTS if rounded else 0.0), self.pixels)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What an engine shows of all cases, and its version."""
+
+    version: str
+    cases: list[Answer]
+
+
+def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python: str | None = None) -> Answers:
+    """Run an engine on golden cases.
+
+    Args:
+        engine: The engine.
+        model: Folder that it opens.
+        records: The cases.
+        python: Its interpreter; None is this one, or the program that the engine names.
+
+    Raises:
+        UsageError: There is no such interpreter.
+        IncompatibleError: The engine is not installed there, or ends without an answer.
+    """
+    program = python or engine.program or sys.executable
+    if shutil.which(program) is None:
+        raise UsageError(f"{program} is no program for {engine.name}. Pass its interpreter with --engine-python PATH.")
+    with tempfile.TemporaryDirectory(prefix="vlmbuild-engine-") as folder:
+        job = _write_job(Path(folder), model, records)
+        done = subprocess.run(  # noqa: S603  (the user's own interpreter)
+            [program, str(_WORKERS / engine.worker), str(job)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env={**_plain_environment(), **dict(engine.environment)},
+            check=False,
+        )
+        if done.returncode == MISSING:
+            raise IncompatibleError(
+                f"{engine.name} cannot run in {program}: {_last(done.stderr)}. Install it with `"
+                f"{engine.install.format(python=program)}`, or pass another interpreter with --engine-python PATH."
+            )
+        result = job.parent / "result.json"
+        if done.returncode or not result.is_file():
+            raise IncompatibleError(
+                f"{engine.name} ended with {done.returncode} on {model}: {_last(done.stderr)}. Run it on the folder by itself."
+            )
+        return _answers(json.loads(result.read_text(encoding="utf-8")), result.parent)
+
+
+def _write_job(folder: Path, model: Path, records: Sequence[GoldenRecord]) -> Path:
+    cases = []
+    for number, record in enumerate(records):
+        images = [folder / f"{number}-{index}.png" for index in range(len(record.case.images))]
+        for file, image in zip(images, record.case.images, strict=True):
+            file.write_bytes(png(image))
+        cases.append(
+            {
+                "name": record.case.name,
+                "messages": _with_paths(record.case.messages, images),
+                "images": [str(file) for file in images],
+                "text": record.text,
+                "template": record.template,
+                "tokens": record.tokens,
+                "modules": record.modules,
+            }
+        )
+    job = folder / "job.json"
+    document = {"model": str(model.absolute()), "out": str(folder), "cases": cases, "steps": STEPS, "last": LAST}
+    job.write_text(json.dumps(document), encoding="utf-8")
+    return job
+
+
+def _with_paths(messages: Sequence[Mapping[str, Any]], images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Name the files of images in messages."""
+    files = iter(images)
+    said = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
+        named = [{**part, "path": str(next(files))} if part["type"] == "image" else part for part in parts]
+        said.append({**message, "content": named})
+    return said
+
+
+def _answers(document: Mapping[str, Any], folder: Path) -> Answers:
+    cases = []
+    for number, case in enumerate(document["cases"]):
+        values = {
+            stage: np.fromfile(folder / f"{number}.{stage}.f32", "<f4").reshape(shape)
+            for stage, shape in case.get("values", {}).items()
+        }
+        cases.append(
+            Answer(
+                case.get("tokens"),
+                values,
+                case.get("greedy"),
+                {int(token): value for token, value in case.get("log_probabilities", {}).items()},
+                tuple(case["failed"]) if "failed" in case else None,
+            )
+        )
+    return Answers(str(document.get("version", "")), cases)
+
+
+def _plain_environment() -> dict[str, str]:
+    """Return the environment without what only this interpreter's packages need, and offline: models are folders."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:400].rstrip(".") if lines else "it says nothing"

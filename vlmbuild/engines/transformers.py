@@ -1,0 +1,13 @@
+"""transformers: `AutoProcessor` and `AutoModelForImageTextToText` in float32, as its users call them."""
+
+from __future__ import annotations
+
+from vlmbuild.engines.ask import Engine
+
+ENGINE = Engine(
+    name="transformers",
+    worker="transformers_worker.py",
+    install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes pillow",
+    targets=("trainable", "compressed-tensors"),
+    dtype="float32",
+)

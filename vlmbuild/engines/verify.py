@@ -1,0 +1,91 @@
+"""Hold an engine to an artifact's golden cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmbuild.artifact.manifest import Manifest
+from vlmbuild.engines import ENGINES, Engine
+from vlmbuild.engines.ask import ask
+from vlmbuild.errors import UsageError
+from vlmbuild.golden import tolerances
+from vlmbuild.golden.cases import GoldenCase
+from vlmbuild.golden.compare import Limits, compare, first_difference
+from vlmbuild.golden.files import CASES, read_golden
+from vlmbuild.golden.record import GoldenRecord, record_artifact
+from vlmbuild.util.progress import Progress, silent
+from vlmbuild.util.validation import one_of
+
+
+def verify_engine(
+    directory: Path,
+    manifest: Manifest,
+    name: str,
+    *,
+    python: str | None = None,
+    model: Path | None = None,
+    cases: Sequence[GoldenCase] = (),
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Run an engine on an artifact's golden cases, which are recorded now where the artifact has none, and compare.
+
+    Args:
+        directory: The artifact; its files are those of the manifest.
+        manifest: Its manifest.
+        name: Name of the engine, a key of `ENGINES`.
+        python: Interpreter of the engine; None is this one.
+        model: Folder that the engine opens; None is the artifact.
+        cases: Prompts in place of the artifact's.
+        progress: Called with a stage's name, the amount done, and the total.
+
+    Returns:
+        Plain values: `name`, `version`, `model`, `results` in the order of the stages, and `first`, the first that differs.
+
+    Raises:
+        UsageError: The engine does not open artifacts of this target.
+        IncompatibleError: The engine is not installed, or cannot run.
+    """
+    one_of("--engine", name, tuple(ENGINES))
+    engine = ENGINES[name]
+    if model is None and manifest.target not in engine.targets:
+        raise UsageError(
+            f"{name} does not open artifacts of the target {manifest.target}. {_others(manifest.target)}, or pass the folder "
+            "that it serves with --engine-model DIR."
+        )
+    records = recorded(directory, manifest, cases, progress)
+    progress(name, 0, 1)
+    answers = ask(engine, model or directory, records, python=python)
+    progress(name, 1, 1)
+    results = compare(records, answers.cases, _limits(engine, manifest))
+    first = first_difference(results)
+    return {
+        "name": name,
+        "version": answers.version,
+        "model": str(model or directory),
+        "cases": len(records),
+        "results": [result.document() for result in results],
+        "first": None if first is None else first.document(),
+    }
+
+
+def recorded(
+    directory: Path, manifest: Manifest, cases: Sequence[GoldenCase] = (), progress: Progress = silent
+) -> list[GoldenRecord]:
+    """Return the golden cases of an artifact, or record some now."""
+    if not cases and manifest.entry(CASES) is not None:
+        return read_golden(lambda path: (directory / path).read_bytes())
+    return record_artifact(directory, manifest.target, cases, progress=progress)
+
+
+def _limits(engine: Engine, manifest: Manifest) -> Limits:
+    """Return the tolerances; where the build has found inputs rounded, its own were wider."""
+    measured = [float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")]
+    rounded = max(measured, default=0.0) >= tolerances.ROUNDED_INPUTS / 2
+    return engine.limits(str(manifest.recipe["dtype"]), rounded=rounded)
+
+
+def _others(target: str) -> str:
+    names = [name for name, engine in ENGINES.items() if target in engine.targets]
+    return f"Choose --engine {' or '.join(names)}" if names else "No engine does: export it with --target onnx"

@@ -1,0 +1,1 @@
+"""Workers: scripts that run in an engine's own interpreter and import nothing of vlmbuild."""

@@ -1,0 +1,32 @@
+"""Tolerances of golden comparisons, each with its reason. Errors are relative, of the worst row that is compared."""
+
+from __future__ import annotations
+
+COMPUTE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+"""By the dtype in which an engine computes; both sides multiply by the same weights. In float32 only sums in another order
+differ, which over tens of layers stays below 1e-4; a fault changes a row by 1e-2 and more. In float16 and bfloat16 activations
+are rounded to 11 and 8 bits, some hundred times in a row."""
+
+ROUNDED_INPUTS = 2e-1
+"""The same where the engine rounds the inputs of products to 8 bits in blocks: 0.2 to 0.9 % of each product, and what later
+layers make of it."""
+
+PIXELS = 2e-2
+"""Of pixels that are resized by the filter that the model's processor names: libraries round to one or two of 255 levels."""
+
+OTHER_FILTER = 2.5e-1
+"""Of pixels in engines that have another resize filter than the model's processor and no choice: edges are blurred."""
+
+AMPLIFIED = 8.0
+"""Factor on the error of the pixels, for what later stages may make of it: it is added to their tolerance."""
+
+STORED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""By the dtype of unquantized weights: what they compute against the source's, both in float32. Rounding a weight once changes
+it by at most 2^-25, 2^-12 and 2^-9, which adds up over tens of layers."""
+
+LOG_PROBABILITY = 10.0
+"""Factor on `COMPUTE` for absolute differences of log-probabilities, which are as large as logits: about ten."""
+
+TIE = 4.0
+"""Factor on `COMPUTE` below which the gap between the two most probable tokens, as a share of the logits' root mean square, is
+none: either may be the greedy one."""

@@ -13,6 +13,7 @@ from vlmbuild.artifact.reader import verify
 from vlmbuild.cli.options import id_option, json_option, revision_option, trust_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import EngineDiffersError, UsageError
+from vlmbuild.report.engine import engine_report
 from vlmbuild.report.tables import verify_report
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def command(
         "numerics": records,
         **held,
     }
-    show(document, verify_report, as_json=as_json)
+    show(document, engine_report if held else verify_report, as_json=as_json)
     if held and (first := held["engine"]["first"]):
         raise EngineDiffersError(
             f"{engine} differs from the program of {artifact} at the stage {first['stage']}: case {first['case']!r}, error "

@@ -99,25 +99,27 @@ def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python:
         raise UsageError(f"{program} is no program for {engine.name}. Pass its interpreter with --engine-python PATH.")
     with tempfile.TemporaryDirectory(prefix="vlmbuild-engine-") as folder:
         job = _write_job(Path(folder), model, records)
-        done = subprocess.run(  # noqa: S603  (the user's own interpreter)
-            [program, str(_WORKERS / engine.worker), str(job)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env={**_plain_environment(), **dict(engine.environment)},
-            check=False,
-        )
-        if done.returncode == MISSING:
+        environment = {**_plain_environment(), **dict(engine.environment)}
+        code, said = run_worker([program, str(_WORKERS / engine.worker), str(job)], environment)
+        if code == MISSING:
             raise IncompatibleError(
-                f"{engine.name} cannot run in {program}: {_last(done.stderr)}. Install it with `"
-                f"{engine.install.format(python=program)}`, or pass another interpreter with --engine-python PATH."
+                f"{engine.name} cannot run in {program}: {said}. Install it with "
+                f"`{engine.install.format(python=program)}`, or pass another interpreter with --engine-python PATH."
             )
         result = job.parent / "result.json"
-        if done.returncode or not result.is_file():
+        if code or not result.is_file():
             raise IncompatibleError(
-                f"{engine.name} ended with {done.returncode} on {model}: {_last(done.stderr)}. Run it on the folder by itself."
+                f"{engine.name} ended with {code} on {model}: {said}. Run it on the folder by itself."
             )
         return _answers(json.loads(result.read_text(encoding="utf-8")), result.parent)
+
+
+def run_worker(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run a worker; returns its exit code, and the last line that it has written to stderr."""
+    done = subprocess.run(  # noqa: S603  (the user's own interpreter)
+        list(command), capture_output=True, text=True, errors="replace", env=dict(environment), check=False
+    )
+    return done.returncode, _last(done.stderr)
 
 
 def _write_job(folder: Path, model: Path, records: Sequence[GoldenRecord]) -> Path:

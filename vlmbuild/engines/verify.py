@@ -12,7 +12,7 @@ from vlmbuild.engines.ask import ask
 from vlmbuild.errors import UsageError
 from vlmbuild.golden import tolerances
 from vlmbuild.golden.cases import GoldenCase
-from vlmbuild.golden.compare import Limits, compare, first_difference
+from vlmbuild.golden.compare import Limits, compare, first_difference, worst_by_stage
 from vlmbuild.golden.files import CASES, read_golden
 from vlmbuild.golden.record import GoldenRecord, record_artifact
 from vlmbuild.util.progress import Progress, silent
@@ -41,7 +41,8 @@ def verify_engine(
         progress: Called with a stage's name, the amount done, and the total.
 
     Returns:
-        Plain values: `name`, `version`, `model`, `results` in the order of the stages, and `first`, the first that differs.
+        Plain values: `name`, `version`, `model`, `results` in the order of the stages, the worst of each in
+        `stages`, and `first`, the first that differs.
 
     Raises:
         UsageError: The engine does not open artifacts of this target.
@@ -65,6 +66,7 @@ def verify_engine(
         "version": answers.version,
         "model": str(model or directory),
         "cases": len(records),
+        "stages": [result.document() for result in worst_by_stage(results)],
         "results": [result.document() for result in results],
         "first": None if first is None else first.document(),
     }

@@ -127,54 +127,7 @@ def verify_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild verify`."""
     size = f"{document['files']} files, {human_size(document['bytes'])}"
     head = f"{document['path']}: {size}, all match the manifest"
-    engine = engine_report(document["engine"]) if "engine" in document else []
-    return [head, document["id"], *_section(parity_table(document["numerics"])), *engine]
-
-
-def engine_report(document: Mapping[str, Any]) -> Report:
-    """Make a table of the stages of an engine, the worst case of each, and name the first that differs."""
-    worst: dict[str, Mapping[str, Any]] = {}
-    for result in document["results"]:
-        known = worst.setdefault(result["stage"], result)
-        if known["equal"] >= result["equal"] and float(result["error"]) > float(known["error"]):
-            worst[result["stage"]] = result
-    columns: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-        "Stage": lambda result: result["stage"],
-        "error": lambda result: result["error"],
-        "tolerance": lambda result: result["tolerance"],
-        "verdict": lambda result: "equal" if result["equal"] else "differs",
-        "worst case": lambda result: result["case"],
-        "note": lambda result: result["note"],
-    }
-    first = document["first"]
-    verdict = "no stage differs" if first is None else f"the first stage that differs is {first['stage']}"
-    head = f"{document['name']} {document['version']}, {document['cases']} cases: {verdict}"
-    return ["", head, "", records_table(columns, worst.values(), "<>><<<")]
-
-
-def push_report(document: Mapping[str, Any]) -> Report:
-    """Report of `vlmbuild push`: what was published, or with the model card what would be."""
-    name, commit = document["repository"], document["commit"]
-    size = f"{len(document['files'])} files, {human_size(document['bytes'])}"
-    where = f"{name} ({'private' if document['private'] else 'public'}{', new' if document['new'] else ''})"
-    facts = {"artifact": document["id"], "repository": where, "branch": document["branch"]}
-    facts |= {"replaces": document["replaces"]} if document["replaces"] else {}
-    facts |= {"deletes": ", ".join(document["removed"])} if document["removed"] else {}
-    facts |= {"not known": document["note"]} if document["note"] else {}
-    if commit is not None:
-        load = f'vlmbuild.load("{name}", revision="{commit}")'
-        return [f"{document['path']}: {size}, published", _facts(facts | {"commit": commit}), "", f"Load it: {load}"]
-    sizes = [[file["path"], human_size(file["bytes"])] for file in document["files"]]
-    return [
-        f"{document['path']}: {size}; nothing was uploaded",
-        _facts(facts),
-        "",
-        table(["Files", "size"], sizes, "<>"),
-        "",
-        "README.md:",
-        "",
-        document["card"],
-    ]
+    return [head, document["id"], *_section(parity_table(document["numerics"]))]
 
 
 def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:

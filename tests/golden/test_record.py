@@ -1,0 +1,88 @@
+"""Golden cases: what is recorded, whatever the family, and what a build does with weights that differ."""
+
+from __future__ import annotations
+
+import engine_here
+import pytest
+import torch
+
+import vlmbuild
+from vlmbuild.engines import ENGINES
+from vlmbuild.engines.ask import ask
+from vlmbuild.errors import ParityError, UsageError
+from vlmbuild.golden.cases import packaged_cases
+from vlmbuild.golden.compare import compare
+from vlmbuild.golden.files import golden_files, read_golden
+from vlmbuild.golden.record import record_artifact
+from vlmbuild.targets import golden
+
+FAMILIES = [
+    "pixtral-digits",
+    pytest.param("mllama-digits", marks=pytest.mark.slow),
+    pytest.param("smolvlm", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.release) for name in ("qwen2_5_vl", "mistral3", "gemma3")),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_what_transformers_computes(name, zoo_artifact, monkeypatch):
+    monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
+    directory = zoo_artifact(name, dtype="float32").path
+    records = record_artifact(directory, "trainable", packaged_cases()[1:])
+    engine = ENGINES["transformers"]
+    results = compare(records, ask(engine, directory, records).cases, engine.limits("float32"))
+    assert [result for result in results if not result.equal] == []
+    kinds = {result.stage.partition(".")[0] for result in results}
+    assert kinds == {"tokens", "pixels", "patches", "features", "embeddings", "hidden", "logits", "greedy"}
+
+
+def test_generated_tokens_are_those_of_the_model(zoo_artifact):
+    """The reference run keeps a cache for each case."""
+    directory = zoo_artifact("pixtral-digits", dtype="float32").path
+    model, processor = vlmbuild.load(directory)
+    for record in record_artifact(directory, "trainable"):
+        batch = record.case.batch(processor)
+        generated = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, len(record.tokens) :]
+        assert record.greedy == generated.tolist()
+
+
+def test_files_hold_everything(zoo_artifact):
+    records = record_artifact(zoo_artifact("pixtral-digits", dtype="float32").path, "trainable")
+    files = golden_files(records)
+    again = read_golden(files.__getitem__)
+    assert golden_files(again) == files
+    assert [record.samples.keys() for record in again] == [record.samples.keys() for record in records]
+
+
+def test_weights_that_differ_are_not_published(tmp_path, monkeypatch):
+    """The reader of the written weights gives others, as a writer that has permuted them would."""
+    read = golden.WEIGHTS["trainable"]
+
+    class Permuted(read):
+        def slots(self, region, instance, constants):
+            return tuple(
+                x.flip(0) if x.ndim == 2 and "layers" in instance else x
+                for x in super().slots(region, instance, constants)
+            )
+
+    monkeypatch.setitem(golden.WEIGHTS, "trainable", Permuted)
+    with pytest.raises(ParityError, match=r"stage hidden\.0"):
+        vlmbuild.build("pixtral-digits", tmp_path / "out", vlmbuild.Recipe(dtype="float32"), golden=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_without_golden_cases_says_so(tmp_path):
+    with pytest.raises(UsageError, match="--target trainable or --target onnx"):
+        vlmbuild.build("pixtral-digits", tmp_path / "out", vlmbuild.Recipe(target="aoti"), golden=True)
+
+
+def test_a_quantized_artifact_is_judged_by_its_own_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
+    recipe = vlmbuild.Recipe(quantize=vlmbuild.QuantSpec(), dtype="float32")
+    built = vlmbuild.build("pixtral-digits", tmp_path / "out", recipe, golden=True)
+    records = read_golden(lambda path: (built.path / path).read_bytes())
+    engine = ENGINES["transformers"]
+    assert all(
+        result.equal for result in compare(records, ask(engine, built.path, records).cases, engine.limits("float32"))
+    )
+    assert torch.is_grad_enabled()

@@ -1,0 +1,29 @@
+"""Report of an engine beside an artifact's golden cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vlmbuild.report.tables import records_table, verify_report
+
+if TYPE_CHECKING:
+    from vlmbuild.report.tables import Report
+
+_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "Stage": lambda result: result["stage"],
+    "error": lambda result: result["error"],
+    "tolerance": lambda result: result["tolerance"],
+    "verdict": lambda result: "equal" if result["equal"] else "differs",
+    "worst case": lambda result: result["case"],
+    "note": lambda result: result["note"],
+}
+
+
+def engine_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild verify --engine`: the worst case of each stage, and the first stage that differs."""
+    engine = document["engine"]
+    first = engine["first"]
+    verdict = "no stage differs" if first is None else f"the first stage that differs is {first['stage']}"
+    head = f"{engine['name']} {engine['version']}, {engine['cases']} cases: {verdict}"
+    return [*verify_report(document), "", head, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]

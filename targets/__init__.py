@@ -20,7 +20,7 @@ from vlmbuild.measure.aoti_parity import code_measurement
 from vlmbuild.measure.numerics import Measurement
 from vlmbuild.measure.onnx_parity import onnx_measurement
 from vlmbuild.recipe import Recipe
-from vlmbuild.targets import aoti, onnx, trainable
+from vlmbuild.targets import aoti, compressed_tensors, onnx, trainable
 from vlmbuild.targets.request import Request, StoredParameter
 
 Write = Callable[[ArtifactWriter, Request], Manifest]
@@ -38,6 +38,7 @@ class Target:
         measurement: (artifact, dtype) -> the comparison of exported code with the program; None where nothing is exported.
         devices: Types of devices that can quantize its weights.
         golden: True if its artifacts can hold golden cases.
+        check: Raises UsageError for a recipe that the target builds nothing from.
     """
 
     begin: Callable[[], AbstractContextManager[Write]]
@@ -45,6 +46,7 @@ class Target:
     measurement: Callable[[Path, str], Measurement] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     golden: bool = True
+    check: Callable[[Recipe], None] = lambda recipe: None
 
 
 TARGETS: dict[str, Target] = {
@@ -61,6 +63,10 @@ TARGETS: dict[str, Target] = {
         measurement=code_measurement,
         devices=("cpu",),
         golden=False,
+    ),
+    "compressed-tensors": Target(
+        begin=compressed_tensors.writing,
+        check=compressed_tensors.check,
     ),
 }
 

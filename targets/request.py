@@ -48,7 +48,7 @@ class StoredParameter:
     @property
     def module(self) -> str:
         """Name of its module in the artifact's files."""
-        return self.specs[0].name.removesuffix(".weight")
+        return self.specs[0].name.rpartition(".weight")[0]  # of "o_proj.weight_packed" too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,20 +41,33 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
     return publish(writer, request, formats=format_names(request.program), numerics=numerics)
 
 
-def write_checkpoint(writer: ArtifactWriter, request: Request) -> None:
-    """Write all files of a trainable artifact. Raises SourceError, OutputError."""
+def write_checkpoint(
+    writer: ArtifactWriter, request: Request, quantization: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Write all files of a trainable artifact, or of a checkpoint with another `quantization_config` in config.json.
+
+    Returns:
+        The relative error of each parameter that is rounded here, if there is another `quantization_config`.
+
+    Raises:
+        SourceError: A tensor cannot be read or quantized.
+        OutputError: There is no space, or the output cannot be written.
+    """
     program = request.program
     parameters = list(stored_parameters(program, request.family, request.recipe))
     side_files = request.side_files()
     specs = [spec for group in stored_specs(request, parameters) for spec in group]
     writer.require_space(sum(spec.nbytes for spec in specs) + sum(map(len, side_files.values())))
-    config = _config(request.checkpoint.values, program, request.family, request.recipe)
+    config = artifact_config(request.checkpoint.values, request.recipe)
+    announced = _quantization(program, request.family, request.recipe) if quantization is None else quantization
+    if announced:
+        config["quantization_config"] = announced
     writer.write("config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), "config")
     for name, data in side_files.items():
         writer.write(name, data, "config" if name == GENERATION_CONFIG else "processor")
     writer.write(PROGRAM_FILE, canonical_json(to_json(program)), "graph")
     writer.write("graph/program.txt", program_text(program).encode(), "graph")
-    write_weights(writer, request, parameters)
+    return write_weights(writer, request, parameters, losses=quantization is not None)
 
 
 def stored_parameters(program: Program, family: Family, recipe: Recipe) -> Iterator[StoredParameter]:
@@ -85,14 +98,12 @@ def _formats(program: Program) -> list[WeightFormat]:
     return [form for form, _ in counts.most_common()]
 
 
-def _config(values: Mapping[str, Any], program: Program, family: Family, recipe: Recipe) -> dict[str, Any]:
-    """Return the artifact's config.json values, with its quantization."""
-    config = artifact_config(values, recipe)
-    if formats := _formats(program):
-        config["quantization_config"] = quantization_config(
-            formats, skip_modules=_kept_modules(program, family), compute_dtype=recipe.dtype
-        )
-    return config
+def _quantization(program: Program, family: Family, recipe: Recipe) -> Mapping[str, Any]:
+    """Return the `quantization_config` of bitsandbytes' formats; {} where nothing is quantized."""
+    formats = _formats(program)
+    if not formats:
+        return {}
+    return quantization_config(formats, skip_modules=_kept_modules(program, family), compute_dtype=recipe.dtype)
 
 
 def _kept_modules(program: Program, family: Family) -> list[str]:

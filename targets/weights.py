@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmbuild.artifact.weights_writer import SHARD_BYTES, TensorSpec, WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.checkpoint.tensors import SourceTensor
-from vlmbuild.formats import WeightFormat, ranges
+from vlmbuild.formats import RoundedChunk, WeightFormat, ranges
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.pool import cancellable_pool
@@ -31,13 +31,40 @@ def stored_specs(request: Request, parameters: Sequence[StoredParameter]) -> lis
     ]
 
 
-def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence[StoredParameter]) -> None:
+class RelativeError:
+    """Error of a weight that comes in chunks: the norm of the difference over that of the weight."""
+
+    def __init__(self) -> None:
+        self._difference = self._norm = 0.0
+
+    def add(self, chunk: RoundedChunk) -> None:
+        """Count the next values."""
+        wide = chunk.values.double()
+        self._difference += float((wide - chunk.rounded.double()).square().sum())
+        self._norm += float(wide.square().sum())
+
+    @property
+    def value(self) -> float:
+        """The error so far."""
+        return math.sqrt(self._difference / self._norm) if self._norm else 0.0
+
+
+def write_weights(
+    writer: ArtifactWriter, request: Request, parameters: Sequence[StoredParameter], *, losses: bool = False
+) -> dict[str, float]:
     """Write the weights of an artifact. Memory does not depend on the model: a few chunks for each core.
+
+    Args:
+        writer: Writer of the artifact.
+        request: The build.
+        parameters: What is stored.
+        losses: True quantizes from float32 values, and returns the relative error of each parameter that is quantized here.
 
     Raises:
         SourceError: A tensor cannot be read or quantized; it is named.
         OutputError: It cannot be written.
     """
+    errors: dict[str, float] | None = {} if losses else None
     by_tensor = {parameter.specs[0].name: parameter for parameter in parameters}
     total = sum(request.tensors[parameter.name].nbytes for parameter in parameters)
     with WeightsWriter(writer, stored_specs(request, parameters), shard_bytes=SHARD_BYTES) as output:
@@ -46,11 +73,12 @@ def write_weights(writer: ArtifactWriter, request: Request, parameters: Sequence
         with single_threaded() as start_thread, cancellable_pool(threads, start_thread) as (pool, check):
             progress = _Progress(request, total, check)
             try:
-                results = pool.map(_Job.run, [_Job(request, output, shard, progress) for shard in shards])
+                results = pool.map(_Job.run, [_Job(request, output, shard, progress, errors) for shard in shards])
             finally:
                 progress.begun.set()
             for _ in results:
                 pass
+    return errors or {}
 
 
 class _Progress:
@@ -77,6 +105,7 @@ class _Job:
     output: WeightsWriter
     parameters: list[StoredParameter]
     progress: _Progress
+    errors: dict[str, float] | None
 
     def run(self) -> None:
         self.progress.begun.wait()
@@ -101,17 +130,25 @@ class _Job:
             for first, count in ranges(math.prod(spec.shape), _CHUNK):
                 chunk = self.request.weights.read_part(part, first, count)
                 if chunk.is_floating_point():
-                    require_finite(chunk, f"The tensor {part}", "Quantize the checkpoint again.")
+                    require_finite(
+                        chunk if chunk.itemsize > 1 else chunk.float(),
+                        f"The tensor {part}",
+                        "Quantize the checkpoint again.",
+                    )
                 self.output.append(spec.name, chunk)
                 self.progress.add(chunk.nbytes)
 
     def _chunks(self, source: SourceTensor, name: str, multiple: int = 1) -> Iterator[Tensor]:
         """Yield a parameter in the recipe's dtype, flat, in chunks of a multiple of so many elements."""
-        for chunk in parameter_values(self.request, name, self.request.dtype, multiple):
-            yield cast_finite(chunk, self.request.dtype, source.name, self.request.dtypes)
+        dtype = self.request.dtype
+        for chunk in parameter_values(self.request, name, dtype, multiple):
+            yield cast_finite(chunk, dtype, source.name, self.request.dtypes)
             self.progress.add(source.nbytes * chunk.numel() // math.prod(source.shape))
 
     def _quantize(self, source: SourceTensor, parameter: StoredParameter, form: WeightFormat) -> None:
+        if self.errors is not None:
+            self._quantize_measured(source, parameter, form, self.errors)
+            return
         specs = {spec.name: spec for spec in parameter.specs}
         chunks = self._chunks(source, parameter.name, form.chunk_unit(source.shape))
         on_device = (chunk.to(self.request.device) for chunk in chunks)
@@ -119,11 +156,41 @@ class _Job:
             spec = specs[parameter.module + suffix]
             (self.output.append if spec.exact else self.output.add)(spec.name, part.cpu())
 
+    def _quantize_measured(
+        self, source: SourceTensor, parameter: StoredParameter, form: WeightFormat, errors: dict[str, float]
+    ) -> None:
+        chunks = parameter_values(self.request, parameter.name, torch.float32, form.chunk_unit(source.shape))
+        on_device = (self._in_range(chunk, source).to(self.request.device) for chunk in chunks)
+        error = RelativeError()
+        for chunk in form.encode_rounded(on_device, source.shape, self.request.dtype, source.name):
+            for suffix, part in chunk.parts.items():
+                self.output.append(parameter.module + suffix, part.cpu())
+            error.add(chunk)
+            self.progress.add(source.nbytes * chunk.values.numel() // math.prod(source.shape))
+        errors[parameter.name] = error.value
+
+    def _in_range(self, chunk: Tensor, source: SourceTensor) -> Tensor:
+        """Return wide values whose dequantized ones the recipe's dtype holds."""
+        cast_finite(chunk, self.request.dtype, source.name, self.request.dtypes)
+        return chunk
+
 
 def is_passed(request: Request, parameter: StoredParameter) -> bool:
     """Return whether a quantized parameter keeps its bytes: it has the right format, and no adapter changes it."""
-    changed = request.merge is not None and request.merge.changes(parameter.name)
-    return not changed and parameter.format is not None and request.tensors[parameter.name].format == parameter.format
+    if parameter.format is None or (request.merge is not None and request.merge.changes(parameter.name)):
+        return False
+    source = request.tensors[parameter.name]
+    return source.format == parameter.format or _is_alike(request, source, parameter)
+
+
+def _is_alike(request: Request, source: SourceTensor, parameter: StoredParameter) -> bool:
+    """Return whether a source that is dequantized elsewhere has the tensors that this format stores."""
+    if source.dequantized is None or parameter.format is None or source.dequantized.layout != parameter.format.layout:
+        return False
+    stored = {part.removeprefix(source.module): request.weights.tensors[part] for part in source.parts}
+    return {suffix: (info.dtype, info.shape) for suffix, info in stored.items()} == {
+        spec.name.removeprefix(parameter.module): (spec.dtype, spec.shape) for spec in parameter.specs
+    }
 
 
 def parameter_values(request: Request, name: str, dtype: torch.dtype, multiple: int = 1) -> Iterator[Tensor]:
@@ -148,8 +215,9 @@ def _passed_specs(request: Request, parameter: StoredParameter) -> tuple[TensorS
     one of ours might, so that an artifact made of an artifact is the same.
     """
     source = request.tensors[parameter.name]
-    assert source.format is not None
-    ours = {spec.name: spec for spec in source.format.parts(parameter.module, source.shape, source.dtype)}
+    form = source.format or parameter.format
+    assert form is not None
+    ours = {spec.name: spec for spec in form.parts(parameter.module, source.shape, source.dtype)}
     specs = []
     for part in source.parts:
         spec, info = ours[parameter.module + part.removeprefix(source.module)], request.weights.tensors[part]

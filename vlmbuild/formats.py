@@ -33,6 +33,9 @@ FORMATS: Final[dict[str, str]] = {
     "fp4": "vlmbuild.quant.nf4:FP4",
     "int8": "vlmbuild.quant.int8:Int8",
     "int4": "vlmbuild.quant.int4:Int4",
+    "w4a16": "vlmbuild.quant.compressed_formats:W4A16",
+    "w8a8": "vlmbuild.quant.compressed_formats:W8A8",
+    "fp8": "vlmbuild.quant.compressed_formats:FP8",
 }
 """Name in recipes -> module and class, imported on first use: `--help` lists the names and needs no torch."""
 
@@ -81,8 +84,8 @@ class PackedWeight:
     parts: Mapping[str, Buffer]
 
 
-class OnnxChunk(NamedTuple):
-    """Some consecutive values of a weight on their way into an ONNX model.
+class RoundedChunk(NamedTuple):
+    """Some consecutive values of a weight on their way into an artifact.
 
     Attributes:
         values: The values before rounding.
@@ -105,6 +108,7 @@ class WeightFormat(ABC):
             checkpoint holds it.
         shared: Options that all layers of an artifact with this format have in common.
         default_roles: Entries of `QuantSpec.roles` where the user names none.
+        rounds_inputs: True if engines multiply by inputs that they round too.
         looked_up: True if embeddings may have it: its ONNX form is that of MatMulNBits.
     """
 
@@ -115,7 +119,13 @@ class WeightFormat(ABC):
     marker: ClassVar[str] = ""
     shared: ClassVar[tuple[str, ...]] = ()
     default_roles: ClassVar[tuple[str, ...]] = ("language",)
+    rounds_inputs: ClassVar[bool] = False
     looked_up: ClassVar[bool] = False
+
+    @property
+    def layout(self) -> str:
+        """What `Dequantized.layout` says of such weights in a source; "" if no source is dequantized from it."""
+        return ""
 
     @abstractmethod
     def bits(self, shape: StaticShape) -> int:
@@ -141,6 +151,10 @@ class WeightFormat(ABC):
         """Return the number of values quantized together: chunks for `encode` and `encode_onnx` are multiples of it."""
         return shape[-1]
 
+    def fitted(self, shape: StaticShape) -> Self | None:
+        """Return the format with options that suit a weight's shape; None if it has none."""
+        return self
+
     # In a checkpoint. Tensors are named by the module and a suffix, as ".weight" or ".SCB".
 
     def parts(self, module: str, shape: StaticShape, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
@@ -162,6 +176,12 @@ class WeightFormat(ABC):
             SourceError: The weight holds NaN, infinity, or values that the format has no scale for.
         """
         raise self._unsupported("a checkpoint")
+
+    def encode_rounded(
+        self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
+    ) -> Iterator[RoundedChunk]:
+        """Quantize as `encode` does, and yield the values that the parts stand for too: for targets that record losses."""
+        raise self._unsupported("a target that records losses")
 
     @classmethod
     def check(cls, weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> QuantizedSource:
@@ -209,7 +229,7 @@ class WeightFormat(ABC):
 
     def encode_onnx(
         self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
-    ) -> Iterator[OnnxChunk]:
+    ) -> Iterator[RoundedChunk]:
         """Quantize a weight for an ONNX model, with `chunks`, `name` and errors as in `encode` and `dtype` for scales."""
         raise self._unsupported("ONNX Runtime")
 

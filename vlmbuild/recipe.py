@@ -44,7 +44,8 @@ class TargetOptions:
         attentions: Kernels behind the attention operator.
         formats: Names of weight formats; None is all that name the target (`WeightFormat.targets`).
         fuses_rms_norm: True if the target has a faster operator for RMS norms.
-        packs_weights: True if graphs hold packed weights in place of slots with scales.
+        packs_weights: True if the target stores packed weights, and graphs only mark their layers.
+        packs_embeddings: True if lookups read packed weights too.
     """
 
     dtypes: tuple[str, ...] = ("bfloat16", "float32", "float16")
@@ -52,17 +53,21 @@ class TargetOptions:
     formats: tuple[str, ...] | None = None
     fuses_rms_norm: bool = False
     packs_weights: bool = False
+    packs_embeddings: bool = False
 
     @property
     def roles(self) -> tuple[str, ...]:
         """Roles whose layers may be quantized: embeddings where lookups read packed weights."""
-        return tuple(role for role in ROLES if role != "embedding" or self.packs_weights)
+        return tuple(role for role in ROLES if role != "embedding" or self.packs_embeddings)
 
 
 TARGET_OPTIONS: dict[str, TargetOptions] = {
     "trainable": TargetOptions(attentions=ATTENTIONS),
-    "onnx": TargetOptions(dtypes=("float32", "float16"), fuses_rms_norm=True, packs_weights=True),
+    "onnx": TargetOptions(
+        dtypes=("float32", "float16"), fuses_rms_norm=True, packs_weights=True, packs_embeddings=True
+    ),
     "aoti": TargetOptions(),
+    "compressed-tensors": TargetOptions(packs_weights=True),
 }
 """By the target's name. `vlmbuild.targets.TARGETS` says how a target is written, `vlmbuild.runtime.load.OPENERS` how it is
 opened; both are above this module."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +13,7 @@ from vlmbuild.formats import WeightFormat
 from vlmbuild.targets.onnx.graph_builder import Stored
 from vlmbuild.targets.onnx.layout import DataFile
 from vlmbuild.targets.request import Request
-from vlmbuild.targets.weights import parameter_values
+from vlmbuild.targets.weights import RelativeError, parameter_values
 from vlmbuild.util.validation import cast_finite
 
 
@@ -79,12 +78,10 @@ def _quantized(sink: _Sink, name: str, form: WeightFormat, request: Request) -> 
             for suffix, part in stored.items():
                 sink.append(suffix, part)
             return 0.0
-    difference = norm = 0.0
+    error = RelativeError()
     chunks = parameter_values(request, name, torch.float32, form.chunk_unit(source.shape))
     for chunk in form.encode_onnx(chunks, source.shape, request.dtype, source.name):
         for suffix, part in chunk.parts.items():
             sink.append(suffix, part)
-        wide = chunk.values.double()
-        difference += float((wide - chunk.rounded.double()).square().sum())
-        norm += float(wide.square().sum())
-    return math.sqrt(difference / norm) if norm else 0.0
+        error.add(chunk)
+    return error.value

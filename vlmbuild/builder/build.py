@@ -29,7 +29,7 @@ from vlmbuild.measure.merge_parity import MergeCheck
 from vlmbuild.passes import passes_for, quantization_passes
 from vlmbuild.quant.decide import Decision, decide
 from vlmbuild.quant.spec import QUANTIZE_PASS, QuantSpec
-from vlmbuild.recipe import Recipe
+from vlmbuild.recipe import Recipe, formats_of_targets
 from vlmbuild.rewrite.pass_manager import PassReport, check_required, run
 from vlmbuild.targets import TARGETS, Request, Target
 from vlmbuild.util.devices import available_device
@@ -168,6 +168,7 @@ def least_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
 def _checked_target(recipe: Recipe, device: str) -> Target:
     """Return the recipe's target. Raises DeviceError, and UsageError for a device that cannot build it."""
     kind, target = available_device(device).type, TARGETS[recipe.target]
+    target.check(recipe)
     if kind not in target.devices:
         raise UsageError(
             f"--target {recipe.target} is built on {' or '.join(target.devices)}, not on {device}. Leave --device out, or "
@@ -209,7 +210,8 @@ def apply_passes(
         SourceError: A layer is quantized in another format already, or a weight cannot be measured.
         PassError: A pass failed, or a required one matched nothing.
     """
-    stored = checkpoint.formats(program)
+    able = formats_of_targets()[recipe.target]  # others are dequantized
+    stored = {module: form for module, form in checkpoint.formats(program).items() if form.name in able}
     spec = recipe.quantize
     if merge is not None:  # a layer with an adapter is as good as new: it may be stored in any format
         spec = spec or QuantSpec("none")

@@ -76,13 +76,14 @@ _METAVARS = {
 _HELP = {
     "target": (
         "Kind of artifact: trainable is a torch model and a Hugging Face checkpoint, onnx is for ONNX Runtime, aoti is "
-        "compiled for CPUs.  [default: trainable]"
+        "compiled for CPUs, compressed-tensors is for vLLM and SGLang.  [default: trainable]"
     ),
     "format": (
         "Weight format of linear layers; source keeps the checkpoint's, none also dequantizes, auto chooses one for each "
         "layer within --budget.  [default: source]"
     ),
     "blocksize": "Weights per scale (nf4, fp4, int4, auto).  [default: 64]",
+    "group_size": "Weights per scale (w4a16).  [default: 128; less where rows are no multiple]",
     "double_quant": "Store the scales of nf4, fp4 and auto in 8 bits.  [default: yes]",
     "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
     "roles": (

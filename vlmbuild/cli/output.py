@@ -72,7 +72,7 @@ def show(document: Mapping[str, Any], report: Report, *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from vlmbuild.report.tables import WIDTH
+    from vlmbuild.report.layout import WIDTH
 
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = terminal_width(WIDTH)

@@ -32,6 +32,7 @@ class TrainableWeights:
 WEIGHTS: dict[str, Callable[[Path, Family], SlotWeights]] = {
     "trainable": TrainableWeights,
     "aoti": TrainableWeights,
+    "compressed-tensors": TrainableWeights,  # its formats dequantize as they are read
     "onnx": lambda directory, _: OnnxWeights(directory),
 }
 """Target -> (artifact, family) -> its weights."""

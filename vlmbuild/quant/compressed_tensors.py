@@ -32,6 +32,9 @@ SCALE: Final = ".weight_scale"
 INPUTS: Final = (".input_scale", ".input_zero_point")
 """Suffixes of what belongs to quantized inputs."""
 
+_CHUNK = 2**22
+"""Elements that are dequantized at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
@@ -176,6 +179,28 @@ def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme)
         return values * spread(scales, top, bottom)
 
     return rows
+
+
+def stored_values(weights: CheckpointWeights, module: str, shape: StaticShape, bits: int, width: int) -> Tensor:
+    """Dequantize a weight of known layout, without zero points, to float32.
+
+    Args:
+        weights: The files.
+        module: Name of the module in the files.
+        shape: Shape of the weight.
+        bits: Bits of packed numbers; 0 for numbers in whole bytes.
+        width: Columns that share a scale.
+
+    Raises:
+        SourceError: A tensor is missing or cannot be used.
+    """
+    suffix = ".weight_packed" if bits else ".weight"
+    reader = partial(_open, weights, module, suffix, _Scheme(bits, shape, (1, width)))
+    values, done = torch.empty(math.prod(shape)), 0
+    for chunk in Dequantized(module, shape, (module + suffix,), "", reader).values(_CHUNK):
+        values[done : done + chunk.numel()] = chunk
+        done += chunk.numel()
+    return values.view(shape)
 
 
 def _zeros(weights: CheckpointWeights, name: str, scheme: _Scheme, grid: tuple[int, int]) -> Tensor | None:

@@ -20,7 +20,7 @@ class Decision:
 
     Attributes:
         format: None keeps the dtype.
-        reason: Why it keeps the dtype; "" for a quantized one.
+        reason: Why it keeps the dtype, or has other options than were asked for; "" for others.
         pinned: A pattern of the user's decided, so that no measurement may.
         lookups: True if it holds for lookups of rows too.
         error: Error of quantization (`vlmbuild.measure.sensitivity`), if it was measured.
@@ -81,7 +81,7 @@ def decide(
                 "rounding twice loses more than once. Build from the unquantized checkpoint, leave the format out to keep "
                 "the source's, or dequantize first with --quantize none."
             )
-        decisions[layer.module] = decision
+        decisions[layer.module] = decision if decision.format == kept else _fitted(decision, layer)
     return decisions
 
 
@@ -120,6 +120,18 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], kept: WeightFor
     return Decision(form)
 
 
+def _fitted(decision: Decision, layer: LinearLayer) -> Decision:
+    """Give the format the options that suit the layer's shape; a layer that has none keeps its dtype."""
+    if decision.format is None:
+        return decision
+    form = decision.format.fitted(layer.shape)
+    if form == decision.format:
+        return decision
+    return replace(
+        decision, format=form, reason=f"rows of {layer.shape[1]} do not divide into {decision.format.describe()}"
+    )
+
+
 def _decide_embeddings(layer: LinearLayer, spec: QuantSpec, hits: set[str], tied: bool) -> Decision:
     """Decide about embeddings that are asked for; a tied head uses the same weight, and so the same format."""
     decision = replace(_decide(layer, spec, hits, None), lookups=True)
@@ -137,6 +149,6 @@ def _decide_embeddings(layer: LinearLayer, spec: QuantSpec, hits: set[str], tied
 def _tied_reason(spec: QuantSpec) -> str:
     """Say why a head that is tied to embeddings keeps its dtype where these are not asked for."""
     form = spec.role_format("head")
-    if form is None or "trainable" in form.targets:
+    if form is None or "trainable" in form.targets or not form.looked_up:
         return "its weight is used elsewhere too"
     return "the embeddings use the weight too, and their role is not asked for"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from vlmbuild.formats import OnnxChunk, PackedWeight, StaticShape, WeightFormat
+from vlmbuild.formats import PackedWeight, RoundedChunk, StaticShape, WeightFormat
 from vlmbuild.util.lazy import LazyModule
 from vlmbuild.util.validation import boolean, one_of, require_finite
 
@@ -64,12 +64,12 @@ class Int4(WeightFormat):
 
     def encode_onnx(
         self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
-    ) -> Iterator[OnnxChunk]:
+    ) -> Iterator[RoundedChunk]:
         for chunk in chunks:
             rows = chunk.view(-1, shape[1]).float()
             require_finite(rows, f"The tensor {name}")
             parts = self.pack(rows, dtype)
-            yield OnnxChunk(rows, ort_matmul.unpacked_rows(4, parts, shape[1]), parts)
+            yield RoundedChunk(rows, ort_matmul.unpacked_rows(4, parts, shape[1]), parts)
 
     def pack(self, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Quantize float32 [rows, in] to parts by suffix: value = (code - zero point) * scale.

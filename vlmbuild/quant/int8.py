@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.formats import (
     Buffer,
-    OnnxChunk,
     OperatorCall,
     PackedWeight,
     QuantizedSource,
+    RoundedChunk,
     StaticShape,
     WeightFormat,
     ranges,
@@ -138,11 +138,11 @@ class Int8(WeightFormat):
 
     def encode_onnx(
         self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
-    ) -> Iterator[OnnxChunk]:
+    ) -> Iterator[RoundedChunk]:
         for chunk in chunks:
             rows = chunk.view(-1, shape[1])
             parts = pack_onnx(*quantize_rows(rows, name=name), dtype)
-            yield OnnxChunk(rows, ort_matmul.unpacked_rows(8, parts, shape[1]), parts)
+            yield RoundedChunk(rows, ort_matmul.unpacked_rows(8, parts, shape[1]), parts)
 
 
 def pack_onnx(values: Tensor, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

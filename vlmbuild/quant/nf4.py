@@ -15,10 +15,10 @@ from vlmbuild.formats import (
     BLOCK_SIZES,
     NESTED_BLOCKSIZE,
     Buffer,
-    OnnxChunk,
     OperatorCall,
     PackedWeight,
     QuantizedSource,
+    RoundedChunk,
     StaticShape,
     WeightFormat,
     ranges,
@@ -217,16 +217,16 @@ class FourBit(WeightFormat):
 
     def encode_onnx(
         self, chunks: Iterable[Tensor], shape: StaticShape, dtype: torch.dtype, name: str
-    ) -> Iterator[OnnxChunk]:
+    ) -> Iterator[RoundedChunk]:
         scales = []
         for chunk in chunks:
             packed, absmax = self._quantize(chunk, name)
-            yield OnnxChunk(chunk, self._dequantize(packed, absmax, chunk.numel(), torch.float32), {"": packed})
+            yield RoundedChunk(chunk, self._dequantize(packed, absmax, chunk.numel(), torch.float32), {"": packed})
             scales.append(absmax)
         absmax = torch.cat(scales)
         if self.double_quant:
             absmax = dequantize.scales_reference(*bnb_quantize.quantize_scales(absmax))
-        yield OnnxChunk(absmax[:0], absmax[:0], {"_absmax": absmax})
+        yield RoundedChunk(absmax[:0], absmax[:0], {"_absmax": absmax})
 
     def copy_onnx(self, weights: CheckpointWeights, module: str) -> dict[str, Tensor] | None:
         return {"": weights.read(f"{module}.weight").flatten(), "_absmax": self._scales(weights, module)}

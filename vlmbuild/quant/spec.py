@@ -17,6 +17,8 @@ QUANTIZE_PASS: Final = "quantize_linear"  # noqa: S105  (no password)
 ROLES: Final = ("language", "vision", "projector", "embedding", "head")
 AUTO_BASE: Final = "nf4"
 """Format of the layers that a budget quantizes."""
+ROUNDED_BEFORE: Final = "rounded before, to "
+"""Beginning of a decision's reason where the source is quantized in a format that the target does not keep."""
 _STORED: Final = {"blocksize": 64, "double_quant": True, "threshold": 6.0, "symmetric": None, "exact_inputs": None}
 """Options that every stored spec has, whatever its format, with the value of formats that lack them."""
 
@@ -138,6 +140,8 @@ class QuantSpec(_Chosen):
                 double_quant: nf4, fp4, auto: store scales in 8 bits (blocks of 256), default True.
                 threshold: int8: columns of an input with a value above it are multiplied in 16 bits, default 6.0. The
                     target onnx has no such columns, and rounds inputs to 8 bits in blocks of 32.
+                group_size: w4a16: weights of a row that share a scale, default 128; 64 or 32 in layers whose rows are no
+                    multiple.
                 symmetric: int4: False gives every block a zero point of its own, default True.
                 exact_inputs: int4: True multiplies by the inputs' own values. By default they are rounded to 8 bits in
                     blocks, an error some ten times smaller than that of the weights, and a CPU takes half the time.

@@ -18,7 +18,7 @@ from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role
 from vlmbuild.runtime.onnx.sizes import stored_sizes
 from vlmbuild.util.renamed import PASSES
 
-_PARTS = re.compile(r"\.weight\..*|\.(SCB|weight_format)$")
+_PARTS = re.compile(r"\.weight\..*|\.weight_(packed|scale|shape)$|\.(SCB|weight_format)$")
 """Ends of the names of a quantized weight's further tensors."""
 
 

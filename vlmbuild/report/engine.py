@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlmbuild.report.tables import records_table, verify_report
-
-if TYPE_CHECKING:
-    from vlmbuild.report.tables import Report
+from vlmbuild.report.layout import Report, records_table
+from vlmbuild.report.tables import verify_report
 
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "Stage": lambda result: result["stage"],

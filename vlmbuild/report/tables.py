@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vlmbuild.artifact.manifest import ADAPTER_URI
 from vlmbuild.artifact.output import human_size
 from vlmbuild.quant.spec import QuantSpec
-from vlmbuild.util.text import terminal_width
+from vlmbuild.report.layout import Report, facts_table, notes, records_table, table
+from vlmbuild.report.losses import losses_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    Report = list[str | Table]
-
-WIDTH = 80
 PARITY: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "Parity": lambda record: record["case"],
     "output": lambda record: record.get("output", ""),
@@ -37,11 +34,14 @@ _CAVEAT = (
 def build_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild build`."""
     path = document["path"]
+    layouts = document["source"][0].get("dequantized")
     trust = ', trust=("code",)' if document["trust"]["code"] else ""
     return [
         *passes_table(document["passes"]),
         "",
         roles_table(document),
+        *losses_table(document),
+        *(["", *notes(f"dequantized from {layouts}")] if layouts else []),
         *_section(parity_table(document["numerics"])),
         "",
         f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
@@ -55,7 +55,9 @@ def build_report(document: Mapping[str, Any]) -> Report:
 def plan_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild plan`."""
     parts: Report = [
-        _facts({"source": document["source"], "model": document["architecture"], **recipe_facts(document["recipe"])}),
+        facts_table(
+            {"source": document["source"], "model": document["architecture"], **recipe_facts(document["recipe"])}
+        ),
         "",
         regions_table(document),
         "",
@@ -108,7 +110,7 @@ def inspect_report(document: Mapping[str, Any]) -> Report:
         document["name"],
         document["id"],
         "",
-        _facts({**sources, **recipe, "built with": tools, "code": code}),
+        facts_table({**sources, **recipe, "built with": tools, "code": code}),
         "",
         table(["Files", "role", "size"], sizes, "<<>"),
         "",
@@ -117,6 +119,7 @@ def inspect_report(document: Mapping[str, Any]) -> Report:
         *passes_table(document["passes"]),
         "",
         roles_table(document),
+        *losses_table(document),
         *_section(parity_table(document["numerics"])),
         "",
         f"File contents were not checked. To check them: vlmbuild verify {document['path']}",
@@ -128,6 +131,36 @@ def verify_report(document: Mapping[str, Any]) -> Report:
     size = f"{document['files']} files, {human_size(document['bytes'])}"
     head = f"{document['path']}: {size}, all match the manifest"
     return [head, document["id"], *_section(parity_table(document["numerics"]))]
+
+
+def push_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild push`: what was published, or with the model card what would be."""
+    name, commit = document["repository"], document["commit"]
+    size = f"{len(document['files'])} files, {human_size(document['bytes'])}"
+    where = f"{name} ({'private' if document['private'] else 'public'}{', new' if document['new'] else ''})"
+    facts = {"artifact": document["id"], "repository": where, "branch": document["branch"]}
+    facts |= {"replaces": document["replaces"]} if document["replaces"] else {}
+    facts |= {"deletes": ", ".join(document["removed"])} if document["removed"] else {}
+    facts |= {"not known": document["note"]} if document["note"] else {}
+    if commit is not None:
+        load = f'vlmbuild.load("{name}", revision="{commit}")'
+        return [
+            f"{document['path']}: {size}, published",
+            facts_table(facts | {"commit": commit}),
+            "",
+            f"Load it: {load}",
+        ]
+    sizes = [[file["path"], human_size(file["bytes"])] for file in document["files"]]
+    return [
+        f"{document['path']}: {size}; nothing was uploaded",
+        facts_table(facts),
+        "",
+        table(["Files", "size"], sizes, "<>"),
+        "",
+        "README.md:",
+        "",
+        document["card"],
+    ]
 
 
 def parity_table(numerics: Sequence[Mapping[str, Any]]) -> Table | None:
@@ -148,11 +181,11 @@ def regions_table(document: Mapping[str, Any]) -> Table:
 
 def passes_table(passes: Iterable[Mapping[str, Any]]) -> Report:
     """Make a table of the rewrites of each pass, with notes on refused sites."""
-    rows, notes = [], []
+    rows, refused = [], []
     for report in passes:
         rows.append([report["name"], f"{report['matches']:,}"])
-        notes += _refusal_notes(report)
-    return [table(["Passes", "rewritten"], rows, "<>"), *notes]
+        refused += _refusal_notes(report)
+    return [table(["Passes", "rewritten"], rows, "<>"), *refused]
 
 
 def roles_table(document: Mapping[str, Any]) -> Table:
@@ -186,58 +219,11 @@ def memory_table(memory: Mapping[str, Any]) -> Report:
     batch += f", {images} image{'s' * (images > 1)} in each" if images else ""
     batch += f"; on {memory['device']}, without torch.compile; training: LoRA of rank {memory['rank']}, AdamW"
     columns = table(["Memory", "weights", "LoRA and AdamW", "activations", "total"], rows, "<>>>>")
-    return [columns, *_notes(batch), *_notes(_CAVEAT)]
-
-
-def records_table(
-    columns: Mapping[str, Callable[[Mapping[str, Any]], str]], records: Iterable[Mapping[str, Any]], alignment: str
-) -> Table:
-    """Make a table of records: head -> text of a record; columns without any text are left out."""
-    rows = [[text(record) for text in columns.values()] for record in records]
-    used = [index for index in range(len(columns)) if any(row[index] for row in rows)]
-    heads = list(columns)
-    return table(
-        [heads[index] for index in used],
-        [[row[index] for index in used] for row in rows],
-        "".join(alignment[index] for index in used),
-    )
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str) -> Table:
-    """Make a table; `alignment` has "<" or ">" for each column."""
-    from rich.table import Table
-
-    rows = list(rows)
-    columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    widths = _widths([[head, *(row[index] for row in rows)] for index, head in enumerate(heads)])
-    for head, side, width in zip(heads, alignment, widths, strict=True):
-        justify: Literal["left", "right"] = "left" if side == "<" else "right"
-        columns.add_column(head, justify=justify, overflow="fold", max_width=width)
-    for row in rows:
-        columns.add_row(*row)
-    return columns
-
-
-def _widths(columns: Sequence[Sequence[str]]) -> list[int]:
-    """Return widths of columns that fit the terminal, narrowing the widest first: rich would break words."""
-    widths = [max(map(len, cells)) for cells in columns]
-    words = [max((len(word) for cell in cells for word in cell.split()), default=0) for cells in columns]
-    while sum(widths) + 2 * (len(widths) - 1) > terminal_width(WIDTH):
-        loose = [index for index, width in enumerate(widths) if width > words[index]]
-        if not loose:
-            break
-        widths[max(loose, key=lambda index: widths[index])] -= 1
-    return widths
+    return [columns, *notes(batch), *notes(_CAVEAT)]
 
 
 def _section(part: Table | None) -> Report:
     return [] if part is None else ["", part]
-
-
-def _facts(facts: Mapping[str, str]) -> Table:
-    columns = table(["", ""], facts.items(), "<<")
-    columns.show_header = False
-    return columns
 
 
 def recipe_facts(recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -281,14 +267,8 @@ def _refusal_notes(report: Mapping[str, Any]) -> list[str]:
         region, _, rest = refusal.partition(": ")
         site, separator, reason = rest.rpartition(": ")
         grouped.setdefault((region, reason), []).extend([site] if separator else [])
-    notes = []
+    found = []
     for (region, reason), sites in grouped.items():
         text = f"{report['name']} leaves {', '.join(sites) or 'a site'} of {region}: {reason}"
-        notes += _notes(text)
-    return notes
-
-
-def _notes(text: str) -> list[str]:
-    return textwrap.wrap(
-        text, terminal_width(WIDTH), initial_indent="  - ", subsequent_indent="    ", break_long_words=False
-    )
+        found += notes(text)
+    return found

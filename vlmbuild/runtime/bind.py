@@ -17,10 +17,12 @@ from vlmbuild.errors import IncompatibleError, SourceError
 from vlmbuild.families import Family, family_named
 from vlmbuild.ir.program import Program, Region, Slot, WeightRecipe, join
 from vlmbuild.ir.serialize import PROGRAM_FILE, from_json
+from vlmbuild.ops import PLAIN_LINEAR
 from vlmbuild.runtime.torch.model import VisionLanguageModel
 from vlmbuild.util.dtypes import dtype_name
 from vlmbuild.util.text import listed
 
+_MARK = torch.ops.vlmbuild.linear_packed.default
 Read = Callable[[str], bytes]
 """Content of an artifact's file, by its path."""
 
@@ -85,6 +87,7 @@ def _bind(
         weights = CheckpointWeights(directory, open_name)
         _check_stored(program, family, weights, stored)
         tensors = _read_tensors(program, family, weights)
+        _unmark(program)
         return VisionLanguageModel(program, family, config, tensors, dtype)
     except SourceError as error:
         raise IncompatibleError(f"The files of {directory} do not belong together: {error}") from error
@@ -92,6 +95,17 @@ def _bind(
         raise IncompatibleError(
             f"The program of {directory} does not fit its weights: {error}. Build the artifact again."
         ) from error
+
+
+def _unmark(program: Program) -> None:
+    """Make plain linear layers, which can train, of those whose packed weights are dequantized as they are read."""
+    for region in program.regions.values():
+        marked = [node for node in region.graph.graph.nodes if node.target is _MARK]
+        for node in marked:
+            node.target, node.args = PLAIN_LINEAR, node.args[:3]
+        if marked:
+            region.recipes = ()
+            region.graph.recompile()
 
 
 def _check_stored(program: Program, family: Family, weights: CheckpointWeights, dtype: torch.dtype) -> None:
@@ -132,10 +146,11 @@ def instance_tensors(
     region: Region, instance: str, family: Family, weights: CheckpointWeights
 ) -> list[tuple[str, Tensor]]:
     """Map an instance's stored slots from an artifact's files, as (module name, tensor)."""
+    packed = {recipe.source for recipe in region.recipes}
     found = [
         (join(instance, slot.name), weights.map(family.stored_name(join(instance, slot.name))))
         for slot in region.slots
-        if slot.kind == "parameter"
+        if slot.kind == "parameter" and slot.name not in packed
     ]
     for recipe in region.recipes:
         found += _quantized(join(instance, recipe.source), recipe, family, weights)

@@ -209,5 +209,6 @@ OPENERS: dict[str, Opener] = {
     "trainable": Opener(_open_trainable, any_dtype=True, on_gpu=True, proven_first=False),
     "onnx": Opener(_open_onnx, device=_onnx_device),
     "aoti": Opener(_open_compiled, device=_compiled_device, runs_code=True),
+    "compressed-tensors": Opener(_open_trainable, any_dtype=True, on_gpu=True, proven_first=False),
 }
 """By the manifest's target. Options are refused first, then files are proven, and a model is returned only after both."""

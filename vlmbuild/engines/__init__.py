@@ -6,7 +6,7 @@ The protocol is in `ask.py`.
 
 from __future__ import annotations
 
-from vlmbuild.engines import onnxruntime, openvino, transformers, transformers_js
+from vlmbuild.engines import onnxruntime, openvino, transformers, transformers_js, vllm
 from vlmbuild.engines.ask import Engine
 
 ENGINES: dict[str, Engine] = {
@@ -14,6 +14,7 @@ ENGINES: dict[str, Engine] = {
     "onnxruntime": onnxruntime.ENGINE,
     "openvino": openvino.ENGINE,
     "transformers.js": transformers_js.ENGINE,
+    "vllm": vllm.ENGINE,
 }
 
 __all__ = ["ENGINES", "Engine"]

@@ -15,6 +15,7 @@ from vlmbuild.golden.cases import GoldenCase
 from vlmbuild.golden.compare import Limits, compare, first_difference, worst_by_stage
 from vlmbuild.golden.files import CASES, read_golden
 from vlmbuild.golden.record import GoldenRecord, record_artifact
+from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.util.validation import one_of
 
@@ -82,9 +83,11 @@ def recorded(
 
 
 def _limits(engine: Engine, manifest: Manifest) -> Limits:
-    """Return the tolerances; where the build has found inputs rounded, its own were wider."""
+    """Return the tolerances, which are wider where inputs are rounded: by formats, or as the build has found."""
     measured = [float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")]
-    rounded = max(measured, default=0.0) >= tolerances.ROUNDED_INPUTS / 2
+    spec = manifest.recipe.get("quantize")
+    formats = () if spec is None else QuantSpec.from_mapping(spec, "recipe").weight_formats()
+    rounded = max(measured, default=0.0) >= tolerances.ROUNDED_INPUTS / 2 or any(f.rounds_inputs for f in formats)
     return engine.limits(str(manifest.recipe["dtype"]), rounded=rounded)
 
 

@@ -1,0 +1,52 @@
+"""Run vLLM on a checkpoint: it processes prompts and images itself, and shows tokens and log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import exchange
+
+PROBABILITIES = 20
+"""Most probable tokens that are asked for: vLLM's limit."""
+ROOM = 64
+"""Tokens of the longest context beyond the longest prompt and its answer."""
+
+
+def run(llm: Any, parameters: Any, case: exchange.Case) -> None:
+    """Run one case."""
+    from PIL import Image
+
+    case.enter("tokens")
+    prompt: dict[str, Any] = {"prompt": case.given["text"]}
+    if case.given["images"]:
+        prompt["multi_modal_data"] = {"image": [Image.open(file).convert("RGB") for file in case.given["images"]]}
+    (result,) = llm.generate([prompt], parameters, use_tqdm=False)
+    case.shown["tokens"] = list(result.prompt_token_ids)
+    (answer,) = result.outputs
+    case.shown["greedy"] = list(answer.token_ids)
+    case.shown["log_probabilities"] = {token: entry.logprob for token, entry in answer.logprobs[0].items()}
+
+
+def main() -> None:
+    """Open the model, and run every case."""
+    job = exchange.read_job()
+    vllm, _ = exchange.require("vllm", "PIL")
+    longest = max(len(case["tokens"]) for case in job["cases"])
+    llm = vllm.LLM(
+        model=job["model"],
+        dtype=json.loads(Path(job["model"], "config.json").read_text(encoding="utf-8")).get("dtype", "auto"),
+        max_model_len=longest + job["steps"] + ROOM,
+        max_num_seqs=1,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": max(len(case["images"]) for case in job["cases"])},
+        disable_log_stats=True,
+        seed=0,
+    )
+    parameters = vllm.SamplingParams(temperature=0.0, max_tokens=job["steps"], logprobs=PROBABILITIES)
+    exchange.answer(job, vllm.__version__, lambda case: run(llm, parameters, case))
+
+
+if __name__ == "__main__":
+    main()

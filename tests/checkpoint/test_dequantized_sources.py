@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import copied, edit_config, edit_weights, write_tiny
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
@@ -152,6 +153,26 @@ def test_a_model_is_that_which_transformers_dequantizes(plain, tmp_path, capsys)
     assert plan(path, Recipe(quantize=QuantSpec())).roles == plan(built, Recipe(quantize=QuantSpec())).roles
 
 
+def test_columns_in_the_order_of_activations(plain, tmp_path):
+    """Older versions of the library have stored the group of each column; -1 says that they lie in order."""
+    path, values = compressed(plain, tmp_path / "source", "w4a16")
+    columns = values[f"{Q_PROJ}.weight"].shape[1]
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+
+    def change(tensors):
+        numbers = pack_to_int32(unpack_from_int32(tensors[f"{Q_PROJ}.weight_packed"], 4, (0, columns))[:, order], 4)
+        tensors[f"{Q_PROJ}.weight_packed"] = numbers
+        tensors[f"{Q_PROJ}.weight_g_idx"] = (order // GROUP).int()
+        tensors["model.layers.0.self_attn.k_proj.weight_g_idx"] = torch.full((columns,), -1, dtype=torch.int32)
+
+    edit_weights(path, change)
+    tensors = Checkpoint.open(path)
+    for name, expected in ((Q_PROJ, values[f"{Q_PROJ}.weight"][:, order]), *list(values.items())[1:3]):
+        module = matrix.tiny("qwen2_vl").family.module_name(f"{name.removesuffix('.weight')}.weight")
+        found = tensors.tensors[module].whole(tensors.weights, torch.float32)
+        assert torch.equal(found.to(torch.bfloat16), expected), name
+
+
 def pack(numbers, bits, order=None):
     """Pack unsigned numbers [rows, columns] along columns, the first in the lowest bits, or in an order of their own."""
     words = numbers.long().unflatten(1, (-1, 32 // bits))
@@ -271,7 +292,12 @@ def groups_with(**options):
             "nvfp4-pack-quantized",
         ),
         ("w4a16", without("weight_shape"), "weight_shape"),
-        ("w4a16", lambda c, t: t.update({f"{Q_PROJ}.weight_g_idx": torch.arange(4)}), f"{Q_PROJ} orders its columns"),
+        ("w4a16", lambda c, t: t.update({f"{Q_PROJ}.weight_g_idx": torch.arange(4)}), "weight_g_idx.* 4 columns"),
+        (
+            "w4a16",
+            lambda c, t: t.update({f"{Q_PROJ}.weight_g_idx": torch.arange(t[f"{Q_PROJ}.weight_shape"][1])}),
+            "weight_g_idx.*groups up to",
+        ),
         ("awq", config_with(version="gemv"), "version is 'gemv'"),
         ("awq", config_with(group_size=64), "do not fit .* groups of 64"),
         ("awq", config_with(group_size=None), "group_size is None"),

@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.build import build
 from vlmbuild.compat.unsloth_arguments import quantize_format
 from vlmbuild.errors import SourceError
 from vlmbuild.planner.plan import plan
+from vlmbuild.quant.dequantized import dequantized_weights
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.recipe import Recipe
 
@@ -139,3 +141,32 @@ def test_other_methods_stay_refused(plain, tmp_path):
         edit_config(path, lambda values, m=method: values.update(quantization_config={"quant_method": m}))
         with pytest.raises(SourceError, match="quantized with .*bitsandbytes, fp8"):
             build(path, tmp_path / "out")
+
+
+def test_one_scale_by_its_other_name(plain, tmp_path):
+    """AutoFP8 wrote `weight_scale` and `input_scale`."""
+    path, names = (
+        copied(plain, tmp_path / "source"),
+        {".weight_scale_inv": ".weight_scale", ".activation_scale": ".input_scale"},
+    )
+    edit_config(path, lambda values: announce(values, False))
+    edit_weights(path, lambda tensors: quantize(tensors, False))
+    expected = _dequantized(path)
+
+    def rename(tensors):
+        for old, new in names.items():
+            for name in [name for name in tensors if name.endswith(old)]:
+                tensors[name.removesuffix(old) + new] = tensors.pop(name)
+
+    edit_weights(path, rename)
+    found = _dequantized(path)
+    assert expected.keys() == found.keys() and expected
+    assert all(torch.equal(found[module], values) for module, values in expected.items())
+
+
+def _dequantized(path):
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    return {
+        weight.module: torch.cat(list(weight.values(1000)))
+        for weight in dequantized_weights(CheckpointWeights(path), config)
+    }

@@ -2,7 +2,8 @@
 
 `(number - zero) * scale` is the weight. Numbers lie in `weight`, int8 or float8, or packed in `weight_packed`, int32
 [out, words], plus 2^(bits - 1), with the shape in `weight_shape`. Scales are in `weight_scale`, zero points in
-`weight_zero_point`, packed along rows where the numbers are packed. Quantization of inputs is left out.
+`weight_zero_point`, packed along rows where the numbers are packed. Columns that are ordered by activations have the group of
+each in `weight_g_idx`; numbers below zero there say that they lie in order. Quantization of inputs is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ FORMATS: Final = ("pack-quantized", "int-quantized", "float-quantized", "naive-q
 PACKED_BITS: Final = (1, 2, 4, 8)
 """Bits of packed numbers that are read; others straddle words."""
 SCALE: Final = ".weight_scale"
+INDEX: Final = ".weight_g_idx"
+"""Suffix of the groups of a weight's columns."""
 INPUTS: Final = (".input_scale", ".input_zero_point")
 """Suffixes of what belongs to quantized inputs."""
 
@@ -59,10 +62,15 @@ def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterato
             continue
         module = scale.removesuffix(SCALE)
         packed = f"{module}.weight_packed" in weights.tensors
-        suffixes = (".weight_packed" if packed else ".weight", SCALE, ".weight_zero_point", ".weight_shape", *INPUTS)
+        suffixes = (
+            ".weight_packed" if packed else ".weight",
+            SCALE,
+            ".weight_zero_point",
+            ".weight_shape",
+            INDEX,
+            *INPUTS,
+        )
         parts = tuple(module + suffix for suffix in suffixes if module + suffix in weights.tensors)
-        if f"{module}.weight_g_idx" in weights.tensors:
-            raise unread(weights, config, f"{module} orders its columns by activations")
         scheme, layout = _scheme(weights, module, suffixes[0], groups)
         yield Dequantized(module, scheme.shape, parts, layout, partial(_open, weights, module, suffixes[0], scheme))
 
@@ -164,10 +172,11 @@ def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme)
     grid = (math.ceil(count / height), math.ceil(columns / width))
     scales = checked_scales(weights, module + SCALE).view(grid)
     zeros = _zeros(weights, f"{module}.weight_zero_point", scheme, grid)
+    groups = _groups_of_columns(weights, module + INDEX, scheme, grid)
     stored = weights.info(module + suffix).shape[1]
 
     def spread(values: Tensor, top: int, bottom: int) -> Tensor:
-        return values[torch.arange(top, bottom) // height].repeat_interleave(width, dim=1)[:, :columns]
+        return values[torch.arange(top, bottom) // height][:, groups]
 
     def rows(top: int, bottom: int) -> Tensor:
         numbers = weights.read_part(module + suffix, top * stored, (bottom - top) * stored).view(-1, stored)
@@ -179,6 +188,17 @@ def _open(weights: CheckpointWeights, module: str, suffix: str, scheme: _Scheme)
         return values * spread(scales, top, bottom)
 
     return rows
+
+
+def _groups_of_columns(weights: CheckpointWeights, name: str, scheme: _Scheme, grid: tuple[int, int]) -> Tensor:
+    """Return the group of each column: in order, unless an index says otherwise."""
+    columns, width = scheme.shape[1], scheme.block[1]
+    index = weights.read(name).long() if name in weights.tensors else torch.tensor([-1])
+    if (index < 0).any():
+        return torch.arange(columns) // width
+    if index.shape != (columns,) or int(index.max()) >= grid[1]:
+        raise unfit(weights, name, f"it names {index.numel()} columns and groups up to {index.max()} of {grid[1]}")
+    return index
 
 
 def stored_values(weights: CheckpointWeights, module: str, shape: StaticShape, bits: int, width: int) -> Tensor:

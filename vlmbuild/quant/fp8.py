@@ -1,7 +1,7 @@
 """Source checkpoints in fp8: weights in 8-bit floating point with scales.
 
-Each matrix has scales in `weight_scale_inv`, one for all or one for each block. It is dequantized when it is read, as
-transformers does without a GPU that computes in 8 bits.
+Each matrix has scales in `weight_scale_inv`, one for all or one for each block, or one scale in `weight_scale`, as AutoFP8
+wrote it. It is dequantized when it is read, as transformers does without a GPU that computes in 8 bits.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-SCALE: Final = ".weight_scale_inv"
-"""Suffix of a weight's scales, by which the stored numbers are multiplied."""
-ACTIVATION: Final = ".activation_scale"
-"""Suffix of the scale of a layer's inputs, which is not used: inputs are not quantized here."""
+SCALES: Final = (".weight_scale_inv", ".weight_scale")
+"""Suffixes of a weight's scales; the stored numbers are multiplied by both."""
+INPUTS: Final = (".activation_scale", ".input_scale")
+"""Suffixes of the scale of a layer's inputs, which is not used: inputs are not quantized here."""
 
 
 def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterator[Dequantized]:
     """Yield the weights; see `dequantized_weights`."""
     for scale in weights.tensors:
-        if scale.endswith(SCALE):
-            module = scale.removesuffix(SCALE)
-            parts = _parts(weights, module, config)
+        if scale.endswith(SCALES):
+            module = scale.rpartition(".")[0]
+            parts = _parts(weights, module, scale, config)
             shape = weights.tensors[parts[0]].shape
             one = math.prod(weights.tensors[scale].shape) == 1
             height, width = shape if one else config["weight_block_size"]
@@ -42,17 +42,16 @@ def weights_in(weights: CheckpointWeights, config: Mapping[str, Any]) -> Iterato
             yield Dequantized(module, shape, parts, layout, partial(_open, weights, parts, shape))
 
 
-def _parts(weights: CheckpointWeights, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _parts(weights: CheckpointWeights, module: str, scale: str, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the tensors of a module's weight, the weight first and the scales next."""
-    name, scale = f"{module}.weight", f"{module}{SCALE}"
+    name = f"{module}.weight"
     info, scales = weights.tensors.get(name), weights.tensors[scale]
     if info is None or info.dtype != torch.float8_e4m3fn or len(info.shape) != 2:
         raise unfit(weights, name, f"it is not a matrix of float8_e4m3fn, as its {scale} says")
     if math.prod(scales.shape) != 1 and not _fits(info.shape, scales.shape, config.get("weight_block_size")):
         blocks = f"blocks of {config.get('weight_block_size')}"
         raise unfit(weights, name, f"{scale} has shape {list(scales.shape)} for {list(info.shape)} in {blocks}")
-    activation = f"{module}{ACTIVATION}"
-    return (name, scale, *([activation] if activation in weights.tensors else []))
+    return (name, scale, *(module + suffix for suffix in INPUTS if module + suffix in weights.tensors))
 
 
 def _open(weights: CheckpointWeights, parts: tuple[str, ...], shape: StaticShape) -> ReadRows:

@@ -55,6 +55,7 @@ class Engine:
         dtype: Dtype in which it computes; None is the artifact's.
         pixels: Tolerance of its processor's pixels.
         program: Program that runs the worker; None is Python.
+        most_images: Images of a prompt that it takes; None for any number.
         environment: Environment variables besides the caller's.
     """
 
@@ -65,6 +66,7 @@ class Engine:
     dtype: str | None = None
     pixels: float = tolerances.PIXELS
     program: str | None = None
+    most_images: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
     def limits(self, dtype: str, *, rounded: bool = False) -> Limits:

@@ -42,8 +42,8 @@ def verify_engine(
         progress: Called with a stage's name, the amount done, and the total.
 
     Returns:
-        Plain values: `name`, `version`, `model`, `results` in the order of the stages, the worst of each in
-        `stages`, and `first`, the first that differs.
+        Plain values: `name`, `version`, `model`, `left_out` (cases with more images than it takes), `results` in the order
+        of the stages, the worst of each in `stages`, and `first`, the first that differs.
 
     Raises:
         UsageError: The engine does not open artifacts of this target.
@@ -57,6 +57,9 @@ def verify_engine(
             "that it serves with --engine-model DIR."
         )
     records = recorded(directory, manifest, cases, progress)
+    most = engine.most_images
+    left_out = [record.case.name for record in records if most is not None and len(record.case.images) > most]
+    records = [record for record in records if record.case.name not in left_out]
     progress(name, 0, 1)
     answers = ask(engine, model or directory, records, python=python)
     progress(name, 1, 1)
@@ -67,6 +70,7 @@ def verify_engine(
         "version": answers.version,
         "model": str(model or directory),
         "cases": len(records),
+        "left_out": left_out,
         "stages": [result.document() for result in worst_by_stage(results)],
         "results": [result.document() for result in results],
         "first": None if first is None else first.document(),

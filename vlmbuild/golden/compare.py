@@ -116,7 +116,7 @@ def _compare(record: GoldenRecord, answer: Answer, limits: Limits) -> Iterator[S
     name, compute = record.case.name, limits.compute
     if answer.tokens is not None:
         yield _tokens(record, answer.tokens)
-    for stage, expected in record.samples.items():
+    for stage, expected in sorted(record.samples.items(), key=lambda item: stage_key(item[0])):  # pixels widen the rest
         if stage not in answer.values:
             continue
         found, expected = _same_width(stage, answer.values[stage], expected)

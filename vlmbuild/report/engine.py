@@ -24,4 +24,5 @@ def engine_report(document: Mapping[str, Any]) -> Report:
     first = engine["first"]
     verdict = "no stage differs" if first is None else f"the first stage that differs is {first['stage']}"
     head = f"{engine['name']} {engine['version']}, {engine['cases']} cases: {verdict}"
-    return [*verify_report(document), "", head, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]
+    left = [f"left out: {', '.join(engine['left_out'])} (more images than it takes)"] if engine["left_out"] else []
+    return [*verify_report(document), "", head, *left, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]

@@ -82,7 +82,8 @@ class Models:
         """Put image features into the embeddings; columns beyond those are for later layers, zero for text."""
         import numpy as np
 
-        given = {**batch, "image_sizes": batch.get("image_sizes", np.zeros((0, 2), np.int64))}
+        sizes = {"image_sizes": batch.get("image_sizes", np.zeros((0, 2), np.int64))}
+        given = {**batch, **{name.removeprefix("image_"): value for name, value in batch.items()}, **sizes}
         features = self.run(self.vision, given)["image_features"]
         features = features.reshape(-1, features.shape[-1])
         case.value("features", features.astype(np.float32))

@@ -114,8 +114,8 @@ def test_an_engine_that_is_not_there(artifact, run, tmp_path):
 
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(artifact, monkeypatch):
-    monkeypatch.setattr("vlmbuild.engines.ask.run_worker", lambda command, _: engine_here.run_here(command, _))
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(IncompatibleError, match=r"pip install 'transformers"):
         verify_engine(artifact.path, artifact.manifest, "transformers")
 

@@ -9,4 +9,5 @@ ENGINE = Engine(
     worker="openvino_worker.py",
     install="{python} -m pip install openvino transformers pillow numpy",
     targets=("onnx",),
+    most_images=1,  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
 )

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from vlmbuild.adapters.identity import Base, write_base
 from vlmbuild.adapters.lora import AdapterSpec, Lora, with_patterns
 from vlmbuild.adapters.select import ALL_LINEAR
 from vlmbuild.artifact.files import closing, open_file, read_file
+from vlmbuild.artifact.hub import split_revision
 from vlmbuild.errors import OutputError, SourceError, UsageError, reason
 from vlmbuild.util.records import read_as
 from vlmbuild.util.validation import number
@@ -81,6 +83,7 @@ def write_adapter(
     ties: Mapping[str, str],
     base: str | None,
     model_class: type,
+    identity: Base | None = None,
 ) -> None:
     """Write LoRA matrices and the modules that were trained whole.
 
@@ -93,6 +96,7 @@ def write_adapter(
         ties: Tied name -> the parameter that it shares.
         base: `base_model_name_or_path` of the config.
         model_class: transformers' class of the model, which PEFT opens the base with.
+        identity: Identity of the base, which loading compares; None if it is not known.
 
     Raises:
         OutputError: The directory cannot be written.
@@ -105,6 +109,7 @@ def write_adapter(
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
         (path / CONFIG_FILE).write_text(json.dumps(_config(spec, base, model_class), indent=2, sort_keys=True) + "\n")
+        write_base(path, identity, WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"The adapter cannot be written to {path}: {reason(error)}. Choose a directory with space."
@@ -125,6 +130,7 @@ def _stored_tensors(spec: AdapterSpec, parameters: Mapping[str, Tensor], ties: M
 
 def _config(adapter: AdapterSpec, base: str | None, model_class: type) -> dict[str, Any]:
     """Return the adapter's config for PEFT, with the most frequent rank and alpha, and patterns for others."""
+    name, revision = (None, None) if base is None else split_revision(base)
     kinds = Counter(adapter.loras.values())
     common = kinds.most_common(1)[0][0] if kinds else Lora(1, 1.0)
     return {
@@ -132,7 +138,8 @@ def _config(adapter: AdapterSpec, base: str | None, model_class: type) -> dict[s
         # PEFT's classes of tasks open text models alone: without a task AutoPeftModel takes the class that is named here.
         "task_type": None,
         "auto_mapping": {"base_model_class": model_class.__name__, "parent_library": model_class.__module__},
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        **({} if revision is None else {"revision": revision}),
         "r": common.r,
         "lora_alpha": common.alpha,
         "lora_dropout": common.dropout,

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from vlmbuild.adapters.identity import check_base, read_base
 from vlmbuild.adapters.merge import Merge, check_mergeable
+from vlmbuild.adapters.peft_files import WEIGHTS_FILE
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.output import check_output, check_space
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -61,6 +63,7 @@ def build(
     device: str = "cpu",
     calibration: Sequence[Batch] = (),
     adapter: str | Path | None = None,
+    allow_other_base: bool = False,
     processor: str | Path | None = None,
     golden: bool | str | Path = False,
     strip_prefix: str = "",
@@ -83,6 +86,7 @@ def build(
         calibration: Batches of the processor on which layers are measured when the recipe has a budget; without them
             weights alone are.
         adapter: Directory of a LoRA adapter in PEFT's format.
+        allow_other_base: Merge an adapter of `save_adapter` that was trained on other weights or with another processor.
         processor: Source of the processor's files, where the model's has none or others are wanted.
         golden: Record golden cases in the artifact: True for packaged prompts and images, or a JSONL file of conversations.
         strip_prefix: Leading part of every tensor's name in the source, such as "module.", to leave out.
@@ -132,6 +136,8 @@ def build(
             golden=prompts,
             progress=progress,
         )
+        if adapter is not None and not allow_other_base and (trained := read_base(Path(adapter), WEIGHTS_FILE)):
+            check_base(adapter, trained, checkpoint.base(digests))
         with ArtifactWriter(output, overwrite=overwrite) as writer:
             manifest = write(writer, request)
     return Artifact(Path(output), manifest, reports)

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from vlmbuild.adapters.identity import Base, source_digests
 from vlmbuild.artifact.comparison import is_artifact
 from vlmbuild.artifact.files import Identity, closing, hash_descriptor, open_file
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.artifact.reader import ArtifactReader
 from vlmbuild.artifact.weights_reader import CheckpointWeights
@@ -139,12 +142,17 @@ class Checkpoint:
         return family.config(self.values)
 
     @cached_property
-    def artifact_dtype(self) -> str | None:
-        """Compute dtype of a source that is an artifact; None for other sources."""
+    def manifest(self) -> Manifest | None:
+        """Manifest of a source that is an artifact; None for other sources."""
         directory = self.source.directory
         if self._given is not None or not is_artifact(directory):
             return None
-        return str(ArtifactReader(directory, verify=False).manifest.recipe.get("dtype"))
+        return ArtifactReader(directory, verify=False).manifest
+
+    @property
+    def artifact_dtype(self) -> str | None:
+        """Compute dtype of a source that is an artifact; None for other sources."""
+        return None if self.manifest is None else str(self.manifest.recipe.get("dtype"))
 
     @cached_property
     def weights(self) -> CheckpointWeights:
@@ -264,6 +272,17 @@ class Checkpoint:
             {**source, "files": [entry for entry in entries if entry not in theirs]},
             {"uri": self.processor_source.uri, "files": theirs},
         ]
+
+    def base(self, digests: Mapping[str, Future[HashedFile]]) -> Base:
+        """Return its identity as the base of an adapter. Waits for digests of weights, unless it is an artifact."""
+        if self.manifest is None:
+            weights, processor = source_digests(self.records(digests))
+            return Base("", (weights,), (processor,))
+        base = Base.of_manifest(self.manifest)
+        if self.processor_source == self.source:
+            return base
+        files = [{"path": file.name, "digest": digests[file.name].result().digest} for file in self.side_files]
+        return replace(base, processors=(source_digests([{"files": files}])[1],))
 
     @property
     def _where(self) -> str:

@@ -51,6 +51,9 @@ PACKAGED = "packaged cases"
     help='Record in the artifact what its program computes for packaged prompts and images, or for your own: {"messages": '
     "[...]} per line. `vlmbuild verify --engine` compares engines with it.",
 )
+@click.option(
+    "--allow-other-base", is_flag=True, help="Merge an adapter that was trained on other weights or another processor."
+)
 @click.option("--processor", metavar="DIR_OR_ID", help="Source of the processor's files.  [default: SOURCE]")
 @click.option(
     "--strip-prefix", default="", metavar="PREFIX", help="Prefix to drop from all tensor names, such as 'module.'."
@@ -64,6 +67,7 @@ def command(
     device: str,
     calibrate: Path | None,
     adapter: Path | None,
+    allow_other_base: bool,
     golden: str | None,
     processor: str | None,
     strip_prefix: str,
@@ -102,6 +106,7 @@ def command(
             device=device,
             calibration=[] if calibrate is None else _calibration(found, calibrate, processor),
             adapter=adapter,
+            allow_other_base=allow_other_base,
             processor=processor,
             golden={None: False, PACKAGED: True}.get(golden, golden or False),
             strip_prefix=strip_prefix,

@@ -220,7 +220,8 @@ class FastVisionModel:
         recipe = Recipe.from_mapping(options, where="save_pretrained_merged")
         with tempfile.TemporaryDirectory() as adapter, with_tokenizer(inner, inner.path, tokenizer) as source:
             save_adapter(inner, adapter)
-            build(source, save_directory, recipe, adapter=adapter)
+            # The adapter is this model's, whatever its tokenizer has become.
+            build(source, save_directory, recipe, adapter=adapter, allow_other_base=True)
 
 
 class UnslothVisionDataCollator:

@@ -119,9 +119,8 @@ def device_name(device_map: Any) -> str:
 def base_of(adapter: Path) -> str:
     """Return the base model that an adapter's config names. Raises UsageError without one."""
     try:
-        base = read_json_object(adapter / CONFIG_FILE, "Is it an adapter in PEFT's format?").get(
-            "base_model_name_or_path"
-        )
+        config = read_json_object(adapter / CONFIG_FILE, "Is it an adapter in PEFT's format?")
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
     except json.JSONDecodeError as error:
         raise UsageError(f"{adapter / CONFIG_FILE} is not JSON: {error}") from error
     if not base:
@@ -129,4 +128,4 @@ def base_of(adapter: Path) -> str:
             f"{adapter} does not name its base model. Load the base with from_pretrained, then "
             "vlmbuild.load_adapter(model, directory)."
         )
-    return str(base)
+    return f"{base}@{revision}" if revision else str(base)

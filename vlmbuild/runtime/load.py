@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from vlmbuild.adapters.identity import Base
 from vlmbuild.artifact.hub import artifact_directory
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
@@ -99,7 +100,9 @@ def load(
         model = _open(reader, device, dtype, verify, trust)
         model.artifact_id = reader.manifest.id
         if isinstance(model, VisionLanguageModel):
-            model.source = str(path)  # a hub id, not the folder of its cache
+            # A hub id, not the folder of its cache.
+            model.source = str(path) if revision is None or "@" in str(path) else f"{path}@{revision}"
+            model.identity = Base.of_manifest(reader.manifest)
         return model
 
     options = {"expected_id": expected_id, "allow_hardlinks": allow_hardlinks}

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from vlmbuild.adapters.fit import check_fits, trained_parameters, with_module_names
+from vlmbuild.adapters.identity import check_base, read_base
 from vlmbuild.adapters.lora import AdapterSpec, Lora
-from vlmbuild.adapters.peft_files import read_adapter
+from vlmbuild.adapters.peft_files import WEIGHTS_FILE, read_adapter
 from vlmbuild.adapters.select import ALL_LINEAR, Targets, choose
 from vlmbuild.builder.passes import adapt
 from vlmbuild.errors import UsageError
@@ -70,18 +71,29 @@ def add_lora(
     _add(model, AdapterSpec(covered, tuple(trained), frozenset().union(*trained.values())), adapter_name)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, adapter_name: str = "default") -> None:
+def load_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str = "default", *, allow_other_base: bool = False
+) -> None:
     """Add the adapter from a directory in PEFT's format, trainable, and make it the active one.
 
     An adapter that was trained after `resize_token_embeddings` stores the embeddings and the head whole; the model is resized
     to their rows.
 
+    Args:
+        model: Model from `vlmbuild.load`; may be compiled already.
+        directory: Directory of the adapter.
+        adapter_name: Name for `model.set_adapter`.
+        allow_other_base: Load an adapter of `save_adapter` that was trained on other weights or with another processor.
+
     Raises:
         UsageError: The model has an adapter of this name already, or one of several has modules trained whole.
-        SourceError: It is no LoRA adapter, or does not fit the model; the tensor is named, and the model is unchanged.
+        SourceError: It is no LoRA adapter, does not fit the model, or was trained on another base; the tensor or the base
+            is named, and the model is unchanged.
     """
     model = unwrap(model)
     _check_free(model, adapter_name)
+    if not allow_other_base:
+        check_base(directory, read_base(Path(directory), WEIGHTS_FILE), model.identity)
     adapter = with_module_names(read_adapter(directory), model.family, directory)
     program = model.program if model.base_program is None else model.base_program
     rows = stored_rows(adapter.trained, model.family) or model.vocabulary

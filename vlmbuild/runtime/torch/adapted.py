@@ -200,6 +200,7 @@ class AdaptedModel(TrainerConventions):
                 weight.copy_(weight.float() + lora.scaling * (up @ down))
         self._return_to_base(self.adapter, self._base)
         self._inactive.clear()
+        self.identity = None  # these are other weights now
         for name, slot in self.program.slots():
             if name in trained:
                 self.set_tensor(name, slot, self.get_parameter(name).detach())

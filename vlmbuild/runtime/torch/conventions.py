@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlmbuild.adapters.identity import Base
 from vlmbuild.adapters.peft_files import write_adapter
 from vlmbuild.errors import UsageError
 from vlmbuild.runtime.hf import BaseModelOutputWithPast
@@ -33,6 +34,8 @@ class TrainerConventions(ProgramModel):
         super().__init__(config)
         self.source: str | None = None
         """Source as its user named it (path, hub id or zoo name), which saved adapters name as their base."""
+        self.identity: Base | None = None
+        """Identity of the weights and the processor, which saved adapters name; None for weights of no artifact."""
         self.merged_writer: Callable[..., None] | None = None
         """Implementation of `save_pretrained_merged`; it needs the builder, which a loaded model does without."""
 
@@ -116,7 +119,8 @@ class TrainerConventions(ProgramModel):
         if self.adapter is None:
             write_checkpoint(self, directory, tensors, max_shard_size)
             return
-        write_adapter(directory, self.adapter, tensors, self.program.ties, self.source, self.family.model_class)
+        ties, model_class = self.program.ties, self.family.model_class
+        write_adapter(directory, self.adapter, tensors, ties, self.source, model_class, self.identity)
         if is_main_process:
             link_weights(directory)
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "lock": "vlmbuild.cli.lock",
     "check": "vlmbuild.cli.check",
     "diff": "vlmbuild.cli.diff",
+    "sign": "vlmbuild.cli.sign",
     "push": "vlmbuild.cli.push",
     "demo": "vlmbuild.cli.demo",
 }

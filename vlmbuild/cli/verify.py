@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmbuild.artifact.hub import artifact_directory
-from vlmbuild.artifact.reader import verify
+from vlmbuild.artifact.reader import ArtifactReader, verify
+from vlmbuild.artifact.signature import check_signature
 from vlmbuild.cli.options import id_option, json_option, revision_option, trust_option
 from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.errors import EngineDiffersError, UsageError
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @id_option
 @revision_option
+@click.option(
+    "--public-key",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="KEY",
+    help="Fail unless model.sig is a signature of the artifact by the owner of this key; see `vlmbuild sign`.",
+)
 @click.option(
     "--allow-hardlinks", is_flag=True, help="Accept files with hard links, through which others may change them."
 )
@@ -55,6 +62,7 @@ def command(
     artifact: Path,
     expected_id: str | None,
     revision: str | None,
+    public_key: Path | None,
     allow_hardlinks: bool,
     numerics: bool,
     trust_code: bool,
@@ -78,11 +86,16 @@ def command(
         vlmbuild verify qwen2-vl-onnx --engine onnxruntime
         vlmbuild verify qwen2-vl-nf4 --engine transformers --engine-python ~/serving/bin/python
         vlmbuild verify owner/qwen2-vl-nf4 --revision v1
+        vlmbuild verify qwen2-vl-nf4 --public-key key.pub
     """
     if engine is None and (engine_python or engine_model or golden):
         raise UsageError("--engine-python, --engine-model and --golden are about an engine. Name it with --engine.")
     with StageProgress(lines=False) as progress:
         directory = artifact_directory(artifact, revision, progress)
+        if public_key is not None:  # it signs the manifest, with which the files are compared
+            signed = ArtifactReader(directory, verify=False, expected_id=expected_id).manifest
+            check_signature(directory, public_key, signed)
+            expected_id = signed.id
         manifest = verify(
             directory,
             expected_id=expected_id,
@@ -103,6 +116,7 @@ def command(
         "path": str(directory),
         "id": manifest.id,
         "name": manifest.name,
+        "public_key": None if public_key is None else str(public_key),
         "files": len(manifest.files),
         "bytes": manifest.total_bytes,
         "numerics": records,

@@ -130,7 +130,13 @@ def verify_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild verify`."""
     size = f"{document['files']} files, {human_size(document['bytes'])}"
     head = f"{document['path']}: {size}, all match the manifest"
-    return [head, document["id"], *_section(parity_table(document["numerics"]))]
+    signed = [f"signed by the owner of {document['public_key']}"] if document.get("public_key") else []
+    return [head, document["id"], *signed, *_section(parity_table(document["numerics"]))]
+
+
+def sign_report(document: Mapping[str, Any]) -> Report:
+    """Report of `vlmbuild sign`."""
+    return [f"{document['signature']}: signs all files of", document["id"]]
 
 
 def push_report(document: Mapping[str, Any]) -> Report:

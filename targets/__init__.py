@@ -20,7 +20,7 @@ from vlmbuild.measure.aoti_parity import code_measurement
 from vlmbuild.measure.numerics import Measurement
 from vlmbuild.measure.onnx_parity import onnx_measurement
 from vlmbuild.recipe import Recipe
-from vlmbuild.targets import aoti, compressed_tensors, onnx, trainable
+from vlmbuild.targets import aoti, compressed_tensors, gguf, onnx, trainable
 from vlmbuild.targets.request import Request, StoredParameter
 
 Write = Callable[[ArtifactWriter, Request], Manifest]
@@ -67,6 +67,10 @@ TARGETS: dict[str, Target] = {
     "compressed-tensors": Target(
         begin=compressed_tensors.writing,
         check=compressed_tensors.check,
+    ),
+    "gguf": Target(
+        begin=gguf.writing,
+        devices=("cpu",),
     ),
 }
 

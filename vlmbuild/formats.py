@@ -36,6 +36,11 @@ FORMATS: Final[dict[str, str]] = {
     "w4a16": "vlmbuild.quant.compressed_formats:W4A16",
     "w8a8": "vlmbuild.quant.compressed_formats:W8A8",
     "fp8": "vlmbuild.quant.compressed_formats:FP8",
+    "q8_0": "vlmbuild.quant.gguf:Q8_0",
+    "q5_1": "vlmbuild.quant.gguf:Q5_1",
+    "q5_0": "vlmbuild.quant.gguf:Q5_0",
+    "q4_1": "vlmbuild.quant.gguf:Q4_1",
+    "q4_0": "vlmbuild.quant.gguf:Q4_0",
 }
 """Name in recipes -> module and class, imported on first use: `--help` lists the names and needs no torch."""
 
@@ -134,6 +139,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def describe(self, target: str = "trainable") -> str:
         """Describe for people how a target stores the format: "nf4, blocks of 64, scales in 8 bits"."""
+
+    def refusal(self, shape: StaticShape) -> str:
+        """Say why a weight of this shape keeps its dtype instead; "" if it can be stored, or `parts` raises."""
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values; floats in hexadecimal."""

@@ -68,6 +68,7 @@ TARGET_OPTIONS: dict[str, TargetOptions] = {
     ),
     "aoti": TargetOptions(),
     "compressed-tensors": TargetOptions(packs_weights=True),
+    "gguf": TargetOptions(dtypes=("float16", "bfloat16", "float32"), packs_weights=True, packs_embeddings=True),
 }
 """By the target's name. `vlmbuild.targets.TARGETS` says how a target is written, `vlmbuild.runtime.load.OPENERS` how it is
 opened; both are above this module."""

@@ -76,7 +76,7 @@ _METAVARS = {
 _HELP = {
     "target": (
         "Kind of artifact: trainable is a torch model and a Hugging Face checkpoint, onnx is for ONNX Runtime, aoti is "
-        "compiled for CPUs, compressed-tensors is for vLLM and SGLang.  [default: trainable]"
+        "compiled for CPUs, compressed-tensors is for vLLM and SGLang, gguf is for llama.cpp.  [default: trainable]"
     ),
     "format": (
         "Weight format of linear layers; source keeps the checkpoint's, none also dequantizes, auto chooses one for each "
@@ -87,8 +87,8 @@ _HELP = {
     "double_quant": "Store the scales of nf4, fp4 and auto in 8 bits.  [default: yes]",
     "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
     "roles": (
-        f"Part of the model to quantize ({', '.join(ROLES)}; embedding only in onnx), or with a format of its own, such as "
-        "vision=int8. Repeatable.  [default: language; with int4 the others too, in int8]"
+        f"Part of the model to quantize ({', '.join(ROLES)}; embedding only in onnx and gguf), or with a format of its own, such "
+        "as vision=int8. Repeatable.  [default: language; with int4 the others too, in int8; for gguf also embedding and head]"
     ),
     "overrides": "Format of matching modules, such as '*.down_proj=int8'. Repeatable; the first match wins.",
     "threshold": "Compute input columns with a value above this in 16 bits (int8).  [default: 6.0]",
@@ -100,8 +100,8 @@ _HELP = {
         "takes.  [default: auto]"
     ),
     "dtype": (
-        "Dtype of computation and unquantized weights.  [default: that of a source artifact; else bfloat16, or float32 for "
-        "onnx]"
+        "Dtype of computation and unquantized weights.  [default: that of a source artifact; else bfloat16; float32 for onnx, "
+        "float16 for gguf]"
     ),
     "require": "Fail unless this pass, such as fuse_rope, rewrites something. Repeatable.",
 }

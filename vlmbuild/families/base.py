@@ -14,6 +14,7 @@ from vlmbuild.errors import SourceError
 from vlmbuild.families.batch import ImageCost, PackedBatch
 from vlmbuild.families.chat_processor import limit_templates
 from vlmbuild.families.config_checks import check_text, check_values
+from vlmbuild.families.gguf import ForGguf
 from vlmbuild.families.js import ForClients
 from vlmbuild.families.processor_checks import check_processor
 from vlmbuild.families.traced import TextCore, meta_module
@@ -26,7 +27,7 @@ it adds; or the images and videos of all samples in one list."""
 IGNORED_CONFIG_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation", "attn_implementation")
 
 
-class Family(ForClients, ABC):
+class Family(ForClients, ForGguf, ABC):
     """Models with one config class, one host prologue and one set of tensor names.
 
     Attributes:

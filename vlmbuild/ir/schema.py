@@ -6,6 +6,8 @@ from typing import Literal
 
 SCHEMA = "vlmbuild.program/2"
 PROGRAM_FILE = "graph/program.json"
+TENSORS_FILE = "graph/tensors.json"
+"""Where a target keeps weights under names that are not the program's: parameter -> [file, name, bytes] of its tensors."""
 """Path in an artifact."""
 
 SlotKind = Literal["parameter", "buffer", "constant"]

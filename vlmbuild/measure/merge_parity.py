@@ -29,6 +29,8 @@ from vlmbuild.quant.decide import Decision
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import run
 from vlmbuild.runtime.bind import instance_tensors
+from vlmbuild.runtime.gguf.layout import FILES as GGUF_FILES
+from vlmbuild.runtime.gguf.weights import GgufWeights
 from vlmbuild.runtime.onnx.session import FOLDER
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.runtime.torch.region import BoundRegion, is_compute
@@ -230,6 +232,14 @@ def _written_tensors(directory: Path, family: Family) -> TensorsOf:
         models = OnnxWeights(directory)
         return lambda region, instance: {
             name: models.tensor(name)
+            for slot in region.slots
+            if slot.kind == "parameter"
+            for name in [join(instance, slot.name)]
+        }
+    if (directory / GGUF_FILES[0]).is_file():
+        stored = GgufWeights(directory)
+        return lambda region, instance: {
+            name: stored.tensor(name)
             for slot in region.slots
             if slot.kind == "parameter"
             for name in [join(instance, slot.name)]

@@ -117,6 +117,8 @@ def _decide(layer: LinearLayer, spec: QuantSpec, hits: set[str], kept: WeightFor
     form = spec.role_format(layer.role)
     if form is None:
         return Decision(kept, "" if kept else f"role {layer.role} keeps its dtype")
+    if problem := form.refusal(layer.shape):
+        return Decision(None, problem)
     return Decision(form)
 
 

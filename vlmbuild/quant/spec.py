@@ -129,7 +129,8 @@ class QuantSpec(_Chosen):
     ) -> None:
         """
         Args:
-            format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "none",
+            format: "nf4" or "fp4" (4 bits), "int8" (LLM.int8), "int4" (blocks of integers, for the target onnx), "q8_0",
+                "q5_1", "q5_0", "q4_1" or "q4_0" (for the target gguf), "none",
                 "source", or "auto".
             skip: See the attribute.
             roles: See the attribute.

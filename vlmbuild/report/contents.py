@@ -14,7 +14,7 @@ from vlmbuild.artifact.weights_reader import CheckpointWeights
 from vlmbuild.builder.summary import WeightSummary, describe_roles, refusals_by_role
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.formats import WeightFormat, format_from_json
-from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, Role
+from vlmbuild.ir.schema import PROGRAM_FILE, SCHEMA, TENSORS_FILE, Role
 from vlmbuild.runtime.onnx.sizes import stored_sizes
 from vlmbuild.util.renamed import PASSES
 
@@ -121,6 +121,9 @@ def _sizes(reader: ArtifactReader, program: Mapping[str, Any]) -> dict[str, int]
     """Return the bytes of each weight, by module name."""
     if reader.manifest.target == "onnx":
         return stored_sizes(reader.path / "onnx")
+    if reader.manifest.entry(TENSORS_FILE) is not None:
+        places = parse_canonical(reader.read(TENSORS_FILE), where=TENSORS_FILE)
+        return {name: sum(nbytes for _, _, nbytes in tensors) for name, tensors in places.items()}
     stored: dict[str, int] = {}
     for name, info in CheckpointWeights(reader.path).tensors.items():
         owner = _PARTS.sub(".weight", name)

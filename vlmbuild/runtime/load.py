@@ -208,10 +208,18 @@ def _compiled_device(device: Device) -> torch.device:
     return chosen
 
 
+def _refuse_gguf(reader: ArtifactReader, _: torch.device, __: torch.dtype) -> Model:
+    raise IncompatibleError(
+        f"{reader.path} is for llama.cpp, which runs it: start it with the arguments in its llama.cpp.json. To load the model "
+        "here, build it with --target trainable."
+    )
+
+
 OPENERS: dict[str, Opener] = {
     "trainable": Opener(_open_trainable, any_dtype=True, on_gpu=True, proven_first=False),
     "onnx": Opener(_open_onnx, device=_onnx_device),
     "aoti": Opener(_open_compiled, device=_compiled_device, runs_code=True),
     "compressed-tensors": Opener(_open_trainable, any_dtype=True, on_gpu=True, proven_first=False),
+    "gguf": Opener(_refuse_gguf),
 }
 """By the manifest's target. Options are refused first, then files are proven, and a model is returned only after both."""

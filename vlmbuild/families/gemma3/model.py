@@ -11,7 +11,9 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
 from vlmbuild.families.config_checks import check_heads, check_placeholder, require
+from vlmbuild.families.gemma3 import gguf
 from vlmbuild.families.gemma3.prepare import Gemma3Prologue
+from vlmbuild.families.gguf import GgufImages, GgufModel
 from vlmbuild.families.tiles import TileLayout
 from vlmbuild.families.traced import FeatureCore, Segments, TextCore, embed_patches
 from vlmbuild.ir.program import Geometry, Role, Rotary
@@ -131,6 +133,12 @@ class Gemma3(Gemma3Prologue):
 
     def role(self, name: str) -> Role:
         return "language" if name.endswith(_SCALE) else super().role(name)
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config, self.tile(config).merge)
+
+    def gguf_images(self, config: Any, processor: Any) -> GgufImages:
+        return gguf.images(processor)
 
     @property
     def published_prefixes(self) -> tuple[tuple[str, str], ...]:

@@ -15,6 +15,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vlmbuild.families.config_checks import check_heads, check_placeholder, require
+from vlmbuild.families.gguf import GgufImages, GgufModel
+from vlmbuild.families.idefics3 import gguf
 from vlmbuild.families.idefics3.processor import Idefics3Processing, SmolVLMProcessing
 from vlmbuild.families.tiles import TileCore, TileLayout
 from vlmbuild.families.traced import embed_patches
@@ -89,6 +91,12 @@ class Idefics3(Idefics3Processing):
     def constants(self, config: Any) -> dict[str, Tensor]:
         positions = self.tile(config).in_blocks(position_ids(self.tile(config).rows))
         return {**super().constants(config), f"{self.vision_prefix}embeddings.{_POSITIONS}": positions}
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config)
+
+    def gguf_images(self, config: Any, processor: Any) -> GgufImages:
+        return gguf.images(processor)
 
     def client_names(self, module: str) -> tuple[str, ...]:
         return (module,)  # as published, and vLLM's

@@ -13,6 +13,8 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryE
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from vlmbuild.families.config_checks import require
+from vlmbuild.families.gguf import GgufModel
+from vlmbuild.families.mistral3 import gguf
 from vlmbuild.families.pixtral.model import PixtralTower, TowerCore
 
 
@@ -48,6 +50,9 @@ class Mistral3(PixtralTower):
         text = values.get("text_config")
         tied = isinstance(text, Mapping) and text.get("tie_word_embeddings", False)
         return super().config({"tie_word_embeddings": tied, **values})
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config, processor)
 
     def compare_positions(self, batch: Mapping[str, Any], config: Any) -> None:
         rope, mask = config.text_config.rope_parameters, batch.get("attention_mask")

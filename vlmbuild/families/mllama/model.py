@@ -99,6 +99,7 @@ class Mllama(MllamaPrologue):
     image_core = _ImageCore
     processors = ("MllamaProcessor",)
     vision_prefix = "model.vision_model."
+    no_gguf = "llama.cpp has no mllama, whose layers read images by cross-attention"
     projector_prefix = "model.multi_modal_projector."
     extra_embedding_rows = 8
 

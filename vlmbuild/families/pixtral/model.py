@@ -11,6 +11,8 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 
 from vlmbuild.families.config_checks import check_heads, check_placeholder, require
+from vlmbuild.families.gguf import GgufImages, GgufModel
+from vlmbuild.families.pixtral import gguf
 from vlmbuild.families.pixtral.processor import PixtralProcessing
 from vlmbuild.families.traced import FeatureCore, embed_patches
 from vlmbuild.ir.program import Geometry, Rotary
@@ -74,6 +76,9 @@ class PixtralTower(PixtralProcessing):
             )
         )
 
+    def gguf_images(self, config: Any, processor: Any) -> GgufImages:
+        return gguf.images(processor)
+
     def rotary_modules(self, config: Any) -> dict[str, nn.Module]:
         text = config.text_config
         return {
@@ -95,3 +100,6 @@ class Pixtral(PixtralTower):
         super().check(config)
         strategy = config.vision_feature_select_strategy
         require(strategy == "full", "vision_feature_select_strategy", strategy, 'must be "full". Restore it.')
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config, processor)

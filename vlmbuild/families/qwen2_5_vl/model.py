@@ -12,6 +12,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from vlmbuild.families.config_checks import require
+from vlmbuild.families.gguf import GgufModel
+from vlmbuild.families.qwen2_5_vl import gguf
 from vlmbuild.families.qwen2_5_vl.prepare import Qwen25VLPrologue, window_side
 from vlmbuild.families.traced import FeatureCore
 
@@ -70,3 +72,6 @@ class Qwen25VL(Qwen25VLPrologue):
             vision.window_size,
             f"is less than the {smallest} pixels of one feature. Restore the published one.",
         )
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config)

@@ -9,6 +9,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VL
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
 from vlmbuild.families.config_checks import require
+from vlmbuild.families.gguf import GgufModel
+from vlmbuild.families.qwen2_vl import gguf
 from vlmbuild.families.qwen2_vl.processor import Qwen2VLProcessing
 from vlmbuild.families.traced import FeatureCore
 
@@ -41,6 +43,9 @@ class Qwen2VL(Qwen2VLProcessing):
         require(
             width == hidden, "vision_config.hidden_size", width, f"must be the text's hidden_size {hidden}. Restore it."
         )
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config)
 
     def tower_width(self, config: Any) -> int:
         return int(config.vision_config.embed_dim)

@@ -22,8 +22,10 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.utils.import_utils import is_torchvision_available
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
+from vlmbuild.families.gguf import GgufImages
 from vlmbuild.families.js import ClientFiles, image_settings, with_template
 from vlmbuild.families.mrope import MropeFamily
+from vlmbuild.families.qwen2_vl import gguf
 from vlmbuild.families.videos import list_videos, read_video, with_files
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -281,6 +283,9 @@ class Qwen2VLProcessing(MropeFamily):
     def media_tokens(self, processor: Any) -> frozenset[int]:
         ends = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
         return frozenset({processor.image_token_id, processor.video_token_id, *ends})
+
+    def gguf_images(self, config: Any, processor: Any) -> GgufImages:
+        return gguf.images(processor)
 
     def client_files(
         self, values: Mapping[str, Any], files: ClientFiles, template: str | None

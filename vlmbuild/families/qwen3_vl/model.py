@@ -11,6 +11,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 
 from vlmbuild.families.config_checks import require
+from vlmbuild.families.gguf import GgufModel
+from vlmbuild.families.qwen3_vl import gguf
 from vlmbuild.families.qwen3_vl.prepare import Qwen3VLPrologue
 from vlmbuild.families.traced import TextCore
 from vlmbuild.ir.program import Role
@@ -96,6 +98,9 @@ class Qwen3VL(Qwen3VLPrologue):
             chosen,
             f"must name some of {depth} vision blocks, in order, and no more than the {layers} text layers. Restore the list.",
         )
+
+    def gguf_model(self, config: Any, processor: Any = None) -> GgufModel:
+        return gguf.model(config)
 
     def client_names(self, module: str) -> tuple[str, ...]:
         return *super().client_names(module), module.removeprefix("model.")  # vLLM's tower is `visual`

@@ -1,0 +1,1 @@
+"""GGUF artifacts: where each parameter lies in their files, and what the stored values stand for."""

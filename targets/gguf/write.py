@@ -27,6 +27,7 @@ from vlmbuild.runtime.gguf.layout import FILES, MODEL, TOWER, gguf_tensors
 from vlmbuild.targets.gguf.engines import MODELFILE, engine_files
 from vlmbuild.targets.gguf.header import Stored, constant, general_values, header, padding, stored
 from vlmbuild.targets.gguf.tokenizer import tokenizer_values
+from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names
@@ -66,12 +67,13 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         module: replace(decision, error=output.error(f"{module}.weight") if decision.format else decision.error)
         for module, decision in request.decisions.items()
     }
+    numerics = [*request.measure(writer.staging), *record_golden(writer, request, always=True)]
     return publish(
         writer,
         replace(request, decisions=decisions),
         formats=format_names(request.program),
         toolchain={"gguf": importlib.metadata.version("gguf")},
-        numerics=request.measure(writer.staging),
+        numerics=numerics,
     )
 
 
@@ -126,8 +128,10 @@ def _plan(request: Request) -> _Plan:
         TOWER: header("MMPROJ", {**general[TOWER], **projector, **model.vision, **images.values}, tensors[TOWER]),
     }
     written = artifact_config(request.checkpoint.values, request.recipe)
+    first = int(config.image_token_id)
+    media = [first, *sorted(family.media_tokens(processor) - {first})]
     described = {"config.json": (json.dumps(written, indent=2, sort_keys=True) + "\n").encode()}
-    return _Plan({**files, **described, **engine_files(model, images, processor.tokenizer)}, tensors, heads)
+    return _Plan({**files, **described, **engine_files(model, images, processor.tokenizer, media)}, tensors, heads)
 
 
 def _formats(request: Request) -> dict[str, GgufFormat]:

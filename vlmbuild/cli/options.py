@@ -87,8 +87,8 @@ _HELP = {
     "double_quant": "Store the scales of nf4, fp4 and auto in 8 bits.  [default: yes]",
     "skip": "Keep modules such as '*.o_proj' unquantized. Repeatable.",
     "roles": (
-        f"Part of the model to quantize ({', '.join(ROLES)}; embedding only in onnx and gguf), or with a format of its own, such "
-        "as vision=int8. Repeatable.  [default: language; with int4 the others too, in int8; for gguf also embedding and head]"
+        f"Part to quantize ({', '.join(ROLES)}; embedding in onnx and gguf), or with a format of its own, such as "
+        "vision=int8. Repeatable.  [default: language; with int4 the others too, in int8; for gguf also embedding and head]"
     ),
     "overrides": "Format of matching modules, such as '*.down_proj=int8'. Repeatable; the first match wins.",
     "threshold": "Compute input columns with a value above this in 16 bits (int8).  [default: 6.0]",

@@ -6,7 +6,7 @@ The protocol is in `ask.py`.
 
 from __future__ import annotations
 
-from vlmbuild.engines import onnxruntime, openvino, transformers, transformers_js, vllm
+from vlmbuild.engines import llama_cpp, onnxruntime, openvino, transformers, transformers_js, vllm
 from vlmbuild.engines.ask import Engine
 
 ENGINES: dict[str, Engine] = {
@@ -15,6 +15,7 @@ ENGINES: dict[str, Engine] = {
     "openvino": openvino.ENGINE,
     "transformers.js": transformers_js.ENGINE,
     "vllm": vllm.ENGINE,
+    "llama.cpp": llama_cpp.ENGINE,
 }
 
 __all__ = ["ENGINES", "Engine"]

@@ -12,6 +12,7 @@ from vlmbuild.families import Family
 from vlmbuild.ir.program import Region, join
 from vlmbuild.measure.reference import SlotWeights
 from vlmbuild.runtime.bind import instance_tensors
+from vlmbuild.runtime.gguf.weights import GgufWeights
 from vlmbuild.runtime.onnx.weights import OnnxWeights
 from vlmbuild.runtime.torch.region import is_compute
 
@@ -34,5 +35,6 @@ WEIGHTS: dict[str, Callable[[Path, Family], SlotWeights]] = {
     "aoti": TrainableWeights,
     "compressed-tensors": TrainableWeights,  # its formats dequantize as they are read
     "onnx": lambda directory, _: OnnxWeights(directory),
+    "gguf": lambda directory, _: GgufWeights(directory),
 }
 """Target -> (artifact, family) -> its weights."""

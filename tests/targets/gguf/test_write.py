@@ -10,12 +10,15 @@ import torch
 
 import vlmbuild
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.runtime.gguf.layout import ENGINE_FILE, MODEL, TOWER
+from vlmbuild.families.gguf import GgufPart
+from vlmbuild.runtime.gguf.layout import ENGINE_FILE, MODEL, TOWER, GgufTensor
 from vlmbuild.runtime.gguf.weights import GgufWeights
+from vlmbuild.targets.gguf.header import stored
 from vlmbuild.zoo import ZOO
 
 SOURCE = ZOO["qwen2-vl-digits"]
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SPEC = vlmbuild.QuantSpec("q8_0", roles=("language", "embedding", "head", "vision=q4_0"))
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def q8_0(built):
-    return built("q8_0", quantize=vlmbuild.QuantSpec("q8_0"))
+    return built("q8_0", quantize=SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +53,43 @@ def value(artifact, key, file=MODEL):
     return reader(artifact, file).fields[key].contents()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_values_are_the_sources(built, source, dtype):
-    artifact = built(dtype, dtype=dtype)
+def test_plain_values_are_the_sources(built, source):
+    artifact = built("plain", dtype="bfloat16")
     weights = GgufWeights(artifact.path)
-    exact = dtype != "float16"  # the source is bfloat16
-    for name, expected in source.items():
-        found = weights.tensor(name)
-        assert torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=2**-11, atol=2**-24), (
-            name
-        )
+    assert all(torch.equal(weights.tensor(name), expected) for name, expected in source.items())
     types = {
         tensor.name: tensor.tensor_type.name for file in (MODEL, TOWER) for tensor in reader(artifact, file).tensors
     }
-    assert types["blk.0.attn_q.weight"] == types["v.blk.0.attn_q.weight"] == DTYPES[dtype]
-    assert types["blk.0.attn_norm.weight"] == types["blk.0.attn_q.bias"] == "F32"
-    assert types["v.patch_embd.weight"] == ("F16" if dtype == "float16" else "F32")
-    assert (
-        value(artifact, "general.file_type")
-        == gguf.LlamaFileType[f"{'ALL' if dtype == 'float32' else 'MOSTLY'}_{DTYPES[dtype]}"]
-    )
+    assert types["blk.0.attn_q.weight"] == types["v.blk.0.attn_q.weight"] == "BF16"
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.attn_q.bias"] == types["v.patch_embd.weight"] == "F32"
+    assert value(artifact, "general.file_type") == gguf.LlamaFileType.MOSTLY_BF16
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "types"),
+    [
+        ("blk.0.attn_q.weight", (64, 64), ("F32", "F16", "BF16")),
+        ("blk.0.attn_norm.weight", (64,), ("F32", "F32", "F32")),
+        ("v.position_embd.weight", (16, 64), ("F32", "F32", "F32")),
+        ("v.patch_embd.weight.1", (64, 3, 14, 14), ("F32", "F16", "F32")),
+        ("mm.input_projection.weight", (64, 64), ("F32", "F16", "F16")),
+    ],
+)
+def test_types_follow_the_dtype_where_llama_cpp_can(name, shape, types):
+    tensor = GgufTensor(MODEL, name, shape, "w", shape, GgufPart(name))
+    assert tuple(stored(tensor, dtype, None).type.name for dtype in DTYPES) == types
+    assert stored(tensor, "float32", None).nbytes == 4 * torch.Size(shape).numel()
 
 
 def test_quantized_values_are_rounded_once(q8_0, source):
     weights, types = GgufWeights(q8_0.path), {tensor.name: tensor.tensor_type.name for tensor in reader(q8_0).tensors}
     assert types["blk.1.ffn_down.weight"] == types["token_embd.weight"] == "Q8_0"
-    assert {tensor.tensor_type.name for tensor in reader(q8_0, TOWER).tensors} == {"F16", "F32"}
+    towers = {tensor.name: tensor.tensor_type.name for tensor in reader(q8_0, TOWER).tensors}
+    assert (towers["v.blk.0.attn_k.weight"], towers["mm.0.weight"], towers["v.post_ln.weight"]) == (
+        "Q4_0",
+        "F16",
+        "F32",
+    )
     name = "model.language_model.layers.1.mlp.down_proj.weight"
     rounded = gguf.quants.quantize(source[name].numpy(), gguf.GGMLQuantizationType.Q8_0)
     expected = gguf.quants.dequantize(rounded, gguf.GGMLQuantizationType.Q8_0)
@@ -86,7 +100,7 @@ def test_quantized_values_are_rounded_once(q8_0, source):
 
 
 def test_the_bytes_are_the_same_again(built, q8_0):
-    again = built("again", quantize=vlmbuild.QuantSpec("q8_0"))
+    again = built("again", quantize=SPEC)
     assert again.manifest.id == q8_0.manifest.id
 
 
@@ -116,14 +130,6 @@ def test_files_for_engines(q8_0):
     modelfile = (q8_0.path / "Modelfile").read_text()
     assert "FROM ./model.gguf\nFROM ./mmproj.gguf\n" in modelfile
     assert 'PARAMETER stop "<|im_end|>"' in modelfile
-
-
-def test_rows_that_are_no_whole_blocks_keep_their_dtype(built):
-    artifact = built("vision", quantize=vlmbuild.QuantSpec("q4_0", roles=("language", "vision")))
-    decisions = next(each["decisions"] for each in artifact.manifest.passes if "decisions" in each)
-    assert {each["format"] for each in decisions if ".mlp.down_proj" in each["module"]} == {"q4_0"}
-    types = {tensor.name: tensor.tensor_type.name for tensor in reader(artifact, TOWER).tensors}
-    assert types["v.blk.0.attn_q.weight"] == "Q4_0"
 
 
 def test_it_is_not_loaded_here(q8_0):

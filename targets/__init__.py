@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.writer import ArtifactWriter
@@ -21,7 +22,7 @@ from vlmbuild.measure.numerics import Measurement
 from vlmbuild.measure.onnx_parity import onnx_measurement
 from vlmbuild.recipe import Recipe
 from vlmbuild.targets import aoti, compressed_tensors, gguf, onnx, trainable
-from vlmbuild.targets.request import Request, StoredParameter
+from vlmbuild.targets.request import PlannedFile, Request, StoredParameter
 
 Write = Callable[[ArtifactWriter, Request], Manifest]
 """Writes and publishes an artifact."""
@@ -34,7 +35,9 @@ class Target:
     Attributes:
         begin: Context of a build, entered before the model is captured; gives the function that writes.
         stored_parameters: (program, family, recipe) -> parameters that a finished program's artifact will store, before
-            any weight is read; None for a target that cannot train, which `plan` is about.
+            any weight is read; None for a target that cannot train.
+        planned_files: (program, family, config, recipe) -> files of weights in their place; a target with neither of the
+            two cannot be planned.
         measurement: (artifact, dtype) -> the comparison of exported code with the program; None where nothing is exported.
         devices: Types of devices that can quantize its weights.
         golden: True if its artifacts can hold golden cases.
@@ -43,6 +46,7 @@ class Target:
 
     begin: Callable[[], AbstractContextManager[Write]]
     stored_parameters: Callable[[Program, Family, Recipe], Iterator[StoredParameter]] | None = None
+    planned_files: Callable[[Program, Family, Any, Recipe], Iterator[PlannedFile]] | None = None
     measurement: Callable[[Path, str], Measurement] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     golden: bool = True
@@ -56,6 +60,7 @@ TARGETS: dict[str, Target] = {
     ),
     "onnx": Target(
         begin=onnx.writing,
+        planned_files=onnx.planned_files,
         measurement=onnx_measurement,
     ),
     "aoti": Target(

@@ -51,6 +51,21 @@ class StoredParameter:
         return self.specs[0].name.rpartition(".weight")[0]  # of "o_proj.weight_packed" too
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file of weights before it is written.
+
+    Attributes:
+        path: Path in the artifact.
+        size: Size in bytes.
+        parameters: Parameters in it.
+    """
+
+    path: str
+    size: int
+    parameters: tuple[StoredParameter, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A build whose graph is finished.

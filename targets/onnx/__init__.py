@@ -6,6 +6,6 @@ Start with `models.py`, which says which parts go into which model, then `transl
 
 from __future__ import annotations
 
-from vlmbuild.targets.onnx.write import writing
+from vlmbuild.targets.onnx.write import planned_files, writing
 
-__all__ = ["writing"]
+__all__ = ["planned_files", "writing"]

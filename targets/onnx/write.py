@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,12 +15,16 @@ import torch
 from vlmbuild.artifact.canonical import canonical_json
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.artifact.paths import GENERATION_CONFIG
+from vlmbuild.artifact.weights_writer import TensorSpec
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import SourceError
+from vlmbuild.families import Family
 from vlmbuild.ir.printer import program_text
+from vlmbuild.ir.program import Program
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.kv_cache.program import with_cache
 from vlmbuild.measure.onnx_parity import onnx_measurement
+from vlmbuild.recipe import Recipe
 from vlmbuild.runtime.onnx.decoding import Q4
 from vlmbuild.runtime.onnx.session import FOLDER, onnx_runtime
 from vlmbuild.targets.golden import record_golden
@@ -29,7 +33,7 @@ from vlmbuild.targets.onnx.graph_builder import OLDEST_RUNTIME
 from vlmbuild.targets.onnx.layout import Weights, packed_formats
 from vlmbuild.targets.onnx.models import OnnxModel, onnx_models
 from vlmbuild.targets.records import artifact_config, publish
-from vlmbuild.targets.request import Request
+from vlmbuild.targets.request import PlannedFile, Request, StoredParameter
 
 _CLIENT_DTYPES = {"": "fp32", Q4: "q4"}
 """End of files' names -> transformers.js' dtype, which names files; without one a browser opens `*_quantized.onnx`."""
@@ -53,12 +57,9 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         OutputError: There is no space, or the output cannot be written.
     """
     recipe, program = request.recipe, request.program
-    config = request.checkpoint.config
-    dtype = getattr(torch, recipe.dtype)
-    weights = Weights(program, request.family.constants(config), dtype)
-    formats = [form.name for form, _ in packed_formats(program).values()]
-    suffix = Q4 if "int4" in formats and {"int4", "int8"}.issuperset(formats) and recipe.dtype == "float32" else ""
-    models = onnx_models(with_cache(program), weights, request.family.client_vision(config), dtype, suffix)
+    formats = _format_names(program)
+    suffix = _suffix(formats, recipe)
+    models = _models(program, request.family, request.checkpoint.config, recipe)
     side_files = _side_files(request, suffix)
     writer.require_space(sum(_data_sizes(models).values()) + sum(len(data) for data in side_files.values()))
     for name, data in side_files.items():
@@ -80,6 +81,38 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         toolchain=_toolchain(),
         numerics=numerics,
     )
+
+
+def planned_files(program: Program, family: Family, config: Any, recipe: Recipe) -> Iterator[PlannedFile]:
+    """Yield the data files of a finished program, before any weight is read.
+
+    Raises:
+        PassError: An operator has no translation.
+    """
+    weights = {weight.name: weight for weight in program.source_weights()}
+    files = {model.data.location: model.data for model in _models(program, family, config, recipe)}
+    for location, data in files.items():
+        parameters = []
+        for name, places in data.parameters.items():
+            specs = tuple(TensorSpec(name + suffix, place.dtype, place.shape) for suffix, place in places.items())
+            parameters.append(StoredParameter(name, weights[name].shape, weights[name].format, specs))
+        yield PlannedFile(f"{FOLDER}/{location}", data.size, tuple(parameters))
+
+
+def _models(program: Program, family: Family, config: Any, recipe: Recipe) -> list[OnnxModel]:
+    dtype = getattr(torch, recipe.dtype)
+    weights = Weights(program, family.constants(config), dtype)
+    suffix = _suffix(_format_names(program), recipe)
+    return onnx_models(with_cache(program), weights, family.client_vision(config), dtype, suffix)
+
+
+def _format_names(program: Program) -> list[str]:
+    return [form.name for form, _ in packed_formats(program).values()]
+
+
+def _suffix(formats: Sequence[str], recipe: Recipe) -> str:
+    """Return the end of files' names, by which transformers.js finds them."""
+    return Q4 if "int4" in formats and {"int4", "int8"}.issuperset(formats) and recipe.dtype == "float32" else ""
 
 
 def _write_models(writer: ArtifactWriter, models: list[OnnxModel], request: Request) -> dict[str, float]:

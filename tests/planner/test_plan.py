@@ -106,4 +106,4 @@ def test_published_image_settings_are_enough_without_a_tokenizer(name, family, c
 
 def test_a_plan_is_for_training():
     with pytest.raises(UsageError, match="Leave --target out"):
-        plan("qwen2-vl-digits", Recipe(target="onnx"))
+        plan("qwen2-vl-digits", Recipe(target="aoti"))

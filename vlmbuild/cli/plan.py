@@ -47,13 +47,15 @@ def command(
     """Estimate the graph and the memory of a build.
 
     Only the config.json of SOURCE is read; weights are neither read nor downloaded. The estimates cover loading the
-    model, inference (one forward pass), and training a LoRA adapter with AdamW, with and without gradient checkpointing.
+    model, inference (one forward pass), and training a LoRA adapter with AdamW, with and without gradient checkpointing;
+    with --target onnx, the files of weights in their place.
 
     \b
     Examples:
         vlmbuild plan Qwen/Qwen2-VL-72B-Instruct --quantize nf4 --image 1080x1920
         vlmbuild plan ./my-checkpoint --image a.jpg --batch 8 --text-tokens 512
         vlmbuild plan ./my-checkpoint --image 2000x3000 --longest-edge 1003520
+        vlmbuild plan ./my-checkpoint --target onnx --quantize int4
     """
     recipe = recipe_from(options)
     sizes = [_image(image) for image in images]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from vlmbuild.families import Family, ImageCost
 from vlmbuild.planner.memory import Memory, Workload, estimate_memory
 from vlmbuild.recipe import Recipe
 from vlmbuild.rewrite.pass_manager import PassReport
-from vlmbuild.targets import TARGETS
-from vlmbuild.targets.request import StoredParameter
+from vlmbuild.targets import TARGETS, Target
+from vlmbuild.targets.request import PlannedFile, StoredParameter
 from vlmbuild.util.progress import Progress, silent
 
 Image = str | Path | tuple[int, int]
@@ -53,8 +53,9 @@ class Plan:
         passes: Report of each pass.
         roles: role, parameters, quantized (parameters), bytes as stored, kept (why parameters are not quantized).
         ties: Name of a tensor that is not stored -> the one that it shares.
+        files: Files of weights of an artifact that is exported -> their bytes.
         images: Patches and tokens of each image.
-        memory: Bytes to load, to infer, and to train an adapter.
+        memory: Bytes to load, to infer, and to train an adapter; None for an artifact that cannot be trained.
     """
 
     source: str
@@ -66,8 +67,9 @@ class Plan:
     passes: tuple[PassReport, ...]
     roles: tuple[dict[str, Any], ...]
     ties: dict[str, str]
+    files: dict[str, int]
     images: tuple[PlannedImage, ...]
-    memory: Memory
+    memory: Memory | None
 
     @property
     def parameters(self) -> int:
@@ -93,11 +95,12 @@ class Plan:
             "ties": self.ties,
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
+            **({"files": self.files} if self.files else {}),
             "images": [
                 {"name": image.name, "height": image.height, "width": image.width, **image.cost._asdict()}
                 for image in self.images
             ],
-            "memory": self.memory.to_json(),
+            **({"memory": self.memory.to_json()} if self.memory is not None else {}),
         }
 
 
@@ -124,17 +127,14 @@ def plan(
         progress: Called with a stage's name, the amount done, and the total.
 
     Raises:
-        UsageError: An image cannot be read, a size is not positive, or the target is not one to train.
+        UsageError: An image cannot be read, a size is not positive, the target cannot be planned, or the workload of an
+            artifact that cannot be trained is given.
         SourceError: The source cannot be used, or images are given and it has no processor.
         CaptureError, PassError: The graph cannot be built.
     """
     progress = progress or silent
-    stored_parameters = TARGETS[recipe.target].stored_parameters
-    if stored_parameters is None:
-        raise UsageError(
-            f"A plan estimates the memory of training, and an artifact of target {recipe.target} cannot be trained. Leave "
-            f"--target out to plan the trainable one; `vlmbuild build --target {recipe.target}` shows the sizes of the other."
-        )
+    target = TARGETS[recipe.target]
+    _check_target(target, recipe.target, workload)
     if recipe.quantize is not None and recipe.quantize.format == "auto":
         raise UsageError(
             "auto measures weights, and a plan reads none. Plan with nf4; a budget is the bits per weight of what is "
@@ -152,13 +152,16 @@ def plan(
     reports, _ = apply_passes(program, checkpoint, recipe, progress)
     refusals = refusals_by_role(slot_roles(program), [report.record() for report in reports])
     regions = tuple(describe_regions(program))
-    roles = tuple(describe_roles(_weights(stored_parameters(program, family, recipe), family), refusals))
-    progress("memory", 0, 1)
-    # The last to look at the program: it adds an adapter.
-    memory = estimate_memory(
-        program, family, config, getattr(torch, recipe.dtype), [image.cost for image in costs], workload
-    )
-    progress("memory", 1, 1)
+    files = () if target.planned_files is None else tuple(target.planned_files(program, family, config, recipe))
+    stored, memory = _joined(files), None
+    if target.stored_parameters is not None:
+        stored = list(target.stored_parameters(program, family, recipe))
+        progress("memory", 0, 1)
+        # The last to look at the program: it adds an adapter.
+        memory = estimate_memory(
+            program, family, config, getattr(torch, recipe.dtype), [image.cost for image in costs], workload
+        )
+        progress("memory", 1, 1)
     return Plan(
         source=checkpoint.source.uri,
         family=family.name,
@@ -167,11 +170,36 @@ def plan(
         variants=tuple(program.variants),
         regions=regions,
         passes=reports,
-        roles=roles,
+        roles=tuple(describe_roles(_weights(stored, family), refusals)),
         ties=program.ties,
+        files={file.path: file.size for file in files},
         images=costs,
         memory=memory,
     )
+
+
+def _check_target(target: Target, name: str, workload: Workload) -> None:
+    if target.stored_parameters is not None:
+        return
+    if target.planned_files is None:
+        raise UsageError(
+            f"A plan estimates the memory of training, and an artifact of target {name} cannot be trained. Leave "
+            f"--target out to plan the trainable one; `vlmbuild build --target {name}` shows the sizes of the other."
+        )
+    if workload != Workload(device=workload.device):
+        raise UsageError(
+            f"An artifact of target {name} cannot be trained, so that its plan has no batch and no adapter. Leave out "
+            "--batch, --text-tokens and --rank, or --target to plan the trainable one."
+        )
+
+
+def _joined(files: Iterable[PlannedFile]) -> list[StoredParameter]:
+    """List the parameters of files, each once with its tensors in all of them."""
+    found: dict[str, StoredParameter] = {}
+    for parameter in (parameter for file in files for parameter in file.parameters):
+        before = found.get(parameter.name)
+        found[parameter.name] = parameter if before is None else replace(before, specs=before.specs + parameter.specs)
+    return list(found.values())
 
 
 def _weights(parameters: Iterable[StoredParameter], family: Family) -> Iterable[WeightSummary]:

@@ -65,9 +65,12 @@ def plan_report(document: Mapping[str, Any]) -> Report:
         "",
         roles_table(document),
     ]
+    if "files" in document:
+        sizes = [[path, human_size(size)] for path, size in document["files"].items()]
+        parts += ["", table(["Files", "size"], sizes, "<>")]
     if document["images"]:
         parts += ["", images_table(document["images"])]
-    return [*parts, "", *memory_table(document["memory"])]
+    return [*parts, "", *memory_table(document["memory"])] if "memory" in document else parts
 
 
 def images_table(images: Sequence[Mapping[str, Any]]) -> Table:

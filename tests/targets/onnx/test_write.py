@@ -145,6 +145,18 @@ def test_int4_holds_the_decided_layers_and_says_what_it_loses(onnx_artifact):
     assert 0.05 < float((rounded - kept).norm() / kept.norm()) < 0.12
 
 
+@pytest.mark.parametrize(
+    "quantize", [None, pytest.param(vlmbuild.QuantSpec("int4"), marks=pytest.mark.slow)], ids=["float32", "int4"]
+)
+def test_a_plan_has_the_sizes_of_the_files(quantize, onnx_artifact):
+    recipe = {} if quantize is None else {"quantize": quantize}
+    planned = vlmbuild.plan("qwen2-vl-digits", vlmbuild.Recipe(target="onnx", **recipe))
+    written = onnx_artifact("qwen2-vl-digits", **recipe).manifest.files
+    assert planned.files == {entry.path: entry.size for entry in written if entry.role == "weights"}
+    assert 0.9 < planned.weight_bytes / sum(planned.files.values()) <= 1  # but for gaps between tensors
+    assert planned.memory is None and planned.parameters == vlmbuild.plan("qwen2-vl-digits").parameters
+
+
 @pytest.mark.slow
 def test_int4_reads_digits_and_is_small(onnx_artifact):
     artifact = onnx_artifact("qwen2-vl-digits", quantize=vlmbuild.QuantSpec("int4"))  # its head is tied

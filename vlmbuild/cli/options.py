@@ -67,6 +67,7 @@ _CHOICES = {
     "dtype": DTYPES,
 }
 _METAVARS = {
+    "format": "FORMAT",
     "roles": "ROLE[=FORMAT]",
     "overrides": "PATTERN=FORMAT",
     "skip": "PATTERN",
@@ -79,8 +80,8 @@ _HELP = {
         "compiled for CPUs, compressed-tensors is for vLLM and SGLang, gguf is for llama.cpp.  [default: trainable]"
     ),
     "format": (
-        "Weight format of linear layers; source keeps the checkpoint's, none also dequantizes, auto chooses one for each "
-        "layer within --budget.  [default: source]"
+        f"Weight format of linear layers: {', '.join(quantize_choices())}. source keeps the checkpoint's, none also "
+        "dequantizes, auto chooses one for each layer within --budget.  [default: source]"
     ),
     "blocksize": "Weights per scale (nf4, fp4, int4, auto).  [default: 64]",
     "group_size": "Weights per scale (w4a16).  [default: 128; less where rows are no multiple]",

@@ -84,7 +84,7 @@ def command(
         vlmbuild verify qwen2-vl-nf4
         vlmbuild verify qwen2-vl-onnx --numerics
         vlmbuild verify qwen2-vl-onnx --engine onnxruntime
-        vlmbuild verify qwen2-vl-nf4 --engine transformers --engine-python ~/serving/bin/python
+        vlmbuild verify my-w4a16 --engine vllm --engine-python ~/vllm/bin/python
         vlmbuild verify owner/qwen2-vl-nf4 --revision v1
         vlmbuild verify qwen2-vl-nf4 --public-key key.pub
     """

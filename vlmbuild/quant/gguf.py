@@ -48,8 +48,8 @@ class GgufFormat(WeightFormat):
         return gguf_package().GGMLQuantizationType[self.name.upper()]
 
     def bits(self, shape: StaticShape) -> int:
-        block, nbytes = gguf_package().GGML_QUANT_SIZES[self.type]
-        return 8 * int(nbytes) * math.ceil(math.prod(shape) / block)
+        block, nbytes = map(int, gguf_package().GGML_QUANT_SIZES[self.type])
+        return 8 * nbytes * math.ceil(math.prod(shape) / block)
 
     def describe(self, target: str = "trainable") -> str:
         return self.name

@@ -31,11 +31,16 @@ _CAVEAT = (
 )
 
 
+_SERVED = {"gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja"}
+"""Target -> what to run in place of `vlmbuild.load`; more arguments are in the artifact."""
+
+
 def build_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild build`."""
     path = document["path"]
     layouts = document["source"][0].get("dequantized")
     trust = ', trust=("code",)' if document["trust"]["code"] else ""
+    served = _SERVED.get(document["target"])
     return [
         *passes_table(document["passes"]),
         "",
@@ -47,7 +52,9 @@ def build_report(document: Mapping[str, Any]) -> Report:
         f"{path}: {len(document['files'])} files, {human_size(document['bytes'])}",
         document["id"],
         "",
-        f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
+        f"Serve it:   {served.format(path=path)}"
+        if served
+        else f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
         f"Inspect it: vlmbuild inspect {path}",
     ]
 

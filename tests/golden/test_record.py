@@ -5,6 +5,7 @@ from __future__ import annotations
 import engine_here
 import pytest
 import torch
+from transformers.utils.import_utils import is_torchvision_available
 
 import vlmbuild
 from vlmbuild.engines import ENGINES
@@ -16,9 +17,10 @@ from vlmbuild.golden.files import golden_files, read_golden
 from vlmbuild.golden.record import record_artifact
 from vlmbuild.targets import golden
 
+NEED_TORCHVISION = ("pixtral-digits", "smolvlm", "mistral3")
 FAMILIES = [
-    "pixtral-digits",
-    pytest.param("mllama-digits", marks=pytest.mark.slow),
+    "mllama-digits",
+    pytest.param("pixtral-digits", marks=pytest.mark.slow),
     pytest.param("smolvlm", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.release) for name in ("qwen2_5_vl", "mistral3", "gemma3")),
 ]
@@ -26,6 +28,8 @@ FAMILIES = [
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_what_transformers_computes(name, zoo_artifact, monkeypatch):
+    if name in NEED_TORCHVISION and not is_torchvision_available():
+        pytest.skip("transformers opens this family's processor with torchvision alone")
     monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
     directory = zoo_artifact(name, dtype="float32").path
     records = record_artifact(directory, "trainable", packaged_cases()[1:])
@@ -66,7 +70,7 @@ def test_weights_that_differ_are_not_published(tmp_path, monkeypatch):
             )
 
     monkeypatch.setitem(golden.WEIGHTS, "trainable", Permuted)
-    with pytest.raises(ParityError, match=r"stage hidden\.0"):
+    with pytest.raises(ParityError, match="stage features"):
         vlmbuild.build("pixtral-digits", tmp_path / "out", vlmbuild.Recipe(dtype="float32"), golden=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -79,7 +83,7 @@ def test_a_target_without_golden_cases_says_so(tmp_path):
 def test_a_quantized_artifact_is_judged_by_its_own_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
     recipe = vlmbuild.Recipe(quantize=vlmbuild.QuantSpec(), dtype="float32")
-    built = vlmbuild.build("pixtral-digits", tmp_path / "out", recipe, golden=True)
+    built = vlmbuild.build("qwen2-vl-digits", tmp_path / "out", recipe, golden=True)
     records = read_golden(lambda path: (built.path / path).read_bytes())
     engine = ENGINES["transformers"]
     assert all(

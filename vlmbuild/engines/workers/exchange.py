@@ -54,9 +54,12 @@ class Case:
         self.shown.setdefault("values", {})[stage] = list(array.shape)
 
     def attempt(self, run: Callable[[Case], None]) -> None:
-        """Run the engine on the case; an error is what it shows."""
+        """Run the engine on the case; an error is what it shows, unless it is a package that is missing."""
         try:
             run(self)
+        except ImportError as error:
+            print(" ".join(str(error).split()), file=sys.stderr)
+            sys.exit(MISSING)
         except Exception as error:  # an engine's own
             message = " ".join(str(error).split())[:300]
             self.shown["failed"] = [self._stage, f"{type(error).__name__}: {message}"]

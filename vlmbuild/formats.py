@@ -113,7 +113,7 @@ class WeightFormat(ABC):
             checkpoint holds it.
         shared: Options that all layers of an artifact with this format have in common.
         default_roles: Entries of `QuantSpec.roles` where the user names none.
-        rounds_inputs: True if engines multiply by inputs that they round too.
+        input_error: Relative error (root mean square) of inputs that engines round before they multiply by the weight.
         looked_up: True if embeddings may have it: its ONNX form is that of MatMulNBits.
     """
 
@@ -124,7 +124,7 @@ class WeightFormat(ABC):
     marker: ClassVar[str] = ""
     shared: ClassVar[tuple[str, ...]] = ()
     default_roles: ClassVar[tuple[str, ...]] = ("language",)
-    rounds_inputs: ClassVar[bool] = False
+    input_error: ClassVar[float] = 0.0
     looked_up: ClassVar[bool] = False
 
     @property

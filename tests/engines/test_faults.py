@@ -20,6 +20,7 @@ from vlmbuild.engines.ask import ask
 from vlmbuild.golden.cases import packaged_cases
 from vlmbuild.golden.compare import compare, first_difference
 from vlmbuild.golden.record import record_artifact
+from vlmbuild.zoo import ZOO
 
 CASES = [packaged_cases()[index] for index in (0, 3)]
 """One image, which the processor resizes, and a text."""
@@ -147,8 +148,15 @@ def test_an_adapter_that_is_lost_on_the_tower(golden, tmp_path):
 
 
 @pytest.mark.slow
-def test_positions_that_are_interpolated_between_other_corners(golden, monkeypatch):
-    directory, records = golden("qwen3-vl-digits")
+def test_positions_that_are_interpolated_between_other_corners(tmp_path, monkeypatch):
+    """The zoo's positions are a hundredth of its patches: ten times as large they matter as in published models."""
+    source = copied(ZOO["qwen3-vl-digits"], tmp_path / "source")
+    edit_weights(
+        source, lambda tensors: [x.mul_(10) for name, x in tensors.items() if name.endswith("pos_embed.weight")]
+    )
+    directory = vlmbuild.build(source, tmp_path / "artifact", vlmbuild.Recipe(dtype="float32")).path
+    records = record_artifact(directory, "trainable", CASES)
+    assert first_stage(directory, records) is None
     name = "get_vision_interpolation_indices_and_weights"
     original = getattr(modeling_qwen3_vl, name)
     monkeypatch.setattr(

@@ -15,7 +15,7 @@ from vlmbuild.golden.sample import difference, sample
 from vlmbuild.golden.stages import stage_key
 
 VALUES = np.random.default_rng(0).normal(size=(40, 96)).astype(np.float32)
-LIMITS = Limits(1e-3)
+LIMITS = Limits(1e-3, 1e-3)
 
 
 def record(**changes):

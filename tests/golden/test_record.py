@@ -35,7 +35,7 @@ def test_every_family_is_what_transformers_computes(name, zoo_artifact, monkeypa
     records = record_artifact(directory, "trainable", packaged_cases()[1:])
     engine = ENGINES["transformers"]
     results = compare(records, ask(engine, directory, records).cases, engine.limits("float32"))
-    assert [result for result in results if not result.equal] == []
+    assert [result for result in results if result.verdict == "differs"] == []
     kinds = {result.stage.partition(".")[0] for result in results}
     assert kinds == {"tokens", "pixels", "patches", "features", "embeddings", "hidden", "logits", "greedy"}
 
@@ -80,13 +80,14 @@ def test_a_target_without_golden_cases_says_so(tmp_path):
         vlmbuild.build("pixtral-digits", tmp_path / "out", vlmbuild.Recipe(target="aoti"), golden=True)
 
 
-def test_a_quantized_artifact_is_judged_by_its_own_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantized_artifact_is_judged_by_its_own_weights(dtype, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
-    recipe = vlmbuild.Recipe(quantize=vlmbuild.QuantSpec(), dtype="float32")
+    recipe = vlmbuild.Recipe(quantize=vlmbuild.QuantSpec(), dtype=dtype)
     built = vlmbuild.build("qwen2-vl-digits", tmp_path / "out", recipe, golden=True)
     records = read_golden(lambda path: (built.path / path).read_bytes())
     engine = ENGINES["transformers"]
-    assert all(
-        result.equal for result in compare(records, ask(engine, built.path, records).cases, engine.limits("float32"))
-    )
+    answers = ask(engine, built.path, records)
+    assert answers.dtype == "bfloat16"  # bitsandbytes' kernel for CPUs rounds scales to it
+    assert all(result.verdict != "differs" for result in compare(records, answers.cases, engine.limits(answers.dtype)))
     assert torch.is_grad_enabled()

@@ -10,10 +10,10 @@ The worker is called with the path of job.json, which holds
     steps    tokens to generate
     last     positions at the end of the prompt whose logits are wanted
 
-and writes out/result.json: `version` of the engine and, for each case, what it can show of `tokens`, `greedy`,
-`log_probabilities` (token -> value, at the end of the prompt), `values` (stage -> shape; the values are little-endian float32
-in out/NUMBER.STAGE.f32), and `failed` (stage, message). A worker that lacks a package prints its name on stderr and ends with
-`MISSING`.
+and writes out/result.json: `version` of the engine, `dtype` in which it computes if that is not the artifact's, and, for each
+case, what it can show of `tokens`, `greedy`, `log_probabilities` (token -> value, at the end of the prompt), `values` (stage
+-> shape; the values are little-endian float32 in out/NUMBER.STAGE.f32), and `failed` (stage, message). A worker that lacks a
+package prints its name on stderr and ends with `MISSING`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class Engine:
         worker: File in `workers/`.
         install: The line that installs it; {python} is the interpreter.
         targets: Targets whose artifacts it opens.
-        dtype: Dtype in which it computes; None is the artifact's.
         pixels: Tolerance of its processor's pixels.
         program: Program that runs the worker; None is Python.
         most_images: Images of a prompt that it takes; None for any number.
@@ -63,24 +62,26 @@ class Engine:
     worker: str
     install: str
     targets: tuple[str, ...]
-    dtype: str | None = None
     pixels: float = tolerances.PIXELS
     program: str | None = None
     most_images: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
-    def limits(self, dtype: str, *, rounded: bool = False) -> Limits:
-        """Return the tolerances on an artifact of this dtype, whose operators round inputs or not."""
-        compute = tolerances.COMPUTE[self.dtype or dtype]
-        return Limits(max(compute, tolerances.ROUNDED_INPUTS if rounded else 0.0), self.pixels)
+    def limits(self, dtype: str, *, vision: float = 0.0, language: float = 0.0) -> Limits:
+        """Return the tolerances where it computes in this dtype, and rounds inputs of the tower's and of the language model's
+        products with these relative errors."""
+        compute = tolerances.COMPUTE[dtype]
+        tower, text = (max(compute, tolerances.ROUNDED_INPUTS * error) for error in (vision, max(vision, language)))
+        return Limits(tower, text, self.pixels)
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an engine shows of all cases, and its version."""
+    """What an engine shows of all cases, its version, and the dtype in which it computes, if not the artifact's."""
 
     version: str
     cases: list[Answer]
+    dtype: str | None = None
 
 
 def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python: str | None = None) -> Answers:
@@ -175,7 +176,7 @@ def _answers(document: Mapping[str, Any], folder: Path) -> Answers:
                 tuple(case["failed"]) if "failed" in case else None,
             )
         )
-    return Answers(str(document.get("version", "")), cases)
+    return Answers(str(document.get("version", "")), cases, document.get("dtype"))
 
 
 def _plain_environment() -> dict[str, str]:

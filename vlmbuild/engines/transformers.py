@@ -1,4 +1,4 @@
-"""transformers: `AutoProcessor` and `AutoModelForImageTextToText` in float32, as its users call them."""
+"""transformers: `AutoProcessor` and `AutoModelForImageTextToText` as its users call them; in float32 but for bitsandbytes."""
 
 from __future__ import annotations
 
@@ -9,5 +9,4 @@ ENGINE = Engine(
     worker="transformers_worker.py",
     install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes pillow",
     targets=("trainable", "compressed-tensors"),
-    dtype="float32",
 )

@@ -63,7 +63,7 @@ def verify_engine(
     progress(name, 0, 1)
     answers = ask(engine, model or directory, records, python=python)
     progress(name, 1, 1)
-    results = compare(records, answers.cases, _limits(engine, manifest))
+    results = compare(records, answers.cases, limits_on(engine, manifest, answers.dtype))
     first = first_difference(results)
     return {
         "name": name,
@@ -86,13 +86,30 @@ def recorded(
     return record_artifact(directory, manifest.target, cases, progress=progress)
 
 
-def _limits(engine: Engine, manifest: Manifest) -> Limits:
-    """Return the tolerances, which are wider where inputs are rounded: by formats, or as the build has found."""
-    measured = [float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")]
-    spec = manifest.recipe.get("quantize")
-    formats = () if spec is None else QuantSpec.from_mapping(spec, "recipe").weight_formats()
-    rounded = max(measured, default=0.0) >= tolerances.ROUNDED_INPUTS / 2 or any(f.rounds_inputs for f in formats)
-    return engine.limits(str(manifest.recipe["dtype"]), rounded=rounded)
+def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
+    """Return the tolerances of an engine on an artifact, which are wider where inputs are rounded: by formats, or as the build
+    has found.
+
+    Args:
+        engine: The engine.
+        manifest: The artifact's manifest.
+        dtype: Dtype in which the engine computes; None is the artifact's.
+    """
+    vision = language = 0.0
+    if spec := manifest.recipe.get("quantize"):
+        quantize = QuantSpec.from_mapping(spec, "recipe")
+        tower = [quantize.role_format("vision"), quantize.role_format("projector")]
+        overrides = [override.weight_format() for override in quantize.overrides]
+        vision = max((form.input_error for form in [*tower, *overrides] if form), default=0.0)
+        language = max((form.input_error for form in quantize.weight_formats()), default=0.0)
+    measured = max((float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")), default=0.0)
+    if measured >= _WIDE:
+        vision = language = max(language, tolerances.ROUNDED_BLOCKS)
+    return engine.limits(dtype or str(manifest.recipe["dtype"]), vision=vision, language=language)
+
+
+_WIDE = 0.1
+"""Tolerance of a build from which on an exported model rounds inputs."""
 
 
 def _others(target: str) -> str:

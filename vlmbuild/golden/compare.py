@@ -13,7 +13,9 @@ import numpy.typing as npt
 from vlmbuild.golden import tolerances
 from vlmbuild.golden.record import GoldenRecord
 from vlmbuild.golden.sample import Sample, difference, sample
-from vlmbuild.golden.stages import EMBEDDINGS, FEATURES, GREEDY, LOGITS, PIXELS, TOKENS, stage_key
+from vlmbuild.golden.stages import EMBEDDINGS, FEATURES, GREEDY, LOGITS, PATCHES, PIXELS, TOKENS, stage_key
+
+_BEFORE_LANGUAGE = (PATCHES, FEATURES, EMBEDDINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,13 @@ class Limits:
     """Tolerances of an engine on an artifact.
 
     Attributes:
-        compute: Tolerance of values.
+        tower: Tolerance of what the tower computes.
+        text: Tolerance of what the language model makes of it.
         pixels: Tolerance of the processor's pixels.
     """
 
-    compute: float
+    tower: float
+    text: float
     pixels: float = tolerances.PIXELS
 
 
@@ -56,7 +60,7 @@ class StageResult:
         case: Name of the case.
         stage: Name of the stage.
         error: Relative error; infinite for another shape.
-        tolerance: The error up to which the stage is equal.
+        tolerance: The largest error that is no difference.
         note: What differs, where a number does not say it.
     """
 
@@ -67,9 +71,9 @@ class StageResult:
     note: str = ""
 
     @property
-    def equal(self) -> bool:
-        """True within the tolerance."""
-        return self.error <= self.tolerance
+    def verdict(self) -> str:
+        """Equal, within the tolerance, or different."""
+        return "differs" if not self.error <= self.tolerance else "within" if self.error else "equal"
 
     def document(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -78,7 +82,7 @@ class StageResult:
             "stage": self.stage,
             "error": f"{self.error:.1e}",
             "tolerance": f"{self.tolerance:.1e}",
-            "equal": self.equal,
+            "verdict": self.verdict,
             "note": self.note,
         }
 
@@ -92,8 +96,8 @@ def compare(records: Sequence[GoldenRecord], answers: Sequence[Answer], limits: 
 
 
 def first_difference(results: Sequence[StageResult]) -> StageResult | None:
-    """Return the result of the first stage that differs, the worst of its cases; None where all are equal."""
-    different = [result for result in results if not result.equal]
+    """Return the result of the first stage that differs, the worst of its cases; None where none does."""
+    different = [result for result in results if result.verdict == "differs"]
     first = [result for result in different if result.stage == different[0].stage]
     return max(first, key=lambda result: result.error, default=None)
 
@@ -113,9 +117,12 @@ def _share(result: StageResult) -> float:
 
 
 def _compare(record: GoldenRecord, answer: Answer, limits: Limits) -> Iterator[StageResult]:
-    name, compute = record.case.name, limits.compute
+    name = record.case.name
     if answer.tokens is not None:
         yield _tokens(record, answer.tokens)
+    wider = 0.0
+    if PIXELS in record.samples and PIXELS not in answer.values:
+        wider = tolerances.AMPLIFIED * tolerances.UNSEEN_PIXELS
     for stage, expected in sorted(record.samples.items(), key=lambda item: stage_key(item[0])):  # pixels widen the rest
         if stage not in answer.values:
             continue
@@ -125,9 +132,11 @@ def _compare(record: GoldenRecord, answer: Answer, limits: Limits) -> Iterator[S
         if stage == PIXELS:
             yield StageResult(name, stage, error, limits.pixels, shape)
             if error <= limits.pixels:  # a resize that is as good; else later stages say how far the fault reaches
-                compute += tolerances.AMPLIFIED * error
+                wider = tolerances.AMPLIFIED * error
         else:
-            yield StageResult(name, stage, error, compute, shape)
+            limit = limits.tower if stage in _BEFORE_LANGUAGE else limits.text
+            yield StageResult(name, stage, error, limit + wider, shape)
+    compute = limits.text + wider
     if LOGITS not in answer.values and answer.log_probabilities:
         yield _log_probabilities(record, answer, compute)
     if answer.greedy is not None:

@@ -7,9 +7,12 @@ COMPUTE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 differ, which over tens of layers stays below 1e-4; a fault changes a row by 1e-2 and more. In float16 and bfloat16 activations
 are rounded to 11 and 8 bits, some hundred times in a row."""
 
-ROUNDED_INPUTS = 2e-1
-"""The same where the engine rounds the inputs of products to 8 bits in blocks: 0.2 to 0.9 % of each product, and what later
-layers make of it."""
+ROUNDED_INPUTS = 22.0
+"""Factor on the relative error of inputs that an engine rounds before it multiplies (`WeightFormat.input_error`), for what
+later layers make of it: 8-bit integers give 0.2, 8-bit floats 0.57. It holds behind such layers alone."""
+
+ROUNDED_BLOCKS = 9e-3
+"""Relative error of inputs in blocks of 8-bit integers, with one scale each."""
 
 PIXELS = 5e-3
 """Of pixels that are resized by the filter that the model's processor names. Libraries round to one or two of 255 levels: 1e-3
@@ -17,6 +20,9 @@ between torchvision and Pillow; bilinear in place of bicubic is 3e-2."""
 
 OTHER_FILTER = 2.5e-1
 """Of pixels in engines that have another resize filter than the model's processor and no choice: edges are blurred."""
+
+UNSEEN_PIXELS = 1e-3
+"""Error of the pixels of an engine that does not show them: a level of 255, as above."""
 
 AMPLIFIED = 8.0
 """Factor on the error of the pixels, for what later stages may make of it: it is added to their tolerance."""

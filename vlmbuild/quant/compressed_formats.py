@@ -211,7 +211,7 @@ class W8A8(CompressedFormat):
 
     name: ClassVar[str] = "w8a8"
     preset: ClassVar[str] = "W8A8"
-    rounds_inputs: ClassVar[bool] = True
+    input_error: ClassVar[float] = 9e-3
 
     def describe(self, target: str = "compressed-tensors") -> str:
         return "w8a8, one scale a row"
@@ -230,7 +230,7 @@ class FP8(CompressedFormat):
 
     name: ClassVar[str] = "fp8"
     preset: ClassVar[str] = "FP8_DYNAMIC"
-    rounds_inputs: ClassVar[bool] = True
+    input_error: ClassVar[float] = 2.6e-2
 
     def describe(self, target: str = "compressed-tensors") -> str:
         return "fp8, one scale a row"

@@ -40,7 +40,7 @@ class GgufFormat(WeightFormat):
     targets: ClassVar[tuple[str, ...]] = ("gguf",)
     default_roles: ClassVar[tuple[str, ...]] = ("language", "embedding", "head")
     looked_up: ClassVar[bool] = True
-    rounds_inputs: ClassVar[bool] = True
+    input_error: ClassVar[float] = 9e-3
 
     @property
     def type(self) -> Any:

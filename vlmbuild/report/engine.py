@@ -12,7 +12,7 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "Stage": lambda result: result["stage"],
     "error": lambda result: result["error"],
     "tolerance": lambda result: result["tolerance"],
-    "verdict": lambda result: "equal" if result["equal"] else "differs",
+    "verdict": lambda result: result["verdict"],
     "worst case": lambda result: result["case"],
     "note": lambda result: result["note"],
 }

@@ -65,11 +65,11 @@ class Case:
             self.shown["failed"] = [self._stage, f"{type(error).__name__}: {message}"]
 
 
-def answer(job: Mapping[str, Any], version: str, run: Callable[[Case], None]) -> None:
-    """Run the engine on all cases, and write the result."""
+def answer(job: Mapping[str, Any], version: str, run: Callable[[Case], None], dtype: str | None = None) -> None:
+    """Run the engine on all cases, and write the result; a dtype is that in which it computes, if not the artifact's."""
     out = Path(job["out"])
     cases = [Case(given, number, out) for number, given in enumerate(job["cases"])]
     for case in cases:
         case.attempt(run)
-    document = {"version": version, "cases": [case.shown for case in cases]}
+    document = {"version": version, "dtype": dtype, "cases": [case.shown for case in cases]}
     (out / "result.json").write_text(json.dumps(document), encoding="utf-8")

@@ -25,6 +25,7 @@ def run(model: Any, processor: Any, job: dict[str, Any], case: exchange.Case) ->
     case.shown["tokens"] = inputs["input_ids"][0].tolist()
     if "pixel_values" in inputs:
         case.value("pixels", inputs["pixel_values"].float().numpy())
+    inputs = inputs.to(model.dtype)  # of pixels; integers stay
     case.enter("logits")
     logits = with_hooks(model, inputs, case)
     case.value("logits", logits[0, -job["last"] :].float().numpy())
@@ -73,8 +74,13 @@ def main() -> None:
         processor = processor or processing.open_processor(job["model"])
         run(model, processor, job, case)
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=torch.float32).eval()
-    exchange.answer(job, transformers.__version__, each)
+    # Layers of bitsandbytes compute in the dtype with which they were stored, which the others must share, and its kernels for
+    # CPUs round scales to bfloat16.
+    config = transformers.AutoConfig.from_pretrained(job["model"])
+    stored = (getattr(config, "quantization_config", None) or {}).get("quant_method") == "bitsandbytes"
+    dtype = "auto" if stored else torch.float32
+    model = transformers.AutoModelForImageTextToText.from_pretrained(job["model"], dtype=dtype).eval()
+    exchange.answer(job, transformers.__version__, each, "bfloat16" if stored else "float32")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def header(arch: str, values: Mapping[str, Any], tensors: Sequence[Stored]) -> b
     gguf = gguf_package()
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]])
     for key, value in values.items():
-        getattr(writer, f"add_{key}")(value)
+        getattr(writer, f"add_{key}")(gguf.RopeScalingType(value) if key == "rope_scaling_type" else value)
     for each in tensors:
         writer.add_tensor_info(
             each.tensor.name, each.tensor.shape, np.dtype(np.float32), each.nbytes, raw_dtype=each.type

@@ -30,8 +30,9 @@ def write_checkpoint(reference, directory: Path) -> Path:
     return directory
 
 
-def write_untrained(family: str, directory: Path) -> Path:
-    """Save a tiny random model of a family that the zoo lacks, with its processor and a tokenizer of single characters."""
+def write_untrained(family: str, directory: Path, **changes) -> Path:
+    """Save a tiny random model of a family that the zoo lacks, with its processor and a tokenizer of single characters;
+    `changes` are other fields of its text_config."""
     setup = matrix.SETUPS[family](False)
     whole, processor = setup.processor.tokenizer, with_few_tokens(setup.processor)
     few = processor.tokenizer
@@ -40,7 +41,7 @@ def write_untrained(family: str, directory: Path) -> Path:
         ids = {key: value for key, value in values.items() if "token_" in key and isinstance(value, int)}
         return {key: few.convert_tokens_to_ids(whole.convert_ids_to_tokens(number)) for key, number in ids.items()}
 
-    text = setup.values["text_config"]
+    text = setup.values["text_config"] | changes
     ends = {f"{name}_token_id": getattr(few, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {**text, **renumbered(text), **ends, "vocab_size": len(few)}
     values = {**setup.values, **renumbered(setup.values), "text_config": text}

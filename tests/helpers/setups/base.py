@@ -74,15 +74,17 @@ def make_setup(family: Family, processor: Any, size: dict[str, int], values: dic
 
 
 def with_few_tokens(processor: Any) -> Any:
-    """Copy a processor, with a tokenizer of single characters, line breaks in a row, which Gemma's processor writes, and special
-    tokens: a whole vocabulary takes seconds to load."""
+    """Copy a processor, with a tokenizer of single characters, a merge, without which llama.cpp opens no file, line breaks in a
+    row, which Gemma's processor writes, and special tokens: a whole vocabulary takes seconds to load."""
     few = copy.copy(processor)
     few.tokenizer = copy.copy(processor.tokenizer)
     values = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     unknown = values["model"].get("unk_token")
     vocabulary = values["model"]["vocab"]
-    characters = [token for token in vocabulary if len(token) == 1 or set(token) == {"\n"} or token == unknown]
     merges = [pair for pair in values["model"]["merges"] if set("".join(pair)) == {"\n"}]
+    merges = merges or [pair for pair in values["model"]["merges"] if "".join(pair) == "ĊĊ"]
+    kept = {"".join(pair) for pair in merges} | {unknown}
+    characters = [token for token in vocabulary if len(token) == 1 or token in kept]
     values["model"] |= {"vocab": {token: number for number, token in enumerate(characters)}, "merges": merges}
     for number, token in enumerate(values["added_tokens"], start=len(characters)):
         token["id"] = number

@@ -68,6 +68,7 @@ def make_tokenizer(added: Sequence[str] = ()) -> Qwen2Tokenizer:
     backend = with_special(converter.converted(), QWEN_SPECIAL)
     backend.add_tokens(list(added))
     backend.normalizer = normalizers.NFC()
+    backend.model.ignore_merges = False  # as published; the converter of tiktoken's files says True
     return Qwen2Tokenizer(
         tokenizer_object=backend,
         unk_token=None,  # type: ignore[arg-type]  # as published; the annotation is too narrow

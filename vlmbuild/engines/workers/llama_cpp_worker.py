@@ -12,7 +12,8 @@ from typing import Any
 import exchange
 
 ENGINE_FILE = "llama.cpp.json"
-_TEXT = 0
+_TEXT, _ERROR = 0, 4
+"""Values of mtmd_input_chunk_type and of ggml_log_level."""
 _THREADS = max(1, (os.cpu_count() or 1) // 2)
 """Threads wait for each other without sleeping: with one too many a machine that does something else stands still."""
 _GAP = 256
@@ -32,9 +33,10 @@ class LlamaCpp:
         )
         self.settings = json.loads((folder / ENGINE_FILE).read_text(encoding="utf-8"))
         llama, mtmd = self._llama, self._mtmd
-        self._silent = llama.llama_log_callback(lambda level, text, data: None)  # is kept: llama.cpp calls it later
+        self._errors: list[str] = []
+        self._log = llama.llama_log_callback(self._keep_errors)  # is kept: llama.cpp calls it later
         for setter in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
-            setter(self._silent, None)
+            setter(self._log, None)
         llama.llama_backend_init()
         model = llama.llama_model_default_params()
         model.n_gpu_layers, model.use_extra_bufts = 0, False  # AMX kernels end the process on small matrices
@@ -55,10 +57,18 @@ class LlamaCpp:
         path = str(folder / "mmproj.gguf").encode()
         self._tower = self._context and mtmd.mtmd_init_from_file(path, self._model, tower)
         if not self._tower:
-            raise SystemExit(f"llama.cpp cannot open the files of {folder}")
+            raise SystemExit(
+                f"llama.cpp cannot open the files: {self._errors[0] if self._errors else 'no reason given'}"
+            )
         self._vocabulary = llama.llama_model_get_vocab(self._model)
         self._rows = llama.llama_vocab_n_tokens(self._vocabulary)
         self._width = llama.llama_model_n_embd_inp(self._model)
+
+    def _keep_errors(self, level: int, text: bytes, data: Any) -> None:
+        """Take a line of llama.cpp's log."""
+        del data
+        if level == _ERROR:
+            self._errors.append(text.decode(errors="replace").strip())
 
     def chunks(self, text: str, images: Sequence[str]) -> list[Any]:
         """Cut a prompt into texts and images, the latter resized."""

@@ -21,6 +21,7 @@ from vlmbuild.families.gguf import (
 )
 
 _LLAMA3 = "llama3"
+_WRITTEN = ("\n\n", "<fake_token_around_image>", "<global-img>")
 _TEMPLATE = (
     '<|im_start|>{{- range .Messages }}{{ if eq .Role "user" }}User{{ else }}Assistant{{ end }}: {{ .Content }}'
     "<end_of_utterance>\n{{ end }}Assistant:"
@@ -68,5 +69,13 @@ def images(processor: Any) -> GgufImages:
         False,
         "must be true: llama.cpp always cuts images into tiles. Choose --target onnx.",
     )
+    for text in _WRITTEN:
+        alone = len(processor.tokenizer(text, add_special_tokens=False).input_ids) == 1
+        require(
+            alone,
+            "tokenizer.json",
+            text,
+            "must be one token, for llama.cpp writes it around images. Choose --target onnx.",
+        )
     edge = int(settings.size["longest_edge"])
     return GgufImages(pixel_values(settings, LANCZOS) | {"vision_preproc_image_size": edge})

@@ -112,7 +112,7 @@ def test_quantize_by_name(value, expected):
         ("require = 'x'", "require must be a list of strings"),
         ("require = [{ a = 1 }]", "require must be a list of strings"),
         ("attention = 'flash'", "attention cannot be 'flash'"),
-        ("target = 'gguf'", "target cannot be 'gguf'"),
+        ("target = 'mlx'", "target cannot be 'mlx'"),
         ("dtype = ", "is not valid TOML"),
     ],
 )

@@ -113,8 +113,8 @@ def test_program_and_weights_must_belong_together(nf4, tmp_path, change, message
 def test_other_targets_are_refused(tmp_path):
     with ArtifactWriter(tmp_path / "out") as writer:
         writer.write("config.json", b"{}", "config")
-        writer.publish(name="m", target="gguf")
-    with pytest.raises(IncompatibleError, match="target 'gguf'"):
+        writer.publish(name="m", target="mlx")
+    with pytest.raises(IncompatibleError, match="target 'mlx'"):
         load(tmp_path / "out")
 
 
@@ -304,7 +304,7 @@ def test_a_hub_id(nf4, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     model, _ = load("owner/name", revision="v1")
-    assert model.source == "owner/name"
+    assert model.source == "owner/name@v1"
     assert (model.artifact_id, model.path) == (nf4.manifest.id, snapshot)
     with pytest.raises(SourceError, match="owner/name"):
         load("owner/name", revision="v2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vlmbuild.families.config_checks import require
 from vlmbuild.families.gguf import (
@@ -55,7 +55,7 @@ def model(config: Any) -> GgufModel:
 
 
 def _factors(text: Any) -> tuple[float, ...]:
-    scaled, size = LlamaRotaryEmbedding(text).inv_freq.double(), head_size(text)
+    scaled, size = ROPE_INIT_FUNCTIONS[_LLAMA3](text, torch.device("cpu"))[0].double(), head_size(text)
     plain = text.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     return tuple((plain / scaled).tolist())
 

@@ -54,7 +54,8 @@ FORMATS = {
     "compressed-tensors": ("w4a16", "w8a8", "fp8"),
 }
 """Target -> formats; `none` is float32, and float16 in GGUF files."""
-SIZES = ("any size", "whole patches")
+WHOLE = "whole patches"
+SIZES = ("any size", WHOLE)
 IMAGES = 50
 
 
@@ -131,12 +132,13 @@ class Bench:
 
     def _make_cases(self, source: str, sizes: str) -> list[GoldenCase]:
         _, processor = vlmbuild.load(self.built_path(source))
-        side = None if sizes == SIZES[0] else whole_side(processor)
         content = [{"type": "image"}, {"type": "text", "text": READ.question}]
-        samples = Digits("held_out", 11).take(IMAGES)
+        images = [sample.image for sample in Digits("held_out", 11).take(IMAGES)]
+        if sizes == WHOLE:
+            images = [fitted(image, processor) for image in images]
         return [
-            GoldenCase(f"image {number}", ({"role": "user", "content": content},), (whole(sample.image, side),))
-            for number, sample in enumerate(samples)
+            GoldenCase(f"image {number}", ({"role": "user", "content": content},), (image,))
+            for number, image in enumerate(images)
         ]
 
     def built_path(self, source: str) -> Path:
@@ -147,21 +149,16 @@ class Bench:
         return path
 
 
-def whole_side(processor: Any) -> int:
-    """Return the pixels that a side has a multiple of where no processor resizes it."""
+def fitted(image: Image.Image, processor: Any) -> Image.Image:
+    """Give an image sides that no processor resizes: fill up to whole patches, or resize to a tile."""
     images = processor.image_processor
     patch = getattr(images, "patch_size", None)
-    if patch is None:  # tiles
+    if patch is None:
         size = images.size
-        return int(size.get("longest_edge") or size["height"])
+        side = int(size.get("longest_edge") or size["height"])
+        return image.resize((side, side), Image.Resampling.BICUBIC)
     patch = patch if isinstance(patch, int) else patch["height"]
-    return int(patch) * int(getattr(images, "merge_size", None) or getattr(processor, "spatial_merge_size", 1))
-
-
-def whole(image: Image.Image, side: int | None) -> Image.Image:
-    """Put an image onto a white canvas of whole patches."""
-    if side is None:
-        return image
+    side = int(patch) * int(getattr(images, "merge_size", None) or getattr(processor, "spatial_merge_size", 1))
     canvas = Image.new("RGB", tuple(-(-length // side) * side for length in image.size), "white")
     canvas.paste(image)
     return canvas

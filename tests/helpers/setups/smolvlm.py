@@ -71,6 +71,7 @@ def _vocabulary() -> Tokenizer:
         tokenizer: Tokenizer = TikTokenConverter(str(file)).converted()
     digits, text = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, text])  # type: ignore[assignment]  # stubs lack the setter
+    tokenizer.model.ignore_merges = False  # as published; the converter of tiktoken's files says True
     return with_special(tokenizer, SPECIAL)
 
 

@@ -42,12 +42,7 @@ class LlamaCpp:
         model.n_gpu_layers, model.use_extra_bufts = 0, False  # AMX kernels end the process on small matrices
         self._model = llama.llama_model_load_from_file(str(folder / "model.gguf").encode(), model)
         self._size = -(-longest // _GAP) * _GAP + _GAP
-        context = llama.llama_context_default_params()
-        context.n_ctx = context.n_batch = context.n_ubatch = self._size
-        context.n_threads = context.n_threads_batch = _THREADS
-        context.type_k = context.type_v = llama.GGML_TYPE_F32
-        context.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._context = self._model and llama.llama_init_from_model(self._model, context)
+        self._context = self._model and self._new_context()
         tower = mtmd.mtmd_context_params_default()
         tower.use_gpu, tower.print_timings, tower.warmup = False, False, False
         tower.n_threads = _THREADS
@@ -63,6 +58,16 @@ class LlamaCpp:
         self._vocabulary = llama.llama_model_get_vocab(self._model)
         self._rows = llama.llama_vocab_n_tokens(self._vocabulary)
         self._width = llama.llama_model_n_embd_inp(self._model)
+
+    def _new_context(self) -> Any:
+        """Make a context, one for each prompt: a used one was seen to give NaN for Mistral 3."""
+        llama = self._llama
+        context = llama.llama_context_default_params()
+        context.n_ctx = context.n_batch = context.n_ubatch = self._size
+        context.n_threads = context.n_threads_batch = _THREADS
+        context.type_k = context.type_v = llama.GGML_TYPE_F32
+        context.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return llama.llama_init_from_model(self._model, context)
 
     def _keep_errors(self, level: int, text: bytes, data: Any) -> None:
         """Take a line of llama.cpp's log."""
@@ -116,7 +121,8 @@ class LlamaCpp:
 
     def read(self, chunks: Sequence[Any], last: int) -> Any:
         """Read a prompt; returns the logits of its last positions, as many as the text at its end has."""
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        self._llama.llama_free(self._context)
+        self._context = self._new_context()
         past = self._llama.llama_pos(0)
         for chunk in chunks[:-1]:
             code = self._mtmd.mtmd_helper_eval_chunk_single(

@@ -24,8 +24,8 @@ from vlmbuild.ir.schema import TENSORS_FILE
 from vlmbuild.ir.serialize import PROGRAM_FILE, to_json
 from vlmbuild.quant.gguf import GgufFormat, gguf_package
 from vlmbuild.runtime.gguf.layout import FILES, MODEL, TOWER, gguf_tensors
-from vlmbuild.targets.gguf.engines import MODELFILE, engine_files
 from vlmbuild.targets.gguf.header import Stored, constant, general_values, header, padding, stored
+from vlmbuild.targets.gguf.side_files import MODELFILE, engine_files
 from vlmbuild.targets.gguf.tokenizer import tokenizer_values
 from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.records import artifact_config, publish

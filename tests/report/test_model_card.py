@@ -11,7 +11,7 @@ from vlmbuild.report.contents import contents
 from vlmbuild.report.model_card import model_card
 
 ARTIFACT = Path(__file__).parents[2] / "artifacts/prebuilt/qwen2-vl-digits-nf4"
-ENGINES = {"transformers": "AutoModelForImageTextToText", "vLLM": "vllm serve", "llama.cpp": "llama-server -hf"}
+ENGINES = {"transformers": "AutoModelForImageTextToText", "vLLM": "vllm serve"}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,6 @@ ENGINES = {"transformers": "AutoModelForImageTextToText", "vLLM": "vllm serve", 
         ("trainable", "transformers", ["transformers"]),  # in NF4, which vLLM does not read
         ("compressed-tensors", "transformers", ["transformers", "vLLM"]),
         ("onnx", "onnx", []),
-        ("gguf", "gguf", ["llama.cpp"]),
         ("of-a-plugin", "vlmbuild", []),
     ],
 )
@@ -31,6 +30,13 @@ def test_engines_of_a_target(target, library, engines):
     assert [engine for engine in ENGINES if f"### {engine}\n" in card] == engines
     assert all(ENGINES[engine] in card for engine in engines)
     assert ("@huggingface/transformers" in card) == (target == "onnx")
+
+
+def test_gguf_files_are_opened_by_llama_cpp_with_the_limits_of_images(zoo_artifact):
+    path = zoo_artifact("qwen2-vl-digits", target="gguf", dtype="float16").path
+    card = model_card(ArtifactReader(path), contents(path), ("owner/name", "main"))
+    assert "library_name: gguf\n" in card and "vlmbuild.load(" not in card
+    assert "llama-server -hf owner/name --jinja --image-min-tokens 4 --image-max-tokens 64\n" in card
 
 
 def test_engines_of_a_branch():

@@ -14,8 +14,8 @@ from vlmbuild.cli.output import StageProgress, show
 from vlmbuild.report.contents import contents
 from vlmbuild.report.tables import build_report
 
-PACKAGED = "packaged cases"
-"""Value of --golden without a file."""
+PACKAGED = "packaged"
+"""Value of --golden without a file of one's own."""
 
 
 @click.command()
@@ -45,11 +45,10 @@ PACKAGED = "packaged cases"
 )
 @click.option(
     "--golden",
-    is_flag=False,
-    flag_value=PACKAGED,
-    metavar="[FILE.jsonl]",
+    metavar="packaged|FILE.jsonl",
     help='Record in the artifact what its program computes for packaged prompts and images, or for your own: {"messages": '
-    "[...]} per line. `vlmbuild verify --engine` compares engines with it.",
+    "[...]} per line. `vlmbuild verify --engine` compares engines with it. The targets gguf and compressed-tensors always "
+    "record some; aoti cannot.",
 )
 @click.option(
     "--allow-other-base", is_flag=True, help="Merge an adapter that was trained on other weights or another processor."

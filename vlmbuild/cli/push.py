@@ -11,7 +11,7 @@ from vlmbuild.artifact.reader import ArtifactReader, verify
 from vlmbuild.artifact.upload import Remote, check_repository, check_token, prepare, publish, read_remote
 from vlmbuild.cli.options import json_option
 from vlmbuild.cli.output import StageProgress, show
-from vlmbuild.errors import OutputError
+from vlmbuild.errors import OutputError, UsageError
 from vlmbuild.report.contents import contents
 from vlmbuild.report.model_card import model_card, own_card
 from vlmbuild.report.tables import push_report
@@ -42,7 +42,10 @@ def command(
 
     Verifies every file, writes README.md from the manifest, and uploads all in one commit, which replaces the
     artifact that the branch holds: its readers see the old one or the new one. vlmbuild.load("OWNER/NAME")
-    then gives the same artifact id. A README.md in the artifact's folder is used instead.
+    then gives the same artifact id (GGUF files are opened by llama.cpp). A README.md of your own in the folder is
+    uploaded in place of the card.
+
+    ARTIFACT is a folder, or the hub id of an artifact to publish again.
 
     \b
     Examples:
@@ -65,7 +68,13 @@ def command(
                 raise
             remote, note = Remote(repository, branch), str(error)
         reader = ArtifactReader(directory, verify=False, expected_id=document["id"])
-        card = own_card(directory) or model_card(reader, document, (repository, branch), base_model)
+        own = own_card(directory) if artifact.is_dir() else None  # a downloaded one has the card of another place
+        if own is not None and base_model is not None:
+            raise UsageError(
+                f"--base-model is for a new card, and {directory}/README.md would be uploaded. Remove the file, or write "
+                "its base_model there."
+            )
+        card = own or model_card(reader, document, (repository, branch), base_model)
         upload = prepare(reader, remote, card, private=private, overwrite=overwrite)
         if dry_run:
             verify(directory, progress=lambda done, total: progress("verify", done, total))

@@ -42,9 +42,13 @@ if TYPE_CHECKING:
     "--engine",
     metavar="NAME",
     help="Also run this engine on the golden cases, and compare every stage that it shows: transformers, onnxruntime, "
-    "openvino, transformers.js and others; a wrong name lists them.",
+    "openvino, transformers.js, vllm or llama.cpp.",
 )
-@click.option("--engine-python", metavar="PATH", help="Interpreter that has the engine.  [default: this one]")
+@click.option(
+    "--engine-python",
+    metavar="PATH",
+    help="Interpreter that has the engine.  [default: this one; node for transformers.js]",
+)
 @click.option(
     "--engine-model",
     type=click.Path(exists=True, path_type=Path),
@@ -103,13 +107,13 @@ def command(
             progress=functools.partial(progress, "verify"),
         )
         records = _numerics(directory, manifest, progress, trusted=trust_code) if numerics else []
-        held = {}
+        compared = {}
         if engine is not None:
             from vlmbuild.engines.verify import verify_engine
             from vlmbuild.golden.cases import read_cases
 
             cases = read_cases(golden) if golden else ()
-            held["engine"] = verify_engine(
+            compared["engine"] = verify_engine(
                 directory, manifest, engine, python=engine_python, model=engine_model, cases=cases, progress=progress
             )
     document = {
@@ -120,10 +124,10 @@ def command(
         "files": len(manifest.files),
         "bytes": manifest.total_bytes,
         "numerics": records,
-        **held,
+        **compared,
     }
-    show(document, engine_report if held else verify_report, as_json=as_json)
-    if held and (first := held["engine"]["first"]):
+    show(document, engine_report if compared else verify_report, as_json=as_json)
+    if compared and (first := compared["engine"]["first"]):
         raise EngineDiffersError(
             f"{engine} differs from the program of {artifact} at the stage {first['stage']}: case {first['case']!r}, error "
             f"{first['error']}, and at most {first['tolerance']} is allowed{first['note'] and ': ' + first['note']}. Repair "

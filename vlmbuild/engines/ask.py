@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.golden import tolerances
 from vlmbuild.golden.cases import png
@@ -52,6 +53,7 @@ class Engine:
         worker: File in `workers/`.
         install: The line that installs it; {python} is the interpreter.
         targets: Targets whose artifacts it opens.
+        unquantized: Targets whose artifacts it opens if nothing in them is quantized.
         pixels: Tolerance of its processor's pixels.
         program: Program that runs the worker; None is Python.
         most_images: Images of a prompt that it takes; None for any number.
@@ -65,7 +67,13 @@ class Engine:
     pixels: float = tolerances.PIXELS
     program: str | None = None
     most_images: int | None = None
+    unquantized: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+
+    def opens(self, manifest: Manifest) -> bool:
+        """Tell whether it opens an artifact with this manifest."""
+        quantized = (manifest.recipe.get("quantize") or {}).get("format") not in (None, "none")
+        return manifest.target in self.targets or (manifest.target in self.unquantized and not quantized)
 
     def limits(self, dtype: str, *, vision: float = 0.0, language: float = 0.0) -> Limits:
         """Return the tolerances where it computes in this dtype, and rounds inputs of the tower's and of the language model's
@@ -99,7 +107,7 @@ def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python:
     """
     program = python or engine.program or sys.executable
     if shutil.which(program) is None:
-        raise UsageError(f"{program} is no program for {engine.name}. Pass its interpreter with --engine-python PATH.")
+        raise UsageError(f"{program} was not found. Pass the interpreter of {engine.name} with --engine-python PATH.")
     with tempfile.TemporaryDirectory(prefix="vlmbuild-engine-") as folder:
         job = _write_job(Path(folder), model, records)
         environment = {**_plain_environment(), **dict(engine.environment)}

@@ -7,6 +7,6 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="onnxruntime",
     worker="onnxruntime_worker.py",
-    install="{python} -m pip install onnxruntime transformers pillow numpy",
+    install="{python} -m pip install onnxruntime transformers torch pillow numpy",
     targets=("onnx",),
 )

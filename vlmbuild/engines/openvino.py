@@ -7,7 +7,7 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="openvino",
     worker="openvino_worker.py",
-    install="{python} -m pip install openvino transformers pillow numpy",
+    install="{python} -m pip install openvino transformers torch pillow numpy",
     targets=("onnx",),
     most_images=1,  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
 )

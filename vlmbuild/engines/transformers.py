@@ -7,6 +7,6 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="transformers",
     worker="transformers_worker.py",
-    install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes pillow",
+    install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes compressed-tensors pillow",
     targets=("trainable", "compressed-tensors"),
 )

@@ -1,4 +1,4 @@
-"""Hold an engine to an artifact's golden cases."""
+"""Compare an engine with an artifact's golden cases."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def verify_engine(
     """
     one_of("--engine", name, tuple(ENGINES))
     engine = ENGINES[name]
-    if model is None and manifest.target not in engine.targets:
+    if model is None and not engine.opens(manifest):
         raise UsageError(
-            f"{name} does not open artifacts of the target {manifest.target}. {_others(manifest.target)}, or pass the folder "
+            f"{name} does not open {manifest.name}, of the target {manifest.target}. {_others(manifest)}, or pass the folder "
             "that it serves with --engine-model DIR."
         )
     records = recorded(directory, manifest, cases, progress)
@@ -112,6 +112,6 @@ _WIDE = 0.1
 """Tolerance of a build from which on an exported model rounds inputs."""
 
 
-def _others(target: str) -> str:
-    names = [name for name, engine in ENGINES.items() if target in engine.targets]
+def _others(manifest: Manifest) -> str:
+    names = [name for name, engine in ENGINES.items() if engine.opens(manifest)]
     return f"Choose --engine {' or '.join(names)}" if names else "No engine does: export it with --target onnx"

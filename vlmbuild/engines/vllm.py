@@ -8,7 +8,8 @@ ENGINE = Engine(
     name="vllm",
     worker="vllm_worker.py",
     install="{python} -m pip install vllm",
-    targets=("trainable", "compressed-tensors"),
+    targets=("compressed-tensors",),
+    unquantized=("trainable",),  # it reads no bitsandbytes checkpoints from 0.33 on
     environment=(
         ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),  # in the worker's process: its errors are the worker's
         ("VLLM_NO_USAGE_STATS", "1"),

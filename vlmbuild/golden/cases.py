@@ -82,7 +82,14 @@ def read_cases(file: Path) -> list[GoldenCase]:
         UsageError: A line is no such object, or an image cannot be read.
     """
     cases = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} cannot be read as golden cases: {getattr(error, 'strerror', None) or error}. Pass a file with one "
+            '{"messages": [...]} a line, or `packaged`.'
+        ) from error
+    for number, line in enumerate(lines, start=1):
         where = f"{file}, line {number}"
         if line.strip():
             try:

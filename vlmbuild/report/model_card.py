@@ -61,7 +61,10 @@ def model_card(
         _table(["role", "parameters", "stored", "bits per weight", "as"], _roles(document), "<>>><"),
         *_parity(document["numerics"]),
         "## Use",
-        *(f"### {engine}\n\n```{language}\n{code}\n```" for engine, language, code in _usages(document, place, config)),
+        *(
+            f"### {engine}\n\n```{language}\n{code}\n```"
+            for engine, language, code in _usages(document, place, config, reader)
+        ),
         "## Files",
         _table(
             ["file", "bytes", "SHA-256"],
@@ -147,14 +150,17 @@ def _parity(numerics: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["## Parity", _table(list(used), zip(*used.values(), strict=True))]
 
 
-def _usages(document: Mapping[str, Any], place: tuple[str, str], config: Mapping[str, Any]) -> Iterable[Usage]:
+def _usages(
+    document: Mapping[str, Any], place: tuple[str, str], config: Mapping[str, Any], reader: ArtifactReader
+) -> Iterable[Usage]:
     """Yield how each engine that reads the target's files loads them from a branch of a repository."""
     target, (repository, branch) = document["target"], place
     at, flag = ("", "") if branch == "main" else (f', revision="{branch}"', f" --revision {branch}")
     ours = f'"{repository}"{at}, expected_id="{document["id"]}"' + (
         ', trust=("code",)' if document["trust"]["code"] else ""
     )
-    yield "vlmbuild", "python", f"import vlmbuild\n\nmodel, processor = vlmbuild.load({ours})"
+    if target != "gguf":
+        yield "vlmbuild", "python", f"import vlmbuild\n\nmodel, processor = vlmbuild.load({ours})"
     mixed = (config.get("quantization_config") or {}).get("quant_method") == MIXED
     if target in ("trainable", "compressed-tensors") and not mixed:
         theirs = "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
@@ -169,7 +175,11 @@ def _usages(document: Mapping[str, Any], place: tuple[str, str], config: Mapping
         code += f'const model = await AutoModelForImageTextToText.from_pretrained("{repository}"{option});'
         yield f"transformers.js, if it has `{config.get('model_type')}`", "js", code
     if target == "gguf" and branch == "main":  # neither takes a branch
-        yield "llama.cpp", "sh", f"llama-server -hf {repository}"
+        from vlmbuild.runtime.gguf.layout import ENGINE_FILE
+
+        arguments = json.loads(reader.read(ENGINE_FILE))["arguments"]
+        limits = arguments[arguments.index("--jinja") :]  # before it come the files' names
+        yield "llama.cpp", "sh", f"llama-server -hf {repository} {' '.join(limits)}"
         yield "Ollama", "sh", f"ollama run hf.co/{repository}"
 
 

@@ -65,6 +65,15 @@ class Case:
             self.shown["failed"] = [self._stage, f"{type(error).__name__}: {message}"]
 
 
+def start(main: Callable[[], None]) -> None:
+    """Run a worker's main function; a package that is missing is named."""
+    try:
+        main()
+    except ImportError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(MISSING)
+
+
 def answer(job: Mapping[str, Any], version: str, run: Callable[[Case], None], dtype: str | None = None) -> None:
     """Run the engine on all cases, and write the result; a dtype is that in which it computes, if not the artifact's."""
     out = Path(job["out"])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from vlmbuild.errors import SourceError
 from vlmbuild.families.config_checks import require
 from vlmbuild.families.gguf import (
     LANCZOS,
@@ -70,12 +71,9 @@ def images(processor: Any) -> GgufImages:
         "must be true: llama.cpp always cuts images into tiles. Choose --target onnx.",
     )
     for text in _WRITTEN:
-        alone = len(processor.tokenizer(text, add_special_tokens=False).input_ids) == 1
-        require(
-            alone,
-            "tokenizer.json",
-            text,
-            "must be one token, for llama.cpp writes it around images. Choose --target onnx.",
-        )
+        if len(processor.tokenizer(text, add_special_tokens=False).input_ids) != 1:
+            raise SourceError(
+                f"tokenizer.json: {text!r} must be one token, for llama.cpp writes it around images. Choose --target onnx."
+            )
     edge = int(settings.size["longest_edge"])
     return GgufImages(pixel_values(settings, LANCZOS) | {"vision_preproc_image_size": edge})

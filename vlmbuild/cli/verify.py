@@ -130,8 +130,12 @@ def command(
     if compared and (first := compared["engine"]["first"]):
         raise EngineDiffersError(
             f"{engine} differs from the program of {artifact} at the stage {first['stage']}: case {first['case']!r}, error "
-            f"{first['error']}, and at most {first['tolerance']} is allowed{first['note'] and ': ' + first['note']}. Repair "
-            "what computes this stage; later ones follow from it."
+            f"{first['error']}, and at most {first['tolerance']} is allowed{first['note'] and ': ' + first['note']}. "
+            + (
+                f"It is known that {known}. Resize images as the processor does before the engine gets them."
+                if (known := compared["engine"]["known"])
+                else "Repair what computes this stage; later ones follow from it."
+            )
         )
 
 

@@ -13,7 +13,7 @@ The worker is called with the path of job.json, which holds
 and writes out/result.json: `version` of the engine, `dtype` in which it computes if that is not the artifact's, and, for each
 case, what it can show of `tokens`, `greedy`, `log_probabilities` (token -> value, at the end of the prompt), `values` (stage
 -> shape; the values are little-endian float32 in out/NUMBER.STAGE.f32), and `failed` (stage, message). A worker that lacks a
-package prints its name on stderr and ends with `MISSING`.
+package prints its name on stderr and ends with `MISSING`. `known` says how the engine is known to differ at a stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,13 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an engine shows of all cases, its version, and the dtype in which it computes, if not the artifact's."""
+    """What an engine shows of all cases, its version, the dtype in which it computes, if not the artifact's, and how it is known
+    to differ, by stage."""
 
     version: str
     cases: list[Answer]
     dtype: str | None = None
+    known: Mapping[str, str] = field(default_factory=dict)
 
 
 def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python: str | None = None) -> Answers:
@@ -184,7 +186,7 @@ def _answers(document: Mapping[str, Any], folder: Path) -> Answers:
                 tuple(case["failed"]) if "failed" in case else None,
             )
         )
-    return Answers(str(document.get("version", "")), cases, document.get("dtype"))
+    return Answers(str(document.get("version", "")), cases, document.get("dtype"), document.get("known", {}))
 
 
 def _plain_environment() -> dict[str, str]:

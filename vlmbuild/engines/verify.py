@@ -43,7 +43,7 @@ def verify_engine(
 
     Returns:
         Plain values: `name`, `version`, `model`, `left_out` (cases with more images than it takes), `results` in the order
-        of the stages, the worst of each in `stages`, and `first`, the first that differs.
+        of the stages, the worst of each in `stages`, `first`, the first that differs, and `known`, why the engine is known to.
 
     Raises:
         UsageError: The engine does not open artifacts of this target.
@@ -74,6 +74,7 @@ def verify_engine(
         "stages": [result.document() for result in worst_by_stage(results)],
         "results": [result.document() for result in results],
         "first": None if first is None else first.document(),
+        "known": "" if first is None else answers.known.get(first.stage, ""),
     }
 
 

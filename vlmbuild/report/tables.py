@@ -31,7 +31,9 @@ _CAVEAT = (
 )
 
 
-_SERVED = {"gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja"}
+_SERVED = {
+    "gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja  # limits: {path}/llama.cpp.json"
+}
 """Target -> what to run in place of `vlmbuild.load`; more arguments are in the artifact."""
 
 

@@ -74,11 +74,25 @@ def start(main: Callable[[], None]) -> None:
         sys.exit(MISSING)
 
 
-def answer(job: Mapping[str, Any], version: str, run: Callable[[Case], None], dtype: str | None = None) -> None:
-    """Run the engine on all cases, and write the result; a dtype is that in which it computes, if not the artifact's."""
+def answer(
+    job: Mapping[str, Any],
+    version: str,
+    run: Callable[[Case], None],
+    dtype: str | None = None,
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Run the engine on all cases, and write the result.
+
+    Args:
+        job: The job.
+        version: Version of the engine.
+        run: Runs a case.
+        dtype: Dtype in which it computes, if not the artifact's.
+        known: How it is known to differ, by stage.
+    """
     out = Path(job["out"])
     cases = [Case(given, number, out) for number, given in enumerate(job["cases"])]
     for case in cases:
         case.attempt(run)
-    document = {"version": version, "dtype": dtype, "cases": [case.shown for case in cases]}
+    document = {"version": version, "dtype": dtype, "known": dict(known or {}), "cases": [case.shown for case in cases]}
     (out / "result.json").write_text(json.dumps(document), encoding="utf-8")

@@ -203,8 +203,11 @@ def main() -> None:
     job = exchange.read_job()
     longest = max((len(case["tokens"]) for case in job["cases"]), default=0) + job["steps"]
     engine = LlamaCpp(Path(job["model"]), longest)
+    known = (
+        {"features": engine.settings["sizes"], "tokens": engine.settings["sizes"]} if engine.settings["sizes"] else {}
+    )
     [package] = exchange.require("llama_cpp")
-    exchange.answer(job, f"llama-cpp-python {package.__version__}", lambda case: run(engine, job, case))
+    exchange.answer(job, f"llama-cpp-python {package.__version__}", lambda case: run(engine, job, case), known=known)
 
 
 if __name__ == "__main__":

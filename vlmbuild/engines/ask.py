@@ -85,8 +85,8 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an engine shows of all cases, its version, the dtype in which it computes, if not the artifact's, and how it is known
-    to differ, by stage."""
+    """What an engine shows of all cases, its version, the dtype in which it computes, if not the artifact's, and how it is
+    known to differ, by stage."""
 
     version: str
     cases: list[Answer]

@@ -96,7 +96,7 @@ class Bench:
             answers = ask(ENGINES[engine], built.path, built.records, python=self._pythons.get(engine))
             seconds = time.perf_counter() - started
         except vlmbuild.VlmbuildError as error:
-            return row | {"skipped": " ".join(str(error).split())[:400]}
+            return row | {"skipped": self._without_paths(str(error))[:400]}
         results = compare(built.records, answers.cases, limits_on(ENGINES[engine], built.manifest, answers.dtype))
         first = first_difference(results)
         said = [list(case.greedy or ()) for case in answers.cases]
@@ -109,6 +109,12 @@ class Bench:
             "bytes": sum(entry.size for entry in built.manifest.files if not entry.path.startswith("golden/")),
             "seconds": round(seconds, 1),
         }
+
+    def _without_paths(self, message: str) -> str:
+        """Write a message as on any machine."""
+        for path in (*self._pythons.values(), sys.executable):
+            message = message.replace(path, "python")
+        return " ".join(message.replace(f"{self._folder}/", "").split())
 
     def _checkpoint(self, source: str) -> Path:
         if source in ZOO:

@@ -114,7 +114,7 @@ def test_canvases_vary_and_held_out_glyphs_are_new(name, processor):
     assert len({sample.image.size for sample in SAMPLES}) > 100
     assert {len(sample.digits) for sample in SAMPLES} == {1, 2, 3, 4}
     batch = training_batch(processor, READ, SAMPLES[:100])
-    key, kinds = {  # tiles come in eight aspect ratios only, SmolVLM's in two numbers
+    key, kinds = {  # tiles come in eight aspect ratios only; SmolVLM makes one or three of a canvas
         "qwen2-vl-digits": ("image_grid_thw", 9),
         "mllama-digits": ("aspect_ratio_ids", 5),
         "pixtral-digits": ("image_sizes", 9),

@@ -175,16 +175,15 @@ def test_the_head_reads_the_last_token_alone(batches, ours):
 
 @matrix.of_kinds
 def test_an_answer_is_the_prompt_of_the_next_turn(batches, ours):
-    """Several tokens at once on what a cache holds, padding among the new ones included."""
+    """Several tokens at once on what a cache holds, padding among the new ones included, except with windows."""
     batch = batches["counts differ, left"]
     cache = ours.new_cache()
     ours(**batch, past_key_values=cache)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     more = words(ours, 6).expand(len(ids), -1)
     added = torch.ones(more.shape, dtype=torch.long)
-    added[0, :2] = int(
-        getattr(ours.config.get_text_config(), "sliding_window", None) is not None
-    )  # refused with windows
+    windowed = getattr(ours.config.get_text_config(), "sliding_window", None) is not None
+    added[0, :2] = int(windowed)  # padding between tokens is refused with windows
     whole = followed_by(more, batch, ours.family) | {"attention_mask": torch.cat([mask, added], 1)}
     logits = ours(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache).logits
     expected = ours(**whole).logits[:, -6:]

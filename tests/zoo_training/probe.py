@@ -23,7 +23,7 @@ class ZooFamily(Protocol):
     STEPS: int
     """Training steps after the warm-up."""
     EMPTY_WEIGHT: float
-    """Weight of patches without a digit in the warm-up's loss."""
+    """Weight in the warm-up's loss of features without a digit; 1.0 counts all alike."""
 
     def make_processor(self) -> Any: ...
 

@@ -17,13 +17,13 @@ from tests.zoo_training.tokenizer import BASE_TOKENS, fast_tokenizer
 from vlmbuild.demo.digits import Sample
 from vlmbuild.families.idefics3.processor import ImageTextSmolVLMProcessor, tile_grid
 
-WARM_UP_STEPS, STEPS = 3000, 2500
-EMPTY_WEIGHT = 0.1
+WARM_UP_STEPS, STEPS = 3000, 2500  # of the first of three runs; the others are in training.json
+EMPTY_WEIGHT = 0.1  # at least 12 of 16 features have no digit
 PATCH, SCALE, SIDE = 16, 2, 4
 """Pixels of a patch; rows of patches that become one feature; rows of features of a tile."""
 TILE = PATCH * SCALE * SIDE
 MEAN, DEVIATION = 0.8, 0.3
-"""Of pixels. Were white zero, transformers would take an empty tile for padding."""
+"""Mean and standard deviation of pixels. White must not become zero: transformers drops tiles of zeros as padding."""
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -66,8 +66,8 @@ CHAT_TEMPLATE = (
 
 
 def make_image_processor() -> Any:
-    """Make the family's image processor. Images are not enlarged first, so that small ones are one tile; large ones are a few and
-    the whole image."""
+    """Make the family's image processor. Images keep their size, and `size` is unused: up to 128 pixels a side they are one tile,
+    larger ones one for every 128 x 128 pixels and the whole image."""
     return SmolVLMImageProcessorPil(
         do_resize=False,
         size={"longest_edge": 4 * TILE},
@@ -136,8 +136,8 @@ def _positions(side: int, size: int) -> Tensor:
     """Make waves over rows and columns of patches, so that attention can find neighbours from the start."""
     frequencies = torch.pi / side * (side / 2) ** torch.linspace(0, 1, size // 4)
     waves = torch.arange(side)[:, None] * frequencies
-    one = torch.cat((waves.sin(), waves.cos()), 1)
-    rows, columns = one[:, None].expand(-1, side, -1), one[None].expand(side, -1, -1)
+    axis = torch.cat((waves.sin(), waves.cos()), 1)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
     return 0.5 * torch.cat((rows, columns), 2).flatten(0, 1)
 
 
@@ -145,12 +145,15 @@ def _tower() -> dict[str, Tensor]:
     """Return the weights of Qwen2-VL's tower by the names of SmolVLM2's."""
     tower = {}
     for name, weight in trained("qwen2-vl-digits", TOWER).items():
-        for part, own in zip("qkv", weight.chunk(3), strict=True):
-            tower[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = own if ".attn.qkv." in name else weight
+        if ".attn.qkv." not in name:
+            tower[name] = weight
+            continue
+        for part, chunk in zip("qkv", weight.chunk(3), strict=True):
+            tower[name.replace(".attn.qkv.", f".self_attn.{part}_proj.")] = chunk
     kernel = tower.pop("model.visual.patch_embed.proj.weight").sum(2)  # both frames of an image are the same
-    share = (kernel.shape[-1] / PATCH) ** 2
-    kernel = share * nn.functional.interpolate(kernel, (PATCH, PATCH), mode="bilinear", antialias=True)
-    offset = (1.0 - MEAN) / DEVIATION * kernel.sum((1, 2, 3))  # white is zero there
+    area_ratio = (kernel.shape[-1] / PATCH) ** 2
+    kernel = area_ratio * nn.functional.interpolate(kernel, (PATCH, PATCH), mode="bilinear", antialias=True)
+    offset = (1.0 - MEAN) / DEVIATION * kernel.sum((1, 2, 3))  # Qwen2-VL's processor makes white zero
     patches = "model.vision_model.embeddings.patch_embedding"
     return {**tower, f"{patches}.weight": kernel, f"{patches}.bias": -offset}
 
@@ -173,7 +176,7 @@ def patch_cells(samples: Sequence[Sample], images: Any) -> Tensor:
 
 
 def _tile_cells(sample: Sample, image_processor: Any) -> Tensor:
-    """Cells by tile and feature: the image is stretched to whole tiles."""
+    """Label the features of one image: `IGNORED` for its tiles, then the digits of the whole image, stretched to one tile."""
     rows, columns = tile_grid(image_processor, sample.image.height, sample.image.width)
     tiles = torch.full((rows * columns * SIDE**2,), IGNORED)
     return torch.cat([tiles, cells_of(sample, SIDE, SIDE).flatten()])

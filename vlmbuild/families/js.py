@@ -40,13 +40,14 @@ ClientFiles = Mapping[str, Mapping[str, Any]]
 
 def image_settings(files: ClientFiles, processor_class: str, image_processor: str, resample: int = 3) -> dict[str, Any]:
     """Collect an image processor's settings, from preprocessor_config.json or, as newer versions write it,
-    processor_config.json, and write out those for which transformers.js has other defaults."""
+    processor_config.json, and write out those for which transformers.js has other defaults. `resample` is the filter, by
+    Pillow's number, of files that name none."""
     nested = files.get("processor_config.json", {}).get("image_processor", {})
-    given = {**nested, **files.get("preprocessor_config.json", {})}
+    settings = {**nested, **files.get("preprocessor_config.json", {})}
     defaults = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": resample}
     return {
-        **given,
-        **{name: default if given.get(name) is None else given[name] for name, default in defaults.items()},
+        **settings,
+        **{name: default if settings.get(name) is None else settings[name] for name, default in defaults.items()},
         "processor_class": processor_class,
         "image_processor_type": image_processor,
     }

@@ -115,9 +115,8 @@ def _read_cache(graph: Graph, node: Node, mask: Node, past: list[Node], form: Ca
     else:
         position = _placeholder(graph, "cache_position", past[1])
         write = aten.index_copy_.default
-        new = [
-            graph.call_function(aten.type_as.default, (x, p)) for p, x in zip(past, rows[1:], strict=True)
-        ]  # autocast
+        # index_copy_ does not convert, and under autocast a key's norm returns float32
+        new = [graph.call_function(aten.type_as.default, pair) for pair in zip(rows[1:], past, strict=True)]
         keys = [graph.call_function(write, (p, 2, position, x)) for p, x in zip(past, new, strict=True)]
         mask = mask if window is None else _within(graph, mask, position, window)
     node.args = (rows[0], *keys, mask, None, None, None, form == "dynamic", node.args[_SCALE], *others)

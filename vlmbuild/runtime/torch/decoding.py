@@ -68,7 +68,8 @@ class Decoding(DecodeSteps[ProgramModel]):
         dtype = self._dtype()
         past = cache.past(batch, dtype, values[MASK].device)
         logits, presents = self._run("dynamic", name, values | past)
-        cache.keep({name: presents.pop(present_name(name)).to(dtype) for name in past})  # norms of keys undo autocast
+        # a key's norm returns float32 under autocast
+        cache.keep({name: presents.pop(present_name(name)).to(dtype) for name in past})
         return logits, presents
 
     def _write(self, name: str, values: dict[str, Tensor]) -> Tensor:

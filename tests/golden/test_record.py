@@ -10,18 +10,19 @@ from transformers.utils.import_utils import is_torchvision_available
 import vlmbuild
 from vlmbuild.engines import ENGINES
 from vlmbuild.engines.ask import ask
-from vlmbuild.errors import ParityError, UsageError
+from vlmbuild.engines.verify import verify_engine
+from vlmbuild.errors import IncompatibleError, ParityError, UsageError
 from vlmbuild.golden.cases import packaged_cases
 from vlmbuild.golden.compare import compare
 from vlmbuild.golden.files import golden_files, read_golden
 from vlmbuild.golden.record import record_artifact
 from vlmbuild.targets import golden
 
-NEED_TORCHVISION = ("pixtral-digits", "smolvlm", "mistral3")
+NEED_TORCHVISION = ("pixtral-digits", "smolvlm2-digits", "mistral3")
 FAMILIES = [
     "mllama-digits",
     pytest.param("pixtral-digits", marks=pytest.mark.slow),
-    pytest.param("smolvlm", marks=pytest.mark.slow),
+    pytest.param("smolvlm2-digits", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.release) for name in ("qwen2_5_vl", "mistral3", "gemma3")),
 ]
 
@@ -38,6 +39,14 @@ def test_every_family_is_what_transformers_computes(name, zoo_artifact, monkeypa
     assert [result for result in results if result.verdict == "differs"] == []
     kinds = {result.stage.partition(".")[0] for result in results}
     assert kinds == {"tokens", "pixels", "patches", "features", "embeddings", "hidden", "logits", "greedy"}
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is there")
+def test_a_processor_that_lacks_torchvision_is_no_difference(zoo_artifact, monkeypatch):
+    monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
+    built = zoo_artifact("smolvlm2-digits", dtype="float32")
+    with pytest.raises(IncompatibleError, match="pip install .*torchvision"):
+        verify_engine(built.path, built.manifest, "transformers", cases=packaged_cases()[:1])
 
 
 def test_generated_tokens_are_those_of_the_model(zoo_artifact):

@@ -19,7 +19,10 @@ def open_processor(directory: str) -> Any:
         if "torchvision" not in str(error).lower() or not settings.is_file():
             raise
         kind = getattr(transformers, json.loads(settings.read_text(encoding="utf-8"))["processor_class"])
-        return _without_videos(kind).from_pretrained(directory)
+        try:
+            return _without_videos(kind).from_pretrained(directory)
+        except TypeError:  # its constructor does not do without
+            raise ImportError(f"torchvision is missing, which {kind.__name__} needs for videos") from error
 
 
 def prompt(processor: Any, case: Mapping[str, Any]) -> Any:

@@ -185,7 +185,9 @@ def is_passed(request: Request, parameter: StoredParameter) -> bool:
 
 def _is_alike(request: Request, source: SourceTensor, parameter: StoredParameter) -> bool:
     """Return whether a source that is dequantized elsewhere has the tensors that this format stores."""
-    if source.dequantized is None or parameter.format is None or source.dequantized.layout != parameter.format.layout:
+    if source.dequantized is None or parameter.format is None:
+        return False
+    if source.dequantized.layout != parameter.format.layout(tuple(source.shape)):
         return False
     stored = {part.removeprefix(source.module): request.weights.tensors[part] for part in source.parts}
     return {suffix: (info.dtype, info.shape) for suffix, info in stored.items()} == {

@@ -127,9 +127,8 @@ class WeightFormat(ABC):
     input_error: ClassVar[float] = 0.0
     looked_up: ClassVar[bool] = False
 
-    @property
-    def layout(self) -> str:
-        """What `Dequantized.layout` says of such weights in a source; "" if no source is dequantized from it."""
+    def layout(self, shape: StaticShape) -> str:
+        """Return what `Dequantized.layout` says of such weights in a source; "" if no source is dequantized from it."""
         return ""
 
     @abstractmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from vlmbuild.errors import IncompatibleError, UsageError
 from vlmbuild.formats import RoundedChunk, StaticShape, WeightFormat
 from vlmbuild.quant.compressed_tensors import stored_values
+from vlmbuild.quant.dequantized import sharing
 from vlmbuild.util.lazy import LazyModule
 from vlmbuild.util.validation import one_of, require_finite
 
@@ -63,9 +64,8 @@ class CompressedFormat(WeightFormat):
     stored: ClassVar[str] = ".weight"
     packed_bits: ClassVar[int] = 0
 
-    @property
-    def layout(self) -> str:
-        """Name that `vlmbuild.quant.compressed_tensors` gives to such weights in a source."""
+    def layout(self, shape: StaticShape) -> str:
+        """Return the name that `vlmbuild.quant.compressed_tensors` gives to such weights in a source."""
         raise NotImplementedError
 
     def width(self, shape: StaticShape) -> int:
@@ -159,9 +159,8 @@ class W4A16(CompressedFormat):
     def describe(self, target: str = "compressed-tensors") -> str:
         return f"w4a16, groups of {self.group_size}"
 
-    @property
-    def layout(self) -> str:
-        return f"4 bits, groups of {self.group_size}"
+    def layout(self, shape: StaticShape) -> str:
+        return f"4 bits, {sharing(shape, (1, self.group_size))}"
 
     def width(self, shape: StaticShape) -> int:
         return self.group_size
@@ -216,8 +215,7 @@ class W8A8(CompressedFormat):
     def describe(self, target: str = "compressed-tensors") -> str:
         return "w8a8, one scale a row"
 
-    @property
-    def layout(self) -> str:
+    def layout(self, shape: StaticShape) -> str:
         return "8 bits, one scale a row"
 
     def _numbers(self, module: str, shape: StaticShape) -> TensorSpec:
@@ -235,8 +233,7 @@ class FP8(CompressedFormat):
     def describe(self, target: str = "compressed-tensors") -> str:
         return "fp8, one scale a row"
 
-    @property
-    def layout(self) -> str:
+    def layout(self, shape: StaticShape) -> str:
         return "8-bit floats, one scale a row"
 
     def _numbers(self, module: str, shape: StaticShape) -> TensorSpec:

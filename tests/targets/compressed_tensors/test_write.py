@@ -112,7 +112,7 @@ def test_it_is_a_source(family, artifact_of, tmp_path):
         for name, parameter in model.named_parameters():
             assert torch.equal(source.tensors[name].whole(source.weights, torch.float32), parameter), name
     again = build(artifact_of("w4a16").path, tmp_path / "again", recipe("w4a16"))
-    assert again.manifest.source[0]["dequantized"] == "compressed-tensors: 4 bits, groups of 128; 4 bits, groups of 64"
+    assert again.manifest.source[0]["dequantized"].startswith("compressed-tensors: 4 bits, ")
     one, two = (load_file(path / "model.safetensors") for path in (artifact_of("w4a16").path, again.path))
     assert one.keys() == two.keys()
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())

@@ -1,4 +1,4 @@
-"""What stands before the tensors of a GGUF file: metadata, names, shapes and places, written by the package `gguf`."""
+"""The header of a GGUF file: metadata, and names, shapes and offsets of tensors, written by the package `gguf`."""
 
 from __future__ import annotations
 

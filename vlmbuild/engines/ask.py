@@ -85,8 +85,14 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What an engine shows of all cases, its version, the dtype in which it computes, if not the artifact's, and how it is
-    known to differ, by stage."""
+    """Results of an engine.
+
+    Attributes:
+        version: Its version.
+        cases: Its results on each case.
+        dtype: Dtype in which it computes; None is the artifact's.
+        known: Known reasons for a difference, by stage.
+    """
 
     version: str
     cases: list[Answer]

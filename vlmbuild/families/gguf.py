@@ -193,6 +193,20 @@ def vision_values(
     }
 
 
+def siglip_values(projection: int, vision: Any, eps: float) -> dict[str, Any]:
+    """Return `vision_values` of a tower whose config has the field names of SigLIP's."""
+    return vision_values(
+        projection,
+        side=vision.image_size,
+        patch=vision.patch_size,
+        width=vision.hidden_size,
+        hidden=vision.intermediate_size,
+        blocks=vision.num_hidden_layers,
+        heads=vision.num_attention_heads,
+        eps=eps,
+    )
+
+
 def pixel_values(images: Any, resample: int) -> dict[str, Any]:
     """Return the metadata of an image processor's colors. Raises SourceError for a filter or a scale that llama.cpp lacks."""
     found = int(getattr(images, "resample", resample))

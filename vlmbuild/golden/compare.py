@@ -20,7 +20,7 @@ _BEFORE_LANGUAGE = (PATCHES, FEATURES, EMBEDDINGS)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine shows of a case; stages that it does not show are missing.
+    """Results of an engine on one case; stages that it does not show are missing.
 
     Attributes:
         tokens: Tokens of the prompt.

@@ -33,7 +33,7 @@ _TOP = 16
 
 @dataclass(frozen=True, slots=True)
 class GoldenRecord:
-    """What the program computes for a case.
+    """Results of the program on one case.
 
     Attributes:
         case: The prompt.

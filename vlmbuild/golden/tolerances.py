@@ -15,11 +15,11 @@ ROUNDED_BLOCKS = 9e-3
 """Relative error of inputs in blocks of 8-bit integers, with one scale each."""
 
 PIXELS = 5e-3
-"""Of pixels that are resized by the filter that the model's processor names. Libraries round to one or two of 255 levels: 1e-3
-between torchvision and Pillow; bilinear in place of bicubic is 3e-2."""
+"""Error of pixels where the engine resizes with the filter of the model's processor. Libraries round to one or two of 255
+levels: 1e-3 between torchvision and Pillow; bilinear in place of bicubic is 3e-2."""
 
 OTHER_FILTER = 2.5e-1
-"""Of pixels in engines that have another resize filter than the model's processor and no choice: edges are blurred."""
+"""Error of pixels where the engine has another resize filter, and no choice of filters: edges are blurred."""
 
 UNSEEN_PIXELS = 1e-3
 """Error of the pixels of an engine that does not show them: a level of 255, as above."""

@@ -1,4 +1,4 @@
-"""What rounding lost, layer by layer, for people."""
+"""Report of the rounding loss of each layer."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from vlmbuild.families.gguf import (
     head_size,
     pixel_values,
     rope_values,
+    siglip_values,
     text_values,
-    vision_values,
 )
 
 _SCALED_BY_WIDTH = 62
@@ -35,16 +35,10 @@ def model(config: Any, scale: int) -> GgufModel:
     text, vision = config.text_config, config.vision_config
     act = vision.hidden_act
     require(act == "gelu_pytorch_tanh", "vision_config.hidden_act", act, "is not llama.cpp's. Choose --target onnx.")
-    values = vision_values(
-        text.hidden_size,
-        side=vision.image_size,
-        patch=vision.patch_size,
-        width=vision.hidden_size,
-        hidden=vision.intermediate_size,
-        blocks=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        eps=vision.layer_norm_eps,
-    ) | {"vision_use_gelu": True, "vision_projector_scale_factor": scale}
+    values = siglip_values(text.hidden_size, vision, vision.layer_norm_eps) | {
+        "vision_use_gelu": True,
+        "vision_projector_scale_factor": scale,
+    }
     return GgufModel("GEMMA3", "GEMMA3", _text(text), values, "<start_of_image>", _TEMPLATE, _cut)
 
 

@@ -17,8 +17,8 @@ from vlmbuild.families.gguf import (
     head_size,
     pixel_values,
     rope_values,
+    siglip_values,
     text_values,
-    vision_values,
 )
 
 _LLAMA3 = "llama3"
@@ -40,16 +40,10 @@ def model(config: Any) -> GgufModel:
         rotated = name.startswith("model.layers.") and name.endswith(("q_proj.weight", "k_proj.weight"))
         return (GgufPart(name, head_rows=size),) if rotated else None
 
-    values = vision_values(
-        text.hidden_size,
-        side=vision.image_size,
-        patch=vision.patch_size,
-        width=vision.hidden_size,
-        hidden=vision.intermediate_size,
-        blocks=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        eps=vision.layer_norm_eps,
-    ) | {"vision_use_gelu": True, "vision_projector_scale_factor": config.scale_factor}
+    values = siglip_values(text.hidden_size, vision, vision.layer_norm_eps) | {
+        "vision_use_gelu": True,
+        "vision_projector_scale_factor": config.scale_factor,
+    }
     rotated = text_values(text) | rope_values(text.rope_parameters, _LLAMA3)
     factors = _factors(text) if text.rope_parameters.get("rope_type") == _LLAMA3 else ()
     return GgufModel("LLAMA", "IDEFICS3", rotated, values, "<image>", _TEMPLATE, cut, rope_factors=factors)

@@ -15,8 +15,8 @@ from vlmbuild.families.gguf import (
     head_size,
     pixel_values,
     rope_values,
+    siglip_values,
     text_values,
-    vision_values,
 )
 
 _THETA = 10000.0
@@ -43,16 +43,7 @@ def tower(config: Any) -> dict[str, Any]:
     require(vision.hidden_size == width, "vision_config.head_dim", vision.head_dim, only.format("width / heads"))
     require(vision.hidden_act == "silu", "vision_config.hidden_act", vision.hidden_act, only.format("silu"))
     require(act == "gelu", "projector_hidden_act", act, only.format("gelu"))
-    return vision_values(
-        config.text_config.hidden_size,
-        side=vision.image_size,
-        patch=vision.patch_size,
-        width=vision.hidden_size,
-        hidden=vision.intermediate_size,
-        blocks=vision.num_hidden_layers,
-        heads=vision.num_attention_heads,
-        eps=1e-5,
-    ) | {"vision_use_silu": True}
+    return siglip_values(config.text_config.hidden_size, vision, 1e-5) | {"vision_use_silu": True}
 
 
 def cuts(config: Any, row_end: int | None) -> Parts:

@@ -188,7 +188,7 @@ def rows(names: Sequence[str], engines: Sequence[str]) -> list[tuple[str, str, s
         for target, forms in FORMATS.items()
         for form in forms
         for engine in engines
-        if target in ENGINES[engine].targets and not (engine == "vllm" and target == "trainable")
+        if target in ENGINES[engine].targets or (form == "none" and target in ENGINES[engine].unquantized)
         for sizes in (SIZES if target == "gguf" else SIZES[:1])
     ]
 

@@ -56,7 +56,7 @@ class Engine:
         unquantized: Targets whose artifacts it opens if nothing in them is quantized.
         pixels: Tolerance of its processor's pixels.
         program: Program that runs the worker; None is Python.
-        most_images: Images of a prompt that it takes; None for any number.
+        one_image: Targets in which it takes one image a prompt.
         environment: Environment variables besides the caller's.
     """
 
@@ -66,7 +66,7 @@ class Engine:
     targets: tuple[str, ...]
     pixels: float = tolerances.PIXELS
     program: str | None = None
-    most_images: int | None = None
+    one_image: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 

@@ -1,4 +1,4 @@
-"""OpenVINO: the models of an ONNX artifact, read and compiled by OpenVINO's own frontend for ONNX."""
+"""OpenVINO: the models of an ONNX artifact by its own frontend, and checkpoints by optimum-intel's export of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="openvino",
     worker="openvino_worker.py",
-    install="{python} -m pip install openvino transformers torch pillow numpy",
+    # optimum-intel 2.2 exports Qwen2-VL with transformers up to 5.0; older ones do not read `rope_parameters`.
+    install="{python} -m pip install openvino optimum-intel transformers==5.0.0 torch torchvision pillow numpy",
     targets=("onnx",),
-    most_images=1,  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
+    unquantized=("trainable",),
+    one_image=("onnx",),  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
 )

@@ -57,8 +57,8 @@ def verify_engine(
             "that it serves with --engine-model DIR."
         )
     records = recorded(directory, manifest, cases, progress)
-    most = engine.most_images
-    left_out = [record.case.name for record in records if most is not None and len(record.case.images) > most]
+    one = manifest.target in engine.one_image
+    left_out = [record.case.name for record in records if one and len(record.case.images) > 1]
     records = [record for record in records if record.case.name not in left_out]
     progress(name, 0, 1)
     answers = ask(engine, model or directory, records, python=python)

@@ -14,19 +14,37 @@ ROOM = 64
 """Tokens of the longest context beyond the longest prompt and its answer."""
 
 
-def run(llm: Any, parameters: Any, case: exchange.Case) -> None:
-    """Run one case."""
-    from PIL import Image
+class Engine:
+    """vLLM, which never answers again once it has failed: it would wait for the prompt on which it did."""
 
-    case.enter("tokens")
-    prompt: dict[str, Any] = {"prompt": case.given["text"]}
-    if case.given["images"]:
-        prompt["multi_modal_data"] = {"image": [Image.open(file).convert("RGB") for file in case.given["images"]]}
-    (result,) = llm.generate([prompt], parameters, use_tqdm=False)
-    case.shown["tokens"] = list(result.prompt_token_ids)
-    (answer,) = result.outputs
-    case.shown["greedy"] = list(answer.token_ids)
-    case.shown["log_probabilities"] = {token: entry.logprob for token, entry in answer.logprobs[0].items()}
+    def __init__(self, llm: Any, parameters: Any) -> None:
+        self._llm, self._parameters = llm, parameters
+        self._failure: Exception | None = None
+
+    def run(self, case: exchange.Case) -> None:
+        """Run one case."""
+        case.enter("tokens")
+        if self._failure is not None:
+            raise RuntimeError(f"not run after an error: {self._failure}")
+        try:
+            self._run(case)
+        except Exception as error:
+            if "_OpNamespace" in str(error):
+                raise ImportError(f"this build of vLLM lacks a kernel for this processor: {error}") from error
+            self._failure = error
+            raise
+
+    def _run(self, case: exchange.Case) -> None:
+        from PIL import Image
+
+        prompt: dict[str, Any] = {"prompt": case.given["text"]}
+        if case.given["images"]:
+            prompt["multi_modal_data"] = {"image": [Image.open(file).convert("RGB") for file in case.given["images"]]}
+        (result,) = self._llm.generate([prompt], self._parameters, use_tqdm=False)
+        case.shown["tokens"] = list(result.prompt_token_ids)
+        (answer,) = result.outputs
+        case.shown["greedy"] = list(answer.token_ids)
+        case.shown["log_probabilities"] = {token: entry.logprob for token, entry in answer.logprobs[0].items()}
 
 
 def main() -> None:
@@ -45,7 +63,7 @@ def main() -> None:
         seed=0,
     )
     parameters = vllm.SamplingParams(temperature=0.0, max_tokens=job["steps"], logprobs=PROBABILITIES)
-    exchange.answer(job, vllm.__version__, lambda case: run(llm, parameters, case))
+    exchange.answer(job, vllm.__version__, Engine(llm, parameters).run)
 
 
 if __name__ == "__main__":

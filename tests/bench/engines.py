@@ -32,9 +32,9 @@ from vlmbuild.demo.digits import Digits
 from vlmbuild.demo.task import READ
 from vlmbuild.engines import ENGINES
 from vlmbuild.engines.ask import ask
-from vlmbuild.engines.verify import limits_on
+from vlmbuild.engines.judge import judge
 from vlmbuild.golden.cases import GoldenCase
-from vlmbuild.golden.compare import compare, first_difference
+from vlmbuild.golden.compare import first_difference
 from vlmbuild.golden.record import GoldenRecord, record_artifact
 from vlmbuild.zoo import ZOO
 
@@ -83,6 +83,7 @@ class Bench:
     def row(self, source: str, target: str, form: str, engine: str, sizes: str) -> dict[str, Any]:
         """Measure a row."""
         row: dict[str, Any] = {
+            **{name: value for name, value in machine().items() if name in ("date", "machine")},
             "checkpoint": source,
             "target": target,
             "format": form,
@@ -97,7 +98,7 @@ class Bench:
             seconds = time.perf_counter() - started
         except vlmbuild.VlmbuildError as error:
             return row | {"skipped": self._without_paths(str(error))[:400]}
-        results = compare(built.records, answers.cases, limits_on(ENGINES[engine], built.manifest, answers.dtype))
+        results, _ = judge(built.path, built.manifest, ENGINES[engine], built.records, answers)
         first = first_difference(results)
         said = [list(case.greedy or ()) for case in answers.cases]
         return row | {

@@ -9,7 +9,7 @@ import engine_here
 import pytest
 import torch
 from adapters import write_adapter
-from checkpoints import copied, edit_weights
+from checkpoints import copied, edit_processor, edit_weights
 from safetensors.torch import load_file
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
@@ -51,13 +51,6 @@ def first_stage(model, records):
     answers = ask(engine, model, records)
     first = first_difference(compare(records, answers.cases, engine.limits("float32")))
     return first and first.stage
-
-
-def edit_processor(directory, change):
-    file = directory / "processor_config.json"
-    values = json.loads(file.read_text())
-    change(values["image_processor"])
-    file.write_text(json.dumps(values))
 
 
 def wrong_filter(directory):

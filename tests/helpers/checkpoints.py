@@ -70,6 +70,13 @@ def edit_config(directory: Path, change) -> None:
     file.write_text(json.dumps(values))
 
 
+def edit_processor(directory: Path, change) -> None:
+    file = directory / "processor_config.json"
+    values = json.loads(file.read_text())
+    change(values["image_processor"])
+    file.write_text(json.dumps(values))
+
+
 def edit_weights(directory: Path, change) -> None:
     file = directory / "model.safetensors"
     tensors = load_file(file)

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmbuild.artifact.manifest import Manifest
-from vlmbuild.engines import ENGINES, Engine
+from vlmbuild.engines import ENGINES
 from vlmbuild.engines.ask import ask
+from vlmbuild.engines.judge import judge
 from vlmbuild.errors import UsageError
-from vlmbuild.golden import tolerances
 from vlmbuild.golden.cases import GoldenCase
-from vlmbuild.golden.compare import Limits, compare, first_difference, worst_by_stage
+from vlmbuild.golden.compare import first_difference, worst_by_stage
 from vlmbuild.golden.files import CASES, read_golden
 from vlmbuild.golden.record import GoldenRecord, record_artifact
-from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.util.progress import Progress, silent
 from vlmbuild.util.validation import one_of
 
@@ -42,8 +41,9 @@ def verify_engine(
         progress: Called with a stage's name, the amount done, and the total.
 
     Returns:
-        Plain values: `name`, `version`, `model`, `left_out` (cases with more images than it takes), `results` in the order
-        of the stages, the worst of each in `stages`, `first`, the first that differs, and `known`, why the engine is known to.
+        Plain values: `name`, `version`, `model`, `left_out` (cases with more images than it takes), `own_pixels` (cases that
+        are compared with what the program makes of the engine's pixels), `results` in the order of the stages, the worst of
+        each in `stages`, `first`, the first that differs, and `known`, why the engine is known to.
 
     Raises:
         UsageError: The engine does not open artifacts of this target.
@@ -63,7 +63,7 @@ def verify_engine(
     progress(name, 0, 1)
     answers = ask(engine, model or directory, records, python=python)
     progress(name, 1, 1)
-    results = compare(records, answers.cases, limits_on(engine, manifest, answers.dtype))
+    results, own_pixels = judge(directory, manifest, engine, records, answers, progress)
     first = first_difference(results)
     return {
         "name": name,
@@ -71,6 +71,7 @@ def verify_engine(
         "model": str(model or directory),
         "cases": len(records),
         "left_out": left_out,
+        "own_pixels": own_pixels,
         "stages": [result.document() for result in worst_by_stage(results)],
         "results": [result.document() for result in results],
         "first": None if first is None else first.document(),
@@ -85,32 +86,6 @@ def recorded(
     if not cases and manifest.entry(CASES) is not None:
         return read_golden(lambda path: (directory / path).read_bytes())
     return record_artifact(directory, manifest.target, cases, progress=progress)
-
-
-def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
-    """Return the tolerances of an engine on an artifact, which are wider where inputs are rounded: by formats, or as the build
-    has found.
-
-    Args:
-        engine: The engine.
-        manifest: The artifact's manifest.
-        dtype: Dtype in which the engine computes; None is the artifact's.
-    """
-    vision = language = 0.0
-    if spec := manifest.recipe.get("quantize"):
-        quantize = QuantSpec.from_mapping(spec, "recipe")
-        tower = [quantize.role_format("vision"), quantize.role_format("projector")]
-        overrides = [override.weight_format() for override in quantize.overrides]
-        vision = max((form.input_error for form in [*tower, *overrides] if form), default=0.0)
-        language = max((form.input_error for form in quantize.weight_formats()), default=0.0)
-    measured = max((float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")), default=0.0)
-    if measured >= _WIDE:
-        vision = language = max(language, tolerances.ROUNDED_BLOCKS)
-    return engine.limits(dtype or str(manifest.recipe["dtype"]), vision=vision, language=language)
-
-
-_WIDE = 0.1
-"""Tolerance of a build from which on an exported model rounds inputs."""
 
 
 def _others(manifest: Manifest) -> str:

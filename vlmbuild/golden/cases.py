@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from vlmbuild.families.images import open_image
 
 Message = Mapping[str, Any]
 
+PIXEL_VALUES = "pixel_values"
+"""Key of the processors' pixels."""
 _PACKAGED: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     "one image": ("What is in the picture?", ((336, 224),)),
     "two images": ("Compare the two pictures.", ((300, 180), (140, 260))),
@@ -38,11 +42,13 @@ class GoldenCase:
         name: Name of the case.
         messages: The conversation; each image is {"type": "image"}.
         images: Its images, in order, as RGB.
+        pixels: Pixels in place of those that the processor makes of the images, in the same order; None for its own.
     """
 
     name: str
     messages: tuple[Message, ...]
     images: tuple[Image.Image, ...]
+    pixels: npt.NDArray[np.float32] | None = None
 
     def text(self, processor: Any) -> str:
         """Write the prompt with the processor's chat template; of a processor without one, in plain text."""
@@ -61,7 +67,10 @@ class GoldenCase:
                 f"The processor cannot make the golden case {self.name!r}: {error}. Put the model's own processor files into "
                 "the checkpoint, or pass prompts of your own with --golden FILE.jsonl."
             ) from error
-        return {key: value for key, value in made.items() if isinstance(value, Tensor)}
+        batch = {key: value for key, value in made.items() if isinstance(value, Tensor)}
+        if self.pixels is not None:
+            batch[PIXEL_VALUES] = torch.from_numpy(self.pixels).reshape(batch[PIXEL_VALUES].shape)
+        return batch
 
 
 def packaged_cases() -> list[GoldenCase]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmbuild.artifact.paths import GENERATION_CONFIG
 from vlmbuild.errors import IncompatibleError
 from vlmbuild.families import Family, family_named
-from vlmbuild.golden.cases import GoldenCase, packaged_cases
+from vlmbuild.golden.cases import PIXEL_VALUES, GoldenCase, packaged_cases
 from vlmbuild.golden.sample import LAST, Sample, sample
 from vlmbuild.golden.stages import EMBEDDINGS, FEATURES, LOGITS, PIXELS, modules, places
 from vlmbuild.golden.weights import WEIGHTS
@@ -211,10 +211,6 @@ class _Run:
             else:
                 state[name] = self._prompt[name]
         return state
-
-
-PIXEL_VALUES = "pixel_values"
-"""Key of the processors' pixels."""
 
 
 def _advance(reference: Reference, runs: Sequence[_Run]) -> None:

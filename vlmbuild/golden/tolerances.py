@@ -22,11 +22,9 @@ white pixels; bilinear in place of bicubic is 3e-2."""
 OTHER_FILTER = 2.5e-1
 """Error of pixels where the engine has another resize filter, and no choice of filters: edges are blurred."""
 
-UNSEEN_PIXELS = 1e-3
-"""Error of the pixels of an engine that does not show them: a level of 255, as above."""
-
-AMPLIFIED = 8.0
-"""Factor on the error of the pixels, for what later stages may make of it: it is added to their tolerance."""
+UNSEEN_PIXELS = 8e-3
+"""What later stages may make of the pixels of an engine that does not show them, which is added to their tolerance: eight
+times the rounding to 255 levels."""
 
 STORED = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """By the dtype of unquantized weights: what they compute against the source's, both in float32. Rounding a weight once changes

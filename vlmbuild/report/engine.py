@@ -17,6 +17,9 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "note": lambda result: result["note"],
 }
 
+_NAMED = 3
+"""Cases that are named; of more the number is given."""
+
 
 def engine_report(document: Mapping[str, Any]) -> Report:
     """Report of `vlmbuild verify --engine`: the worst case of each stage, and the first stage that differs."""
@@ -25,4 +28,7 @@ def engine_report(document: Mapping[str, Any]) -> Report:
     verdict = "no stage differs" if first is None else f"the first stage that differs is {first['stage']}"
     head = f"{engine['name']} {engine['version']}, {engine['cases']} cases: {verdict}"
     left = [f"left out: {', '.join(engine['left_out'])} (more images than it takes)"] if engine["left_out"] else []
-    return [*verify_report(document), "", head, *left, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]
+    own = engine["own_pixels"]
+    names = ", ".join(own) if len(own) <= _NAMED else f"{len(own)} cases"
+    judged = [f"compared on the engine's own pixels: {names}"] if own else []
+    return [*verify_report(document), "", head, *left, *judged, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +10,16 @@ from torch import Tensor
 
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import ParityError
-from vlmbuild.golden.cases import GoldenCase
+from vlmbuild.golden.cases import MEASURED, GoldenCase
 from vlmbuild.golden.files import write_golden
 from vlmbuild.golden.record import GoldenRecord, ends_of, record
 from vlmbuild.golden.sample import difference
 from vlmbuild.golden.stages import LOGITS, stage_key
-from vlmbuild.golden.tolerances import STORED
+from vlmbuild.golden.tolerances import ROUNDED, STORED
 from vlmbuild.golden.weights import WEIGHTS
 from vlmbuild.ir.program import Region, join
 from vlmbuild.measure.reference import SlotWeights
+from vlmbuild.quant.decide import Decision
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.weights import parameter_values
 
@@ -46,8 +46,13 @@ class SourceWeights:
         return all(name in request.tensors and request.tensors[name].shape == slot.shape for name, slot in slots)
 
 
+def worst(decisions: Mapping[str, Decision]) -> float:
+    """Return the largest relative error of the weights that were rounded."""
+    return max((decision.error for decision in decisions.values() if decision.format and decision.error), default=0.0)
+
+
 def record_golden(
-    writer: ArtifactWriter, request: Request, weights: SlotWeights | None = None, *, always: bool = False
+    writer: ArtifactWriter, request: Request, weights: SlotWeights | None = None, *, rounding: float | None = None
 ) -> list[dict[str, Any]]:
     """Record golden cases of weights that are complete in the staging directory, and write them into the artifact.
 
@@ -55,16 +60,18 @@ def record_golden(
         writer: Writer of the artifact, with the files of config and processor.
         request: The build; without golden cases nothing is recorded.
         weights: The artifact's, as stored; None opens them as `vlmbuild.golden.weights.WEIGHTS` says.
-        always: Record the packaged cases where the build names none.
+        rounding: The largest relative error of a rounded weight, from targets that record the packaged cases where the build
+            names none; None for others.
 
     Returns:
         The manifest's records: for each case, what storing the weights has changed.
 
     Raises:
-        ParityError: Unquantized weights compute something else than the source's.
+        ParityError: The weights compute something else than the source's: unquantized ones at any stage, others at the
+            logits, beyond what rounding explains.
         SourceError: The processor cannot make a case.
     """
-    if request.golden is None and not always:
+    if request.golden is None and rounding is None:
         return []
     family, config, directory = request.family, request.checkpoint.config, writer.staging
     stored = WEIGHTS[request.recipe.target](directory, family) if weights is None else weights
@@ -78,33 +85,34 @@ def record_golden(
     if not SourceWeights.fits(request):
         return []
     expected = run(SourceWeights(request), [entry.case for entry in found])
-    return list(_records(request, found, expected))
+    return list(_records(request, found, expected, rounding))
 
 
 def _records(
-    request: Request, found: Sequence[GoldenRecord], expected: Sequence[GoldenRecord]
+    request: Request, found: Sequence[GoldenRecord], expected: Sequence[GoldenRecord], rounding: float | None
 ) -> Iterator[dict[str, Any]]:
-    """Yield the manifest's records. Raises ParityError for unquantized weights that differ."""
+    """Yield the manifest's records. Raises ParityError."""
     dtype = request.recipe.dtype
     formats = sorted({recipe.format.name for region in request.program.regions.values() for recipe in region.recipes})
-    limit = math.inf if formats else STORED[dtype]
+    limit = min(1.0, ROUNDED * (rounding or 1.0)) if formats else STORED[dtype]
     for mine, theirs in zip(found, expected, strict=True):
         errors = {stage: difference(mine.samples[stage], theirs.samples[stage]) for stage in theirs.samples}
-        for stage in sorted(errors, key=stage_key):
+        for stage in [LOGITS] if formats else sorted(errors, key=stage_key):
             if not errors[stage] <= limit:
+                remedy = "Choose a format of more bits" if formats else "Build with --dtype float32"
                 raise ParityError(
                     f"The stored weights differ from the source's: golden case {mine.case.name!r}, stage {stage}: relative "
-                    f"error {errors[stage]:.1e}, and at most {limit:.1e} is allowed in {dtype}. Nothing was published. Build "
-                    "with --dtype float32; if that fails too, report it."
+                    f"error {errors[stage]:.1e}, and at most {limit:.1e} is allowed in {', '.join(formats) or dtype}. Nothing "
+                    f"was published. {remedy}; if that fails too, report it."
                 )
         same = [a == b for a, b in zip(mine.greedy, theirs.greedy, strict=False)]
         yield {
-            "case": f"golden: {mine.case.name}",
+            "case": MEASURED + mine.case.name,
             "output": LOGITS,
             "dtype": dtype,
             "formats": formats,
             "error": f"{errors[LOGITS]:.1e}",
-            "tolerance": "" if formats else f"{limit:.1e}",
+            "tolerance": f"{limit:.1e}",
             "generated": len(theirs.greedy),
             "greedy": [*same, False].index(False),
         }

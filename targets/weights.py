@@ -13,12 +13,15 @@ from torch import Tensor
 from vlmbuild.artifact.weights_writer import SHARD_BYTES, TensorSpec, WeightsWriter
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.checkpoint.tensors import SourceTensor
-from vlmbuild.formats import RoundedChunk, WeightFormat, ranges
+from vlmbuild.errors import ParityError
+from vlmbuild.formats import WeightFormat, ranges
 from vlmbuild.targets.request import Request, StoredParameter
 from vlmbuild.util.cpu import available_cores, single_threaded
 from vlmbuild.util.pool import cancellable_pool
 from vlmbuild.util.validation import cast_finite, require_finite
 
+_ZEROS = 1.0 + 1e-6
+"""Relative error of a weight that is stored as zeros, as tiny values may be."""
 _CHUNK = 2**22
 """Elements in memory at a time, for each core."""
 
@@ -32,21 +35,37 @@ def stored_specs(request: Request, parameters: Sequence[StoredParameter]) -> lis
 
 
 class RelativeError:
-    """Error of a weight that comes in chunks: the norm of the difference over that of the weight."""
+    """Error of a weight that comes in chunks: the norm of the difference over that of the weight.
 
-    def __init__(self) -> None:
+    Args:
+        name: Name of the weight, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._difference = self._norm = 0.0
 
-    def add(self, chunk: RoundedChunk) -> None:
+    def add(self, values: Tensor, rounded: Tensor) -> None:
         """Count the next values."""
-        wide = chunk.values.double()
-        self._difference += float((wide - chunk.rounded.double()).square().sum())
+        wide = values.double()
+        self._difference += float((wide - rounded.double()).square().sum())
         self._norm += float(wide.square().sum())
 
     @property
     def value(self) -> float:
-        """The error so far."""
-        return math.sqrt(self._difference / self._norm) if self._norm else 0.0
+        """The error of all values.
+
+        Raises:
+            ParityError: It is above that of zeros. Rounding to the nearest value cannot be: every format holds zero, or steps
+                that are finer than a block's range.
+        """
+        error = math.sqrt(self._difference / self._norm) if self._norm else 0.0
+        if not error <= _ZEROS:
+            raise ParityError(
+                f"The weight {self._name} was rounded wrong: the error is {error:.2f} of its norm, and zeros in its place "
+                "would have 1. Nothing was published. Choose another format for it, and report this one."
+            )
+        return error
 
 
 def write_weights(
@@ -161,11 +180,11 @@ class _Job:
     ) -> None:
         chunks = parameter_values(self.request, parameter.name, torch.float32, form.chunk_unit(source.shape))
         on_device = (self._in_range(chunk, source).to(self.request.device) for chunk in chunks)
-        error = RelativeError()
+        error = RelativeError(source.name)
         for chunk in form.encode_rounded(on_device, source.shape, self.request.dtype, source.name):
             for suffix, part in chunk.parts.items():
                 self.output.append(parameter.module + suffix, part.cpu())
-            error.add(chunk)
+            error.add(chunk.values, chunk.rounded)
             self.progress.add(source.nbytes * chunk.values.numel() // math.prod(source.shape))
         errors[parameter.name] = error.value
 

@@ -16,7 +16,7 @@ from vlmbuild.quant.decide import Decision
 from vlmbuild.quant.spec import ROUNDED_BEFORE
 from vlmbuild.recipe import Recipe
 from vlmbuild.targets.compressed_tensors.config import quantization_config
-from vlmbuild.targets.golden import record_golden
+from vlmbuild.targets.golden import record_golden, worst
 from vlmbuild.targets.records import publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names, write_checkpoint
@@ -58,7 +58,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         replace(request, decisions=decisions),
         formats=format_names(request.program),
         toolchain={LIBRARY: importlib.metadata.version(LIBRARY)},
-        numerics=[*request.measure(writer.staging), *record_golden(writer, request, always=True)],
+        numerics=[*request.measure(writer.staging), *record_golden(writer, request, rounding=worst(decisions))],
     )
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmbuild.artifact.canonical import canonical_json
 from vlmbuild.artifact.manifest import Manifest
@@ -27,11 +25,11 @@ from vlmbuild.runtime.gguf.layout import FILES, MODEL, TOWER, gguf_tensors
 from vlmbuild.targets.gguf.header import Stored, constant, general_values, header, padding, stored
 from vlmbuild.targets.gguf.side_files import MODELFILE, engine_files
 from vlmbuild.targets.gguf.tokenizer import tokenizer_values
-from vlmbuild.targets.golden import record_golden
+from vlmbuild.targets.golden import record_golden, worst
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names
-from vlmbuild.targets.weights import parameter_values
+from vlmbuild.targets.weights import RelativeError, parameter_values
 from vlmbuild.util.validation import cast_finite
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -67,13 +65,12 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         module: replace(decision, error=output.error(f"{module}.weight") if decision.format else decision.error)
         for module, decision in request.decisions.items()
     }
-    numerics = [*request.measure(writer.staging), *record_golden(writer, request, always=True)]
     return publish(
         writer,
         replace(request, decisions=decisions),
         formats=format_names(request.program),
         toolchain={"gguf": importlib.metadata.version("gguf")},
-        numerics=numerics,
+        numerics=[*request.measure(writer.staging), *record_golden(writer, request, rounding=worst(decisions))],
     )
 
 
@@ -152,14 +149,14 @@ class _Output:
     Attributes:
         total: Bytes of all tensors.
         done: Bytes that are written.
-        squares: Parameter -> squares of its rounding error and of its values, summed.
+        errors: Parameter -> its rounding error.
     """
 
     writer: ArtifactWriter
     request: Request
     total: int
     done: int = 0
-    squares: dict[str, tuple[float, float]] = field(default_factory=dict)
+    errors: dict[str, RelativeError] = field(default_factory=dict)
 
     def write_file(self, file: str, head: bytes, tensors: Sequence[Stored]) -> None:
         """Write one file. Raises SourceError, OutputError."""
@@ -176,9 +173,8 @@ class _Output:
                 self.request.progress("weights", self.done, self.total)
 
     def error(self, parameter: str) -> float | None:
-        """Return the relative error of rounding a parameter; None if it was not rounded."""
-        difference, norm = self.squares.get(parameter, (0.0, 0.0))
-        return math.sqrt(difference / norm) if norm else None
+        """Return the relative error of rounding a parameter; None if it was not rounded. Raises ParityError."""
+        return self.errors[parameter].value if parameter in self.errors else None
 
     def _chunks(self, each: Stored) -> Iterator[bytes]:
         if each.constant:
@@ -196,13 +192,5 @@ class _Output:
                 yield bytes(tensor_bytes(cast_finite(values, _DTYPES[each.type.name], name, self.request.dtypes)))
             else:
                 packed = each.form.pack(values, name)
-                self._note(tensor.parameter, values, each.form.unpack(packed))
+                self.errors.setdefault(tensor.parameter, RelativeError(name)).add(values, each.form.unpack(packed))
                 yield packed.tobytes()
-
-    def _note(self, parameter: str, values: Tensor, rounded: Tensor) -> None:
-        difference, norm = self.squares.get(parameter, (0.0, 0.0))
-        wide = values.double()
-        self.squares[parameter] = (
-            difference + float((wide - rounded.double()).square().sum()),
-            norm + float(wide.square().sum()),
-        )

@@ -78,10 +78,10 @@ def _quantized(sink: _Sink, name: str, form: WeightFormat, request: Request) -> 
             for suffix, part in stored.items():
                 sink.append(suffix, part)
             return 0.0
-    error = RelativeError()
+    error = RelativeError(source.name)
     chunks = parameter_values(request, name, torch.float32, form.chunk_unit(source.shape))
     for chunk in form.encode_onnx(chunks, source.shape, request.dtype, source.name):
         for suffix, part in chunk.parts.items():
             sink.append(suffix, part)
-        error.add(chunk)
+        error.add(chunk.values, chunk.rounded)
     return error.value

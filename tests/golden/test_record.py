@@ -67,9 +67,12 @@ def test_files_hold_everything(zoo_artifact):
     assert [record.samples.keys() for record in again] == [record.samples.keys() for record in records]
 
 
-def test_weights_that_differ_are_not_published(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "form", "stage"), [("trainable", "none", "features"), ("compressed-tensors", "w8a8", "logits")]
+)
+def test_weights_that_differ_are_not_published(target, form, stage, tmp_path, monkeypatch):
     """The reader of the written weights gives others, as a writer that has permuted them would."""
-    read = golden.WEIGHTS["trainable"]
+    read = golden.WEIGHTS[target]
 
     class Permuted(read):
         def slots(self, region, instance, constants):
@@ -78,9 +81,10 @@ def test_weights_that_differ_are_not_published(tmp_path, monkeypatch):
                 for x in super().slots(region, instance, constants)
             )
 
-    monkeypatch.setitem(golden.WEIGHTS, "trainable", Permuted)
-    with pytest.raises(ParityError, match="stage features"):
-        vlmbuild.build("pixtral-digits", tmp_path / "out", vlmbuild.Recipe(dtype="float32"), golden=True)
+    monkeypatch.setitem(golden.WEIGHTS, target, Permuted)
+    recipe = vlmbuild.Recipe(target=target, quantize=vlmbuild.QuantSpec(form), dtype="float32")
+    with pytest.raises(ParityError, match=f"stage {stage}"):
+        vlmbuild.build("pixtral-digits", tmp_path / "out", recipe, golden=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -79,7 +79,7 @@ class Engine:
         """Return the tolerances where it computes in this dtype, and rounds inputs of the tower's and of the language model's
         products with these relative errors."""
         compute = tolerances.COMPUTE[dtype]
-        tower, text = (max(compute, tolerances.ROUNDED_INPUTS * error) for error in (vision, max(vision, language)))
+        tower, text = (max(compute, tolerances.ROUNDED * error) for error in (vision, max(vision, language)))
         return Limits(tower, text, self.pixels)
 
 

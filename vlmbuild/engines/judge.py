@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.engines.ask import Answers, Engine
 from vlmbuild.golden import tolerances
+from vlmbuild.golden.cases import MEASURED
 from vlmbuild.golden.compare import Limits, StageResult, compare
 from vlmbuild.golden.record import GoldenRecord, record_artifact
 from vlmbuild.golden.stages import PIXELS, TOKENS
@@ -73,8 +74,8 @@ def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
         overrides = [override.weight_format() for override in quantize.overrides]
         vision = max((form.input_error for form in [*tower, *overrides] if form), default=0.0)
         language = max((form.input_error for form in quantize.weight_formats()), default=0.0)
-    measured = max((float(record["tolerance"]) for record in manifest.numerics if record.get("tolerance")), default=0.0)
-    if measured >= _WIDE:
+    exported = [record for record in manifest.numerics if not record["case"].startswith(MEASURED)]
+    if any(record["tolerance"] and float(record["tolerance"]) >= _WIDE for record in exported):
         vision = language = max(language, tolerances.ROUNDED_BLOCKS)
     return engine.limits(dtype or str(manifest.recipe["dtype"]), vision=vision, language=language)
 

@@ -21,6 +21,8 @@ from vlmbuild.families.images import open_image
 
 Message = Mapping[str, Any]
 
+MEASURED = "golden: "
+"""Before a case's name in the manifest's `numerics`."""
 PIXEL_VALUES = "pixel_values"
 """Key of the processors' pixels."""
 _PACKAGED: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {

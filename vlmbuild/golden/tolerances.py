@@ -7,9 +7,10 @@ COMPUTE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
 differ, which over tens of layers stays below 1e-4; a fault changes a row by 1e-2 and more. In float16 and bfloat16 activations
 are rounded to 11 and 8 bits, some hundred times in a row."""
 
-ROUNDED_INPUTS = 22.0
-"""Factor on the relative error of inputs that an engine rounds before it multiplies (`WeightFormat.input_error`), for what
-later layers make of it: 8-bit integers give 0.2, 8-bit floats 0.57. It holds behind such layers alone."""
+ROUNDED = 22.0
+"""Factor on the relative error of what is rounded before a product, for what later layers make of it. Of inputs, which an
+engine rounds (`WeightFormat.input_error`), it gives 0.2 for 8-bit integers and 0.57 for 8-bit floats. Of weights it is cut at
+1, where nothing of the source is left; models of three to nine layers lose up to five times the error of their worst one."""
 
 ROUNDED_BLOCKS = 9e-3
 """Relative error of inputs in blocks of 8-bit integers, with one scale each."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapters import answer_logits, write_adapter
 from checkpoints import copied, edit_weights
+from compressed_tensors.quantization.lifecycle import forward
 from compressed_tensors.utils.match import match_named_modules
 from parity import SAME_WEIGHTS_FP32, assert_close, relative
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ import vlmbuild
 from vlmbuild.artifact.reader import verify
 from vlmbuild.builder.build import build
 from vlmbuild.checkpoint.checkpoint import Checkpoint
-from vlmbuild.errors import IncompatibleError, SourceError, UsageError
+from vlmbuild.errors import IncompatibleError, ParityError, SourceError, UsageError
 from vlmbuild.families import FAMILIES
 from vlmbuild.golden.files import CASES
 from vlmbuild.quant.spec import QuantSpec
@@ -209,3 +210,12 @@ def test_values_beyond_the_dtype_are_refused(tmp_path):
     edit_weights(path, change)
     with pytest.raises(SourceError, match=f"{name}.*--dtype bfloat16"):
         build(path, tmp_path / "out", recipe("w8a8", dtype="float16", roles=("language",)))
+
+
+def test_a_weight_that_is_rounded_wrong_is_not_published(tmp_path, monkeypatch):
+    """The library's numbers with another sign, for example."""
+    quantize = forward.quantize
+    monkeypatch.setattr(forward, "quantize", lambda *args, **options: -quantize(*args, **options))
+    with pytest.raises(ParityError, match="was rounded wrong"):
+        build("qwen2-vl-digits", tmp_path / "out", recipe("w8a8"))
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="openvino",
     worker="openvino_worker.py",
-    # optimum-intel 2.2 exports Qwen2-VL with transformers up to 5.0; older ones do not read `rope_parameters`.
+    # optimum-intel 2.2 exports some families with transformers up to 5.0 alone; before 5.0 `rope_parameters` are not read.
     install="{python} -m pip install openvino optimum-intel transformers==5.0.0 torch torchvision pillow numpy",
     targets=("onnx",),
     unquantized=("trainable",),

@@ -44,7 +44,7 @@ class GoldenCase:
         name: Name of the case.
         messages: The conversation; each image is {"type": "image"}.
         images: Its images, in order, as RGB.
-        pixels: Pixels in place of those that the processor makes of the images, in the same order; None for its own.
+        pixels: Pixels in place of the processor's own, in the same order; None for these.
     """
 
     name: str

@@ -50,10 +50,10 @@ UNTRAINED: dict[str, dict[str, Any]] = {
 FORMATS = {
     "trainable": ("none", "nf4"),
     "onnx": ("none", "int4"),
-    "gguf": ("none", "q8_0", "q4_0"),
+    "gguf": ("none", "bf16", "q8_0", "q4_0"),
     "compressed-tensors": ("w4a16", "w8a8", "fp8"),
 }
-"""Target -> formats; `none` is float32, and float16 in GGUF files."""
+"""Target -> formats; `none` is float32, and float16 in GGUF files; `bf16` is bfloat16."""
 WHOLE = "whole patches"
 SIZES = ("any size", WHOLE)
 IMAGES = 50
@@ -130,8 +130,8 @@ class Bench:
         path = self._folder / f"{source}-{target}-{form}"
         if not path.exists():
             dtype = {"gguf": "float16", "compressed-tensors": "bfloat16"}.get(target, "float32")
-            recipe = vlmbuild.Recipe(target=target, dtype=dtype)
-            if form != "none":
+            recipe = vlmbuild.Recipe(target=target, dtype="bfloat16" if form == "bf16" else dtype)
+            if form not in ("none", "bf16"):
                 recipe = replace(recipe, quantize=vlmbuild.QuantSpec(form))
             vlmbuild.build(self.checkpoint(source), path, recipe)
         manifest = vlmbuild.verify(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmbuild.errors import SourceError, UsageError
 from vlmbuild.families.chat import question_text, render_chat
-from vlmbuild.families.images import open_image
+from vlmbuild.families.images import ImageError, open_image
 
 Message = Mapping[str, Any]
 
@@ -32,6 +32,9 @@ _PACKAGED: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {
     "text": ("Count from one to five, then stop.", ()),
 }
 """Case -> a question, and sizes of images (width, height)."""
+_EXAMPLE = (
+    '{"messages": [{"role": "user", "content": [{"type": "image", "image": "FILE"}, {"type": "text", "text": "..."}]}]}'
+)
 _MOST = 64
 """Cases of a user's file: each is computed in float32."""
 
@@ -44,7 +47,8 @@ class GoldenCase:
         name: Name of the case.
         messages: The conversation; each image is {"type": "image"}.
         images: Its images, in order, as RGB.
-        pixels: Pixels in place of the processor's own, in the same order; None for these.
+        pixels: float32 pixels in place of the processor's `pixel_values`, of their shape but for axes of size one; None keeps
+            them. They are not written into artifacts.
     """
 
     name: str
@@ -60,7 +64,7 @@ class GoldenCase:
         return question_text(processor, " ".join(parts), len(self.images))
 
     def batch(self, processor: Any) -> dict[str, Tensor]:
-        """Process the prompt. Raises SourceError when the processor cannot."""
+        """Process the prompt. Raises SourceError when the processor cannot, and for pixels of another shape."""
         try:
             images = {"images": [list(self.images)]} if self.images else {}
             made = processor(text=[self.text(processor)], **images, add_special_tokens=False, return_tensors="pt")
@@ -71,7 +75,13 @@ class GoldenCase:
             ) from error
         batch = {key: value for key, value in made.items() if isinstance(value, Tensor)}
         if self.pixels is not None:
-            batch[PIXEL_VALUES] = torch.from_numpy(self.pixels).reshape(batch[PIXEL_VALUES].shape)
+            own, given = batch[PIXEL_VALUES], torch.from_numpy(self.pixels)
+            if own.squeeze().shape != given.squeeze().shape:
+                raise SourceError(
+                    f"The engine's pixels of the golden case {self.name!r} have the shape {list(given.shape)}, and the "
+                    f"processor's have {list(own.shape)}. Give both the same processor files."
+                )
+            batch[PIXEL_VALUES] = given.reshape(own.shape)
         return batch
 
 
@@ -104,19 +114,21 @@ def read_cases(file: Path) -> list[GoldenCase]:
         where = f"{file}, line {number}"
         if line.strip():
             try:
-                cases.append(_read_case(json.loads(line)["messages"], f"line {number}", file.parent, where))
+                cases.append(_read_case(json.loads(line), f"line {number}", file.parent, where))
+            except ImageError as error:
+                raise UsageError(str(error)) from error
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise UsageError(
-                    f'{where}: this is no golden case: {error}. Write {{"messages": [...]}} with a message of the user at '
-                    "the end."
-                ) from error
+                said = f"a message or a part of it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise UsageError(f"{where}: this is no golden case: {said}. Write {_EXAMPLE}.") from error
     if not 0 < len(cases) <= _MOST:
         raise UsageError(f"{file} has {len(cases)} cases. Pass 1 to {_MOST} with --golden.")
     return cases
 
 
-def _read_case(messages: Sequence[Message], name: str, folder: Path, where: str) -> GoldenCase:
-    said = [dict(message) for message in messages]
+def _read_case(value: Any, name: str, folder: Path, where: str) -> GoldenCase:
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        raise ValueError('there is no list "messages"')
+    said = [dict(message) for message in value["messages"]]
     while said and said[-1]["role"] == "assistant":
         said.pop()
     if not said:
@@ -126,9 +138,8 @@ def _read_case(messages: Sequence[Message], name: str, folder: Path, where: str)
         content = []
         for part in _parts(message):
             if part["type"] == "image":
-                given = next(part[key] for key in ("image", "path", "url") if key in part)
-                path = folder / given if isinstance(given, str) and (folder / given).is_file() else given
-                images.append(open_image(path, where).convert("RGB"))
+                given = str(part.get("path") or part.get("url") or part["image"])
+                images.append(open_image(given if given.startswith("data:") else folder / given, where).convert("RGB"))
                 part = {"type": "image"}
             content.append(part)
         message["content"] = content

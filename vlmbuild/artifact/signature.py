@@ -95,7 +95,7 @@ def check_signature(path: Path, public_key: Path, manifest: Manifest) -> None:
         config.set_hashing_config(ManifestDigests(manifest, path.name)).verify(path, file)
     except Exception as error:  # whatever the library and those that it builds upon raise for what is not a signature
         raise IntegrityError(
-            f"{file} does not prove that the owner of {public_key} signed {path}: {type(error).__name__} {error}. Get the "
+            f"{file} does not prove that the owner of {public_key} signed {path} ({_said(error)}). Get the "
             f"artifact and its {SIGNATURE} again, or the key that belongs to it."
         ) from error
 
@@ -111,6 +111,11 @@ def _package(module: str) -> Any:
         ) from error
 
 
+def _said(error: Exception) -> str:
+    """Return what a library says, without the end of its sentence; of another kind of key it says nothing to users."""
+    return "of another kind" if isinstance(error, AttributeError) else " ".join(str(error).split()).rstrip(" .?")
+
+
 @contextmanager
 def _key_errors(key: Path) -> Iterator[None]:
     """Turn what the library raises for a key into UsageError."""
@@ -118,7 +123,7 @@ def _key_errors(key: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, AttributeError) as error:  # TypeError: it is encrypted
         raise UsageError(
-            f"{key} is not a key for signatures: {error}. Pass an unencrypted elliptic-curve key in PEM, as `openssl ecparam "
-            "-genkey -name prime256v1 -noout -out key.pem` makes one, or the public half, from `openssl ec -in key.pem "
-            "-pubout`."
+            f"{key} is not a key for signatures ({_said(error)}). Pass an unencrypted elliptic-curve key in PEM, as `openssl "
+            "ecparam -genkey -name prime256v1 -noout -out key.pem` makes one, or the public half, from `openssl ec -in "
+            "key.pem -pubout`."
         ) from error

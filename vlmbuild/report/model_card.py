@@ -65,6 +65,7 @@ def model_card(
             f"### {engine}\n\n```{language}\n{code}\n```"
             for engine, language, code in _usages(document, place, config, reader)
         ),
+        *_known(document, reader),
         "## Files",
         _table(
             ["file", "bytes", "SHA-256"],
@@ -181,6 +182,15 @@ def _usages(
         limits = arguments[arguments.index("--jinja") :]  # before it come the files' names
         yield "llama.cpp", "sh", f"llama-server -hf {repository} {' '.join(limits)}"
         yield "Ollama", "sh", f"ollama run hf.co/{repository}"
+
+
+def _known(document: Mapping[str, Any], reader: ArtifactReader) -> Iterable[str]:
+    """Yield how an engine is known to differ from the model."""
+    if document["target"] == "gguf":
+        from vlmbuild.runtime.gguf.layout import ENGINE_FILE
+
+        if sizes := json.loads(reader.read(ENGINE_FILE))["sizes"]:
+            yield f"Known difference: {sizes}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], alignment: str = "") -> str:

@@ -32,9 +32,10 @@ _CAVEAT = (
 
 
 _SERVED = {
-    "gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja  # limits: {path}/llama.cpp.json"
+    "gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja",
+    "compressed-tensors": "vllm serve {path}",
 }
-"""Target -> what to run in place of `vlmbuild.load`; more arguments are in the artifact."""
+"""Target -> what serves it, where that is not `vlmbuild.load`."""
 
 
 def build_report(document: Mapping[str, Any]) -> Report:
@@ -57,6 +58,7 @@ def build_report(document: Mapping[str, Any]) -> Report:
         f"Serve it:   {served.format(path=path)}"
         if served
         else f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
+        *([f"            with the image limits in {path}/llama.cpp.json"] if document["target"] == "gguf" else []),
         f"Inspect it: vlmbuild inspect {path}",
     ]
 

@@ -46,22 +46,22 @@ class SourceWeights:
         return all(name in request.tensors and request.tensors[name].shape == slot.shape for name, slot in slots)
 
 
-def worst(decisions: Mapping[str, Decision]) -> float:
-    """Return the largest relative error of the weights that were rounded."""
-    return max((decision.error for decision in decisions.values() if decision.format and decision.error), default=0.0)
-
-
 def record_golden(
-    writer: ArtifactWriter, request: Request, weights: SlotWeights | None = None, *, rounding: float | None = None
+    writer: ArtifactWriter,
+    request: Request,
+    weights: SlotWeights | None = None,
+    *,
+    always: bool = False,
+    measured: Mapping[str, Decision] | None = None,
 ) -> list[dict[str, Any]]:
     """Record golden cases of weights that are complete in the staging directory, and write them into the artifact.
 
     Args:
         writer: Writer of the artifact, with the files of config and processor.
-        request: The build; without golden cases nothing is recorded.
+        request: The build.
         weights: The artifact's, as stored; None opens them as `vlmbuild.golden.weights.WEIGHTS` says.
-        rounding: The largest relative error of a rounded weight, from targets that record the packaged cases where the build
-            names none; None for others.
+        always: Record the packaged cases where the build names none.
+        measured: Decisions with the relative errors of rounded weights; None if the target does not measure them.
 
     Returns:
         The manifest's records: for each case, what storing the weights has changed.
@@ -71,7 +71,7 @@ def record_golden(
             logits, beyond what rounding explains.
         SourceError: The processor cannot make a case.
     """
-    if request.golden is None and rounding is None:
+    if request.golden is None and not always:
         return []
     family, config, directory = request.family, request.checkpoint.config, writer.staging
     stored = WEIGHTS[request.recipe.target](directory, family) if weights is None else weights
@@ -85,21 +85,25 @@ def record_golden(
     if not SourceWeights.fits(request):
         return []
     expected = run(SourceWeights(request), [entry.case for entry in found])
-    return list(_records(request, found, expected, rounding))
+    return list(_records(request, found, expected, measured or {}))
 
 
 def _records(
-    request: Request, found: Sequence[GoldenRecord], expected: Sequence[GoldenRecord], rounding: float | None
+    request: Request,
+    found: Sequence[GoldenRecord],
+    expected: Sequence[GoldenRecord],
+    measured: Mapping[str, Decision],
 ) -> Iterator[dict[str, Any]]:
     """Yield the manifest's records. Raises ParityError."""
     dtype = request.recipe.dtype
     formats = sorted({recipe.format.name for region in request.program.regions.values() for recipe in region.recipes})
-    limit = min(1.0, ROUNDED * (rounding or 1.0)) if formats else STORED[dtype]
+    errors_of_weights = [decision.error for decision in measured.values() if decision.format and decision.error]
+    limit = min(1.0, ROUNDED * max(errors_of_weights, default=1.0)) if formats else STORED[dtype]
     for mine, theirs in zip(found, expected, strict=True):
         errors = {stage: difference(mine.samples[stage], theirs.samples[stage]) for stage in theirs.samples}
         for stage in [LOGITS] if formats else sorted(errors, key=stage_key):
             if not errors[stage] <= limit:
-                remedy = "Choose a format of more bits" if formats else "Build with --dtype float32"
+                remedy = "Keep more layers with --skip PATTERN" if formats else "Build with --dtype float32"
                 raise ParityError(
                     f"The stored weights differ from the source's: golden case {mine.case.name!r}, stage {stage}: relative "
                     f"error {errors[stage]:.1e}, and at most {limit:.1e} is allowed in {', '.join(formats) or dtype}. Nothing "

@@ -56,10 +56,11 @@ class RelativeError:
         """The error of all values.
 
         Raises:
-            ParityError: It is above that of zeros. Rounding to the nearest value cannot be: every format holds zero, or steps
-                that are finer than a block's range.
+            ParityError: It is above that of zeros, which is 1, and which rounding to the nearest value never exceeds.
         """
-        error = math.sqrt(self._difference / self._norm) if self._norm else 0.0
+        if not self._norm:
+            return 0.0
+        error = math.sqrt(self._difference / self._norm)
         if not error <= _ZEROS:
             raise ParityError(
                 f"The weight {self._name} was rounded wrong: the error is {error:.2f} of its norm, and zeros in its place "

@@ -16,7 +16,7 @@ from vlmbuild.quant.decide import Decision
 from vlmbuild.quant.spec import ROUNDED_BEFORE
 from vlmbuild.recipe import Recipe
 from vlmbuild.targets.compressed_tensors.config import quantization_config
-from vlmbuild.targets.golden import record_golden, worst
+from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.records import publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names, write_checkpoint
@@ -44,7 +44,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
-        ParityError: The merged weights differ from source plus adapter.
+        ParityError: The merged weights differ from source plus adapter, or rounding has changed more than it can.
         OutputError: There is no space, or the output cannot be written.
     """
     announced = quantization_config(request.program, request.family, request.decisions)
@@ -58,7 +58,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         replace(request, decisions=decisions),
         formats=format_names(request.program),
         toolchain={LIBRARY: importlib.metadata.version(LIBRARY)},
-        numerics=[*request.measure(writer.staging), *record_golden(writer, request, rounding=worst(decisions))],
+        numerics=[*request.measure(writer.staging), *record_golden(writer, request, always=True, measured=decisions)],
     )
 
 

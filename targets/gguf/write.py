@@ -25,7 +25,7 @@ from vlmbuild.runtime.gguf.layout import FILES, MODEL, TOWER, gguf_tensors
 from vlmbuild.targets.gguf.header import Stored, constant, general_values, header, padding, stored
 from vlmbuild.targets.gguf.side_files import MODELFILE, engine_files
 from vlmbuild.targets.gguf.tokenizer import tokenizer_values
-from vlmbuild.targets.golden import record_golden, worst
+from vlmbuild.targets.golden import record_golden
 from vlmbuild.targets.records import artifact_config, publish
 from vlmbuild.targets.request import Request
 from vlmbuild.targets.trainable import format_names
@@ -48,7 +48,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: llama.cpp would compute something else, or a tensor cannot be read or quantized.
-        ParityError: The merged weights differ from source plus adapter.
+        ParityError: The merged weights differ from source plus adapter, or rounding has changed more than it can.
         OutputError: There is no space, or the output cannot be written.
     """
     plan = _plan(request)
@@ -70,7 +70,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
         replace(request, decisions=decisions),
         formats=format_names(request.program),
         toolchain={"gguf": importlib.metadata.version("gguf")},
-        numerics=[*request.measure(writer.staging), *record_golden(writer, request, rounding=worst(decisions))],
+        numerics=[*request.measure(writer.staging), *record_golden(writer, request, always=True, measured=decisions)],
     )
 
 

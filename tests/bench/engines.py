@@ -96,9 +96,9 @@ class Bench:
             started = time.perf_counter()
             answers = ask(ENGINES[engine], built.path, built.records, python=self._pythons.get(engine))
             seconds = time.perf_counter() - started
+            results, own_pixels = judge(built.path, built.manifest, ENGINES[engine], built.records, answers)
         except vlmbuild.VlmbuildError as error:
             return row | {"skipped": self._without_paths(str(error))[:400]}
-        results, _ = judge(built.path, built.manifest, ENGINES[engine], built.records, answers)
         first = first_difference(results)
         said = [list(case.greedy or ()) for case in answers.cases]
         return row | {
@@ -107,6 +107,7 @@ class Bench:
             "trained": sum(map(list.__eq__, said, (record.greedy for record in trained.records))),
             "of": len(built.records),
             "first": None if first is None else first.document(),
+            "own_pixels": len(own_pixels),
             "bytes": sum(entry.size for entry in built.manifest.files if not entry.path.startswith("golden/")),
             "seconds": round(seconds, 1),
         }

@@ -14,8 +14,10 @@ from checkpoints import copied, edit_config
 import vlmbuild
 from vlmbuild.artifact.reader import verify
 from vlmbuild.engines import ENGINES
+from vlmbuild.engines.ask import Answers
 from vlmbuild.engines.verify import verify_engine
 from vlmbuild.errors import IncompatibleError
+from vlmbuild.golden.compare import Answer
 
 STAGES = [
     "tokens",
@@ -84,6 +86,33 @@ def test_a_difference_is_named_and_exits_with_7(artifact, run, tmp_path, monkeyp
     assert (code, json.loads(out)["engine"]["first"]["stage"]) == (7, "hidden.0")
 
 
+@pytest.mark.parametrize("folder", ["onnx", "other"])
+def test_one_image_a_prompt_is_a_limit_of_onnx_models(folder, artifact, tmp_path, monkeypatch):
+    """Whatever artifact they are a conversion of."""
+    monkeypatch.setattr(
+        "vlmbuild.engines.verify.ask", lambda _, __, records, **___: Answers("1", [Answer() for _ in records])
+    )
+    (tmp_path / folder).mkdir()
+    found = verify_engine(artifact.path, artifact.manifest, "openvino", model=tmp_path)
+    assert found["left_out"] == (["two images"] if folder == "onnx" else [])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[]", "messages"),
+        ('{"messages": [{"content": "x"}]}', "'role'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "'image'"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]}', "gone.png"),
+    ],
+)
+def test_a_line_that_is_no_case_says_what_it_lacks(line, said, artifact, run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f"{line}\n")
+    code, _, err = run("verify", artifact.path, "--engine", "transformers", "--golden", file)
+    assert (code, said in err, err.count("line 1")) == (2, True, 1)
+
+
 def test_prompts_of_the_user(artifact, run, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmbuild.engines.ask.run_worker", engine_here.run_here)
     shutil.copy(artifact.path / "golden/0-0.png", tmp_path / "picture.png")
@@ -101,7 +130,10 @@ def test_prompts_of_the_user(artifact, run, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/bin/false").exists(), reason="no /bin/false")
 def test_an_engine_that_is_not_there(artifact, run, tmp_path):
-    for python, code, said in (("/no/python", 2, "/no/python"), ("/bin/false", 5, "ended with 1")):
+    plain = tmp_path / "plain.txt"
+    plain.touch()
+    wrong = {"/no/python": (2, "not found"), "/bin/false": (5, "ended with 1"), "/bin/true": (5, "no result")}
+    for python, (code, said) in {**wrong, plain: (2, "cannot be executed")}.items():
         found, _, err = run("verify", artifact.path, "--engine", "transformers", "--engine-python", python)
         assert (found, said in err) == (code, True)
     code, _, err = run("verify", artifact.path, "--engine", "none")

@@ -56,7 +56,7 @@ class Engine:
         unquantized: Targets whose artifacts it opens if nothing in them is quantized.
         pixels: Tolerance of its processor's pixels.
         program: Program that runs the worker; None is Python.
-        one_image: Targets in which it takes one image a prompt.
+        one_image: Whether it takes one image a prompt of ONNX models.
         environment: Environment variables besides the caller's.
     """
 
@@ -66,7 +66,7 @@ class Engine:
     targets: tuple[str, ...]
     pixels: float = tolerances.PIXELS
     program: str | None = None
-    one_image: tuple[str, ...] = ()
+    one_image: bool = False
     unquantized: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -115,7 +115,8 @@ def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python:
     """
     program = python or engine.program or sys.executable
     if shutil.which(program) is None:
-        raise UsageError(f"{program} was not found. Pass the interpreter of {engine.name} with --engine-python PATH.")
+        found = "cannot be executed" if Path(program).exists() else "was not found"
+        raise UsageError(f"{program} {found}. Pass the interpreter of {engine.name} with --engine-python PATH.")
     with tempfile.TemporaryDirectory(prefix="vlmbuild-engine-") as folder:
         job = _write_job(Path(folder), model, records)
         environment = {**_plain_environment(), **dict(engine.environment)}
@@ -126,7 +127,11 @@ def ask(engine: Engine, model: Path, records: Sequence[GoldenRecord], *, python:
                 f"`{engine.install.format(python=program)}`, or pass another interpreter with --engine-python PATH."
             )
         result = job.parent / "result.json"
-        if code or not result.is_file():
+        if not code and not result.is_file():
+            raise IncompatibleError(
+                f"{program} has run, and written no result. Pass the interpreter of {engine.name} with --engine-python PATH."
+            )
+        if code:
             raise IncompatibleError(
                 f"{engine.name} ended with {code} on {model}: {said}. Run it on the folder by itself."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,9 @@ from vlmbuild.golden.cases import MEASURED
 from vlmbuild.golden.compare import Limits, StageResult, compare
 from vlmbuild.golden.record import GoldenRecord, record_artifact
 from vlmbuild.golden.stages import PIXELS, TOKENS
+from vlmbuild.measure.onnx_parity import ROUNDED_INPUTS
 from vlmbuild.quant.spec import QuantSpec
 from vlmbuild.util.progress import Progress, silent
-
-_WIDE = 0.1
-"""Tolerance of a build from which on an exported model rounds inputs."""
 
 
 def judge(
@@ -30,32 +29,34 @@ def judge(
 ) -> tuple[list[StageResult], list[str]]:
     """Compare an engine's answers with golden cases.
 
-    Where its pixels differ within their tolerance, as those of another library for images do, and a later stage differs, the
-    case is compared again with what the program makes of the engine's pixels.
+    Where its pixels differ within their tolerance, because another library resized the images, and a later stage differs, the
+    case is compared again with what the program makes of the engine's pixels. That reads all weights once a generated token.
 
     Args:
         directory: The artifact.
         manifest: Its manifest.
         engine: The engine.
         records: The cases.
-        answers: Its answers to them.
-        progress: Called with the number of passes over the weights that are done.
+        answers: Its answers to them, in the same order.
+        progress: Called with a stage's name, the amount done, and the total.
 
     Returns:
         The results in the order of the stages, and the names of the cases that were compared again.
+
+    Raises:
+        SourceError: The processor cannot make a case, or makes pixels of another shape than the engine's.
     """
     limits = limits_on(engine, manifest, answers.dtype)
-    results = compare(records, answers.cases, limits)
-    again = [number for number, record in enumerate(records) if _by_pixels(record.case.name, results)]
-    if not again:
-        return results, []
-    cases = [replace(records[number].case, pixels=answers.cases[number].values[PIXELS]) for number in again]
+    pairs = zip(records, answers.cases, strict=True)
+    again = [number for number, pair in enumerate(pairs) if _by_pixels(compare(*([part] for part in pair), limits))]
     judged = list(records)
-    made = record_artifact(directory, manifest.target, cases, progress=progress)
-    for number, record in zip(again, made, strict=True):
-        samples = {**record.samples, PIXELS: records[number].samples[PIXELS]}
-        judged[number] = replace(record, samples=samples)
-    return compare(judged, answers.cases, limits), [case.name for case in cases]
+    if again:
+        cases = [replace(records[number].case, pixels=answers.cases[number].values[PIXELS]) for number in again]
+        made = record_artifact(directory, manifest.target, cases, progress=progress)
+        for number, record in zip(again, made, strict=True):
+            samples = {**record.samples, PIXELS: records[number].samples[PIXELS]}
+            judged[number] = replace(record, samples=samples)
+    return compare(judged, answers.cases, limits), [records[number].case.name for number in again]
 
 
 def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
@@ -75,14 +76,13 @@ def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
         vision = max((form.input_error for form in [*tower, *overrides] if form), default=0.0)
         language = max((form.input_error for form in quantize.weight_formats()), default=0.0)
     exported = [record for record in manifest.numerics if not record["case"].startswith(MEASURED)]
-    if any(record["tolerance"] and float(record["tolerance"]) >= _WIDE for record in exported):
+    if any(record["tolerance"] and float(record["tolerance"]) >= ROUNDED_INPUTS for record in exported):
         vision = language = max(language, tolerances.ROUNDED_BLOCKS)
     return engine.limits(dtype or str(manifest.recipe["dtype"]), vision=vision, language=language)
 
 
-def _by_pixels(case: str, results: Sequence[StageResult]) -> bool:
-    """Tell whether a case differs behind pixels that nearly agree, and there alone."""
-    mine = [result for result in results if result.case == case]
-    before = {result.stage: result.verdict for result in mine if result.stage in (TOKENS, PIXELS)}
-    differs = any(result.verdict == "differs" for result in mine)
+def _by_pixels(results: Sequence[StageResult]) -> bool:
+    """Tell whether a case's tokens agree, its pixels are within their tolerance, and a later stage differs by a number."""
+    before = {result.stage: result.verdict for result in results if result.stage in (TOKENS, PIXELS)}
+    differs = any(result.verdict == "differs" and math.isfinite(result.error) for result in results)
     return differs and before.get(PIXELS) == "within" and before.get(TOKENS) != "differs"

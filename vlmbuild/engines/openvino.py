@@ -11,5 +11,5 @@ ENGINE = Engine(
     install="{python} -m pip install openvino optimum-intel transformers==5.0.0 torch torchvision pillow numpy",
     targets=("onnx",),
     unquantized=("trainable",),
-    one_image=("onnx",),  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
+    one_image=True,  # OpenVINO 2026.4 crashes in the vision encoder's loop over several
 )

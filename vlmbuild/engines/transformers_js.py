@@ -12,5 +12,5 @@ ENGINE = Engine(
     targets=("onnx",),
     pixels=OTHER_FILTER,  # its images are resized by sharp
     program="node",
-    one_image=("onnx",),  # several become frames of one video
+    one_image=True,  # several become frames of one video
 )

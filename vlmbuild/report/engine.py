@@ -26,9 +26,18 @@ def engine_report(document: Mapping[str, Any]) -> Report:
     engine = document["engine"]
     first = engine["first"]
     verdict = "no stage differs" if first is None else f"the first stage that differs is {first['stage']}"
-    head = f"{engine['name']} {engine['version']}, {engine['cases']} cases: {verdict}"
+    head = f"{engine['name']} ({engine['version']}), {engine['cases']} cases:"
     left = [f"left out: {', '.join(engine['left_out'])} (more images than it takes)"] if engine["left_out"] else []
     own = engine["own_pixels"]
     names = ", ".join(own) if len(own) <= _NAMED else f"{len(own)} cases"
     judged = [f"compared on the engine's own pixels: {names}"] if own else []
-    return [*verify_report(document), "", head, *left, *judged, "", records_table(_COLUMNS, engine["stages"], "<>><<<")]
+    return [
+        *verify_report(document),
+        "",
+        head,
+        verdict,
+        *left,
+        *judged,
+        "",
+        records_table(_COLUMNS, engine["stages"], "<>><<<"),
+    ]

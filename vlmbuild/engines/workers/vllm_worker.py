@@ -14,8 +14,8 @@ ROOM = 64
 """Tokens of the longest context beyond the longest prompt and its answer."""
 
 
-class Engine:
-    """vLLM, which never answers again once it has failed: it would wait for the prompt on which it did."""
+class Server:
+    """vLLM in this process, which is asked nothing more after a failure that leaves a prompt in it: it would never answer."""
 
     def __init__(self, llm: Any, parameters: Any) -> None:
         self._llm, self._parameters = llm, parameters
@@ -29,9 +29,12 @@ class Engine:
         try:
             self._run(case)
         except Exception as error:
-            if "_OpNamespace" in str(error):
-                raise ImportError(f"this build of vLLM lacks a kernel for this processor: {error}") from error
-            self._failure = error
+            if "_OpNamespace" in str(error):  # a kernel that is compiled for other processors alone
+                raise SystemExit(
+                    f"this build of vLLM has no kernel for the format on this processor: {error}"
+                ) from error
+            if self._llm.llm_engine.has_unfinished_requests():
+                self._failure = error
             raise
 
     def _run(self, case: exchange.Case) -> None:
@@ -63,7 +66,7 @@ def main() -> None:
         seed=0,
     )
     parameters = vllm.SamplingParams(temperature=0.0, max_tokens=job["steps"], logprobs=PROBABILITIES)
-    exchange.answer(job, vllm.__version__, Engine(llm, parameters).run)
+    exchange.answer(job, vllm.__version__, Server(llm, parameters).run)
 
 
 if __name__ == "__main__":

@@ -195,16 +195,48 @@ def rows(names: Sequence[str], engines: Sequence[str]) -> list[tuple[str, str, s
     ]
 
 
+def overview(known: Sequence[dict[str, Any]]) -> str:
+    """Write rows as a table in Markdown: checkpoints down, engines across, in each cell formats with their answers; a stage
+    is named where it differs, and a row that could not run has a dash."""
+    names = list(dict.fromkeys(row["checkpoint"] for row in known))
+    columns = [(engine, sizes) for engine in ENGINES for sizes in (SIZES if engine == "llama.cpp" else SIZES[:1])]
+    heads = [engine if engine != "llama.cpp" else f"{engine}, {sizes}" for engine, sizes in columns]
+    lines = [["checkpoint", *heads], ["---"] * (len(heads) + 1)]
+    for name in names:
+        mine = sorted((row for row in known if row["checkpoint"] == name), key=form_order)
+        cells = [[row for row in mine if key(row)[3:] == column] for column in columns]
+        lines.append([name, *(", ".join(map(_cell, cell)) for cell in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def form_order(row: dict[str, Any]) -> tuple[int, int]:
+    """Return a row's place among those of an engine."""
+    return list(FORMATS).index(row["target"]), FORMATS[row["target"]].index(row["format"])
+
+
+def _cell(row: dict[str, Any]) -> str:
+    form = row["target"] if row["format"] == "none" else row["format"]
+    if "skipped" in row:
+        return f"{form} -"
+    return f"{form} {row['answers']}" + (f" ({row['first']['stage']})" if row["first"] else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", nargs="+", choices=[*ZOO, *UNTRAINED], default=[*ZOO, *UNTRAINED])
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=[*ENGINES])
     parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=PATH", help="interpreter of an engine")
     parser.add_argument("--output", type=Path, help="rows that it has of other engines and checkpoints are kept")
+    parser.add_argument(
+        "--table", action="store_true", help="write the rows of the output as Markdown, and measure nothing"
+    )
     arguments = parser.parse_args()
     sys.path[:0] = [str(ROOT / "tests/helpers")]
     pythons = dict(pair.split("=", 1) for pair in arguments.python)
     known = json.loads(arguments.output.read_text())["rows"] if arguments.output and arguments.output.exists() else []
+    if arguments.table:
+        print(overview(known))
+        return
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), {name: str(Path(path).expanduser()) for name, path in pythons.items()})
         for cells in rows(arguments.checkpoints, arguments.engines):

@@ -7,6 +7,7 @@ from vlmbuild.engines.ask import Engine
 ENGINE = Engine(
     name="transformers",
     worker="transformers_worker.py",
-    install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes compressed-tensors pillow",
+    install="{python} -m pip install 'transformers>=5.20' torch torchvision accelerate bitsandbytes compressed-tensors "
+    "num2words pillow",
     targets=("trainable", "compressed-tensors"),
 )

@@ -48,7 +48,7 @@ def judge(
     """
     limits = limits_on(engine, manifest, answers.dtype)
     pairs = zip(records, answers.cases, strict=True)
-    again = [number for number, pair in enumerate(pairs) if _by_pixels(compare(*([part] for part in pair), limits))]
+    again = [number for number, (one, its) in enumerate(pairs) if _by_pixels(compare([one], [its], limits))]
     judged = list(records)
     if again:
         cases = [replace(records[number].case, pixels=answers.cases[number].values[PIXELS]) for number in again]

@@ -208,4 +208,5 @@ def _plain_environment() -> dict[str, str]:
 
 def _last(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:400].rstrip(".") if lines else "it says nothing"
+    said = [line for line in lines if "Error: " in line] or lines  # Node writes its version after an error
+    return said[-1][:400].rstrip(".") if said else "it says nothing"

@@ -84,6 +84,10 @@ class Models:
 
         sizes = {"image_sizes": batch.get("image_sizes", np.zeros((0, 2), np.int64))}
         given = {**batch, **{name.removeprefix("image_"): value for name, value in batch.items()}, **sizes}
+        if missing := sorted(set(self.vision.inputs) - set(given)):
+            raise SystemExit(
+                f"the vision encoder reads {', '.join(missing)}, which vlmbuild.load computes and no processor"
+            )
         features = self.run(self.vision, given)["image_features"]
         features = features.reshape(-1, features.shape[-1])
         case.value("features", features.astype(np.float32))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmbuild.artifact.writer import ArtifactWriter
 from vlmbuild.errors import ParityError
-from vlmbuild.golden.cases import MEASURED, GoldenCase
+from vlmbuild.golden.cases import NUMERICS_PREFIX, GoldenCase
 from vlmbuild.golden.files import write_golden
 from vlmbuild.golden.record import GoldenRecord, ends_of, record
 from vlmbuild.golden.sample import difference
@@ -111,7 +111,7 @@ def _records(
                 )
         same = [a == b for a, b in zip(mine.greedy, theirs.greedy, strict=False)]
         yield {
-            "case": MEASURED + mine.case.name,
+            "case": NUMERICS_PREFIX + mine.case.name,
             "output": LOGITS,
             "dtype": dtype,
             "formats": formats,

@@ -44,7 +44,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: A tensor cannot be read or quantized.
-        ParityError: The merged weights differ from source plus adapter, or rounding has changed more than it can.
+        ParityError: The merged weights differ from source plus adapter, or lose more than rounding explains.
         OutputError: There is no space, or the output cannot be written.
     """
     announced = quantization_config(request.program, request.family, request.decisions)

@@ -48,7 +48,7 @@ def write(writer: ArtifactWriter, request: Request) -> Manifest:
 
     Raises:
         SourceError: llama.cpp would compute something else, or a tensor cannot be read or quantized.
-        ParityError: The merged weights differ from source plus adapter, or rounding has changed more than it can.
+        ParityError: The merged weights differ from source plus adapter, or lose more than rounding explains.
         OutputError: There is no space, or the output cannot be written.
     """
     plan = _plan(request)

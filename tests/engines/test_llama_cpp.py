@@ -129,7 +129,10 @@ def test_the_demos_fine_tune_answers_as_the_adapter_did(tmp_path):
     print(f"adapter {result.after:.1%}, llama.cpp {right / len(samples):.1%}")
     assert right / len(samples) >= 0.97
     results, _ = judge(built.path, built.manifest, ENGINES["llama.cpp"], records, answers)
-    assert [result for result in results if result.verdict == "differs"] == []  # but for ties
+    assert [result for result in results if result.verdict == "differs"] == []
+    # llama.cpp rounds inputs to 8 bits: of 200 answers one was another on a CPU without AVX-512, and none on one with it.
+    same = sum(list(answer.greedy) == record.greedy for answer, record in zip(answers.cases, records, strict=True))
+    assert same >= 0.99 * len(records)
 
 
 def as_the_processor_resizes(image, settings):

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlmbuild.artifact.manifest import Manifest
 from vlmbuild.engines.ask import Answers, Engine
 from vlmbuild.golden import tolerances
-from vlmbuild.golden.cases import MEASURED
+from vlmbuild.golden.cases import NUMERICS_PREFIX
 from vlmbuild.golden.compare import Limits, StageResult, compare
 from vlmbuild.golden.record import GoldenRecord, record_artifact
 from vlmbuild.golden.stages import PIXELS, TOKENS
@@ -75,7 +75,7 @@ def limits_on(engine: Engine, manifest: Manifest, dtype: str | None) -> Limits:
         overrides = [override.weight_format() for override in quantize.overrides]
         vision = max((form.input_error for form in [*tower, *overrides] if form), default=0.0)
         language = max((form.input_error for form in quantize.weight_formats()), default=0.0)
-    exported = [record for record in manifest.numerics if not record["case"].startswith(MEASURED)]
+    exported = [record for record in manifest.numerics if not record["case"].startswith(NUMERICS_PREFIX)]
     if any(record["tolerance"] and float(record["tolerance"]) >= ROUNDED_INPUTS for record in exported):
         vision = language = max(language, tolerances.ROUNDED_BLOCKS)
     return engine.limits(dtype or str(manifest.recipe["dtype"]), vision=vision, language=language)

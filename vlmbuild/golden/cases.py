@@ -21,8 +21,8 @@ from vlmbuild.families.images import ImageError, open_image
 
 Message = Mapping[str, Any]
 
-MEASURED = "golden: "
-"""Before a case's name in the manifest's `numerics`."""
+NUMERICS_PREFIX = "golden: "
+"""Before a golden case's name in the manifest's `numerics`."""
 PIXEL_VALUES = "pixel_values"
 """Key of the processors' pixels."""
 _PACKAGED: dict[str, tuple[str, tuple[tuple[int, int], ...]]] = {

@@ -33,9 +33,13 @@ _CAVEAT = (
 
 _SERVED = {
     "gguf": "llama-server -m {path}/model.gguf --mmproj {path}/mmproj.gguf --jinja",
-    "compressed-tensors": "vllm serve {path}",
 }
-"""Target -> what serves it, where that is not `vlmbuild.load`."""
+"""Target -> what to run in place of `vlmbuild.load`."""
+_BESIDE = {
+    "gguf": "with the image limits in {path}/llama.cpp.json",
+    "compressed-tensors": "or, if vLLM has the model: vllm serve {path}",
+}
+"""Target -> what to say below that line."""
 
 
 def build_report(document: Mapping[str, Any]) -> Report:
@@ -43,7 +47,7 @@ def build_report(document: Mapping[str, Any]) -> Report:
     path = document["path"]
     layouts = document["source"][0].get("dequantized")
     trust = ', trust=("code",)' if document["trust"]["code"] else ""
-    served = _SERVED.get(document["target"])
+    served, beside = _SERVED.get(document["target"]), _BESIDE.get(document["target"])
     return [
         *passes_table(document["passes"]),
         "",
@@ -58,7 +62,7 @@ def build_report(document: Mapping[str, Any]) -> Report:
         f"Serve it:   {served.format(path=path)}"
         if served
         else f'Load it:    model, processor = vlmbuild.load("{path}"{trust})',
-        *([f"            with the image limits in {path}/llama.cpp.json"] if document["target"] == "gguf" else []),
+        *([f"            {beside.format(path=path)}"] if beside else []),
         f"Inspect it: vlmbuild inspect {path}",
     ]
 
